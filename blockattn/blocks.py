@@ -1,0 +1,297 @@
+"""Blocks of text and who may attend to whom.
+
+Axis names, used as suffixes everywhere in the project (`x_BTD`, `q_BTNH`):
+
+  B batch row   T token (query)   S token (key)   D model width   N query head   K key/value head
+  H head width  F mlp width       V vocabulary    L layer
+
+A `BlockLayout` says everything that attention needs to know about a batch of packed documents. `may_attend` is the one
+definition of the mask; the dense reference, the tile schedule, every kernel and the cache are derived from it:
+
+  query  0  1  2  3  4  5  6  7      the picture of a doc of three blocks, two context blocks
+  key 0  1                           ("0 1 2" and "3 4") and the question ("5 6 7"), which reads
+      1  1  1                        everything before it: rows are queries, columns are keys.
+      2  1  1  1
+      3  .  .  .  1
+      4  .  .  .  1  1
+      5  1  1  1  1  1  1
+      6  1  1  1  1  1  1  1
+      7  1  1  1  1  1  1  1  1
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+POSITION_SCHEMES = ('sequential', 'local')
+DROP_MODES = ('lift', 'isolate', 'merge', 'remove')
+
+
+@flax.struct.dataclass
+class BlockLayout:
+  """Per-token facts, each an array [B, T].
+
+  Attributes:
+    doc: int32, which packed document of the row, 1, 2, ... in order; 0 = padding, or a token that was removed.
+    block: int32, index of the block inside its document.
+    position: int32, rotary position.
+    reader: bool, the token's block reads all earlier visible blocks of its document.
+    hidden: bool, the token's block is invisible to every other block.
+    shared: bool, the token's block is visible to every later block.
+    sink: bool, an inserted sink token: attended to, never a target.
+  """
+  doc: Any
+  block: Any
+  position: Any
+  reader: Any
+  hidden: Any
+  shared: Any
+  sink: Any
+
+
+def from_lengths(rows: Sequence[Sequence[Sequence[int]]], length: int, *, shared_first: bool = False,
+                 positions: str = 'sequential') -> BlockLayout:
+  """The layout of packed documents, built on the host.
+
+  Args:
+    rows: for each row of the batch its documents, for each document the lengths of its blocks, in tokens. The last
+      block of every document is a reader.
+    length: T; what the documents leave free is padding at the end of the row.
+    shared_first: the first block of every document of two or more blocks is a shared prefix.
+    positions: 'sequential' or 'local', see `with_positions`.
+
+  Returns:
+    BlockLayout of numpy arrays [len(rows), length].
+
+  Raises:
+    ValueError: a row is longer than `length`, a block is empty, or the position scheme is unknown.
+  """
+  shape = (len(rows), length)
+  ints = {name: np.zeros(shape, np.int32) for name in ('doc', 'block', 'position')}
+  flags = {name: np.zeros(shape, bool) for name in ('reader', 'hidden', 'shared', 'sink')}
+  for b, docs in enumerate(rows):
+    start = 0
+    for d, blocks in enumerate(docs, start=1):
+      for i, size in enumerate(blocks):
+        if size < 1:
+          raise ValueError(f'row {b}, document {d}: block {i} has {size} tokens; drop empty blocks first')
+        stop = start + size
+        if stop > length:
+          raise ValueError(f'row {b} holds {sum(map(sum, docs))} tokens, but T is {length}')
+        ints['doc'][b, start:stop] = d
+        ints['block'][b, start:stop] = i
+        flags['reader'][b, start:stop] = i == len(blocks) - 1
+        flags['shared'][b, start:stop] = shared_first and i == 0 and len(blocks) > 1
+        start = stop
+  layout = with_positions(BlockLayout(**ints, **flags), positions)
+  return jax.tree.map(np.asarray, layout)
+
+
+def may_attend(layout: BlockLayout):
+  """The mask: bool [B, T, S], true where query t may attend to key s. A padding row attends to nothing."""
+  query = lambda x: x[:, :, None]
+  key = lambda x: x[:, None, :]
+  doc, block = layout.doc, layout.block
+  index = jnp.arange(doc.shape[1])
+  same_doc = (query(doc) == key(doc)) & (query(doc) != 0)
+  own_block = query(block) == key(block)
+  reads = query(layout.reader) & ~key(layout.hidden)
+  return (index[None, None, :] <= index[None, :, None]) & same_doc & (own_block | key(layout.shared) | reads)
+
+
+def picture(layout: BlockLayout, row: int = 0) -> str:
+  """The mask of one batch row in characters: '1' where a query (row) sees a key (column), '.' where it does not."""
+  mask = np.asarray(may_attend(jax.tree.map(lambda x: x[row:row + 1], layout)))[0]
+  return '\n'.join(' '.join('1' if seen else '.' for seen in line) for line in mask)
+
+
+def as_one_block(layout: BlockLayout) -> BlockLayout:
+  """The teacher's layout: the same documents, each one block at positions 0, 1, ...: plain causal attention.
+
+  The teacher never sees sinks, so `layout` must be the layout before `insert_sinks`.
+  """
+  nothing = jnp.zeros_like(layout.hidden)
+  one = layout.replace(block=jnp.zeros_like(layout.block), reader=layout.doc != 0, hidden=nothing, shared=nothing)
+  return with_positions(one, 'sequential')
+
+
+def with_positions(layout: BlockLayout, scheme: str) -> BlockLayout:
+  """Numbers the tokens anew.
+
+  'sequential': one count over the document, sinks included. 'local': every context block starts at 0, or right after
+  the shared prefix, as it does in a cache of blocks; a reader starts after the longest block before it, a further
+  reader after the one before. Removed tokens and padding take no position (theirs is 0).
+  """
+  if scheme not in POSITION_SCHEMES:
+    raise ValueError(f'positions={scheme!r}; choose one of {", ".join(POSITION_SCHEMES)}')
+  valid = layout.doc != 0
+  if scheme == 'sequential':
+    position = _rank(valid, layout.doc)
+  else:
+    position = _local_positions(layout, valid)
+  return layout.replace(position=jnp.where(valid, position, 0).astype(jnp.int32))
+
+
+def _rank(member, doc):
+  """How many members of its own document stand before each token: int32 [B, T]."""
+  member = jnp.asarray(member).astype(jnp.int32)
+  before = jnp.cumsum(member, axis=1) - member
+  return before - _running_max(jnp.where(_doc_starts(doc), before, 0))
+
+
+def _doc_starts(doc):
+  """True at the first token of each document (removed tokens inside a document have doc 0)."""
+  seen = _running_max(doc)
+  return doc > jnp.pad(seen, ((0, 0), (1, 0)))[:, :-1]
+
+
+def _running_max(x):
+  return jax.lax.cummax(jnp.asarray(x), axis=1)
+
+
+def _local_positions(layout, valid):
+  doc = jnp.asarray(layout.doc)
+  # Values of an earlier document must not reach a later one: lift each document's values above the last one's.
+  lift = _running_max(doc) * (4 * doc.shape[1])
+  max_so_far = lambda values, where: _running_max(jnp.where(where, values + lift, lift)) - lift
+  offset = offsets(layout)
+  shared, reader = jnp.asarray(layout.shared) & valid, jnp.asarray(layout.reader) & valid
+  prefix = _rank(shared, doc)
+  context = jnp.where(shared, prefix, prefix + offset)
+  # A reader's start is max-plus over the readers before it: each starts after the longest context block so far and
+  # after the previous reader. Subtracting the count of reader tokens turns that into one running maximum.
+  read_before = _rank(reader, doc)
+  longest = max_so_far(context + 1, valid & ~reader)
+  shift = 2 * doc.shape[1]   # keeps the values positive, above the floor that max_so_far fills in
+  start = max_so_far(longest - read_before + shift, reader) - shift
+  return jnp.where(reader, start + read_before, context)
+
+
+def block_starts(layout: BlockLayout):
+  """True at the first remaining token of each block: bool [B, T]."""
+  doc, block = jnp.asarray(layout.doc), jnp.asarray(layout.block)
+  # Blocks are contiguous apart from removed tokens, so a running maximum of (doc, block) finds the first of each.
+  key = jnp.where(doc != 0, doc * (doc.shape[1] + 1) + block + 1, 0)
+  return key > jnp.pad(_running_max(key), ((0, 0), (1, 0)))[:, :-1]
+
+
+def offsets(layout: BlockLayout):
+  """How many remaining tokens of its own block stand before each token: int32 [B, T]."""
+  doc = jnp.asarray(layout.doc)
+  rank = jnp.cumsum(doc != 0, axis=1, dtype=jnp.int32) - 1
+  return rank - _running_max(jnp.where(block_starts(layout), rank, 0))
+
+
+def drop_blocks(layout: BlockLayout, key, *, rate: float, mode: str, positions: str) -> BlockLayout:
+  """Block dropout: with probability `rate`, each context block is changed so that the student learns to live with it.
+
+  Args:
+    layout: before sinks are inserted. Readers and shared blocks are never dropped.
+    key: typed PRNG key.
+    rate: probability per context block, 0 to 1.
+    mode: 'lift': the block becomes a reader and stays visible. 'isolate': it becomes a reader and is hidden from all
+      others, so that what they see stays what inference caches. 'merge': its boundary to the previous block is
+      removed (a document's first block has none and is kept). 'remove': its tokens are taken out of the context.
+    positions: scheme for numbering the tokens of the new layout.
+  """
+  if mode not in DROP_MODES:
+    raise ValueError(f'block dropout mode {mode!r}; choose one of {", ".join(DROP_MODES)}')
+  doc, block = jnp.asarray(layout.doc), jnp.asarray(layout.block)
+  coins = _coin_per_block(layout, key, rate)
+  dropped = coins & (doc != 0) & ~jnp.asarray(layout.reader) & ~jnp.asarray(layout.shared)
+  if mode == 'lift':
+    layout = layout.replace(reader=layout.reader | dropped)
+  elif mode == 'isolate':
+    layout = layout.replace(reader=layout.reader | dropped, hidden=layout.hidden | dropped)
+  elif mode == 'remove':
+    layout = layout.replace(doc=jnp.where(dropped, 0, doc))
+  else:
+    # A boundary vanishes where a dropped block starts behind another context block of its document.
+    starts = block_starts(layout) & dropped & (block > 0)
+    after_shared = jnp.pad(jnp.asarray(layout.shared), ((0, 0), (1, 0)))[:, :-1]
+    layout = layout.replace(block=block - _rank_inclusive(starts & ~after_shared, doc))
+  return with_positions(layout, positions)
+
+
+def _rank_inclusive(member, doc):
+  return _rank(member, doc) + member.astype(jnp.int32)
+
+
+def _coin_per_block(layout, key, rate):
+  """One Bernoulli(rate) draw per block, repeated over its tokens: bool [B, T]."""
+  doc = jnp.asarray(layout.doc)
+  number = jnp.cumsum(block_starts(layout), axis=1) - 1
+  draws = jax.random.bernoulli(key, rate, doc.shape)
+  return jnp.take_along_axis(draws, jnp.clip(number, 0), axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockOptions:
+  """How block mode looks to a model: decided at training, and the same for ever after.
+
+  Attributes:
+    sink_ids: token ids inserted in front of every block but a document's first; their number is the number of sinks.
+    positions: scheme, see `with_positions`.
+    max_blocks: most blocks in a row of packed documents: bounds the room that sinks take.
+  """
+  sink_ids: tuple[int, ...]
+  positions: str
+  max_blocks: int
+
+  def __post_init__(self):
+    if self.positions not in POSITION_SCHEMES:
+      raise ValueError(f'positions={self.positions!r}; choose one of {", ".join(POSITION_SCHEMES)}')
+
+
+def block_mode(tokens, layout: BlockLayout, options: BlockOptions):
+  """Tokens, layout and index of a student's forward pass, see `insert_sinks`."""
+  if not options.sink_ids:
+    index = jnp.broadcast_to(jnp.arange(layout.doc.shape[1], dtype=jnp.int32), layout.doc.shape)
+    return tokens, with_positions(layout, options.positions), index
+  length = padded_length(layout.doc.shape[1], len(options.sink_ids), options.max_blocks)
+  return insert_sinks(tokens, layout, options.sink_ids, length, options.positions)
+
+
+def padded_length(length: int, count: int, max_blocks: int) -> int:
+  """T of the student's rows when every one of at most `max_blocks` blocks gets `count` sinks."""
+  return length + count * max_blocks
+
+
+def insert_sinks(tokens, layout: BlockLayout, sink_ids, length: int, positions: str):
+  """Puts sink tokens in front of every block but the first of each document.
+
+  Args:
+    tokens: int32 [B, T].
+    layout: BlockLayout [B, T] without sinks.
+    sink_ids: the token ids to insert, in order; their number is the number of sinks.
+    length: static length of the result, see `padded_length`. What does not fit is cut off, so the caller bounds the
+      number of blocks per row.
+    positions: scheme for numbering the tokens of the new layout.
+
+  Returns:
+    tokens [B, length], layout [B, length], and `index` int32 [B, T]: where each text token went. `x[index]` along the
+    token axis aligns anything computed on the result with the text tokens.
+  """
+  tokens, doc = jnp.asarray(tokens), jnp.asarray(layout.doc)
+  count = len(sink_ids)
+  rows, old_length = doc.shape
+  starts = block_starts(layout) & ~_doc_starts(doc)
+  index = (jnp.arange(old_length)[None, :] + count * jnp.cumsum(starts, axis=1)).astype(jnp.int32)
+  b = jnp.arange(rows)[:, None]
+  place = lambda old, new: jnp.zeros((rows, length), jnp.asarray(old).dtype).at[b, new].set(old, mode='drop')
+  new_tokens = place(tokens, index)
+  new = {name: place(getattr(layout, name), index) for name in ('doc', 'block', 'reader', 'hidden', 'shared')}
+  is_sink = jnp.zeros((rows, length), bool)
+  for i, sink_id in enumerate(sink_ids):
+    at = jnp.where(starts, index - count + i, length)   # out of range, dropped, where no block starts
+    is_sink = is_sink.at[b, at].set(True, mode='drop')
+    new_tokens = new_tokens.at[b, at].set(sink_id, mode='drop')
+    for name, values in new.items():
+      new[name] = values.at[b, at].set(getattr(layout, name), mode='drop')
+  new_layout = BlockLayout(**new, position=jnp.zeros((rows, length), jnp.int32), sink=is_sink)
+  return new_tokens, with_positions(new_layout, positions), index

@@ -1,0 +1,102 @@
+"""Checkpoints: `<folder>/<step>/{params,opt_state,data,meta}`, each item readable alone.
+
+`params` and `opt_state` are orbax arrays, `data` (where the data stream stands) and `meta` (what the model is) are JSON.
+A step's folder appears under its name only when it is complete, so a run that is killed while it saves finds the step
+before.
+"""
+
+import os
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+ARRAYS = ('params', 'opt_state')
+
+
+def make_manager(folder, *, keep: int = 2, background: bool = True) -> ocp.CheckpointManager:
+  """A manager of the checkpoints in `folder`.
+
+  Args:
+    folder: made if absent.
+    keep: how many of the newest steps stay.
+    background: write while training goes on; `manager.wait_until_finished()` waits for the write.
+  """
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=background, create=True,
+                                         cleanup_tmp_directories=True)
+  return ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
+
+
+def save(manager, step: int, params, opt_state, data: dict, meta: dict):
+  """Saves all four items of a step. A step that stands already is kept as it is."""
+  if step in manager.all_steps():
+    return
+  manager.save(step, args=ocp.args.Composite(
+      params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state),
+      data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)))
+
+
+def restore(manager, step: int, params, opt_state):
+  """Reads a step back.
+
+  Args:
+    params, opt_state: trees of jax.ShapeDtypeStruct with shardings: where and in which dtype the arrays go.
+
+  Returns:
+    (params, opt_state, data, meta).
+  """
+  got = manager.restore(step, args=ocp.args.Composite(
+      params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state),
+      data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()))
+  return got['params'], got['opt_state'], got['data'], got['meta']
+
+
+def save_params(folder, params, meta: dict, step: int = 0):
+  """Writes a checkpoint of parameters alone, as a conversion makes it."""
+  with make_manager(folder, background=False) as manager:
+    manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)))
+
+
+def load_meta(folder, step: int | None = None) -> dict:
+  """The `meta` item of a step, by default of the newest."""
+  with _reader(folder) as manager:
+    return manager.restore(_step_of(manager, folder, step), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
+
+
+def load_params(folder, abstract, step: int | None = None):
+  """The `params` item of a step, by default of the newest.
+
+  Args:
+    abstract: tree of jax.ShapeDtypeStruct (`models.spec.abstract`): shapes must match, dtype and sharding are chosen.
+  """
+  with _reader(folder) as manager:
+    step = _step_of(manager, folder, step)
+    return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))['params']
+
+
+def newest_step(folder) -> int | None:
+  if not os.path.isdir(folder):
+    return None
+  with _reader(folder) as manager:
+    return manager.latest_step()
+
+
+def _reader(folder):
+  if not os.path.isdir(folder):
+    raise FileNotFoundError(f'{folder}: no such checkpoint folder')
+  return ocp.CheckpointManager(pathlib.Path(folder).absolute(),
+                               options=ocp.CheckpointManagerOptions(read_only=True))
+
+
+def _step_of(manager, folder, step):
+  steps = sorted(manager.all_steps())
+  if not steps:
+    raise FileNotFoundError(f'{folder}: holds no complete checkpoint')
+  if step is not None and step not in steps:
+    raise FileNotFoundError(f'{folder}: no checkpoint of step {step}; here are {steps}')
+  return steps[-1] if step is None else step
+
+
+def abstract_like(tree):
+  """The tree's shapes, dtypes and shardings, to restore into."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,239 @@
+"""Examples to tokens.
+
+Every block is tokenised alone, so that its tokens, and with them its cached keys and values, depend on the block alone;
+the response is tokenised apart from the prompt, as it is when a model writes it. The tokenizer adds nothing by itself:
+a beginning-of-text token is put in front of the first block if the tokenizer's own encoding starts with one, an
+end-of-text token behind the response.
+
+Only a chat template's text (`Example.template`) can become special tokens. Everything else is encoded with them
+switched off: "<|im_end|>" in a passage becomes the tokens of these ten characters. What counts as special is the
+tokenizer's own marking ("special": true); added tokens without it, such as Qwen's <think>, are ordinary vocabulary.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from blockattn.data import text as text_lib
+
+TOO_LONG = ('drop', 'cut')
+BOS = ('auto', 'never')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedDoc:
+  """Tokens of one example.
+
+  Attributes:
+    tokens: int32 [n].
+    lengths: tokens of each block, n in all; the last block is the reader: prompt, response and end-of-text.
+    answer: (start, stop) of the response and its end-of-text token in `tokens`.
+    gold: for each block whether it is known to hold the answer; () where nothing is known.
+  """
+  tokens: np.ndarray
+  lengths: tuple[int, ...]
+  answer: tuple[int, int]
+  gold: tuple[bool, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedParts:
+  """Tokens of an example before it is put together: of each context block, the prompt, the response.
+
+  `answer` is how many of the response's tokens are answer; what a chat template writes after the end-of-text token is
+  not. `spare` are the context blocks that may be cut, see `fit`; `gold` those known to hold the answer.
+  """
+  blocks: tuple[list[int], ...]
+  prompt: list[int]
+  response: list[int]
+  answer: int
+  spare: tuple[bool, ...]
+  gold: tuple[bool, ...]
+
+
+def load_tokenizer(name: str | os.PathLike) -> Any:
+  """A transformers fast tokenizer, from a local folder without any network access, or by its name on the hub.
+
+  Raises:
+    FileNotFoundError: `name` is a path, not a hub name, and no such folder with a tokenizer.json exists.
+    ValueError: the tokenizer has no fast version.
+  """
+  import transformers  # slow to import
+  name = os.path.expanduser(os.fspath(name))
+  local = os.path.isdir(name)
+  if not local and (name.startswith(('.', os.sep)) or name.count('/') > 1):
+    raise FileNotFoundError(f'{name}: no such folder; give a folder with a tokenizer.json, or a name on the hub')
+  if local and not os.path.isfile(os.path.join(name, 'tokenizer.json')):
+    raise FileNotFoundError(f'{name}: no tokenizer.json in this folder; save the tokenizer with save_pretrained first')
+  tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+  if not tokenizer.is_fast:
+    raise ValueError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
+  return tokenizer
+
+
+class Encoder:
+  """Encodes texts with a tokenizer, special tokens only where a chat template wrote them.
+
+  Args:
+    tokenizer: a transformers fast tokenizer; copied, so its own state plays no part.
+    bos: 'auto': begin every document with the beginning-of-text token if the tokenizer does so by itself and the chat
+      template has not done it; 'never'.
+
+  Raises:
+    ValueError: no end-of-text token, an unknown `bos`, or a tokenizer that does not give texts back as they are.
+  """
+
+  def __init__(self, tokenizer: Any, *, bos: str = 'auto'):
+    import tokenizers  # not needed by those who only want the types above
+    if bos not in BOS:
+      raise ValueError(f'bos={bos!r}; choose one of {", ".join(BOS)}')
+    if tokenizer.eos_token_id is None:
+      raise ValueError(f'{tokenizer.name_or_path}: no end-of-text token; set eos_token in tokenizer_config.json')
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {'padding': None, 'truncation': None}
+    state = json.dumps(state)
+    self.eos = tokenizer.eos_token_id
+    self.bos = _own_bos(tokenizer) if bos == 'auto' else None
+    # Everything that decides the tokens, and through the chat template the texts.
+    facts = (state, tokenizer.chat_template, sorted(map(str, tokenizer.special_tokens_map.items())), self.bos, self.eos)
+    self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
+    self._plain = tokenizers.Tokenizer.from_str(state)
+    self._plain.encode_special_tokens = True
+    added = self._plain.get_added_tokens_decoder()
+    self._special = {token.content: i for i, token in added.items() if token.special}
+    self._pattern = re.compile('|'.join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r'(?!)')
+    self._check()
+
+  def _check(self):
+    probe = 'a\n\n b "c" <d>.'
+    if self._plain.decode(self._encode_plain([probe])[0], skip_special_tokens=False) != probe:
+      raise ValueError('this tokenizer does not give a text back as it was; use a byte-level one, as Qwen3 and Llama 3')
+    for text, tokens in zip(self._special, self._encode_plain(list(self._special)), strict=True):
+      if self._special[text] in tokens:
+        raise ValueError(f'this tokenizer cannot write the special token {text!r} as plain text; '
+                         'documents that hold these characters would end or begin turns')
+
+  def _encode_plain(self, texts):
+    return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+  def texts(self, texts: Sequence[str], ranges: Sequence[Sequence[tuple[int, int]]] | None = None) -> list[list[int]]:
+    """Token ids of each text; `ranges[i]` are the character ranges of text i where special tokens are read as such."""
+    ranges = ranges or [()] * len(texts)
+    pieces = [self._split(text, where) for text, where in zip(texts, ranges, strict=True)]
+    encoded = iter(self._encode_plain([p for row in pieces for p in row if isinstance(p, str)]))
+    return [[token for p in row for token in (next(encoded) if isinstance(p, str) else (p,))] for row in pieces]
+
+  def _split(self, text, ranges):
+    """The text as plain stretches (str) and special tokens (int)."""
+    pieces, at = [], 0
+    for start, stop in ranges:
+      for match in self._pattern.finditer(text, start, stop):
+        pieces += [text[at:match.start()], self._special[match.group()]]
+        at = match.end()
+    return [piece for piece in [*pieces, text[at:]] if piece != '']
+
+  def parts(self, examples: Sequence[text_lib.Example]) -> list[EncodedParts]:
+    """Encodes a batch of examples, in order."""
+    texts, ranges = [], []
+    for example in examples:
+      own = [*example.blocks, example.prompt, example.response]
+      texts += own
+      ranges += example.template or [()] * len(own)
+    encoded = iter(self.texts(texts, ranges))
+    return [self._finish(example, [next(encoded) for _ in range(len(example.blocks) + 2)]) for example in examples]
+
+  def _finish(self, example, encoded):
+    *blocks, prompt, response = encoded
+    spare = [example.gold is not None and i not in example.gold and not (example.template and example.template[i])
+             for i in range(len(blocks))]
+    first = blocks[0] if blocks else prompt
+    if self.bos is not None and first[:1] != [self.bos]:
+      first.insert(0, self.bos)
+      spare[:1] = [False] * len(spare[:1])   # the block that begins the text stays
+    # A chat template ends the turn itself; ours is the first end-of-text token there, or one that is appended.
+    if self.eos not in response:
+      response.append(self.eos)
+    gold = tuple(example.gold is not None and i in example.gold for i in range(len(blocks)))
+    return EncodedParts(tuple(blocks), prompt, response, response.index(self.eos) + 1, tuple(spare), gold)
+
+  def prompt(self, example: text_lib.Example) -> list[list[int]]:
+    """Token ids of each context block and, last, the prompt: what a model is given to answer. No block is empty."""
+    parts = self.parts([example])[0]
+    return [tokens for tokens in (*parts.blocks, parts.prompt) if tokens]
+
+
+def _own_bos(tokenizer):
+  """The beginning-of-text id if the tokenizer puts it in front of every text by itself, or is configured to."""
+  if tokenizer.bos_token_id is None:
+    return None
+  begins = tokenizer('a')['input_ids'][:1] == [tokenizer.bos_token_id]
+  return tokenizer.bos_token_id if begins or getattr(tokenizer, 'add_bos_token', False) else None
+
+
+def fit(parts: EncodedParts, *, length: int | None = None, max_blocks: int | None = None,
+        too_long: str = 'drop') -> tuple[EncodedDoc | None, str]:
+  """Puts a document together, no longer than `length` tokens and `max_blocks` blocks (None: no bound).
+
+  Args:
+    parts: from `Encoder.parts`.
+    length, max_blocks: bounds; the reader counts as a block.
+    too_long: 'drop' refuses a document over a bound. 'cut' leaves out context blocks, from the last to the first,
+      until it fits: only blocks that hold no gold answer, no text of the chat template and no beginning-of-text token.
+      Where the line does not say which blocks are gold, none can be left out.
+
+  Returns:
+    (the document, 'cut' or ''), or (None, 'too long' or 'too many blocks').
+  """
+  if too_long not in TOO_LONG:
+    raise ValueError(f'too_long={too_long!r}; choose one of {", ".join(TOO_LONG)}')
+  kept = [i for i, tokens in enumerate(parts.blocks) if tokens]   # a normaliser may leave nothing of a block
+  whole = len(kept)
+  room = float('inf') if length is None else length - len(parts.prompt) - len(parts.response)
+  places = float('inf') if max_blocks is None else max_blocks - 1
+  over = lambda: sum(len(parts.blocks[i]) for i in kept) > room or len(kept) > places
+  spare = [i for i in kept if parts.spare[i]] if too_long == 'cut' else []
+  while over() and spare:
+    kept.remove(spare.pop())
+  if over():
+    return None, 'too long' if sum(len(parts.blocks[i]) for i in kept) > room else 'too many blocks'
+  return _doc(kept, parts), 'cut' if len(kept) < whole else ''
+
+
+def _doc(kept, parts):
+  blocks, reader = [parts.blocks[i] for i in kept], parts.prompt + parts.response
+  start = sum(map(len, blocks)) + len(parts.prompt)
+  tokens = np.fromiter((token for block in (*blocks, reader) for token in block), np.int32)
+  return EncodedDoc(tokens, (*map(len, blocks), len(reader)), (start, start + parts.answer),
+                    (*(parts.gold[i] for i in kept), False))
+
+
+def encode_examples(examples: Iterable[text_lib.Example], encoder: Encoder, *, length: int | None = None,
+                    max_blocks: int | None = None, too_long: str = 'drop', report: text_lib.Report | None = None,
+                    batch: int = 256) -> Iterator[EncodedDoc]:
+  """Encodes examples in order, `batch` at a time, leaving out (and counting in `report`) what `fit` refuses."""
+  report = text_lib.Report() if report is None else report
+  for group in _groups(examples, batch):
+    for parts in encoder.parts(group):
+      doc, verdict = fit(parts, length=length, max_blocks=max_blocks, too_long=too_long)
+      if doc is None:
+        report.dropped[verdict] += 1
+        continue
+      report.docs += 1
+      report.cut += verdict == 'cut'
+      yield doc
+
+
+def _groups(items, size):
+  group = []
+  for item in items:
+    group.append(item)
+    if len(group) == size:
+      yield group
+      group = []
+  if group:
+    yield group

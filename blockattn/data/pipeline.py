@@ -1,0 +1,482 @@
+"""From files or the embedded corpus to the batches of one process.
+
+A source is a random-access sequence of packed rows: `FileRows` reads files, `PageRows` the documentation of Python's
+standard library, `Mixture` several sources. `batches` shuffles and batches a source with grain.
+
+The order of rows is one stream: the epochs of the source one after the other, each shuffled with its own seed. Global
+batch n is rows n * batch ... (n + 1) * batch - 1 of the stream, and a process takes its contiguous slice of it. What a
+step trains on is therefore a function of (source, batch, seed, step) alone: it is the same for any number of processes,
+and the state of the iterator is one integer, the next step.
+
+A batch may hold the end of one epoch and the beginning of the next. Rows that are left over at the end of the last
+epoch, fewer than a batch, are dropped, or filled up with rows of padding: see `remainder`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from blockattn.data import encode, packing, stdlib, text as text_lib
+
+REMAINDERS = ('drop', 'pad')
+_FORMAT = 2            # of the cache; part of every key
+_PROBED_PAGES = 64     # pages from which PageRows guesses how many fill a row
+_ARRAYS = {'tokens': np.int32, 'ends': np.int64, 'lengths': np.int32, 'gold': bool, 'block_ends': np.int64,
+           'answers': np.int32}
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOptions:
+  """How files become rows. Everything but `shared_first` and `window` is part of the cache's key.
+
+  Attributes:
+    length: T, tokens of a row and at most of a document.
+    max_blocks: blocks of a row and at most of a document.
+    too_long: 'drop' or 'cut', see `encode.fit`.
+    chat: see `text.read_examples`.
+    template: see `text.read_examples`.
+    bos: see `encode.Encoder`.
+    shared_first: see `packing.pack_row`.
+    window: see `packing.plan_rows`.
+  """
+  length: int
+  max_blocks: int = 384
+  too_long: str = 'drop'
+  chat: bool = False
+  template: text_lib.QuestionTemplate | None = None
+  bos: str = 'auto'
+  shared_first: bool = False
+  window: int = 64
+
+
+class DocStore:
+  """Encoded documents of one file, memory-mapped: a read-only sequence of `EncodedDoc`.
+
+  Attributes:
+    report: of the file's lines.
+    built: whether they were encoded just now, rather than found in the cache.
+  """
+
+  def __init__(self, folder: pathlib.Path, file: str, *, built: bool = False):
+    self.built = built
+    meta = json.loads((folder / 'meta.json').read_text())
+    for name, size in meta['bytes'].items():
+      if (folder / f'{name}.npy').stat().st_size != size:
+        raise ValueError(f'{folder}/{name}.npy is cut off or changed')
+    self.report = text_lib.Report.from_json(meta['report'])
+    # The same bytes may since have got another name.
+    self.report.listed = [dataclasses.replace(bad, file=file) for bad in self.report.listed]
+    self._arrays = {name: np.load(folder / f'{name}.npy', mmap_mode='r' if meta['docs'] else None) for name in _ARRAYS}
+    if any(len(self._arrays[name]) != meta['docs'] for name in ('ends', 'block_ends', 'answers')):
+      raise ValueError(f'{folder}: its arrays disagree')
+
+  def __len__(self):
+    return len(self._arrays['ends'])
+
+  def __getitem__(self, i: int) -> encode.EncodedDoc:
+    start, block_start = (int(self._arrays[name][i - 1]) if i else 0 for name in ('ends', 'block_ends'))
+    stop, block_stop = int(self._arrays['ends'][i]), int(self._arrays['block_ends'][i])
+    return encode.EncodedDoc(np.asarray(self._arrays['tokens'][start:stop]),
+                             tuple(self._arrays['lengths'][block_start:block_stop].tolist()),
+                             tuple(self._arrays['answers'][i].tolist()),
+                             tuple(self._arrays['gold'][block_start:block_stop].tolist()))
+
+  @functools.cached_property
+  def sizes(self) -> np.ndarray:
+    """Tokens of each document."""
+    return np.diff(self._arrays['ends'], prepend=0)
+
+  @functools.cached_property
+  def counts(self) -> np.ndarray:
+    """Blocks of each document."""
+    return np.diff(self._arrays['block_ends'], prepend=0)
+
+  @property
+  def block_lengths(self) -> np.ndarray:
+    """Tokens of each block of every document."""
+    return self._arrays['lengths']
+
+
+class _Growing:
+  """A .npy file that is appended to. numpy pads the header so that the first axis can grow in place."""
+
+  def __init__(self, path, dtype, row=()):
+    self._file, self._dtype, self._row, self._count = open(path, 'wb'), np.dtype(dtype), row, 0
+    self._header()
+
+  def _header(self):
+    np.lib.format.write_array_header_1_0(self._file, {
+        'descr': np.lib.format.dtype_to_descr(self._dtype), 'fortran_order': False, 'shape': (self._count, *self._row)})
+
+  def append(self, rows):
+    rows = np.asarray(rows, self._dtype)
+    self._file.write(rows.tobytes())
+    self._count += len(rows)
+
+  def close(self):
+    self._file.seek(0)
+    self._header()
+    self._file.seek(0, os.SEEK_END)
+    size = self._file.tell()
+    self._file.close()
+    return size
+
+
+def _write_store(docs, report, folder):
+  files = {name: _Growing(folder / f'{name}.npy', dtype, (2,) if name == 'answers' else ())
+           for name, dtype in _ARRAYS.items()}
+  end = block_end = count = 0
+  for doc in docs:
+    end, block_end, count = end + len(doc.tokens), block_end + len(doc.lengths), count + 1
+    for name, rows in (('tokens', doc.tokens), ('ends', [end]), ('lengths', doc.lengths), ('gold', doc.gold or (False,) * len(doc.lengths)),
+                       ('block_ends', [block_end]), ('answers', [doc.answer])):
+      files[name].append(rows)
+  sizes = {name: file.close() for name, file in files.items()}
+  (folder / 'meta.json').write_text(json.dumps({'docs': count, 'bytes': sizes, 'report': report.to_json()}))
+
+
+def store_key(file: str, encoder_print: str, options: FileOptions) -> str:
+  """The cache's key: a hash of the file's bytes and compression, the tokenizer and the options."""
+  with open(file, 'rb') as stream:
+    content = hashlib.file_digest(stream, 'sha256').hexdigest()
+  decisive = dataclasses.replace(options, shared_first=False, window=0)
+  facts = (_FORMAT, file.endswith('.gz'), content, encoder_print, decisive)
+  return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+
+
+def open_store(file: str, tokenizer: Any, encoder: encode.Encoder, options: FileOptions, cache: str | os.PathLike, *,
+               strict: bool = False, progress: Callable[[str, int], None] | None = None) -> DocStore:
+  """The encoded documents of a file, from the cache if it has them, else encoded and put there.
+
+  The store is written under another name and renamed when it is whole; of several processes that write the same one,
+  the first wins. A store that is damaged is written anew.
+
+  Raises:
+    text.BadLineError: `strict`, and the file has a malformed line.
+  """
+  folder = pathlib.Path(cache) / store_key(file, encoder.fingerprint, options)
+  store = _load_store(folder, file)
+  if store is None:
+    _build_store(folder, file, tokenizer, encoder, options, strict, progress)
+    store = DocStore(folder, file, built=True)
+  if strict and store.report.listed:
+    raise text_lib.BadLineError(store.report.listed[0])
+  return store
+
+
+def _load_store(folder, file):
+  if not folder.exists():
+    return None
+  try:
+    return DocStore(folder, file)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    _log.warning('cached documents are damaged (%s); encoding them anew', error)
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _build_store(folder, file, tokenizer, encoder, options, strict, progress):
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  report = text_lib.Report()
+  examples = text_lib.read_examples(file, report=report, strict=strict, chat=options.chat, template=options.template,
+                                    tokenizer=tokenizer, progress=progress)
+  docs = encode.encode_examples(examples, encoder, length=options.length, max_blocks=options.max_blocks,
+                                too_long=options.too_long, report=report)
+  work = pathlib.Path(tempfile.mkdtemp(prefix=f'{folder.name}.tmp-', dir=folder.parent))
+  try:
+    _write_store(docs, report, work)
+    try:
+      os.rename(work, folder)
+    except OSError:
+      if not folder.exists():
+        raise
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+class FileRows:
+  """Packed rows of files: a source.
+
+  Args:
+    files: see `text.find_files`.
+    tokenizer: from `encode.load_tokenizer`.
+    options: `FileOptions`.
+    cache: folder for encoded documents, made if absent. Each file is cached on its own.
+    strict: raise at the first malformed line.
+    progress: called with (file, bytes of it read so far) while a file is encoded.
+
+  Attributes:
+    files, stores: the files in order, and their `DocStore`s.
+    report: the files' reports added up.
+    plan: for each row the numbers of its documents.
+
+  Raises:
+    text.BadLineError: `strict` and a line is malformed.
+    ValueError: not one document is left.
+  """
+
+  def __init__(self, files: str | Sequence[str], tokenizer: Any, options: FileOptions, cache: str | os.PathLike, *,
+               strict: bool = False, progress: Callable[[str, int], None] | None = None,
+               encoder: encode.Encoder | None = None):
+    encoder = encoder or encode.Encoder(tokenizer, bos=options.bos)
+    self.options = options
+    self.length = options.length
+    self.files = text_lib.find_files(files)
+    self.stores = [open_store(file, tokenizer, encoder, options, cache, strict=strict, progress=progress)
+                   for file in self.files]
+    self.report = sum((store.report for store in self.stores), text_lib.Report())
+    self.sizes = np.concatenate([store.sizes for store in self.stores])
+    if not len(self.sizes):
+      raise ValueError(f'{", ".join(self.files)}: no document to train on\n{self.report.summary()}')
+    self._starts = np.cumsum([0, *map(len, self.stores)])
+    counts = np.concatenate([store.counts for store in self.stores])
+    self.plan = packing.plan_rows(self.sizes, counts, length=options.length, max_blocks=options.max_blocks,
+                                  window=options.window)
+
+  def __len__(self):
+    return len(self.plan)
+
+  def doc(self, i: int) -> encode.EncodedDoc:
+    """Document i, counted over all files."""
+    store = int(np.searchsorted(self._starts, i, side='right')) - 1
+    return self.stores[store][i - int(self._starts[store])]
+
+  def __getitem__(self, row: int) -> dict:
+    docs = [self.doc(i) for i in self.plan[row]]
+    return packing.pack_row(docs, self.length, shared_first=self.options.shared_first)
+
+
+class PageRows:
+  """Packed rows of pages of the embedded corpus: a source.
+
+  Row i draws the pages i * K ... i * K + K - 1 and packs, in order, those that still fit; K is a little more than
+  fills a row. A row depends on its number and the arguments alone.
+
+  Args:
+    containers: tuple of `stdlib.Container`.
+    style: `stdlib.PageStyle`.
+    tokenizer: from `encode.load_tokenizer`.
+    length: T.
+    max_blocks: blocks of a row.
+    rows: rows of an epoch. There is no end of pages; a training run asks for as many rows as it needs.
+    first_page: number of row 0's first page; different ranges of one corpus are different questions.
+    pages_per_row: K; None to guess it from some pages' lengths.
+    shared_first: see `packing.pack_row`.
+
+  Raises:
+    ValueError: the row is so short, or the bound on blocks so low, that no page fits.
+  """
+
+  def __init__(self, containers: Sequence[stdlib.Container], style: stdlib.PageStyle, tokenizer: Any, *, length: int,
+               max_blocks: int = 384, rows: int = 1_000_000, first_page: int = 0, pages_per_row: int | None = None,
+               shared_first: bool = False, encoder: encode.Encoder | None = None):
+    self.length, self.max_blocks, self.shared_first = length, max_blocks, shared_first
+    self._containers, self._style, self._rows, self._first = tuple(containers), style, rows, first_page
+    self._encoder = encoder or encode.Encoder(tokenizer)
+    self.pages_per_row = pages_per_row or self._guess()
+
+  def _guess(self):
+    docs = self.pages(range(self._first, self._first + _PROBED_PAGES))
+    fitting = [doc for doc in docs if len(doc.tokens) <= self.length and len(doc.lengths) <= self.max_blocks]
+    if not fitting:
+      shortest = min(docs, key=lambda doc: len(doc.tokens))
+      raise ValueError(f'no page fits into a row of {self.length} tokens and {self.max_blocks} blocks: the shortest of '
+                       f'{len(docs)} has {len(shortest.tokens)} tokens in {len(shortest.lengths)} blocks; make rows '
+                       'longer, or pages shorter (PageStyle.members, doc_chars)')
+    by_tokens = self.length / np.mean([len(doc.tokens) for doc in fitting])
+    by_blocks = self.max_blocks / np.mean([len(doc.lengths) for doc in fitting])
+    return int(1.2 * min(by_tokens, by_blocks) * len(docs) / len(fitting)) + 2
+
+  def pages(self, numbers: Sequence[int]) -> list[encode.EncodedDoc]:
+    """The encoded pages of these numbers."""
+    drawn = [self.example(i) for i in numbers]
+    return [encode.fit(parts)[0] for parts in self._encoder.parts(drawn)]
+
+  def example(self, number: int) -> text_lib.Example:
+    """Page `number` as text."""
+    page = stdlib.make_page(number, self._containers, self._style)
+    return text_lib.Example(tuple(page['blocks']), page['prompt'], page['response'], page['id'],
+                            (page['response'].strip(),), tuple(page['gold']))
+
+  def __len__(self):
+    return self._rows
+
+  def __getitem__(self, row: int) -> dict:
+    return packing.pack_row(self.docs(row), self.length, shared_first=self.shared_first)
+
+  def docs(self, row: int) -> list[encode.EncodedDoc]:
+    """The documents of a row."""
+    first = self._first + int(row) * self.pages_per_row
+    room, places, chosen = self.length, self.max_blocks, []
+    for doc in self.pages(range(first, first + self.pages_per_row)):
+      if len(doc.tokens) <= room and len(doc.lengths) <= places:
+        room, places = room - len(doc.tokens), places - len(doc.lengths)
+        chosen.append(doc)
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Rows of several sources in proportion to `weights`, each source shuffled and repeated on its own.
+
+  The weights are shares of rows, kept at every point of the stream. A mixture has no epochs and no length.
+  """
+  sources: tuple[Any, ...]
+  weights: tuple[float, ...]
+
+  def __post_init__(self):
+    if len(self.sources) != len(self.weights) or not self.sources or min(self.weights) <= 0:
+      raise ValueError(f'{len(self.sources)} sources with weights {self.weights}: give every source a positive weight, '
+                       'and leave out those that are not wanted')
+    if len({source.length for source in self.sources}) > 1:
+      raise ValueError(f'sources of rows of different lengths {[s.length for s in self.sources]}; use one length')
+
+  @property
+  def length(self) -> int:
+    return self.sources[0].length
+
+
+class Batches(Iterator):
+  """The batches of one process, from `batches`. The state is one integer, the next step."""
+
+  def __init__(self, dataset, start_step):
+    self._iterator = iter(dataset)
+    self.set_state({'next_step': start_step})
+
+  def __next__(self) -> dict:
+    batch = next(self._iterator)
+    self._step += 1
+    return batch
+
+  def get_state(self) -> dict[str, int]:
+    """{'next_step': the step whose batch `next` gives}."""
+    return {'next_step': self._step}
+
+  def set_state(self, state: dict[str, int]):
+    """Goes to a step, forwards or backwards; nothing is read on the way."""
+    step = state['next_step'] if isinstance(state, dict) and set(state) == {'next_step'} else None
+    if type(step) is not int or step < 0:
+      raise ValueError(f"the state of the data is {{'next_step': an integer from 0}}, not {state!r}")
+    try:
+      self._iterator.set_state({'next_index': step})
+    except IndexError as error:
+      raise ValueError(f'step {step} is behind the last batch; train for more epochs') from error
+    self._step = step
+
+  def close(self):
+    """Ends the thread that reads ahead."""
+    self._iterator.close()
+
+
+def batches(source: Any, *, batch: int, seed: int, process_index: int = 0, process_count: int = 1, start_step: int = 0,
+            epochs: int | None = None, shuffle: bool = True, remainder: str = 'drop', prefetch: int = 2) -> Batches:
+  """The batches that one process sees.
+
+  Args:
+    source: `FileRows`, `PageRows`, `Mixture`, or any random-access source of rows with `length`.
+    batch: rows of the global batch, B.
+    seed: of the shuffling, 0 to 2**32 - 1.
+    process_index, process_count: the process takes rows [index * B / count, (index + 1) * B / count) of each global
+      batch.
+    start_step: the first step.
+    epochs: how often the source is gone through; None: without end.
+    shuffle: every epoch in another order; False: in the source's.
+    remainder: what becomes of the rows, fewer than a batch, at the end of the last epoch: 'drop', or 'pad' with rows of
+      padding (document 0, no target), so that an evaluation sees every row once.
+    prefetch: batches that a thread prepares ahead; 0: none, no thread.
+
+  Returns:
+    Iterator of batches: dicts of numpy arrays as from `packing.pack_row`, with a leading axis of B / count rows.
+
+  Raises:
+    ValueError: the arguments do not go together.
+  """
+  if remainder not in REMAINDERS:
+    raise ValueError(f'remainder={remainder!r}; choose one of {", ".join(REMAINDERS)}')
+  if not 0 <= process_index < process_count or batch < 1 or batch % process_count:
+    raise ValueError(f'a batch of {batch} rows over {process_count} processes (this is {process_index}): the batch '
+                     'must be a multiple of the number of processes, and the index below it')
+  rows = _stream(source, seed, epochs, shuffle)
+  per_process = batch // process_count
+  if epochs is None:
+    steps = np.iinfo(np.int64).max // batch
+  else:
+    steps = len(rows) // batch if remainder == 'drop' else -(-len(rows) // batch)
+  if steps == 0:
+    raise ValueError(f'{len(rows)} rows are less than one batch of {batch}: use a smaller batch, more epochs, or '
+                     "remainder='pad'")
+  padding = functools.partial(packing.pack_row, (), source.length)
+
+  def step_batch(step):
+    first = step * batch + process_index * per_process
+    return _stack([rows[i] if i < len(rows) else padding() for i in range(first, first + per_process)])
+
+  options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
+  return Batches(grain.MapDataset.range(steps).map(step_batch).to_iter_dataset(options), start_step)
+
+
+def _stack(rows):
+  return grain.experimental.batch_and_pad(rows, batch_size=len(rows))
+
+
+def _stream(source, seed, epochs, shuffle):
+  """The rows of all epochs, in order, as a grain dataset."""
+  if isinstance(source, Mixture):
+    if epochs is not None:
+      raise ValueError('a mixture has no epochs: leave epochs None and bound the steps')
+    # Seeds far apart: grain shuffles epoch e with seed + e, and two sources must not share an order.
+    seeds = np.random.SeedSequence(seed).generate_state(len(source.sources))
+    parts = [_stream(part, int(s), None, shuffle) for part, s in zip(source.sources, seeds, strict=True)]
+    return grain.MapDataset.mix(parts, list(source.weights))
+  if len(source) == 0:
+    raise ValueError('the source has no rows')
+  rows = grain.MapDataset.source(source)
+  if shuffle:
+    rows = rows.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
+  return rows.repeat(epochs)
+
+
+def describe(source: Any, *, rows: int = 32) -> dict:
+  """Statistics of a source.
+
+  Args:
+    source: `FileRows` (exact), `PageRows` (estimated from its first rows) or `Mixture`.
+    rows: how many rows of a `PageRows` are looked at.
+
+  Returns:
+    docs, tokens, rows, padding (share of all tokens), blocks_per_doc (mean), block_tokens and doc_tokens (quantiles by
+    name: min, p10, p50, p90, max), and for files lines, examples, cut, and the counters bad and dropped by reason. For
+    a mixture a list under 'sources' and the 'weights'.
+  """
+  if isinstance(source, Mixture):
+    return {'sources': [describe(part, rows=rows) for part in source.sources], 'weights': list(source.weights)}
+  if isinstance(source, FileRows):
+    report = source.report
+    lengths = np.concatenate([store.block_lengths for store in source.stores])
+    extra = {'lines': report.lines, 'examples': report.examples, 'cut': report.cut, 'bad': dict(report.bad),
+             'dropped': dict(report.dropped)}
+    return _statistics(source.sizes, lengths, len(source), source.length) | extra
+  docs = [doc for row in range(min(rows, len(source))) for doc in source.docs(row)]
+  return _statistics([len(doc.tokens) for doc in docs], [n for doc in docs for n in doc.lengths],
+                     min(rows, len(source)), source.length)
+
+
+def _statistics(sizes, lengths, rows, length):
+  quantiles = lambda x: dict(zip(('min', 'p10', 'p50', 'p90', 'max'),
+                                 np.quantile(x, (0, .1, .5, .9, 1)).round().astype(int).tolist(), strict=True))
+  tokens = int(np.sum(sizes))
+  return {'docs': len(sizes), 'tokens': tokens, 'rows': rows, 'padding': 1 - tokens / (rows * length),
+          'blocks_per_doc': len(lengths) / len(sizes), 'block_tokens': quantiles(lengths),
+          'doc_tokens': quantiles(sizes)}

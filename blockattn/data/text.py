@@ -1,0 +1,529 @@
+"""Prompts as documents: reading JSON lines into examples of blocks, prompt and response.
+
+A line is one of three forms, recognised by its keys:
+
+  {"passages": [{"title", "text"}, ...], "question", "answers": [...]}   every passage is a block; the first answer is
+                                                                         trained on, all are kept for evaluation
+  {"blocks": [...], "prompt", "response"}                                taken as it stands
+  {"messages": [{"role", "content"}, ...]}                               a chat; the last assistant message is the
+                                                                         response, every message before it a block
+
+The first two may hold "answers" (accepted strings) and "gold" (indices of the blocks that hold the answer), every line
+an "id"; other keys are ignored. Of a chat, the prompt starts at the last user message before the response; messages
+after the response have no answer and are left out.
+
+Text that a chat template writes is told apart from text that somebody wrote (`Example.template`): only the former may
+turn into special tokens, so a passage that holds the characters "<|im_end|>" cannot end a turn.
+
+Reasons for which a line is refused, each counted on its own: 'bad JSON', 'invalid UTF-8', 'NUL character', 'not an
+object', 'unknown form', 'missing key', 'wrong type', 'empty text', 'empty answers', 'empty blocks', 'bad gold',
+'unknown role', 'no assistant message', 'no user message', 'tool calls', 'chat template'.
+"""
+
+import collections
+import dataclasses
+import glob
+import gzip
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+SUFFIXES = ('.jsonl', '.jsonl.gz')
+ROLES = ('system', 'user', 'assistant')
+LISTED = 100           # malformed lines a report lists; the rest are counted only
+_OPEN, _CLOSE = '\ue000', '\ue001'   # private-use characters around the number of a message in a marked rendering
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """A prompt with its answer.
+
+  Attributes:
+    blocks: texts of the context blocks.
+    prompt: text of the last block before the answer.
+    response: the answer, trained on.
+    id: from the line, else 'file:line'.
+    answers: accepted strings, for evaluation.
+    gold: indices of the context blocks that hold the answer; None if the line does not say.
+    template: for each context block, the prompt and the response the (start, stop) character ranges that a chat
+      template wrote. () if none did.
+  """
+  blocks: tuple[str, ...]
+  prompt: str
+  response: str
+  id: str
+  answers: tuple[str, ...] = ()
+  gold: tuple[int, ...] | None = None
+  template: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class QuestionTemplate:
+  """How the passages form becomes text: `str.format` strings over {title}, {text}, {question}, {answer}."""
+  passage: str = '{title}\n{text}\n\n'
+  untitled: str = '{text}\n\n'
+  question: str = 'Question: {question}\nAnswer:'
+  response: str = ' {answer}'
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      try:
+        getattr(self, field.name).format(title='', text='', question='', answer='')
+      except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f'question template {field.name!r}: {error!r}; use {{title}}, {{text}}, {{question}} or '
+                         '{answer}, and double any other brace') from error
+
+
+PLAIN = QuestionTemplate()
+CHAT = QuestionTemplate(question='Answer with a few words from the passages above.\n\nQuestion: {question}',
+                        response='{answer}')
+
+
+@dataclasses.dataclass(frozen=True)
+class BadLine:
+  file: str
+  line: int        # from 1
+  reason: str      # one of the reasons in the module's docstring
+  detail: str = ''
+
+  def __str__(self):
+    return f'{self.file}:{self.line}: {self.reason}' + (f': {self.detail}' if self.detail else '')
+
+
+class BadLineError(ValueError):
+  """The first malformed line of a strict reading; its message is 'file:line: reason: detail'."""
+
+  def __init__(self, bad: BadLine):
+    super().__init__(f'{bad}; correct the line, or read without strict to leave it out')
+    self.bad = bad
+
+
+class Malformed(ValueError):
+  """A line that is no example; `read_examples` turns it into a BadLine."""
+
+  def __init__(self, reason: str, detail: str = ''):
+    super().__init__(f'{reason}: {detail}')
+    self.reason = reason
+    self.detail = detail.encode(errors='backslashreplace').decode()   # a quoted half surrogate could not be printed
+
+
+@dataclasses.dataclass
+class Report:
+  """What became of the lines: lines == examples + sum(bad.values()), examples == docs + sum(dropped.values()).
+
+  Attributes:
+    lines: non-empty lines read.
+    examples: well-formed ones.
+    bad: malformed lines by reason.
+    listed: the first LISTED malformed lines.
+    docs: examples that were encoded and kept.
+    dropped: examples that were not, by reason ('too long', 'too many blocks').
+    cut: kept examples that lost context blocks to fit.
+  """
+  lines: int = 0
+  examples: int = 0
+  bad: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  listed: list[BadLine] = dataclasses.field(default_factory=list)
+  docs: int = 0
+  dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  cut: int = 0
+
+  def add_bad(self, bad: BadLine):
+    self.bad[bad.reason] += 1
+    if len(self.listed) < LISTED:
+      self.listed.append(bad)
+
+  def __add__(self, other: 'Report') -> 'Report':
+    return Report(self.lines + other.lines, self.examples + other.examples, self.bad + other.bad,
+                  (self.listed + other.listed)[:LISTED], self.docs + other.docs, self.dropped + other.dropped,
+                  self.cut + other.cut)
+
+  def to_json(self) -> dict:
+    return {**dataclasses.asdict(self), 'bad': dict(self.bad), 'dropped': dict(self.dropped)}
+
+  @classmethod
+  def from_json(cls, values: dict) -> 'Report':
+    return cls(**{**values, 'bad': collections.Counter(values['bad']),
+                  'dropped': collections.Counter(values['dropped']),
+                  'listed': [BadLine(**bad) for bad in values['listed']]})
+
+  def summary(self) -> str:
+    """Several lines for a log: counts by reason, then the listed lines."""
+    counts = ', '.join(f'{count} {reason}' for reason, count in (self.bad + self.dropped).most_common())
+    head = f'{self.lines} lines, {self.examples} examples, {self.docs} docs'
+    return '\n'.join([f'{head}; left out: {counts}' if counts else head, *map(str, self.listed)])
+
+
+def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[str]:
+  """The files that paths, folders (all .jsonl and .jsonl.gz below) and globs name, each once, in sorted order each.
+
+  Raises:
+    FileNotFoundError: a pattern names nothing.
+    ValueError: a file is neither .jsonl nor .jsonl.gz.
+  """
+  if isinstance(patterns, str | pathlib.Path):
+    patterns = [patterns]
+  files = {}
+  for pattern in map(str, patterns):
+    path = pathlib.Path(pattern).expanduser()
+    if path.is_dir():
+      found = sorted(str(p) for p in path.rglob('*') if p.name.endswith(SUFFIXES) and p.is_file())
+    elif path.is_file():
+      found = [str(path)]
+    else:
+      found = sorted(p for p in glob.glob(str(path), recursive=True) if pathlib.Path(p).is_file())
+    if not found:
+      raise FileNotFoundError(f'{pattern}: no {" or ".join(SUFFIXES)} file here; give a file, a folder or a glob')
+    files.update(dict.fromkeys(found))
+  for file in files:
+    if not file.endswith(SUFFIXES):
+      raise ValueError(f'{file}: not a JSON lines file; its name must end in {" or ".join(SUFFIXES)}')
+  return list(files)
+
+
+def read_examples(files: str | pathlib.Path | Sequence[str | pathlib.Path], *, report: Report | None = None,
+                  strict: bool = False, chat: bool = False, template: QuestionTemplate | None = None,
+                  tokenizer: Any = None, progress: Callable[[str, int], None] | None = None) -> Iterator[Example]:
+  """Reads examples, file by file, line by line.
+
+  Args:
+    files: see `find_files`.
+    report: counts lines, examples and malformed lines as they are read.
+    strict: raise at the first malformed line instead of counting it.
+    chat: wrap blocks and prompt of the first two forms into one user turn of the tokenizer's chat template.
+    template: texts of the passages form; None: CHAT with `chat`, else PLAIN.
+    tokenizer: a transformers tokenizer with a chat template; needed for `chat` and for lines with messages.
+    progress: called with (file, bytes of it read so far).
+
+  Raises:
+    BadLineError: a malformed line, if `strict`.
+    ValueError: a chat template is needed and there is none, or a file's compression is damaged.
+  """
+  if chat:
+    _need_chat_template(tokenizer, 'chat=True')
+  template = template or (CHAT if chat else PLAIN)
+  report = Report() if report is None else report
+  for file in find_files(files):
+    for number, line in _lines(file, progress):
+      report.lines += 1
+      try:
+        example = parse_line(line, where=f'{file}:{number}', chat=chat, template=template, tokenizer=tokenizer)
+      except Malformed as error:
+        bad = BadLine(file, number, error.reason, error.detail)
+        if strict:
+          raise BadLineError(bad) from error
+        report.add_bad(bad)
+        continue
+      report.examples += 1
+      yield example
+
+
+def _lines(file, progress):
+  """(number from 1, bytes) of every line that is not blank."""
+  with open(file, 'rb') as raw:
+    stream = gzip.GzipFile(fileobj=raw) if file.endswith('.gz') else raw
+    try:
+      for number, line in enumerate(stream, start=1):
+        if number == 1:
+          line = line.removeprefix(b'\xef\xbb\xbf')   # the byte order mark that some editors write
+        if progress and number % 64 == 0:
+          progress(file, raw.tell())
+        if line.strip():
+          yield number, line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+      raise ValueError(f'{file}: its compressed data is damaged or cut off ({error}); fetch the file again') from error
+
+
+def parse_line(line: bytes | str, *, where: str, chat: bool = False, template: QuestionTemplate = PLAIN,
+               tokenizer: Any = None) -> Example:
+  """One line as an example.
+
+  Args:
+    line: a JSON object.
+    where: 'file:line', the id of a line that has none.
+    chat, template, tokenizer: as in `read_examples`.
+
+  Raises:
+    Malformed: the line is no example.
+    ValueError: a chat template is needed and there is none.
+  """
+  record = _load(line)
+  forms = [form for form in ('passages', 'blocks', 'messages') if form in record]
+  if len(forms) != 1:
+    raise Malformed('unknown form', 'a line has exactly one of the keys "passages", "blocks", "messages"'
+                    + (f', not {forms}' if forms else f'; it has {sorted(record)[:8]}'))
+  name = record.get('id')
+  name = str(name) if isinstance(name, str | int) and str(name).strip() else where
+  _check_text(name, 'id')
+  if forms == ['messages']:
+    return _from_messages(record, name, tokenizer)
+  example = _from_passages(record, name, template) if forms == ['passages'] else _from_blocks(record, name)
+  return wrap_in_turn(example, tokenizer) if chat else example
+
+
+def _load(line):
+  try:
+    text = line.decode() if isinstance(line, bytes) else line
+  except UnicodeDecodeError as error:
+    raise Malformed('invalid UTF-8', f'byte {error.start} of the line') from error
+  if '\0' in text:
+    raise Malformed('NUL character', f'character {text.index(chr(0))} of the line')
+  try:
+    record = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise Malformed('bad JSON', str(error)[:200]) from error
+  if not isinstance(record, dict):
+    raise Malformed('not an object', f'a {type(record).__name__}')
+  return record
+
+
+def _get(record, key, kind, what=None):
+  what = what or f'"{key}"'
+  if key not in record:
+    raise Malformed('missing key', what)
+  if not isinstance(record[key], kind):
+    raise Malformed('wrong type', f'{what} is {type(record[key]).__name__}, not {kind.__name__}')
+  return record[key]
+
+
+def _check_text(value, what, empty=None):
+  """The value if it is text that a tokenizer can take; `empty` is the reason to give if it is blank."""
+  if not isinstance(value, str):
+    raise Malformed('wrong type', f'{what} is {type(value).__name__}, not str')
+  if '\0' in value:
+    raise Malformed('NUL character', what)
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:   # half of a surrogate pair, written as an escape
+    raise Malformed('invalid UTF-8', f'{what}, character {error.start}') from error
+  if empty and not value.strip():
+    raise Malformed(empty, what)
+  return value
+
+
+def _text(record, key, what=None, empty='empty text'):
+  return _check_text(_get(record, key, str, what), what or f'"{key}"', empty)
+
+
+def _answers(record):
+  answers = _get(record, 'answers', list)
+  if not answers:
+    raise Malformed('empty answers', 'the list is empty')
+  return tuple(_check_text(answer, f'"answers"[{i}]', 'empty answers') for i, answer in enumerate(answers))
+
+
+def _gold(record, count):
+  if record.get('gold') is None:
+    return None
+  gold = record['gold']
+  if not isinstance(gold, list) or any(type(i) is not int or not 0 <= i < count for i in gold):
+    raise Malformed('bad gold', f'"gold" must list indices below {count}, not {str(gold)[:80]}')
+  return tuple(sorted(set(gold)))
+
+
+def _from_passages(record, name, template):
+  passages = _get(record, 'passages', list)
+  if not passages:
+    raise Malformed('empty blocks', '"passages" is empty')
+  blocks = []
+  for i, passage in enumerate(passages):
+    if not isinstance(passage, dict):
+      raise Malformed('wrong type', f'"passages"[{i}] is {type(passage).__name__}, not dict')
+    title = _text(passage, 'title', f'"passages"[{i}]["title"]', empty=None)
+    text = _text(passage, 'text', f'"passages"[{i}]["text"]', empty='empty blocks')
+    blocks.append((template.passage if title.strip() else template.untitled).format(title=title, text=text))
+  question = _text(record, 'question')
+  answers = _answers(record)
+  return Example(tuple(blocks), template.question.format(question=question),
+                 template.response.format(answer=answers[0]), name, answers, _gold(record, len(blocks)))
+
+
+def _from_blocks(record, name):
+  blocks = _get(record, 'blocks', list)
+  if not blocks:
+    raise Malformed('empty blocks', '"blocks" is empty')
+  for i, block in enumerate(blocks):
+    _check_text(block, f'"blocks"[{i}]', 'empty blocks')
+  response = _text(record, 'response', empty='empty answers')
+  answers = _answers(record) if 'answers' in record else (response.strip(),)
+  return Example(tuple(blocks), _text(record, 'prompt'), response, name, answers, _gold(record, len(blocks)))
+
+
+# Chat templates. A template is a program over the messages, so what it writes around a message can only be found by
+# running it: once on the messages, once on markers in their place. The marked rendering, split at its markers, is the
+# text of the template; the true rendering must then be this text with the contents in between, or the line is refused.
+
+
+def _need_chat_template(tokenizer, what):
+  if tokenizer is None or not tokenizer.chat_template:
+    raise ValueError(f'{what} needs a tokenizer with a chat template; use the tokenizer of an instruction-tuned model, '
+                     'or put a chat_template.jinja into its folder')
+
+
+def _render(tokenizer, messages, generation):
+  try:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+  except Exception as error:   # a template raises what it likes: jinja2 errors, TypeErrors, its own refusals
+    raise Malformed('chat template', str(error)[:200]) from error
+
+
+def split_rendering(messages: Sequence[dict[str, str]], tokenizer: Any, *, generation: bool = False):
+  """Renders a chat and tells the template's text from the contents.
+
+  Args:
+    messages: {'role', 'content'}, also 'reasoning_content' for templates that know it.
+    tokenizer: a transformers tokenizer with a chat template.
+    generation: end with the generation prompt.
+
+  Returns:
+    (pieces, owners): template and content texts in turn, template first and last, which joined are the rendering byte
+    for byte; and for each content piece the index of its message.
+
+  Raises:
+    Malformed: the template refuses the messages, or changes their contents by more than white space at the ends.
+  """
+  rendering = _render(tokenizer, messages, generation)
+  for variant in (messages, _apart_from_thoughts(messages)):
+    found = _align(variant, rendering, tokenizer, generation)
+    if found:
+      return found
+  raise Malformed('chat template', 'it rewrites the contents of the messages, so that they cannot be told from its own')
+
+
+def _apart_from_thoughts(messages):
+  """Contents with <think> ... </think> as two keys, which is what templates that know thoughts make of them."""
+  apart = []
+  for message in messages:
+    thoughts, end, content = message['content'].partition('</think>')
+    if end and message['role'] == 'assistant':
+      message = {**message, 'content': content, 'reasoning_content': thoughts.split('<think>')[-1]}
+    apart.append(message)
+  return apart
+
+
+def _align(messages, rendering, tokenizer, generation):
+  """The result of `split_rendering`, or None if the rendering is not the template's text around the contents."""
+  slots = [(i, key) for i, message in enumerate(messages) for key in ('reasoning_content', 'content') if key in message]
+  marked = [dict(message) for message in messages]
+  for n, (i, key) in enumerate(slots):
+    marked[i][key] = f'{_OPEN}{n}{_CLOSE}'
+  parts = re.split(f'{_OPEN}([0-9]+){_CLOSE}', _render(tokenizer, marked, generation))
+  shown = [int(n) for n in parts[1::2]]
+  expected = [n for n, (_, key) in enumerate(slots) if key == 'content' or n in shown]   # old thoughts may be left out
+  if shown != expected:
+    return None
+  at = len(parts[0])
+  for k, n in enumerate(shown):
+    i, key = slots[n]
+    content = messages[i][key]
+    trimmed = (content, content.strip(), content.strip('\n'), content.lstrip(), content.rstrip(), content.lstrip('\n'))
+    after = parts[2 * k + 2]
+    fits = [c for c in trimmed if rendering.startswith(c + after, at)]
+    if not fits:
+      return None
+    parts[2 * k + 1] = fits[0]
+    at += len(fits[0] + after)
+  return (parts, [slots[n][0] for n in shown]) if ''.join(parts) == rendering else None
+
+
+def _assemble(parts):
+  """Text and template ranges of [(text, whether the template wrote it), ...]."""
+  text, ranges = '', []
+  for part, from_template in parts:
+    if from_template and part:
+      ranges.append((len(text), len(text) + len(part)))
+    text += part
+  return text, tuple(ranges)
+
+
+def wrap_in_turn(example: Example, tokenizer: Any) -> Example:
+  """The example's blocks and prompt as one user turn.
+
+  What the template writes before the turn's content goes in front of the first block, what it writes after, up to and
+  with the generation prompt, behind the prompt. Blocks and prompt joined are the template's rendering byte for byte.
+  """
+  _need_chat_template(tokenizer, 'wrap_in_turn')
+  whole = ''.join(example.blocks) + example.prompt
+  pieces, _ = split_rendering([{'role': 'user', 'content': whole}], tokenizer, generation=True)
+  before, content, after = pieces
+  texts = _trim([*example.blocks, example.prompt], whole, content)
+  parts = [[(text, False)] for text in texts]
+  parts[0].insert(0, (before, True))
+  parts[-1].append((after, True))
+  made = [_assemble(p) for p in parts] + [(example.response, ())]
+  return dataclasses.replace(example, blocks=tuple(text for text, _ in made[:-2]), prompt=made[-2][0],
+                             template=tuple(ranges for _, ranges in made))
+
+
+def _trim(texts, whole, content):
+  """`texts`, which joined are `whole`, less the white space at both ends that a template left out of `content`."""
+  start = whole.index(content)
+  stop = start + len(content)
+  trimmed, at = [], 0
+  for text in texts:
+    trimmed.append(text[max(start - at, 0):max(stop - at, 0)])
+    at += len(text)
+  return trimmed
+
+
+def _from_messages(record, name, tokenizer):
+  messages = _checked_messages(_get(record, 'messages', list))
+  _need_chat_template(tokenizer, f'{name}: a line with "messages"')
+  roles = [message['role'] for message in messages]
+  if 'assistant' not in roles:
+    raise Malformed('no assistant message', f'the roles are {roles[:8]}')
+  answer = len(roles) - 1 - roles[::-1].index('assistant')
+  if 'user' not in roles[:answer]:
+    raise Malformed('no user message', 'before the last assistant message')
+  ask = answer - 1 - roles[:answer][::-1].index('user')
+  texts = _message_texts(messages[:answer + 1], tokenizer)
+  prompt = _assemble([part for parts in texts[ask:answer] for part in parts])
+  made = [_assemble(parts) for parts in texts[:ask]] + [prompt, _assemble(texts[answer])]
+  said = messages[answer]['content'].split('</think>')[-1].strip()
+  return Example(tuple(text for text, _ in made[:-2]), prompt[0], made[-1][0], name,
+                 _answers(record) if 'answers' in record else (said,), template=tuple(ranges for _, ranges in made))
+
+
+def _checked_messages(messages):
+  checked = []
+  for i, message in enumerate(messages):
+    what = f'"messages"[{i}]'
+    if not isinstance(message, dict):
+      raise Malformed('wrong type', f'{what} is {type(message).__name__}, not dict')
+    role = _text(message, 'role', f'{what}["role"]')
+    if role not in ROLES:
+      raise Malformed('unknown role', f'{what}: {role!r} is none of {", ".join(ROLES)}')
+    if message.get('tool_calls'):
+      raise Malformed('tool calls', f'{what} calls tools, which is not supported')
+    empty = 'empty answers' if role == 'assistant' else 'empty blocks'
+    checked.append({'role': role, 'content': _text(message, 'content', f'{what}["content"]', empty)})
+    if message.get('reasoning_content') is not None:
+      checked[-1]['reasoning_content'] = _text(message, 'reasoning_content', f'{what}["reasoning_content"]', empty=None)
+  return checked
+
+
+def _message_texts(messages, tokenizer):
+  """For each message its parts [(text, whether the template wrote it)], which joined are the rendering.
+
+  The template's text between two messages is cut behind what it writes at the end of a message, where that can be
+  told, else it goes to the later message. What stands between the question and the answer belongs to the question.
+  """
+  pieces, owners = split_rendering(messages, tokenizer)
+  closing = pieces[-1]
+  texts = [[] for _ in messages]
+  texts[0].append((pieces[0], True))
+  last = len(messages) - 1
+  for k, owner in enumerate(owners):
+    texts[owner].append((pieces[2 * k + 1], False))
+    between = pieces[2 * k + 2]
+    follower = owners[k + 1] if k + 1 < len(owners) else last
+    if follower == owner or follower == last:
+      texts[owner].append((between, True))
+    else:
+      cut = len(closing) if between.startswith(closing) else 0
+      texts[owner].append((between[:cut], True))
+      texts[follower].append((between[cut:], True))
+  return texts

@@ -1,0 +1,199 @@
+"""How far a model in some mode is from its teacher: cross-entropy and KL on answer tokens, and greedy answers.
+
+A `Subject` is a model in a mode; the teacher is a Subject in full mode. Documents are evaluated one per row, so the
+figures do not depend on how training packs them.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import string
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blockattn import blocks, losses
+from blockattn.data import encode, packing, text
+from blockattn.models import decode, transformer
+
+MODES = ('full', 'block')
+BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)   # lower edges of the distance bins, in tokens
+_ROUND = 64   # rows are padded to multiples of this many tokens, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """A model as it is evaluated.
+
+  Attributes:
+    params: its parameters.
+    cfg: ModelConfig.
+    compute: Compute.
+    mode: 'full': plain causal attention, no sinks. 'block': the block mask with the sinks of `options`.
+    options: BlockOptions of block mode; its max_blocks is set by the documents at hand.
+  """
+  params: Any
+  cfg: transformer.ModelConfig
+  compute: transformer.Compute
+  mode: str
+  options: blocks.BlockOptions
+
+  def __post_init__(self):
+    if self.mode not in MODES:
+      raise ValueError(f'evaluation mode {self.mode!r}; choose one of {", ".join(MODES)}')
+
+
+def evaluate(subject: Subject, teacher: Subject, docs: Sequence[encode.EncodedDoc], examples: Sequence[text.Example],
+             tokenizer, *, batch: int, max_new: int, predictions=None) -> dict:
+  """Every figure of one subject.
+
+  Args:
+    docs: encoded examples, answers included, in the order of `examples`.
+    batch: documents per forward pass.
+    max_new: most tokens of an answer.
+    predictions: a path to write {'id', 'prediction', 'answers', 'exact_match'} to, one JSON line per example.
+
+  Returns:
+    {'n', 'exact_match', 'substring', 'f1', 'ce', 'kl', 'by_distance': [{'from', 'tokens', 'ce', 'kl'}]}. `exact_match`
+    compares the text to the letter, `substring` and `f1` after SQuAD's normalisation; ce and kl are means over answer
+    tokens, in nats; `by_distance` has them by the distance of the predicted token from the start of its block.
+  """
+  if len(docs) != len(examples):
+    raise ValueError(f'{len(docs)} documents but {len(examples)} examples')
+  if not docs:
+    raise ValueError('nothing to evaluate: no document was left')
+  answers = [tokenizer.decode(a, skip_special_tokens=True) for a in answer(subject, docs, tokenizer.eos_token_id,
+                                                                           batch=batch, max_new=max_new)]
+  scores = [score(a, e.answers or (e.response,)) for a, e in zip(answers, examples, strict=True)]
+  if predictions is not None:
+    _write_lines(predictions, [{'id': e.id, 'prediction': a, 'answers': list(e.answers or (e.response,)),
+                                'exact_match': s['exact_match']}
+                               for a, s, e in zip(answers, scores, examples, strict=True)])
+  means = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
+  return {'n': len(docs)} | means | token_gap(subject, teacher, docs, batch=batch)
+
+
+def token_gap(subject: Subject, teacher: Subject, docs: Sequence[encode.EncodedDoc], *, batch: int) -> dict:
+  """'ce', 'kl' and 'by_distance' of `evaluate`, from teacher-forced answers."""
+  total = collections.Counter()
+  bins = np.zeros((3, len(BINS)))
+  for rows in _batches(docs, batch):
+    sums = jax.device_get(_gap_sums(subject.params, teacher.params, rows, _static(subject, rows),
+                                    _static(teacher, rows)))
+    total.update({name: float(sums[name]) for name in ('tokens', 'ce', 'kl')})
+    bins += np.stack([sums['tokens_by_bin'], sums['ce_by_bin'], sums['kl_by_bin']])
+  tokens = max(total['tokens'], 1)
+  by_distance = [{'from': low, 'tokens': int(n), 'ce': float(ce / n), 'kl': float(kl / n)}
+                 for low, n, ce, kl in zip(BINS, *bins, strict=True) if n]
+  return {'ce': total['ce'] / tokens, 'kl': total['kl'] / tokens, 'by_distance': by_distance}
+
+
+def answer(subject: Subject, docs: Sequence[encode.EncodedDoc], stop_id: int, *, batch: int,
+           max_new: int) -> list[list[int]]:
+  """The greedy answer to each document's prompt: token ids without the end-of-text token."""
+  answers = []
+  for rows in _batches([_prompt_of(doc) for doc in docs], batch):
+    static = _static(subject, rows)
+    tokens, layout = _view(rows, static)[:2]
+    out = decode.greedy(subject.params, tokens, layout, cfg=subject.cfg, compute=subject.compute, length=max_new,
+                        stop_id=stop_id, vocab=subject.cfg.vocab)
+    real = int((rows['layout'].doc != 0).any(axis=1).sum())
+    answers += [[int(t) for t in row if t != stop_id] for row in np.asarray(out)[:real]]
+  return answers
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  """The part of a Subject that a compiled function is specialised to."""
+  cfg: transformer.ModelConfig
+  compute: transformer.Compute
+  mode: str
+  options: blocks.BlockOptions
+
+
+def _static(subject, rows):
+  most = int(rows['layout'].block.max()) + 1
+  most = 1 << (most - 1).bit_length()   # few sizes, few compilations
+  return _Static(subject.cfg, subject.compute, subject.mode, dataclasses.replace(subject.options, max_blocks=most))
+
+
+def _view(rows, static):
+  if static.mode == 'block':
+    return blocks.block_mode(rows['tokens'], rows['layout'], static.options)
+  shape = rows['tokens'].shape
+  return rows['tokens'], blocks.as_one_block(rows['layout']), jnp.broadcast_to(jnp.arange(shape[1]), shape)
+
+
+def _hidden(params, rows, static):
+  tokens, layout, index = _view(rows, static)
+  x_BTD = transformer.apply(params, tokens, layout, static.cfg, static.compute)
+  return jnp.take_along_axis(x_BTD, index[..., None], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=('student', 'teacher'))
+def _gap_sums(params, teacher_params, rows, student, teacher):
+  hidden = {'student': _hidden(params, rows, student), 'teacher': _hidden(teacher_params, rows, teacher)}
+  heads = {'student': transformer.head_of(params, student.cfg),
+           'teacher': transformer.head_of(teacher_params, teacher.cfg)}
+
+  def sums(heads, hidden, per_token, mask):
+    student_logits, teacher_logits = losses.common_vocabulary(
+        transformer.project(hidden['student'], heads['student']),
+        transformer.project(hidden['teacher'], heads['teacher']))
+    ce = -losses.log_prob(student_logits, per_token['target'])
+    kl = losses.forward_kl(teacher_logits, student_logits, 1.0)
+    m = mask.astype(jnp.float32)
+    in_bin = m[..., None] * jax.nn.one_hot(per_token['bin'], len(BINS))
+    by_bin = lambda x: jnp.einsum('bt,btn->n', x, in_bin)
+    return {'tokens': jnp.sum(m), 'ce': jnp.sum(m * ce), 'kl': jnp.sum(m * kl),
+            'tokens_by_bin': by_bin(jnp.ones_like(ce)), 'ce_by_bin': by_bin(ce), 'kl_by_bin': by_bin(kl)}
+
+  bins = jnp.searchsorted(jnp.asarray(BINS), blocks.offsets(rows['layout']) + 1, side='right') - 1
+  return losses.sum_over_tokens(sums, heads, hidden, {'target': rows['targets'], 'bin': bins}, rows['loss'], 256)
+
+
+def _prompt_of(doc):
+  start = doc.answer[0]
+  return encode.EncodedDoc(tokens=doc.tokens[:start], lengths=(*doc.lengths[:-1], start - sum(doc.lengths[:-1])),
+                           answer=(start, start))
+
+
+def _batches(docs, batch) -> Iterable[dict]:
+  """Rows of one document each, padded to a common length; the last batch is filled up with empty rows."""
+  for i in range(0, len(docs), batch):
+    group = docs[i:i + batch]
+    length = -(-max(len(doc.tokens) for doc in group) // _ROUND) * _ROUND
+    rows = [packing.pack_row([doc], length) for doc in group]
+    rows += [packing.pack_row([], length)] * (batch - len(group))
+    yield jax.tree.map(lambda *x: np.stack(x), *rows)
+
+
+def normalize(answer_text: str) -> str:
+  """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+  answer_text = ''.join(c for c in answer_text.lower() if c not in string.punctuation)
+  return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', answer_text).split())
+
+
+def score(prediction: str, answers: Sequence[str]) -> dict:
+  """{'exact_match', 'substring', 'f1'} of one prediction, each the best over the accepted answers, 0 to 1."""
+  exact = max(float(prediction.strip() == a.strip()) for a in answers)
+  said = normalize(prediction)
+  return {'exact_match': exact, 'substring': max(float(normalize(a) in said) for a in answers),
+          'f1': max(_token_f1(said.split(), normalize(a).split()) for a in answers)}
+
+
+def _token_f1(said, right):
+  common = sum((collections.Counter(said) & collections.Counter(right)).values())
+  return 2 * common / (len(said) + len(right)) if common else float(said == right)
+
+
+def _write_lines(path, rows):
+  partial = pathlib.Path(path).with_suffix('.tmp')
+  partial.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  partial.replace(path)

@@ -1,0 +1,196 @@
+"""config.json <-> ModelConfig.
+
+Reading takes the keys of transformers 5 (`rope_parameters`, `dtype`) and of transformers 4 (`rope_theta`,
+`rope_scaling`, `torch_dtype`); writing writes both, so that older serving code reads the export too. What the model
+code does not compute is refused by name before any weight is read.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+from blockattn.hf import files
+from blockattn.models.transformer import Llama3Rope, ModelConfig
+
+ARCHITECTURES = {'qwen3': 'Qwen3ForCausalLM', 'llama': 'LlamaForCausalLM'}
+
+# Key -> the values that change nothing, and what to tell whoever has another one.
+HARMLESS = {
+    'hidden_act': ((None, 'silu'), "supported is 'silu'"),
+    'use_sliding_window': ((None, False), 'supported is full attention only (false)'),
+    'partial_rotary_factor': ((None, 1), 'supported is rotary over whole heads (1.0)'),
+    'quantization_config': ((None,), 'supported are float32, bfloat16 and float16 weights; dequantize them first'),
+    'num_experts': ((None, 0), 'supported are dense models only'),
+    'num_local_experts': ((None, 0), 'supported are dense models only'),
+    'attn_logit_softcapping': ((None,), 'supported are plain softmax logits'),
+    'final_logit_softcapping': ((None,), 'supported are plain logits'),
+    'is_encoder_decoder': ((None, False), 'supported are decoders only'),
+    'auto_map': ((None,), 'code of a checkpoint is never run; remove the key if the model is plain Qwen3 or Llama'),
+}
+
+LLAMA3_KEYS = {'factor': 'factor', 'low_freq_factor': 'low_freq_factor', 'high_freq_factor': 'high_freq_factor',
+               'original_max_position_embeddings': 'original_length'}
+
+
+def read(folder: os.PathLike | str) -> ModelConfig:
+  """The architecture of a Hugging Face folder, learned sinks (see `convert.save`) included.
+
+  Raises:
+    FileNotFoundError: no config.json.
+    ValueError: naming the file, key and value that is missing, malformed or unsupported.
+  """
+  path = pathlib.Path(folder) / 'config.json'
+  cfg = from_dict(files.read_json(path), str(path))
+  meta = read_meta(folder)
+  if not meta:
+    return cfg
+  where = str(pathlib.Path(folder) / files.META)
+  sinks = _require(meta, 'learned_sinks', int, where)
+  return dataclasses.replace(cfg, vocab=cfg.vocab - sinks, learned_sinks=sinks)
+
+
+def read_meta(folder: os.PathLike | str) -> dict:
+  """What blockattn.json of an exported folder says (sinks, positions, teacher, ...); empty for other folders."""
+  path = pathlib.Path(folder) / files.META
+  return files.read_json(path) if path.exists() else {}
+
+
+def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
+  """The architecture described by a config.json.
+
+  Args:
+    raw: the parsed file.
+    where: its path, for error messages.
+
+  Raises:
+    ValueError: a key is missing, has the wrong type, or a value that is not supported.
+  """
+  family = _require(raw, 'model_type', str, where)
+  if family not in ARCHITECTURES:
+    raise _unsupported(where, 'model_type', family, f'supported are {", ".join(ARCHITECTURES)}')
+  _check_harmless(raw, where)
+  need = lambda key, kind=int: _require(raw, key, kind, where)
+  # Absent keys mean what they mean to transformers' class; where its guess would be a gamble, the key is required.
+  absent = lambda key: family == 'llama' and raw.get(key) is None
+  heads, width = need('num_attention_heads'), need('hidden_size')
+  theta, scaling = _rope(raw, where)
+  return ModelConfig(
+      family=family, vocab=need('vocab_size'), width=width, layers=need('num_hidden_layers'), heads=heads,
+      kv_heads=heads if absent('num_key_value_heads') else need('num_key_value_heads'),
+      head_dim=width // heads if absent('head_dim') else need('head_dim'),
+      mlp=need('intermediate_size'), norm_eps=need('rms_norm_eps', float), rope_theta=theta, rope_scaling=scaling,
+      qk_norm=family == 'qwen3', attention_bias=_flag(raw, 'attention_bias', where),
+      mlp_bias=family == 'llama' and _flag(raw, 'mlp_bias', where), tied=_flag(raw, 'tie_word_embeddings', where),
+      max_positions=need('max_position_embeddings'))
+
+
+def to_dict(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
+  """The config.json of this architecture.
+
+  Args:
+    cfg: architecture; its learned sinks count as vocabulary.
+    dtype: of the weights beside it, 'bfloat16' or 'float32'.
+    token_ids: bos_token_id, eos_token_id and pad_token_id, each int, list or None. They are written even if None:
+      the Llama class would otherwise assume 1 and 2.
+
+  Raises:
+    ValueError: the family's Hugging Face class has no such architecture.
+  """
+  check_exportable(cfg)
+  out = {
+      'architectures': [ARCHITECTURES[cfg.family]], 'model_type': cfg.family, 'dtype': dtype, 'torch_dtype': dtype,
+      'vocab_size': cfg.vocab + cfg.learned_sinks, 'hidden_size': cfg.width, 'num_hidden_layers': cfg.layers,
+      'num_attention_heads': cfg.heads, 'num_key_value_heads': cfg.kv_heads, 'head_dim': cfg.head_dim,
+      'intermediate_size': cfg.mlp, 'hidden_act': 'silu', 'rms_norm_eps': cfg.norm_eps,
+      'max_position_embeddings': cfg.max_positions, 'attention_bias': cfg.attention_bias, 'attention_dropout': 0.0,
+      'tie_word_embeddings': cfg.tied, 'initializer_range': 0.02, 'use_cache': True, **_rope_to_dict(cfg),
+      **{key: token_ids[key] for key in files.TOKEN_IDS}}
+  if cfg.family == 'llama':
+    return out | {'mlp_bias': cfg.mlp_bias}
+  return out | {'use_sliding_window': False, 'sliding_window': None, 'max_window_layers': cfg.layers}
+
+
+def check_exportable(cfg: ModelConfig):
+  """Raises ValueError, naming the field, if the family's Hugging Face class cannot express the architecture."""
+  family = cfg.family
+  if cfg.qk_norm != (family == 'qwen3'):
+    raise ValueError(f'qk_norm={cfg.qk_norm} does not exist in {ARCHITECTURES[family]}; export it as '
+                     f"family={'llama' if family == 'qwen3' else 'qwen3'!r}")
+  if family == 'qwen3' and cfg.mlp_bias:
+    raise ValueError("mlp_bias=True does not exist in Qwen3ForCausalLM; supported by family='llama' only")
+  if family == 'llama' and cfg.width % cfg.heads:
+    raise ValueError(f'LlamaForCausalLM refuses width {cfg.width} that is no multiple of heads {cfg.heads}')
+
+
+def _check_harmless(raw, where):
+  for key, (allowed, supported) in HARMLESS.items():
+    if raw.get(key) not in allowed:
+      raise _unsupported(where, key, raw[key], supported)
+  kinds = set(raw.get('layer_types') or ()) - {'full_attention'}
+  if kinds:
+    raise _unsupported(where, 'layer_types', sorted(kinds), "supported is 'full_attention' in every layer")
+
+
+def _rope(raw, where):
+  """(theta, scaling), from whichever of the three keys are there; they must not contradict each other."""
+  said = {key: _rope_dict(raw[key], f'{where}: {key}') for key in ('rope_parameters', 'rope_scaling') if raw.get(key)}
+  thetas = {key: theta for key, (theta, _) in said.items() if theta is not None}
+  if raw.get('rope_theta') is not None:
+    thetas['rope_theta'] = _require(raw, 'rope_theta', float, where)
+  scalings = {key: scaling for key, (_, scaling) in said.items()}
+  if len(set(thetas.values())) > 1 or len(set(scalings.values())) > 1:
+    raise ValueError(f'{where}: the rotary keys contradict each other: theta {thetas}, scaling {scalings}; keep one')
+  if not thetas:
+    raise ValueError(f'{where}: key rope_theta is missing (or rope_parameters with a rope_theta)')
+  return next(iter(thetas.values())), next(iter(scalings.values()), None)
+
+
+def _rope_dict(rope, where):
+  """(theta or None, Llama3Rope or None) of one `rope_parameters` or `rope_scaling` value."""
+  if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+    raise ValueError(f'{where}={rope!r} is not supported; supported is one flat set of rotary keys for all layers')
+  theta = None if rope.get('rope_theta') is None else _require(rope, 'rope_theta', float, where)
+  kind = rope.get('rope_type') or rope.get('type') or 'default'
+  if kind not in ('default', 'llama3'):
+    raise _unsupported(where, 'rope_type', kind, 'supported are default and llama3')
+  if rope.get('partial_rotary_factor') not in (None, 1):
+    supported = HARMLESS['partial_rotary_factor'][1]
+    raise _unsupported(where, 'partial_rotary_factor', rope['partial_rotary_factor'], supported)
+  own = set(LLAMA3_KEYS) if kind == 'llama3' else set()
+  unknown = set(rope) - own - {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor'}
+  if unknown:
+    raise ValueError(f'{where}: keys {sorted(unknown)} are not supported with rope_type {kind!r}')
+  if kind == 'default':
+    return theta, None
+  numbers = {field: _require(rope, key, int if field == 'original_length' else float, where)
+             for key, field in LLAMA3_KEYS.items()}
+  return theta, Llama3Rope(**numbers)
+
+
+def _rope_to_dict(cfg):
+  if cfg.rope_scaling is None:
+    return {'rope_parameters': {'rope_type': 'default', 'rope_theta': cfg.rope_theta},
+            'rope_theta': cfg.rope_theta, 'rope_scaling': None}
+  scaling = {key: getattr(cfg.rope_scaling, field) for key, field in LLAMA3_KEYS.items()}
+  scaling = {'rope_type': 'llama3', **scaling}
+  return {'rope_parameters': {**scaling, 'rope_theta': cfg.rope_theta},
+          'rope_theta': cfg.rope_theta, 'rope_scaling': scaling}
+
+
+def _require(raw, key, kind, where):
+  if raw.get(key) is None:
+    raise ValueError(f'{where}: key {key} is missing')
+  value = raw[key]
+  accepted = (int, float) if kind is float else kind
+  if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    raise ValueError(f'{where}: {key}={value!r} should be of type {kind.__name__}')
+  return kind(value)
+
+
+def _flag(raw, key, where):
+  """A switch; absent is false, as in both classes."""
+  return raw.get(key) is not None and _require(raw, key, bool, where)
+
+
+def _unsupported(where, key, value, supported):
+  return ValueError(f'{where}: {key}={value!r} is not supported; {supported}')

@@ -1,0 +1,270 @@
+"""Hugging Face folders <-> (ModelConfig, parameter tree), without torch and without running a checkpoint's code.
+
+Both directions work through one parameter kind or one shard at a time, so that the host never holds a second copy of
+the model, and account for every tensor: each name stands exactly once, with the shape that config.json implies.
+"""
+
+import collections
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
+
+from blockattn import tree
+from blockattn.hf import config, files, names
+from blockattn.models import spec as spec_lib, transformer
+from blockattn.models.transformer import ModelConfig
+
+DTYPES = {'bfloat16': 'BF16', 'float32': 'F32'}
+READABLE = ('BF16', 'F32', 'F16')
+Report = Callable[[int, int], None]   # called with (bytes done, bytes in all)
+
+
+def load(name: os.PathLike | str, dtype: str, mesh=None, rules=None, report: Report | None = None):
+  """Reads a model in the Hugging Face format.
+
+  Args:
+    name: a local folder, or the hub's owner/model or owner/model@revision.
+    dtype: of the parameters, 'float32' or 'bfloat16'.
+    mesh, rules: where the parameters go (`models.spec.shardings`); without, to the default device. On several
+      processes each reads the whole checkpoint and keeps its own parts.
+    report: progress callback.
+
+  Returns:
+    (ModelConfig, parameter tree of jax arrays). Host memory above the parameters: the largest stacked kind.
+
+  Raises:
+    ValueError: anything that does not fit exactly, naming file and key, before any weight is read.
+    FileNotFoundError: a missing folder or file.
+  """
+  _check_dtype(dtype)
+  folder = files.locate(name)
+  cfg = config.read(folder)
+  slots, stored = names.slots(cfg), files.stored_tensors(folder)
+  _check_tied_head(cfg, stored)
+  _check_stored(slots, {key: at for key, at in stored.items() if not (cfg.tied and key == names.HEAD)}, folder)
+  place = _placer(cfg, mesh, rules)
+  total = sum(math.prod(at.shape) for at in stored.values())
+  done = 0
+  flat = {}
+  for kind, members in _by_kind(slots).items():
+    host = _read_kind(members, stored, dtype)
+    for part, value in _split_sinks(kind, host, cfg, folder).items():
+      flat[part] = place(part, value)
+    done += host.size
+    if report:
+      report(done * jnp.dtype(dtype).itemsize, total * jnp.dtype(dtype).itemsize)
+  return cfg, traverse_util.unflatten_dict(flat, sep='/')
+
+
+def save(params, cfg: ModelConfig, folder: os.PathLike | str, *, source: os.PathLike | str, meta: dict, card: str,
+         dtype: str, max_shard_bytes: float = 5e9, overwrite: bool = False, report: Report | None = None):
+  """Writes a model in the Hugging Face format, whole or not at all.
+
+  Learned sinks become vocabulary: their rows follow the embedding, the tokenizer gets the tokens <|sink_i|> with the
+  ids V + i, and blockattn.json says how many there are, so that `load` finds them again. An untied head gets zero rows
+  for them (logit 0); a tied one is the embedding, rows of the sinks included. Logits of the first V ids are ours either
+  way, and generation_config.json suppresses the sinks.
+
+  Args:
+    params: tree of numpy or jax arrays, sharded over several processes or not; then every process must call.
+    cfg: its architecture.
+    folder: local folder to write.
+    source: folder whose tokenizer, generation config and licence files are copied.
+    meta: what blockattn.json shall say about block attention (sinks, separator, positions, teacher, ...).
+    card: text of README.md.
+    dtype: of the weights in the files, 'float32' or 'bfloat16'.
+    max_shard_bytes: a file is not longer than this unless one tensor is.
+    overwrite: replace a folder that is not empty.
+    report: progress callback.
+
+  Raises:
+    FileExistsError: the folder is not empty.
+    FileNotFoundError: `source` has no tokenizer.
+    ValueError: parameters, architecture or meta that cannot be written, before anything is.
+  """
+  _check_dtype(dtype)
+  flat = _check_params(params, cfg)
+  raw_config = config.to_dict(cfg, dtype, files.token_ids(pathlib.Path(source)))
+  meta = _check_meta(meta, cfg)
+  slots = names.slots(cfg)
+  sizes = {key: math.prod(slot.hf_shape) * jnp.dtype(dtype).itemsize for key, slot in slots.items()}
+  shards = files.plan_shards(sizes, max_shard_bytes)
+  writes = jax.process_index() == 0
+  done = 0
+  with files.new_folder(pathlib.Path(folder), overwrite) if writes else contextlib.nullcontext() as new:
+    for file, keys in shards.items():
+      tensors = {key: _tensor(flat, slots[key], cfg, dtype) for key in keys}   # all processes: gathers are collective
+      if writes:
+        files.write_shard(new / file, tensors)
+      done += sum(sizes[key] for key in keys)
+      if report:
+        report(done, sum(sizes.values()))
+    if writes:
+      files.write_index(new, shards, sizes)
+      _write_companions(new, pathlib.Path(source), cfg, raw_config, meta, card)
+      verify(new, cfg, dtype)
+
+
+def verify(folder: pathlib.Path, cfg: ModelConfig, dtype: str):
+  """Reads the headers of a written folder again; raises ValueError unless it is this architecture in this dtype."""
+  read_back = config.read(folder)
+  if read_back != cfg:
+    raise ValueError(f'{folder}: config.json reads back as {read_back}, not as {cfg}')
+  stored = files.stored_tensors(folder)
+  _check_stored(names.slots(cfg), stored, folder)
+  for key, at in stored.items():
+    if at.dtype != DTYPES[dtype]:
+      raise ValueError(f'{at.file}: {key} is {at.dtype}, expected {DTYPES[dtype]}')
+
+
+def _check_dtype(dtype):
+  if dtype not in DTYPES:
+    raise ValueError(f'dtype={dtype!r}; choose one of {", ".join(DTYPES)}')
+
+
+# Reading.
+
+
+def _check_stored(slots, stored, folder):
+  """Every expected tensor is there, with its shape, and nothing else is."""
+  unmapped = [key for key in stored if key not in slots]
+  if unmapped:
+    raise ValueError(f'{stored[unmapped[0]].file}: {len(unmapped)} tensors have no place in this architecture, first '
+                     f'{unmapped[0]}; {tree.did_you_mean(unmapped[0], slots)}')
+  missing = [key for key in slots if key not in stored]
+  if missing:
+    raise ValueError(f'{folder}: {len(missing)} tensors are missing, first {missing[0]}')
+  for key, at in stored.items():
+    if at.shape != slots[key].hf_shape:
+      raise ValueError(f'{at.file}: {key} has shape {at.shape}, config.json implies {slots[key].hf_shape}')
+    if at.dtype not in READABLE:
+      raise ValueError(f'{at.file}: {key} is {at.dtype}; supported are {", ".join(READABLE)}')
+
+
+def _check_tied_head(cfg, stored):
+  """A head beside tied embeddings must be the embedding: transformers would silently use it, and we would not."""
+  if not (cfg.tied and names.HEAD in stored and names.EMBED in stored):
+    return
+  head, embed = (_bits(stored[key].file, key) for key in (names.HEAD, names.EMBED))
+  if not np.array_equal(head, embed):
+    raise ValueError(f'{stored[names.HEAD].file}: {names.HEAD} differs from {names.EMBED}, though config.json says '
+                     'tie_word_embeddings=true; set it to false if the head was trained, or delete the tensor')
+
+
+def _bits(file, key):
+  with files.open_tensors(file) as tensors:
+    return tensors.get_tensor(key).view(np.uint8)
+
+
+def _by_kind(slots):
+  """{our parameter: its slots, in layer order}."""
+  kinds = collections.defaultdict(list)
+  for slot in slots.values():
+    kinds[slot.name].append(slot)
+  return kinds
+
+
+def _read_kind(members, stored, dtype):
+  """All layers of one parameter, stacked. Files are mapped for one kind at a time, so that the map is dropped again."""
+  first = members[0]
+  layers = () if first.layer is None else (len(members),)
+  host = np.empty(layers + first.shape, jnp.dtype(dtype))
+  by_file = collections.defaultdict(list)
+  for slot in members:
+    by_file[stored[slot.key].file].append(slot)
+  for file, group in by_file.items():
+    with files.open_tensors(file) as tensors:
+      for slot in group:
+        host[... if slot.layer is None else slot.layer] = slot.from_hf(tensors.get_tensor(slot.key))
+  return host
+
+
+def _split_sinks(kind, host, cfg, folder):
+  """The embedding of an export with learned sinks -> {'embed': [V, D], 'sinks': [n, D]}; others as they are."""
+  if not cfg.learned_sinks or kind not in ('embed', 'head'):
+    return {kind: host}
+  rows, sinks = host[:cfg.vocab], host[cfg.vocab:]
+  if kind == 'embed':
+    return {'embed': rows, 'sinks': sinks}
+  if np.any(sinks):
+    raise ValueError(f'{folder}: {names.HEAD} has trained rows for the learned sinks, which the model never predicts; '
+                     f'set the rows from {cfg.vocab} on to zero')
+  return {'head': rows}
+
+
+def _placer(cfg, mesh, rules):
+  if mesh is None:
+    return lambda name, host: jnp.asarray(host)
+  shardings = dict(tree.named_leaves(spec_lib.shardings(transformer.spec(cfg), mesh, rules)))
+  return lambda name, host: jax.make_array_from_callback(host.shape, shardings[name], lambda index: host[index])
+
+
+# Writing.
+
+
+def _check_params(params, cfg):
+  """{name: array}; the tree must be that of the architecture."""
+  flat = dict(tree.named_leaves(params))
+  expected = {name: spec.shape for name, spec in tree.named_leaves(transformer.spec(cfg))}
+  if set(flat) != set(expected):
+    raise ValueError(f'parameters and architecture differ: {sorted(set(flat) ^ set(expected))} stand on one side only')
+  for name, value in flat.items():
+    if tuple(value.shape) != expected[name]:
+      raise ValueError(f'parameter {name} has shape {tuple(value.shape)}, the architecture says {expected[name]}')
+  return flat
+
+
+def _check_meta(meta, cfg):
+  own = {'learned_sinks': cfg.learned_sinks, 'vocab': cfg.vocab}
+  for key, value in own.items():
+    if key in meta and meta[key] != value:
+      raise ValueError(f'meta says {key}={meta[key]!r}, the architecture {value!r}')
+  json.dumps(meta)   # a TypeError here names the value that is no JSON, before anything is written
+  return {**own, **meta}
+
+
+def _tensor(flat, slot, cfg, dtype):
+  """One Hugging Face tensor from the stacked parameters."""
+  value = _fetch(flat[slot.name], slot.layer)
+  if cfg.learned_sinks and slot.name == 'embed':
+    value = np.concatenate([value, _fetch(flat['sinks'], None).astype(value.dtype)])
+  if cfg.learned_sinks and slot.name == 'head':
+    value = np.concatenate([value, np.zeros((cfg.learned_sinks, cfg.width), value.dtype)])
+  return slot.to_hf(value.astype(jnp.dtype(dtype)))
+
+
+def _fetch(x, layer):
+  """One layer of a stacked parameter (or the whole of one without layers) on the host, wherever its parts are."""
+  if isinstance(x, np.ndarray):
+    return x if layer is None else x[layer]
+  whole = None if x.is_fully_addressable else NamedSharding(x.sharding.mesh, PartitionSpec())
+  return np.asarray(_picker(whole)(x, layer))
+
+
+@functools.cache
+def _picker(sharding):
+  def pick(x, layer):   # the layer is traced: one compilation for all layers of a kind
+    return x if layer is None else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+  return jax.jit(pick, out_shardings=sharding)
+
+
+def _write_companions(new, source, cfg, raw_config, meta, card):
+  files.write_json(new / 'config.json', raw_config)
+  files.write_json(new / files.META, meta)
+  (new / 'README.md').write_text(card, encoding='utf-8')
+  files.copy_companions(source, new)
+  if not (new / 'generation_config.json').exists():
+    files.write_json(new / 'generation_config.json',
+                     {'_from_model_config': True, **{key: raw_config[key] for key in files.TOKEN_IDS}})
+  if cfg.learned_sinks:
+    files.add_sink_tokens(new, cfg.vocab, cfg.learned_sinks)

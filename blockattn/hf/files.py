@@ -1,0 +1,276 @@
+"""The files of a Hugging Face folder: finding them, reading and writing safetensors shards, copying the tokenizer."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+
+import huggingface_hub
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tokenizers
+
+META = 'blockattn.json'
+SINGLE = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'
+TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+# What an export takes over from the folder that its tokenizer comes from. Licences travel with the weights.
+COPIED = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'special_tokens_map.json',
+          'added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model', 'generation_config.json')
+LICENCES = ('LICENSE*', 'NOTICE*', 'USE_POLICY*')
+PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl')
+DOWNLOADED = ('config.json', META, '*.safetensors', INDEX, *COPIED, *LICENCES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """One tensor of a folder: the file that holds it, its shape there, and its dtype as safetensors calls it ('BF16')."""
+  file: pathlib.Path
+  shape: tuple[int, ...]
+  dtype: str
+
+
+def locate(name: os.PathLike | str) -> pathlib.Path:
+  """The local folder of a model: `name` itself if it is a folder, else a download of the hub's `owner/model`.
+
+  A local folder never touches the network. A hub name may end in `@revision`. Pickled weights are never downloaded.
+
+  Raises:
+    FileNotFoundError: `name` is no folder, and no hub name either or one that cannot be downloaded.
+  """
+  folder = pathlib.Path(name).expanduser()
+  if folder.is_dir():
+    return folder
+  repo, _, revision = str(name).partition('@')
+  if folder.is_absolute() or repo.startswith(('.', '~')) or repo.count('/') != 1 or '' in repo.split('/'):
+    raise FileNotFoundError(f'no folder {name}, and it is no hub name (owner/model or owner/model@revision) either')
+  # '*' of the patterns matches '/', too: keep out other formats' copies that some repositories hold in folders.
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(
+        repo, revision=revision or None, allow_patterns=list(DOWNLOADED), ignore_patterns=['*/*', 'consolidated*']))
+  except OSError as e:
+    raise FileNotFoundError(f'{name} is no folder here, and downloading it from the hub failed: {e}') from e
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """A JSON object. Raises FileNotFoundError or ValueError naming the file."""
+  if not path.is_file():
+    raise FileNotFoundError(f'{path} is missing')
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ValueError(f'{path} is no valid JSON: {e}') from e
+  if not isinstance(value, dict):
+    raise ValueError(f'{path} holds a {type(value).__name__}, not a JSON object')
+  return value
+
+
+def write_json(path: pathlib.Path, value: dict):
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+  path.chmod(0o644)
+
+
+def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
+  """Every tensor of the folder's safetensors files, read from their headers only.
+
+  Raises:
+    ValueError: only pickled weights; weights in several files without an index, or beside it; a key that the index
+      places in another file, or that two files hold; a broken file.
+    FileNotFoundError: no weights, or a file that the index names is missing.
+  """
+  placed = _placement(folder)
+  found: dict[str, Stored] = {}
+  for file in sorted(set(placed.values())) if placed else [folder / SINGLE]:
+    with open_tensors(file) as tensors:
+      for key in tensors.keys():
+        if key in found:
+          raise ValueError(f'{key} stands twice: in {found[key].file} and in {file}')
+        if placed and placed.get(key) != file:
+          raise ValueError(f'{file} holds {key}, which {INDEX} places in {placed.get(key)}')
+        part = tensors.get_slice(key)
+        found[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+  for key in placed:
+    if key not in found:
+      raise ValueError(f'{placed[key]} does not hold {key}, though {INDEX} says so')
+  return found
+
+
+def _placement(folder):
+  """{key: file} by the index, empty if the folder holds one file without an index."""
+  names = {path.name for path in folder.glob('model*.safetensors')}
+  if (folder / INDEX).exists():
+    weight_map = read_json(folder / INDEX).get('weight_map')
+    if not isinstance(weight_map, dict):
+      raise ValueError(f'{folder / INDEX} has no weight_map')
+    missing, stray = set(weight_map.values()) - names, names - set(weight_map.values())
+    if missing:
+      raise FileNotFoundError(f'{folder}: {sorted(missing)[0]} is missing, though {INDEX} names it')
+    if stray:
+      raise ValueError(f'{folder / sorted(stray)[0]} is not named by {INDEX}; remove one of the two')
+    return {key: folder / file for key, file in weight_map.items()}
+  if names == {SINGLE}:
+    return {}
+  if names:
+    raise ValueError(f'{folder} holds {", ".join(sorted(names))} but no {INDEX}; which belong together is not known')
+  pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+  if pickles:
+    raise ValueError(f'{folder} holds only pickled weights ({pickles[0]}), which run code when they are opened and are '
+                     'not read here; convert them to safetensors first (transformers: save_pretrained)')
+  raise FileNotFoundError(f'{folder} holds no {SINGLE} and no {INDEX}')
+
+
+@contextlib.contextmanager
+def open_tensors(file: pathlib.Path):
+  """safetensors.safe_open giving numpy arrays; what is wrong with the file is said with its name."""
+  try:
+    tensors = safetensors.safe_open(file, framework='np')
+  except (safetensors.SafetensorError, OSError) as e:
+    raise ValueError(f'{file} is no readable safetensors file: {e}') from e
+  with tensors:
+    yield tensors
+
+
+def plan_shards(sizes: dict[str, int], max_bytes: float) -> dict[str, list[str]]:
+  """{file name: its keys in order}: as few files as hold `sizes` bytes each, none above `max_bytes` unless one tensor
+  alone is."""
+  groups: list[list[str]] = [[]]
+  room = max_bytes
+  for key, size in sizes.items():
+    if size > room and groups[-1]:
+      groups.append([])
+      room = max_bytes
+    groups[-1].append(key)
+    room -= size
+  if len(groups) == 1:
+    return {SINGLE: groups[0]}
+  return {f'model-{i:05d}-of-{len(groups):05d}.safetensors': keys for i, keys in enumerate(groups, start=1)}
+
+
+def write_shard(path: pathlib.Path, tensors: dict[str, np.ndarray]):
+  safetensors.numpy.save_file(tensors, path, metadata={'format': 'pt'})
+  path.chmod(0o644)   # safetensors writes 0600, which other users of a shared disk cannot read
+
+
+def write_index(folder: pathlib.Path, shards: dict[str, list[str]], sizes: dict[str, int]):
+  """The index beside several shards; nothing if there is one file only."""
+  if list(shards) == [SINGLE]:
+    return
+  weight_map = {key: file for file, keys in shards.items() for key in keys}
+  write_json(folder / INDEX, {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': weight_map})
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+  """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes if it does not.
+
+  Raises:
+    FileExistsError: `folder` holds something and `overwrite` is false.
+  """
+  check_free(folder, overwrite)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  temporary = folder.with_name(f'.{folder.name}.tmp-{os.getpid()}')
+  temporary.mkdir()
+  try:
+    yield temporary
+    if folder.exists():
+      old = folder.with_name(f'.{folder.name}.old-{os.getpid()}')
+      folder.rename(old)
+      temporary.rename(folder)
+      shutil.rmtree(old)
+    else:
+      temporary.rename(folder)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+
+
+def check_free(folder: pathlib.Path, overwrite: bool):
+  """Raises FileExistsError if `folder` is a file, or holds something and may not be replaced."""
+  if folder.is_file():
+    raise FileExistsError(f'{folder} is a file; name a new folder')
+  if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    raise FileExistsError(f'{folder} is not empty; name a new folder, or say overwrite to replace it')
+
+
+def copy_companions(source: pathlib.Path, target: pathlib.Path, also: Iterable[str] = ()):
+  """Copies tokenizer, generation config and licence files, and those named by `also`, where `source` has them.
+
+  Raises:
+    FileNotFoundError: `source` has no tokenizer.json.
+  """
+  if not (source / 'tokenizer.json').is_file():
+    raise FileNotFoundError(f'{source} holds no tokenizer.json; name the folder of the model that training began with')
+  licences = [path.name for pattern in LICENCES for path in source.glob(pattern)]
+  for name in (*COPIED, *licences, *also):
+    if (source / name).is_file():
+      shutil.copyfile(source / name, target / name)   # contents only: the source may be read-only
+      (target / name).chmod(0o644)
+
+
+def token_ids(source: pathlib.Path) -> dict:
+  """bos_token_id, eos_token_id, pad_token_id as config.json says, or, without one, as the tokenizer's files say."""
+  if (source / 'config.json').is_file():
+    raw = read_json(source / 'config.json')
+    return {key: raw.get(key) for key in TOKEN_IDS}
+  raw = read_json(source / 'tokenizer_config.json')
+  tokenizer = tokenizers.Tokenizer.from_file(str(source / 'tokenizer.json'))
+  texts = {key: raw.get(key.removesuffix('_id')) for key in TOKEN_IDS}
+  texts = {key: text['content'] if isinstance(text, dict) else text for key, text in texts.items()}
+  return {key: None if text is None else tokenizer.token_to_id(text) for key, text in texts.items()}
+
+
+def add_sink_tokens(folder: pathlib.Path, vocab: int, count: int):
+  """Gives the tokenizer in `folder` the tokens <|sink_0|>, <|sink_1|>, ... with the ids vocab, vocab + 1, ...
+
+  Models whose embedding is padded have fewer tokens than rows; the ids between are filled with <|reserved_ID|> tokens,
+  since a tokenizer numbers added tokens on from its last one. Generation is told never to produce any of them. A
+  tokenizer that has these tokens already, from an earlier export, stays as it is.
+
+  Raises:
+    ValueError: the tokenizer has more tokens than the model has rows, or numbers its tokens otherwise.
+  """
+  path = folder / 'tokenizer.json'
+  tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  sinks = {vocab + i: f'<|sink_{i}|>' for i in range(count)}
+  known = tokenizer.get_vocab_size(with_added_tokens=True)
+  fillers = {i: f'<|reserved_{i}|>' for i in range(known, vocab)}
+  if any(tokenizer.token_to_id(text) != i for i, text in sinks.items()):
+    if known > vocab:
+      raise ValueError(f'{path} has {known} tokens, but the model only {vocab} embedding rows, so that learned sinks '
+                       f'cannot have the ids from {vocab} on; use the tokenizer that the model was trained with')
+    _add_special_tokens(tokenizer, path, fillers | sinks)
+    _declare_tokens(folder, fillers | sinks)
+  _suppress(folder, [*fillers, *sinks])
+
+
+def _add_special_tokens(tokenizer, path, texts):
+  tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in texts.values()])
+  for i, text in texts.items():
+    if tokenizer.token_to_id(text) != i:
+      raise ValueError(f'{path} gives {text} the id {tokenizer.token_to_id(text)} instead of {i}: its ids have gaps, '
+                       'or it has such a token already; use the tokenizer that the model was trained with')
+  tokenizer.save(str(path))
+  path.chmod(0o644)
+
+
+def _declare_tokens(folder, texts):
+  """transformers 4 lists added tokens in tokenizer_config.json as well; keep such a list complete."""
+  path = folder / 'tokenizer_config.json'
+  if not path.exists():
+    return
+  raw = read_json(path)
+  if 'added_tokens_decoder' in raw:
+    plain = {'lstrip': False, 'normalized': False, 'rstrip': False, 'single_word': False, 'special': True}
+    raw['added_tokens_decoder'] |= {str(i): {'content': text, **plain} for i, text in texts.items()}
+    write_json(path, raw)
+
+
+def _suppress(folder, ids):
+  path = folder / 'generation_config.json'
+  raw = read_json(path)
+  raw['suppress_tokens'] = sorted({*(raw.get('suppress_tokens') or ()), *ids})
+  write_json(path, raw)

@@ -1,0 +1,1 @@
+"""Block attention kernels: `api.block_attention` is the entrance, `reference` says what is right."""

@@ -1,0 +1,108 @@
+"""The entrance to block attention: checks the arguments and calls the chosen implementation."""
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from blockattn import blocks
+from blockattn.kernels import reference, tiles as tile_sizes, xla
+
+IMPLS = ('reference', 'xla')
+
+
+def resolve(impl: str, platform: str) -> str:
+  """The implementation that `impl` means on `platform` ('cpu', 'gpu' or 'tpu'); log it once at start.
+
+  Raises:
+    ValueError: `impl` is neither 'auto' nor the name of an implementation.
+  """
+  if impl == 'auto':
+    return 'xla'
+  if impl not in IMPLS:
+    raise ValueError(f'attention impl {impl!r} does not exist; use one of {", ".join(("auto",) + IMPLS)}')
+  return impl
+
+
+def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl: str = 'auto',
+                    tiles: tuple[int, int] | None = None):
+  """Attention of each query to the keys that `blocks.may_attend` allows.
+
+  Args:
+    q_BTNH: queries, T == S. Query head n reads key/value head n // (N / K). The scale H ** -0.5 is applied inside.
+    k_BSKH, v_BSKH: keys and values, in the queries' dtype.
+    layout: BlockLayout of [B, T] arrays, traced or not: new boundaries never recompile.
+    impl: 'reference' (dense, quadratic in memory), 'xla', or 'auto', see `resolve`.
+    tiles: (query_tile, key_tile) in tokens for 'xla', by default `tiles.default`; one must divide the other.
+
+  Returns:
+    [B, T, N, H] in q's dtype; exactly zero, with zero gradients, in padding rows.
+
+  Raises:
+    ValueError: the implementation is unknown, or shapes, dtypes or tiles do not fit together.
+  """
+  check_arguments(q_BTNH, k_BSKH, v_BSKH, layout)
+  platform = jax.default_backend()
+  if resolve(impl, platform) == 'reference':
+    return reference.attention(q_BTNH, k_BSKH, v_BSKH, layout)
+  if tiles is None:
+    tiles = tile_sizes.default(platform, length=q_BTNH.shape[1], head_dim=q_BTNH.shape[3])
+  return xla.attention(q_BTNH, k_BSKH, v_BSKH, layout, tile_sizes.Tiles(*tiles))
+
+
+def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, mesh: Mesh, *,
+                            batch_axes: tuple[str, ...] = (), head_axes: tuple[str, ...] = (), impl: str = 'auto',
+                            tiles: tuple[int, int] | None = None):
+  """`block_attention` with the batch and the heads divided over a mesh, each device on its own part.
+
+  The tile loop runs over batch rows one after the other, so automatic sharding would gather them; here every device
+  loops over its own rows and heads, and nothing is communicated.
+
+  Args:
+    mesh: the mesh; axes that are in neither of the next two hold copies.
+    batch_axes: mesh axes that divide B.
+    head_axes: mesh axes that divide both N and K.
+
+  Raises:
+    ValueError: as `block_attention`, or an axis does not divide its dimension.
+  """
+  check_arguments(q_BTNH, k_BSKH, v_BSKH, layout)
+  _check_divides(mesh, batch_axes, 'batch rows', q_BTNH.shape[0])
+  _check_divides(mesh, head_axes, 'query heads', q_BTNH.shape[2])
+  _check_divides(mesh, head_axes, 'key/value heads', k_BSKH.shape[2])
+  heads = PartitionSpec(batch_axes or None, None, head_axes or None, None)
+  tokens = PartitionSpec(batch_axes or None, None)
+  attend = lambda q, k, v, part: block_attention(q, k, v, part, impl=impl, tiles=tiles)
+  # check_vma=False: the loops of the kernel start from zeros, which the check would want marked per device.
+  return jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,
+                       check_vma=False)(q_BTNH, k_BSKH, v_BSKH, layout)
+
+
+def _check_divides(mesh, axes, what, size):
+  missing = [axis for axis in axes if axis not in mesh.shape]
+  if missing:
+    raise ValueError(f'mesh axis {missing[0]!r} does not exist; the mesh has {", ".join(mesh.shape)}')
+  ways = 1
+  for axis in axes:
+    ways *= mesh.shape[axis]
+  if size % ways:
+    raise ValueError(f'{size} {what} cannot be divided over mesh axes {axes} of {ways} devices; '
+                     'use smaller axes or leave them out')
+
+
+def check_arguments(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout) -> None:
+  """Raises ValueError, saying what to change, where shapes or dtypes do not fit together."""
+  shapes = f'q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}'
+  if not q_BTNH.ndim == k_BSKH.ndim == v_BSKH.ndim == 4:
+    raise ValueError(f'{shapes}: queries must be [B, T, N, H], keys and values [B, T, K, H]')
+  B, T, N, H = q_BTNH.shape
+  K = k_BSKH.shape[2]
+  if k_BSKH.shape != v_BSKH.shape or k_BSKH.shape != (B, T, K, H):
+    raise ValueError(f'{shapes}: keys and values must be [B={B}, T={T}, K, H={H}] as the queries are')
+  if K == 0 or N % K:
+    raise ValueError(f'{N} query heads cannot share {K} key/value heads; N must be a multiple of K')
+  if not q_BTNH.dtype == k_BSKH.dtype == v_BSKH.dtype:
+    raise ValueError(f'dtypes differ: q {q_BTNH.dtype}, k {k_BSKH.dtype}, v {v_BSKH.dtype}; cast them to one')
+  for name in ('doc', 'block', 'reader', 'hidden', 'shared'):
+    shape = getattr(layout, name).shape
+    if shape != (B, T):
+      raise ValueError(f'layout.{name} has shape {shape}, but the queries want [B={B}, T={T}]; '
+                       'pad the layout and the tokens alike')

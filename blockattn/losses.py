@@ -1,0 +1,162 @@
+"""Token losses over chunks: the logits of a whole row never exist.
+
+The hidden states of the loss tokens are moved to the front of each row, and a scan multiplies `chunk` of them at a time
+by the head, inside the jitted step; chunks without a loss token are skipped at run time, and the backward pass computes
+each chunk's logits again. Peak memory is B * chunk * V instead of B * T * V, and the work is proportional to the
+number of loss tokens.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from blockattn.models import transformer
+
+WEIGHT_FORMS = ('relu', 'exp', 'none')
+GAP_SOURCES = ('student', 'teacher')
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenWeights:
+  """How much a token counts, by gap = log p_teacher(x | full) - log p(x | block), arXiv 2605.15913 (our reading).
+
+  Attributes:
+    form: 'relu': floor + clip(gap, 0, cap). 'exp': exp(min(gap, cap)). 'none': 1.
+    source: whose block-mode probability: the 'student' as it is now, or the frozen 'teacher' under the block mask.
+    floor: of 'relu'.
+    cap: of the gap, in nats.
+  """
+  form: str = 'relu'
+  source: str = 'student'
+  floor: float = 0.1
+  cap: float = 5.0
+
+  def __post_init__(self):
+    if self.form not in WEIGHT_FORMS:
+      raise ValueError(f'token weight form {self.form!r}; choose one of {", ".join(WEIGHT_FORMS)}')
+    if self.source not in GAP_SOURCES:
+      raise ValueError(f'token weight source {self.source!r}; choose one of {", ".join(GAP_SOURCES)}')
+
+
+def token_weight(gap, weights: TokenWeights):
+  """The weight of each token before normalisation; no gradient."""
+  gap = jax.lax.stop_gradient(gap)
+  if weights.form == 'relu':
+    return weights.floor + jnp.clip(gap, 0.0, weights.cap)
+  if weights.form == 'exp':
+    return jnp.exp(jnp.minimum(gap, weights.cap))
+  return jnp.ones_like(gap)
+
+
+def forward_kl(teacher_logits, student_logits, temperature: float):
+  """KL(p_teacher || p_student) of each token, both at `temperature`, in nats: [..., V] -> [...]."""
+  log_p = jax.nn.log_softmax(teacher_logits / temperature)
+  log_q = jax.nn.log_softmax(student_logits / temperature)
+  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def log_prob(logits, targets):
+  """log p(target) of each token: [..., V], [...] -> [...]."""
+  picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+  return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def sum_over_tokens(token_fn, heads, hidden, per_token, mask, chunk: int):
+  """Sums `token_fn` over the tokens where `mask` holds, `chunk` tokens of each row at a time.
+
+  Args:
+    token_fn: (heads, hidden, per_token, mask) of one chunk, arrays [B, chunk, ...] -> pytree of float32 scalars.
+    heads: pytree of whatever token_fn needs whole (the output matrices); differentiable.
+    hidden: pytree of [B, T, D]; differentiable.
+    per_token: pytree of [B, T], not differentiable.
+    mask: bool [B, T].
+    chunk: static number of tokens per row and chunk.
+
+  Returns:
+    The pytree of sums.
+  """
+  chunk = min(chunk, mask.shape[1])
+  # Loss tokens first; a stable sort keeps their order, so that nothing depends on the sort's whims.
+  order = jnp.argsort(~mask, axis=1, stable=True)
+  hidden, per_token, mask = jax.tree.map(functools.partial(_gather_chunks, order=order, chunk=chunk),
+                                         (hidden, per_token, mask))
+  one_chunk = jax.checkpoint(token_fn)
+  shapes = jax.eval_shape(token_fn, heads, *jax.tree.map(lambda x: x[0], (hidden, per_token, mask)))
+  zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+  def add(total, x):
+    sums = jax.lax.cond(jnp.any(x[2]), lambda: one_chunk(heads, *x), zeros)
+    return jax.tree.map(jnp.add, total, sums), None
+
+  return jax.lax.scan(add, zeros(), (hidden, per_token, mask))[0]
+
+
+def _gather_chunks(x, *, order, chunk):
+  """[B, T, ...] -> [T / chunk, B, chunk, ...] in the given token order, padded with zeros."""
+  index = order.reshape(order.shape + (1,) * (x.ndim - 2))
+  x = jnp.take_along_axis(x, index, axis=1)
+  rows, length = x.shape[:2]
+  x = jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2))
+  return jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def distillation_sums(heads, hidden, targets, mask, *, weights: TokenWeights, temperature: float,
+                      ce_weight: float, chunk: int):
+  """The distillation loss as sums: loss = sums['loss'] / sums['weight'].
+
+  loss = sum_t m_t w_t [ KL(p_T || p_S)_t + ce_weight * CE_t ] / sum_t m_t w_t. The weights carry no gradient.
+
+  Args:
+    heads: {'student': head [V, D], 'teacher': head [V, D]}.
+    hidden: {'student': x_BTD, 'teacher': x_BTD, 'teacher_block': x_BTD} on text tokens; the last only where
+      weights.source is 'teacher'.
+    targets: int32 [B, T], the token that each position predicts.
+    mask: bool [B, T], the loss tokens m.
+
+  Returns:
+    {'loss', 'weight', 'weight_sq', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'}: float32 scalars, each a sum over the
+    loss tokens; `kl` and the rest unweighted.
+  """
+  def chunk_sums(heads, hidden, targets, mask):
+    m = mask.astype(jnp.float32)
+    student = transformer.project(hidden['student'], heads['student'])
+    teacher = jax.lax.stop_gradient(transformer.project(hidden['teacher'], heads['teacher']))
+    student, teacher = common_vocabulary(student, teacher)
+    kl = forward_kl(teacher, student, temperature)
+    log_q, log_p = log_prob(student, targets), log_prob(teacher, targets)
+    blocked = log_q
+    if weights.source == 'teacher':
+      blocked = log_prob(common_vocabulary(transformer.project(hidden['teacher_block'], heads['teacher']), teacher)[0], targets)
+    gap = jax.lax.stop_gradient(log_p - blocked)
+    w = m * token_weight(gap, weights)
+    return {'loss': jnp.sum(w * (kl - ce_weight * log_q)), 'weight': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
+            'tokens': jnp.sum(m), 'kl': jnp.sum(m * kl), 'ce': -jnp.sum(m * log_q),
+            'teacher_ce': -jnp.sum(m * log_p), 'gap': jnp.sum(m * gap)}
+
+  return sum_over_tokens(chunk_sums, heads, hidden, targets, mask, chunk)
+
+
+def common_vocabulary(a, b):
+  """Teacher and student may be padded to different sizes; both predict the smaller vocabulary."""
+  size = min(a.shape[-1], b.shape[-1])
+  return a[..., :size], b[..., :size]
+
+
+def cross_entropy_sums(head_VD, x_BTD, targets, weight, chunk: int):
+  """Weighted cross-entropy as sums: loss = sums['loss'] / sums['weight'].
+
+  Args:
+    weight: float32 [B, T] >= 0; tokens of weight 0 cost nothing.
+
+  Returns:
+    {'loss', 'weight', 'tokens', 'ce'}: float32 scalars; `ce` is the unweighted sum over the `tokens` of weight > 0.
+  """
+  def chunk_sums(head, hidden, per_token, mask):
+    m = mask.astype(jnp.float32)
+    ce = -log_prob(transformer.project(hidden, head), per_token['target'])
+    w = m * per_token['weight']
+    return {'loss': jnp.sum(w * ce), 'weight': jnp.sum(w), 'tokens': jnp.sum(m), 'ce': jnp.sum(m * ce)}
+
+  return sum_over_tokens(chunk_sums, head_VD, x_BTD, {'target': targets, 'weight': weight}, weight > 0, chunk)

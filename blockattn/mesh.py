@@ -1,0 +1,114 @@
+"""The device mesh and the rules that place arrays on it.
+
+Every array axis has a logical name ('batch', 'mlp', ...). A rules table, which is data in the config, maps logical
+names to mesh axes. One device is the 1 x 1 x 1 mesh: there is no second code path.
+"""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from flax.linen import spmd
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'tensor')
+
+# Logical axes of parameters and activations. 'embed' is the model width D of a parameter; activations keep it whole.
+RULES = (
+    ('batch', ('data', 'fsdp')),
+    ('vocab', 'tensor'),
+    ('heads', 'tensor'),
+    ('kv_heads', 'tensor'),
+    ('mlp', 'tensor'),
+    ('embed', 'fsdp'),
+    ('layers', None),
+    ('head_dim', None),
+    ('tokens', None),
+    ('width', None),
+)
+
+
+def make_mesh(shape: dict[str, int], devices=None) -> Mesh:
+  """A mesh over all devices.
+
+  Args:
+    shape: size by axis name; axes left out are 1, at most one may be -1 (whatever devices are left).
+    devices: default jax.devices().
+
+  Raises:
+    ValueError: an unknown axis, or sizes that do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  unknown = set(shape) - set(AXES)
+  if unknown:
+    raise ValueError(f'mesh: unknown axes {sorted(unknown)}; the axes are {", ".join(AXES)}')
+  sizes = [shape[axis] if axis in shape else 1 for axis in AXES]
+  if sizes.count(-1) == 1:
+    known = math.prod(s for s in sizes if s != -1)
+    sizes = [max(1, len(devices) // known) if s == -1 else s for s in sizes]
+  if math.prod(sizes) != len(devices):
+    asked = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
+    raise ValueError(f'mesh {asked} needs {math.prod(sizes)} devices, here are {len(devices)}; '
+                     'change config.mesh (one axis may be -1: all that is left)')
+  return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """A mesh with its rules table. Hashable, so that jitted functions may close over it or take it as static."""
+  mesh: Mesh
+  rules: tuple = RULES
+
+  def spec(self, axes) -> PartitionSpec:
+    """PartitionSpec of an array whose axes have these logical names.
+
+    Raises:
+      ValueError: a name without a rule, or two axes of the array that want the same mesh axis.
+    """
+    known = dict(self.rules)
+    for axis in axes:
+      if axis is not None and axis not in known:
+        raise ValueError(f'no rule for the logical axis {axis!r}; rules name {", ".join(known)}')
+    wanted = [m for axis in axes if axis is not None for m in _mesh_axes(known[axis])]
+    if len(wanted) != len(set(wanted)):
+      raise ValueError(f'rules place two of the axes {tuple(axes)} on the same mesh axis: {wanted}')
+    return spmd.logical_to_mesh_axes(tuple(axes), self.rules)
+
+  def sharding(self, axes) -> NamedSharding:
+    return NamedSharding(self.mesh, self.spec(axes))
+
+  def mesh_axes(self, axis) -> tuple[str, ...]:
+    """The mesh axes that the rules give to this logical name."""
+    return _mesh_axes(dict(self.rules)[axis])
+
+  def size(self, axis) -> int:
+    """Into how many parts the rules cut an array axis of this logical name."""
+    return math.prod(self.mesh.shape[m] for m in self.mesh_axes(axis))
+
+  def check_divisible(self, name, shape, axes):
+    """Raises ValueError, naming the parameter, if an axis cannot be cut evenly."""
+    for size, axis in zip(shape, axes, strict=True):
+      if axis is not None and size % self.size(axis):
+        raise ValueError(f'{name}: axis {axis!r} of size {size} cannot be cut into {self.size(axis)} parts; change '
+                         f'config.mesh, or map {axis!r} to None in config.rules')
+
+  def constrain(self, x, *axes):
+    """Tells the compiler where an intermediate array lives."""
+    return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+
+  def put_batch(self, batch):
+    """This process's rows [b, T] of every array of the tree -> global arrays, rows cut by the 'batch' rule."""
+    def put(x):
+      sharding = self.sharding(('batch',) + (None,) * (np.ndim(x) - 1))
+      return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+    return jax.tree.map(put, batch)
+
+  def replicated(self) -> NamedSharding:
+    return NamedSharding(self.mesh, PartitionSpec())
+
+
+def _mesh_axes(rule):
+  if rule is None:
+    return ()
+  return (rule,) if isinstance(rule, str) else tuple(rule)

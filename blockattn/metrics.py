@@ -1,0 +1,310 @@
+"""Numbers of a run: written to files, timed, shown on a line.
+
+`metrics.jsonl` holds one JSON object per line: `step`, `time` (seconds since the epoch) and the scalars by name.
+JSON has no NaN and no infinity, so these are written as the strings "NaN", "Infinity" and "-Infinity"; `read_metrics`
+turns them back into floats.
+"""
+
+import collections
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
+
+import rich.console
+import rich.progress
+
+FILE_NAME = 'metrics.jsonl'
+RESERVED = ('step', 'time')
+
+
+class MetricWriter:
+  """Writes scalars to `metrics.jsonl`, TensorBoard event files and, when asked, Weights & Biases.
+
+  Only process 0 writes; on every other process all methods do nothing. The values are Python floats: the caller
+  fetches them from the device, at best one step late so that the next step is already running, and calls `write` with
+  the step that they belong to.
+
+  Args:
+    workdir: folder of the run; made if absent. Event files go to `workdir/tensorboard`.
+    process_index: `jax.process_index()` of the caller.
+    tensorboard: whether to write event files.
+    resume_step: the step that the run continues from, 0 for a fresh start. Lines of later steps, left by a run that
+      went on after its last checkpoint, are dropped, so that no step stands twice. None appends and drops nothing.
+    wandb_project: name of a Weights & Biases project; needs the `log` extra. None writes nothing there.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, process_index: int = 0, tensorboard: bool = True, *,
+               resume_step: int | None = None, wandb_project: str | None = None):
+    self._file, self._board, self._wandb = None, None, None
+    if process_index != 0:
+      return
+    workdir = pathlib.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / FILE_NAME
+    truncate(path, resume_step)
+    if tensorboard:
+      self._board = _tensorboard(workdir / 'tensorboard', resume_step)
+    if wandb_project is not None:
+      self._wandb = _wandb_run(wandb_project, workdir)
+    self._file = path.open('a', encoding='utf-8', buffering=1)   # a line is on disk when `write` returns
+
+  def write(self, step: int, scalars: Mapping[str, float]):
+    """Writes the scalars of one step.
+
+    Raises:
+      ValueError: a scalar is called 'step' or 'time'.
+      TypeError: a value is not a number.
+    """
+    if self._file is None:
+      return
+    now, values = time.time(), _as_floats(scalars)
+    line = {'step': int(step), 'time': round(now, 3)} | {name: _to_json(value) for name, value in values.items()}
+    self._file.write(json.dumps(line, allow_nan=False) + '\n')
+    if self._board is not None:
+      for name, value in values.items():
+        self._board.add_scalar(name, value, step, walltime=now)
+    if self._wandb is not None:
+      self._wandb.log(values | {'step': int(step)})
+
+  def flush(self):
+    """Hands everything written so far to the operating system."""
+    for sink in (self._file, self._board):
+      if sink is not None:
+        sink.flush()
+
+  def close(self):
+    """Flushes and closes; further writes are ignored."""
+    for sink in (self._file, self._board):
+      if sink is not None:
+        sink.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+    self._file, self._board, self._wandb = None, None, None
+
+  def __enter__(self) -> 'MetricWriter':
+    return self
+
+  def __exit__(self, *exc):
+    self.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The lines of a `metrics.jsonl`, oldest first, non-finite numbers as floats.
+
+  A last line without its newline, left by a killed process, is skipped.
+
+  Raises:
+    ValueError: a line is no JSON object with a step; names the file and the line.
+  """
+  lines = pathlib.Path(path).read_text(encoding='utf-8').split('\n')[:-1]
+  return [_parse(line, f'{path}:{number}') for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def truncate(path: str | os.PathLike, last_step: int | None):
+  """Drops the lines of steps after `last_step` (None: none) and a half-written last line, atomically.
+
+  The file is replaced in one move, so a process killed here leaves the old file or the new one. No file is no error.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    return
+  text = path.read_text(encoding='utf-8')
+  whole = text.split('\n')[:-1]
+  kept = [line for number, line in enumerate(whole, start=1) if line.strip() and
+          (last_step is None or _parse(line, f'{path}:{number}')['step'] <= last_step)]
+  new = ''.join(line + '\n' for line in kept)
+  if new != text:
+    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
+    temporary.write_text(new, encoding='utf-8')
+    os.replace(temporary, path)
+
+
+def _parse(line: str, place: str) -> dict[str, Any]:
+  try:
+    entry = json.loads(line)
+  except json.JSONDecodeError as e:
+    raise ValueError(f'{place}: not JSON ({e.msg}); repair or delete the line') from e
+  if not isinstance(entry, dict) or not isinstance(entry.get('step'), int):
+    raise ValueError(f'{place}: expected an object with an integer "step"; repair or delete the line')
+  return {name: float(value) if value in ('NaN', 'Infinity', '-Infinity') else value for name, value in entry.items()}
+
+
+def _as_floats(scalars: Mapping[str, float]) -> dict[str, float]:
+  values = {}
+  for name, value in scalars.items():
+    if name in RESERVED:
+      raise ValueError(f'a metric must not be called {name!r}: the line has a field of that name')
+    try:
+      values[name] = float(value)
+    except (TypeError, ValueError) as e:
+      raise TypeError(f'metric {name!r} is {value!r}; pass a Python float, one number per name') from e
+  return values
+
+
+def _to_json(value: float) -> float | str:
+  if math.isfinite(value):
+    return value
+  return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
+
+
+def _tensorboard(folder: pathlib.Path, resume_step: int | None):
+  # Imported here: who only reads metrics.jsonl needs neither tensorboardX nor protobuf.
+  import tensorboardX
+  purge = None if resume_step is None else resume_step + 1   # the viewer drops events from this step on
+  return tensorboardX.SummaryWriter(str(folder), purge_step=purge)
+
+
+def _wandb_run(project: str, workdir: pathlib.Path):
+  """The W&B run of this workdir; its id is kept in a file so that a resumed run goes on in the same one."""
+  try:
+    import wandb
+  except ImportError as e:
+    raise ImportError(f'wandb_project={project!r} needs Weights & Biases: pip install "blockattn[log]"') from e
+  id_file = workdir / 'wandb_id.txt'
+  if not id_file.exists():
+    id_file.write_text(uuid.uuid4().hex[:12] + '\n')
+  run = wandb.init(project=project, name=workdir.resolve().name, dir=str(workdir), id=id_file.read_text().strip(),
+                   resume='allow')
+  run.define_metric('*', step_metric='step')   # W&B's own step may not go back, ours does on a resume
+  return run
+
+
+class StepClock:
+  """Speed over the last steps, and the time left.
+
+  The first step, which compiles, starts the clock and is not counted.
+
+  Args:
+    total_steps: the step at which the run ends.
+    window: number of steps that the speed is averaged over.
+    now: source of seconds.
+  """
+
+  def __init__(self, total_steps: int, window: int = 50, now: Callable[[], float] = time.perf_counter):
+    self._total, self._now = total_steps, now
+    self._ticks = collections.deque(maxlen=window + 1)   # (step, seconds, tokens so far)
+    self._paused = 0.0
+
+  def tick(self, step: int, tokens: int):
+    """Says that `step` is done and that it processed `tokens` tokens, over all hosts."""
+    before = self._ticks[-1][2] if self._ticks else 0
+    self._ticks.append((step, self._now() - self._paused, before + tokens))
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """What runs inside (an evaluation, a checkpoint) does not count as training time."""
+    start = self._now()
+    try:
+      yield
+    finally:
+      self._paused += self._now() - start
+
+  def rates(self) -> dict[str, float]:
+    """`steps_per_s`, `tokens_per_s` and `seconds_left`; empty until two steps are done."""
+    if len(self._ticks) < 2:
+      return {}
+    (step0, time0, tokens0), (step, now, tokens) = self._ticks[0], self._ticks[-1]
+    seconds = max(now - time0, 1e-9)
+    speed = (step - step0) / seconds
+    left = max(self._total - step, 0) / speed if speed > 0 else math.inf
+    return {'steps_per_s': speed, 'tokens_per_s': (tokens - tokens0) / seconds, 'seconds_left': left}
+
+
+class ProgressLine:
+  """A progress bar on a terminal; elsewhere (a log file, a pipe) a plain line every `every_s` seconds.
+
+  Args:
+    total_steps: the step at which the run ends.
+    label: what stands in front of the bar.
+    every_s: least seconds between two plain lines; the first and the last step are always shown.
+    stream: where to write; standard output by default.
+    enabled: False shows nothing, for every process but the first.
+    now: source of seconds.
+  """
+
+  def __init__(self, total_steps: int, label: str = 'train', *, every_s: float = 10.0, stream: TextIO | None = None,
+               enabled: bool = True, now: Callable[[], float] = time.monotonic):
+    self._total, self._label, self._every, self._now = total_steps, label, every_s, now
+    self._stream = sys.stdout if stream is None else stream
+    self._enabled, self._last_line, self._bar = enabled, -math.inf, None
+    if enabled and self._stream.isatty():
+      self._bar = _bar(self._stream)
+      self._task = self._bar.add_task(label, total=total_steps, facts='')
+      self._bar.start()
+
+  def update(self, step: int, scalars: Mapping[str, float]):
+    """Shows the step with the `loss`, `tokens_per_s` and `seconds_left` found in `scalars`, other names are ignored."""
+    if not self._enabled:
+      return
+    if self._bar is not None:
+      self._bar.update(self._task, completed=step, facts=_facts(scalars))
+    elif step >= self._total or self._now() - self._last_line >= self._every:
+      self._last_line = self._now()
+      print(f'{self._label} {step}/{self._total}  {_facts(scalars)}'.rstrip(), file=self._stream, flush=True)
+
+  def say(self, text: str):
+    """Prints a line, above the bar where there is one."""
+    if not self._enabled:
+      return
+    if self._bar is not None:
+      self._bar.console.print(text, markup=False, highlight=False)
+    else:
+      print(text, file=self._stream, flush=True)
+
+  def close(self):
+    """Leaves the bar as it stands and gives the terminal back."""
+    if self._bar is not None:
+      self._bar.stop()
+    self._bar, self._enabled = None, False
+
+  def __enter__(self) -> 'ProgressLine':
+    return self
+
+  def __exit__(self, *exc):
+    self.close()
+
+
+def _bar(stream: TextIO) -> rich.progress.Progress:
+  columns = (rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(),
+             rich.progress.MofNCompleteColumn(), rich.progress.TextColumn('{task.fields[facts]}', markup=False))
+  return rich.progress.Progress(*columns, console=rich.console.Console(file=stream))
+
+
+def _facts(scalars: Mapping[str, float]) -> str:
+  facts = []
+  if 'loss' in scalars:
+    facts.append(f'loss {scalars["loss"]:.4f}')
+  if 'tokens_per_s' in scalars:
+    facts.append(f'{short_count(scalars["tokens_per_s"])} tokens/s')
+  if 'seconds_left' in scalars:
+    facts.append(f'{short_time(scalars["seconds_left"])} left')
+  return '  '.join(facts)
+
+
+def short_count(value: float) -> str:
+  """A count for the eye: 950, 31.2k, 4.05M, 1.20B."""
+  for bound, divisor, form in ((1e3, 1, '{:.0f}'), (1e5, 1e3, '{:.1f}k'), (1e6, 1e3, '{:.0f}k'), (1e9, 1e6, '{:.2f}M')):
+    if value < bound * (1 - 5e-4):   # 999.6 rounds to 1.0k, not to 1000
+      return form.format(value / divisor)
+  return f'{value / 1e9:.2f}B'
+
+
+def short_time(seconds: float) -> str:
+  """A time span for the eye: 8s, 1m32s, 3h05m, 2d04h; `?` when it is not known."""
+  if not math.isfinite(seconds):
+    return '?'
+  s = round(seconds)
+  if s < 60:
+    return f'{s}s'
+  if s < 3600:
+    return f'{s // 60}m{s % 60:02d}s'
+  if s < 86400:
+    return f'{s // 3600}h{s % 3600 // 60:02d}m'
+  return f'{s // 86400}d{s % 86400 // 3600:02d}h'

@@ -1,0 +1,265 @@
+"""Qwen3 and Llama 3.x as pure functions over stacked parameters.
+
+`apply(params, tokens, layout, cfg, compute)` gives the hidden states after the final norm; `logits` multiplies them by
+the head. Teacher and student are this same function: the teacher's layout is `blocks.as_one_block`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from blockattn import mesh as mesh_lib
+from blockattn.kernels import api
+from blockattn.models.spec import ParamSpec
+
+REMAT = ('none', 'dots', 'full')
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+  """Rotary scaling of Llama 3.1 and 3.2: low frequencies are slowed down by `factor`, with a smooth passage."""
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The architecture; names follow the axis legend in blocks.py."""
+  family: str                       # 'qwen3' or 'llama': decides the Hugging Face class it is exported as
+  vocab: int                        # V
+  width: int                        # D
+  layers: int                       # L
+  heads: int                        # N
+  kv_heads: int                     # K
+  head_dim: int                     # H, independent of D / N
+  mlp: int                          # F
+  norm_eps: float = 1e-6
+  rope_theta: float = 10000.0
+  rope_scaling: Llama3Rope | None = None
+  qk_norm: bool = False             # RMSNorm over each head of q and k (Qwen3)
+  attention_bias: bool = False
+  mlp_bias: bool = False
+  tied: bool = False                # the head is the embedding
+  max_positions: int = 4096
+  learned_sinks: int = 0            # extra embedding rows for the token ids V, V + 1, ...
+
+  def __post_init__(self):
+    if self.family not in ('qwen3', 'llama'):
+      raise ValueError(f'model family {self.family!r}; choose qwen3 or llama')
+    if self.heads % self.kv_heads:
+      raise ValueError(f'{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly')
+    if self.head_dim % 2:
+      raise ValueError(f'head_dim {self.head_dim} is odd; rotary positions need pairs')
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How to compute, which never changes what is computed."""
+  dtype: str = 'float32'            # of activations
+  impl: str = 'auto'                # attention implementation, see kernels.api
+  tiles: tuple[int, int] | None = None
+  remat: str = 'none'               # what the backward pass computes again: 'none', 'dots' (all but matmuls), 'full'
+  placement: mesh_lib.Placement | None = None
+
+  def __post_init__(self):
+    if self.remat not in REMAT:
+      raise ValueError(f'remat={self.remat!r}; choose one of {", ".join(REMAT)}')
+
+
+def spec(cfg: ModelConfig):
+  """The parameter tree as ParamSpec. Matrices start at std 1/sqrt(fan-in), those that write into the residual stream
+  at 1/sqrt(2 L fan-in); a tied embedding starts small enough to be a head."""
+  D, N, K, H, F, L, V = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.mlp, cfg.layers, cfg.vocab
+  stacked = lambda shape, axes, **kw: ParamSpec((L, *shape), ('layers', *axes), **kw)
+  reads = D ** -0.5
+  writes = lambda fan_in: (2 * L * fan_in) ** -0.5
+  layers = {
+      'attn_norm': stacked((D,), ('width',), fill=1.0),
+      'q': stacked((D, N, H), ('embed', 'heads', 'head_dim'), std=reads),
+      'k': stacked((D, K, H), ('embed', 'kv_heads', 'head_dim'), std=reads),
+      'v': stacked((D, K, H), ('embed', 'kv_heads', 'head_dim'), std=reads),
+      'o': stacked((N, H, D), ('heads', 'head_dim', 'embed'), std=writes(N * H)),
+      'mlp_norm': stacked((D,), ('width',), fill=1.0),
+      'gate': stacked((D, F), ('embed', 'mlp'), std=reads),
+      'up': stacked((D, F), ('embed', 'mlp'), std=reads),
+      'down': stacked((F, D), ('mlp', 'embed'), std=writes(F)),
+  }
+  if cfg.attention_bias:
+    layers |= {'q_bias': stacked((N, H), ('heads', 'head_dim')), 'k_bias': stacked((K, H), ('kv_heads', 'head_dim')),
+               'v_bias': stacked((K, H), ('kv_heads', 'head_dim')), 'o_bias': stacked((D,), ('width',))}
+  if cfg.qk_norm:
+    layers |= {'q_norm': stacked((H,), ('head_dim',), fill=1.0), 'k_norm': stacked((H,), ('head_dim',), fill=1.0)}
+  if cfg.mlp_bias:
+    layers |= {'gate_bias': stacked((F,), ('mlp',)), 'up_bias': stacked((F,), ('mlp',)),
+               'down_bias': stacked((D,), ('width',))}
+  specs = {'embed': ParamSpec((V, D), ('vocab', 'embed'), std=reads if cfg.tied else 1.0),
+           'layers': layers, 'final_norm': ParamSpec((D,), ('width',), fill=1.0)}
+  if not cfg.tied:
+    specs['head'] = ParamSpec((V, D), ('vocab', 'embed'), std=reads)
+  if cfg.learned_sinks:
+    specs['sinks'] = ParamSpec((cfg.learned_sinks, D), (None, 'width'), std=reads if cfg.tied else 1.0)
+  return specs
+
+
+def apply(params, tokens, layout, cfg: ModelConfig, compute: Compute):
+  """Hidden states after the final norm.
+
+  Args:
+    params: tree of `spec(cfg)`, in any float dtype; used in compute.dtype.
+    tokens: int32 [B, T].
+    layout: BlockLayout [B, T].
+    cfg: ModelConfig.
+    compute: Compute.
+
+  Returns:
+    x_BTD in compute.dtype.
+  """
+  attend = lambda q, k, v: _attend(q, k, v, layout, compute)
+  return run_layers(params, tokens, layout.position, cfg, compute, attend, keep_kv=False)[0]
+
+
+def run_layers(params, tokens, position, cfg, compute, attend, *, keep_kv: bool):
+  """Embedding, all layers and the final norm, with any attention.
+
+  Args:
+    tokens, position: int32 [B, T].
+    attend: (q_BTNH, k_BTKH, v_BTKH) -> o_BTNH, queries and keys already rotated.
+    keep_kv: whether to return every layer's rotated keys and its values.
+
+  Returns:
+    (x_BTD, (k, v) each [L, B, T, K, H], or None).
+  """
+  angles = rotary_angles(position, cfg)
+
+  def layer(x_BTD, weights):
+    x_BTD, kv = decoder_layer(x_BTD, cast(weights, compute), angles, cfg, compute, attend)
+    return x_BTD, kv if keep_kv else None
+
+  x_BTD = constrain(embed(params, tokens, cfg, compute), compute)
+  x_BTD, kv = jax.lax.scan(_remat(layer, compute.remat), x_BTD, params['layers'])
+  return final_norm(params, x_BTD, cfg), kv
+
+
+def final_norm(params, x, cfg):
+  return rms_norm(x, params['final_norm'], cfg.norm_eps)
+
+
+def decoder_layer(x_BTD, w, angles, cfg, compute, attend):
+  """One transformer layer.
+
+  Args:
+    x_BTD: residual stream.
+    w: the layer's parameters, without the leading L axis.
+    angles: (cos, sin) from `rotary_angles`.
+    attend: (q_BTNH, k_BTKH, v_BTKH) -> o_BTNH, queries and keys already rotated.
+
+  Returns:
+    (x_BTD, (k_BTKH, v_BTKH)): the new residual stream, and what a cache would keep.
+  """
+  h = rms_norm(x_BTD, w['attn_norm'], cfg.norm_eps)
+  q = jnp.einsum('btd,dnh->btnh', h, w['q'])
+  k = jnp.einsum('btd,dkh->btkh', h, w['k'])
+  v = jnp.einsum('btd,dkh->btkh', h, w['v'])
+  if cfg.attention_bias:
+    q, k, v = q + w['q_bias'], k + w['k_bias'], v + w['v_bias']
+  if cfg.qk_norm:
+    q, k = rms_norm(q, w['q_norm'], cfg.norm_eps), rms_norm(k, w['k_norm'], cfg.norm_eps)
+  q, k = rotate(q, angles), rotate(k, angles)
+  out = jnp.einsum('btnh,nhd->btd', attend(q, k, v), w['o'])
+  x_BTD = constrain(x_BTD + (out + w['o_bias'] if cfg.attention_bias else out), compute)
+  h = rms_norm(x_BTD, w['mlp_norm'], cfg.norm_eps)
+  return constrain(x_BTD + _mlp(h, w, cfg), compute), (k, v)
+
+
+def head_of(params, cfg: ModelConfig):
+  """The output matrix [V, D]."""
+  return params['embed'] if cfg.tied else params['head']
+
+
+def project(x, head_VD):
+  """Float32 logits [..., V] of hidden states [..., D]."""
+  return jnp.einsum('...d,vd->...v', x, head_VD.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def logits(params, x, cfg: ModelConfig):
+  """Float32 logits [..., V] of hidden states [..., D]."""
+  return project(x, head_of(params, cfg))
+
+
+def _mlp(h, w, cfg):
+  gate, up = h @ w['gate'], h @ w['up']
+  if cfg.mlp_bias:
+    gate, up = gate + w['gate_bias'], up + w['up_bias']
+  down = (jax.nn.silu(gate) * up) @ w['down']
+  return down + w['down_bias'] if cfg.mlp_bias else down
+
+
+def _attend(q, k, v, layout, compute):
+  if compute.placement is None:
+    return api.block_attention(q, k, v, layout, impl=compute.impl, tiles=compute.tiles)
+  place = compute.placement
+  return api.block_attention_on_mesh(q, k, v, layout, place.mesh, batch_axes=place.mesh_axes('batch'),
+                                     head_axes=place.mesh_axes('kv_heads'), impl=compute.impl, tiles=compute.tiles)
+
+
+def embed(params, tokens, cfg, compute):
+  table = params['embed']
+  if cfg.learned_sinks:
+    table = jnp.concatenate([table, params['sinks'].astype(table.dtype)])
+  return jnp.take(table, tokens, axis=0).astype(compute.dtype)
+
+
+def constrain(x_BTD, compute):
+  return x_BTD if compute.placement is None else compute.placement.constrain(x_BTD, 'batch', 'tokens', 'width')
+
+
+def cast(weights, compute):
+  return jax.tree.map(lambda w: w.astype(compute.dtype), weights)
+
+
+def _remat(layer, policy):
+  if policy == 'none':
+    return layer
+  saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == 'dots' else None
+  return jax.checkpoint(layer, policy=saved, prevent_cse=False)
+
+
+def rms_norm(x, scale, eps):
+  """Root-mean-square norm (arXiv 1910.07467) over the last axis, computed in float32."""
+  x32 = x.astype(jnp.float32)
+  normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+  return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotary_frequencies(cfg: ModelConfig):
+  """Radians per position of each rotary pair: float32 [H / 2].
+
+  Plain: theta^(-2i/H) (arXiv 2104.09864). Llama 3: wavelengths above original_length / low_freq_factor are stretched
+  by `factor`, those below original_length / high_freq_factor are kept, those between are interpolated
+  (Llama 3.1 model card; transformers' `llama3` rope type).
+  """
+  i = jnp.arange(cfg.head_dim // 2, dtype=jnp.float32)
+  frequency = cfg.rope_theta ** (-2.0 * i / cfg.head_dim)
+  if cfg.rope_scaling is None:
+    return frequency
+  s = cfg.rope_scaling
+  turns = s.original_length * frequency / (2 * math.pi)   # full turns over the original context
+  keep = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+  return keep * frequency + (1.0 - keep) * frequency / s.factor
+
+
+def rotary_angles(position, cfg: ModelConfig):
+  """(cos, sin), each float32 [B, T, H / 2]."""
+  angle = position.astype(jnp.float32)[..., None] * rotary_frequencies(cfg)
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x, angles):
+  """Rotates x [B, T, heads, H] by its positions; the pairs are (i, i + H/2), as in Hugging Face checkpoints."""
+  cos, sin = (a[:, :, None, :] for a in angles)
+  low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)

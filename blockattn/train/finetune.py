@@ -1,0 +1,114 @@
+"""Cross-entropy training: pretraining (mode 'full') and block fine-tuning (mode 'both', arXiv 2409.15355).
+
+`python -m blockattn.train.finetune --config configs/finetune.py --workdir runs/x`
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blockattn import blocks, losses, optim
+from blockattn.models import transformer
+from blockattn.train import loop, setup
+
+MODES = ('full', 'block', 'both')
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneOptions:
+  """
+  Attributes:
+    mode: 'full' attention, 'block' attention, or 'both': every example once in each.
+    text_weight: weight of every text token; 0 leaves text out.
+    prompt_weight: added on the tokens of the last block in front of the answer.
+    answer_weight: added on answer tokens.
+    chunk: tokens per row whose logits exist at a time.
+    accumulate: slices that a batch is computed in.
+  """
+  mode: str
+  text_weight: float
+  prompt_weight: float
+  answer_weight: float
+  chunk: int
+  accumulate: int
+
+  def __post_init__(self):
+    if self.mode not in MODES:
+      raise ValueError(f'finetune mode {self.mode!r}; choose one of {", ".join(MODES)}')
+    if self.text_weight + self.prompt_weight + self.answer_weight <= 0:
+      raise ValueError('all token weights of finetune are 0: there is nothing to learn')
+
+
+def token_weights(batch, options: FinetuneOptions):
+  """Weight of each position's next token: float32 [B, T]."""
+  text = batch['text']
+  prompt = text & batch['layout'].reader & ~batch['loss']
+  return (options.text_weight * text + options.prompt_weight * prompt
+          + options.answer_weight * batch['loss']).astype(jnp.float32)
+
+
+def loss_sums(params, batch, cfg, compute, block_options, options: FinetuneOptions):
+  """Cross-entropy sums over the modes asked for, see losses.cross_entropy_sums."""
+  views = []
+  if options.mode in ('full', 'both'):
+    views.append((batch['tokens'], blocks.as_one_block(batch['layout']), None))
+  if options.mode in ('block', 'both'):
+    views.append(blocks.block_mode(batch['tokens'], batch['layout'], block_options))
+  weight = token_weights(batch, options)
+  total = []
+  for tokens, layout, index in views:
+    x_BTD = transformer.apply(params, tokens, layout, cfg, compute)
+    if index is not None:
+      x_BTD = jnp.take_along_axis(x_BTD, index[..., None], axis=1)
+    total.append(losses.cross_entropy_sums(transformer.head_of(params, cfg), x_BTD, batch['targets'], weight,
+                                           options.chunk))
+  return jax.tree.map(lambda *sums: sum(sums), *total)
+
+
+def make_step(cfg, compute, block_options, options: FinetuneOptions, optimizer, learning_rate):
+  """Jitted (state, batch) -> (state, metrics); the old state's buffers are reused."""
+  def sums_and_grads(params, batch, part):
+    del part
+    def loss(params):
+      sums = loss_sums(params, batch, cfg, compute, block_options, options)
+      return sums['loss'], sums
+    grads, sums = jax.grad(loss, has_aux=True)(params)
+    return sums, grads
+
+  def step(state, batch):
+    sums, grads = loop.accumulate(sums_and_grads, state.params, batch, options.accumulate)
+    weight = jnp.maximum(sums['weight'], 1e-9)   # a batch without loss tokens must not divide by zero
+    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    metrics = {'loss': sums['loss'] / weight, 'ce': sums['ce'] / jnp.maximum(sums['tokens'], 1),
+               'loss_tokens': sums['tokens'], 'grad_norm': optax.global_norm(grads), 'lr': learning_rate(state.step)}
+    return loop.apply_gradients(state, optimizer, grads), metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def run(config, workdir):
+  """Trains as the config says; returns (ModelConfig, params, BlockOptions)."""
+  place = setup.placement(config)
+  setup.check_batch(config, place)
+  loop.save_run_facts(workdir, config)
+  tokenizer = setup.tokenizer(config)
+  source = setup.rows(config, tokenizer)
+  cfg, params = setup.load_model(config, place)
+  cfg, block_options = setup.block_options(config, cfg, tokenizer)
+  params = setup.add_sink_rows(params, cfg, tokenizer, config.blocks.sink_text, place)
+  options = FinetuneOptions(**dict(config.finetune), chunk=config.chunk, accumulate=config.accumulate)
+  optim_config = setup.optim_config(config)
+  optimizer = optim.make_optimizer(optim_config)
+  step_fn = make_step(cfg, setup.compute(config, place), block_options, options, optimizer,
+                      optim.learning_rate(optim_config))
+  meta = setup.model_meta(cfg, block_options if options.mode != 'full' else None, config.model.source, 'finetune')
+  state = loop.run(step_fn, loop.init_state(params, optimizer), setup.batches(config, source),
+                   setup.loop_config(config, f'fine-tuning ({options.mode})'), workdir, put_batch=place.put_batch,
+                   meta=meta)
+  return cfg, state.params, block_options
+
+
+if __name__ == '__main__':
+  setup.main(run)

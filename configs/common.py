@@ -1,0 +1,116 @@
+"""What every config shares. A config file's `get_config(arg)` starts from `base()`; every key stands here once."""
+
+import ml_collections
+
+from blockattn import mesh, tree
+
+
+def parse_arg(arg, **defaults):
+  """'model=qwen3_4b,ctx=32768' -> values of the types of `defaults`.
+
+  Raises:
+    ValueError: a name that is not among the defaults, or a value that is not of its type.
+  """
+  values = dict(defaults)
+  for part in filter(None, (arg or '').split(',')):
+    name, equals, value = part.partition('=')
+    if name not in defaults:
+      raise ValueError(f'config argument {name!r}: {tree.did_you_mean(name, defaults)}')
+    kind = type(defaults[name])
+    try:
+      values[name] = value.lower() in ('1', 'true', '') if kind is bool else kind(value)
+    except ValueError:
+      raise ValueError(f'config argument {part!r}: {name} takes {kind.__name__}') from None
+    if kind is not bool and not equals:
+      raise ValueError(f'config argument {name!r} needs a value: {name}=...')
+  return ml_collections.ConfigDict(values)
+
+
+def base():
+  """Keys that both trainers read."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0                  # first values, order of the data, block dropout
+  config.steps = 1000              # optimizer steps
+  config.batch = 16                # rows of a global batch
+  config.accumulate = 1            # slices that a batch is computed in, one after the other
+  config.chunk = 512               # tokens per row whose logits exist at a time
+  config.log_every = 10
+  config.save_every = 500
+  config.keep = 2                  # checkpoints to keep
+
+  config.model = ml_collections.ConfigDict()
+  config.model.source = ''         # Hugging Face folder or hub name; empty: random values of the size below
+  config.model.size = ''           # a name in blockattn/models/sizes.py; empty: all fields below
+  config.model.fields = ml_collections.ConfigDict()   # of ModelConfig, replacing those of the size
+  config.model.dtype = 'float32'   # of the trained parameters and the optimizer
+
+  config.compute = ml_collections.ConfigDict()        # of transformer.Compute
+  config.compute.dtype = 'float32'
+  config.compute.impl = 'auto'     # attention: reference, xla
+  config.compute.tiles = ()        # (query tile, key tile); empty: by device
+  config.compute.remat = 'none'    # none, dots, full
+
+  config.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1})   # -1: all that is left
+  config.rules = mesh.RULES        # logical axis -> mesh axes
+
+  config.optim = ml_collections.ConfigDict()          # of optim.OptimConfig
+  config.optim.lr = 1e-4
+  config.optim.final_lr = 0.1      # end of the cosine, as a fraction of lr
+  config.optim.warmup = 100
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.95
+  config.optim.eps = 1e-8
+  config.optim.weight_decay = 0.0
+  config.optim.clip = 1.0
+
+  config.blocks = ml_collections.ConfigDict()         # block mode, see blocks.BlockOptions
+  config.blocks.sinks = 4          # sink tokens in front of every block but a document's first
+  config.blocks.sink_kind = 'token'   # 'token': an existing one; 'learned': new embedding rows
+  config.blocks.sink_text = '\n'   # the token of kind 'token', and where learned ones start
+  config.blocks.positions = 'sequential'   # or 'local'
+
+  config.data = ml_collections.ConfigDict()
+  config.data.kind = 'files'       # 'files', or 'pages' of Python's standard library
+  config.data.tokenizer = ''       # folder or hub name; empty: model.source
+  config.data.length = 4096        # tokens of a row, T
+  config.data.max_blocks = 64      # most blocks of a row
+  config.data.files = ()           # JSON lines: files, folders or globs; comma-separated on the command line
+  config.data.chat = False         # wrap plain examples in the tokenizer's chat template
+  config.data.strict = False       # stop at the first malformed line instead of counting it
+  config.data.too_long = 'drop'    # or 'cut': leave out context blocks without the answer
+  config.data.cache = '.cache/blockattn'   # encoded documents
+  config.data.pages = ml_collections.ConfigDict()     # of stdlib.PageStyle
+  config.data.pages.containers = (2, 2)
+  config.data.pages.members = (1, 3)
+  config.data.pages.doc_chars = 60
+  config.data.pages.renamed = 0.7
+  config.data.pages.hinted = 1.0
+  config.data.pages.seed = 0
+  return config
+
+
+def add_distill(config):
+  """Keys of blockattn.train.distill."""
+  config.teacher = ml_collections.ConfigDict()
+  config.teacher.dtype = 'float32'          # of its frozen parameters
+  config.teacher.compute_dtype = 'float32'  # of its activations
+  config.distill = ml_collections.ConfigDict()        # of distill.DistillOptions
+  config.distill.drop_rate = 0.2            # block dropout, per context block
+  config.distill.drop_mode = 'lift'         # lift, isolate, merge, remove
+  config.distill.loss_over = 'readers'      # readers, text, answer
+  config.distill.temperature = 1.0
+  config.distill.ce_weight = 0.0            # of cross-entropy beside the KL
+  config.distill.weights = ml_collections.ConfigDict()   # of losses.TokenWeights
+  config.distill.weights.form = 'relu'      # relu, exp, none
+  config.distill.weights.source = 'student'   # whose block-mode probability makes the gap: student, teacher
+  config.distill.weights.floor = 0.1
+  config.distill.weights.cap = 5.0          # nats
+
+
+def add_finetune(config):
+  """Keys of blockattn.train.finetune; the defaults are block fine-tuning (arXiv 2409.15355)."""
+  config.finetune = ml_collections.ConfigDict()       # of finetune.FinetuneOptions
+  config.finetune.mode = 'both'             # full, block, both
+  config.finetune.text_weight = 0.0         # of every text token
+  config.finetune.prompt_weight = 0.0       # more, on the last block's tokens in front of the answer
+  config.finetune.answer_weight = 1.0       # more, on answer tokens

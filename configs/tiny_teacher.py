@@ -1,0 +1,45 @@
+"""The tiny teacher: a Llama of under a million parameters that reads documentation pages and answers from them.
+
+    python -m tools.tiny_tokenizer runs/tiny_tokenizer
+    python -m blockattn.train.finetune --config configs/tiny_teacher.py --workdir runs/tiny_teacher
+    python -m tools.convert to_hf runs/tiny_teacher/checkpoints blockattn/assets/tiny_teacher
+
+Plain cross-entropy in full attention, from random values. Most questions do not say which class they are about, so the
+model learns to note the class's name while it reads a method: what block attention forbids. Short pages with made-up
+names make copying the first thing that helps.
+"""
+
+from configs import common
+
+
+def get_config(arg=''):
+  common.parse_arg(arg)
+  config = common.base()
+  config.steps = 4500
+  config.batch = 12
+  config.save_every = 250
+  config.log_every = 20
+  config.model.fields = dict(family='llama', vocab=1024, width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp=320,
+                             norm_eps=1e-6, rope_theta=10000.0, max_positions=2048)
+  config.compute.impl = 'auto'
+  config.optim.lr = 3e-3
+  config.optim.final_lr = 0.05
+  config.optim.warmup = 150
+  config.optim.b2 = 0.98
+  config.optim.weight_decay = 0.01
+  config.blocks.sinks = 0
+  config.data.kind = 'pages'
+  config.data.tokenizer = 'runs/tiny_tokenizer'
+  config.data.length = 384
+  config.data.max_blocks = 32
+  config.data.pages.containers = (1, 2)
+  config.data.pages.members = (1, 3)
+  config.data.pages.doc_chars = 60
+  config.data.pages.renamed = 0.7
+  config.data.pages.hinted = 0.3
+  common.add_finetune(config)
+  config.finetune.mode = 'full'
+  config.finetune.text_weight = 0.3
+  config.finetune.prompt_weight = 1.0
+  config.finetune.answer_weight = 8.0
+  return config

@@ -1,0 +1,44 @@
+"""Installs the `blockattn` package; `tools/`, `configs/` and `launch/` are run from a checkout."""
+
+import setuptools
+
+JAX = '>=0.10,<0.12'
+TEST = [
+    'torch==2.13.0',   # the reference that converted checkpoints are compared with
+    'pytest>=8',
+    'pytest-xdist>=3.6',
+    'hypothesis>=6.100',
+]
+
+setuptools.setup(
+    name='blockattn',
+    version='0.1.0',
+    description='Block attention for long prompts in JAX: block distillation, segmentation, reuse of cached blocks',
+    license='Apache-2.0',
+    python_requires='>=3.11',
+    packages=setuptools.find_packages(include=['blockattn', 'blockattn.*']),
+    package_data={'blockattn': ['assets/**']},
+    install_requires=[
+        f'jax{JAX}',
+        'flax>=0.12.8',
+        'optax',
+        'orbax-checkpoint>=0.12.3,<0.13',
+        'grain>=0.2.18',
+        'transformers>=5.17,<6',
+        'tokenizers',
+        'jinja2',   # chat templates; transformers does not ask for it
+        'safetensors',
+        'ml-collections>=1.1',
+        'ml_dtypes',
+        'numpy',
+        'rich',
+        'tensorboardX',
+    ],
+    extras_require={
+        'tpu': [f'jax[tpu]{JAX}'],
+        'gpu': [f'jax[cuda13]{JAX}'],
+        'log': ['wandb'],
+        'test': TEST,
+        'dev': TEST + ['ruff>=0.9'],
+    },
+)

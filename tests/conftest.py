@@ -1,0 +1,46 @@
+"""One setting for every test: strict numerics, eight simulated devices, and what is skipped where it cannot run."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+ON_DEVICE = os.environ.get('BLOCKATTN_TEST_DEVICE', '') not in ('', '0')
+
+# All of these take effect only before the first computation, hence at import.
+jax.config.update('jax_numpy_dtype_promotion', 'strict')
+if not ON_DEVICE:
+  jax.config.update('jax_platforms', 'cpu')
+  jax.config.update('jax_num_cpu_devices', 8)
+
+
+def data_folder() -> pathlib.Path | None:
+  """The folder of real documents that BLOCKATTN_DATA names, or None where there is none."""
+  name = os.environ.get('BLOCKATTN_DATA', '')
+  return pathlib.Path(name) if name and pathlib.Path(name).is_dir() else None
+
+
+def pytest_collection_modifyitems(items):
+  """Skips tests marked `device` on a machine without one, and tests marked `data` without the documents."""
+  for item in items:
+    if item.get_closest_marker('device') and not ON_DEVICE:
+      item.add_marker(pytest.mark.skip(reason='needs an accelerator: set BLOCKATTN_TEST_DEVICE=1'))
+    if item.get_closest_marker('data') and data_folder() is None:
+      item.add_marker(pytest.mark.skip(reason='needs real documents: set BLOCKATTN_DATA to their folder'))
+
+
+@pytest.fixture(scope='session')
+def data_dir() -> pathlib.Path:
+  """The folder of real documents; a test that asks for it is skipped where it is absent."""
+  folder = data_folder()
+  if folder is None:
+    pytest.skip('needs real documents: set BLOCKATTN_DATA to their folder')
+  return folder
+
+
+@pytest.fixture
+def standard_promotion():
+  """For tests that run optax: its bias correction mixes int32 counts with Python floats, which strict refuses."""
+  with jax.numpy_dtype_promotion('standard'):
+    yield

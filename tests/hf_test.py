@@ -1,0 +1,371 @@
+import dataclasses
+import json
+import stat
+
+import hf_cases
+import huggingface_hub
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+import transformers
+
+from blockattn import mesh, tree
+from blockattn.hf import config, convert, files, names
+from blockattn.models import sizes
+from tools import convert as cli
+
+CFG = hf_cases.MODELS['llama_rope']
+
+QWEN3_4B = {
+    'architectures': ['Qwen3ForCausalLM'], 'attention_bias': False, 'attention_dropout': 0.0, 'bos_token_id': 151643,
+    'eos_token_id': 151645, 'head_dim': 128, 'hidden_act': 'silu', 'hidden_size': 2560, 'initializer_range': 0.02,
+    'intermediate_size': 9728, 'max_position_embeddings': 40960, 'max_window_layers': 36, 'model_type': 'qwen3',
+    'num_attention_heads': 32, 'num_hidden_layers': 36, 'num_key_value_heads': 8, 'rms_norm_eps': 1e-06,
+    'rope_scaling': None, 'rope_theta': 1000000, 'sliding_window': None, 'tie_word_embeddings': True,
+    'torch_dtype': 'bfloat16', 'transformers_version': '4.51.0', 'use_cache': True, 'use_sliding_window': False,
+    'vocab_size': 151936}
+LLAMA31_8B = {
+    'architectures': ['LlamaForCausalLM'], 'attention_bias': False, 'attention_dropout': 0.0, 'bos_token_id': 128000,
+    'eos_token_id': [128001, 128008, 128009], 'hidden_act': 'silu', 'hidden_size': 4096, 'initializer_range': 0.02,
+    'intermediate_size': 14336, 'max_position_embeddings': 131072, 'mlp_bias': False, 'model_type': 'llama',
+    'num_attention_heads': 32, 'num_hidden_layers': 32, 'num_key_value_heads': 8, 'pretraining_tp': 1,
+    'rms_norm_eps': 1e-05, 'rope_theta': 500000.0, 'tie_word_embeddings': False, 'torch_dtype': 'bfloat16',
+    'rope_scaling': {'factor': 8.0, 'high_freq_factor': 4.0, 'low_freq_factor': 1.0,
+                     'original_max_position_embeddings': 8192, 'rope_type': 'llama3'},
+    'transformers_version': '4.42.3', 'use_cache': True, 'vocab_size': 128256}
+NO_IDS = dict.fromkeys(files.TOKEN_IDS)
+
+
+@pytest.fixture
+def source(tmp_path):
+  return hf_cases.write_tokenizer(tmp_path / 'source', CFG.vocab)
+
+
+@pytest.fixture
+def exported(tmp_path, source):
+  """A float32 export of CFG in several shards, and its parameters."""
+  params = hf_cases.random_params(CFG, 'float32')
+  save(params, CFG, tmp_path / 'model', source, max_shard_bytes=20_000)
+  return tmp_path / 'model', params
+
+
+def save(params, cfg, folder, source, **options):
+  options = {'meta': {'kind': 'distill'}, 'card': '# A card\n', 'dtype': 'float32', **options}
+  convert.save(params, cfg, folder, source=source, **options)
+
+
+def assert_same_bits(got, expected):
+  assert jax.tree.structure(got) == jax.tree.structure(expected)
+  for (name, a), b in zip(tree.named_leaves(got), jax.tree.leaves(expected), strict=True):
+    a, b = np.asarray(a), np.asarray(b)
+    assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), name
+
+
+# config.json
+
+
+@pytest.mark.parametrize('raw, size', [(QWEN3_4B, 'qwen3_4b'), (LLAMA31_8B, 'llama31_8b')])
+def test_published_configs_are_the_named_sizes(raw, size):
+  assert config.from_dict(raw) == sizes.get(size)
+
+
+@pytest.mark.parametrize('cfg', hf_cases.MODELS.values(), ids=hf_cases.MODELS)
+def test_config_round_trip_in_both_styles(cfg):
+  raw = config.to_dict(cfg, 'bfloat16', NO_IDS)
+  new_style = {k: v for k, v in raw.items() if k not in ('rope_theta', 'rope_scaling', 'torch_dtype')}
+  old_style = {k: v for k, v in raw.items() if k not in ('rope_parameters', 'dtype')}
+  assert config.from_dict(raw) == config.from_dict(new_style) == config.from_dict(old_style) == cfg
+
+
+@pytest.mark.parametrize('key, value, supported', [
+    ('model_type', 'mistral', 'qwen3, llama'), ('hidden_act', 'gelu', 'silu'), ('use_sliding_window', True, 'full'),
+    ('layer_types', ['full_attention', 'sliding_attention'], 'full_attention'), ('num_experts', 8, 'dense'),
+    ('quantization_config', {'quant_method': 'fp8'}, 'dequantize'), ('partial_rotary_factor', 0.5, 'whole heads'),
+    ('auto_map', {'AutoModel': 'mine.py'}, 'code'),
+    ('rope_scaling', {'rope_type': 'yarn', 'factor': 4.0}, 'default and llama3'),
+    ('rope_scaling', {'type': 'dynamic', 'factor': 4.0}, 'default and llama3'),
+    ('rope_scaling', {'rope_type': 'default', 'mrope_section': [1, 2]}, 'mrope_section'),
+    ('rope_parameters', {'full_attention': {'rope_theta': 1e6}}, 'flat'),
+    ('rope_parameters', {'rope_type': 'default', 'rope_theta': 5e6}, 'contradict'),
+    ('hidden_size', '2560', 'int'), ('attention_bias', 1, 'bool'),
+])
+def test_unsupported_config_is_refused_by_name(key, value, supported):
+  with pytest.raises(ValueError) as error:
+    config.from_dict(QWEN3_4B | {key: value}, 'some/config.json')
+  assert 'some/config.json' in str(error.value) and supported in str(error.value)
+  assert key in str(error.value) or supported == 'contradict'
+
+
+@pytest.mark.parametrize('key', ['model_type', 'vocab_size', 'hidden_size', 'num_hidden_layers', 'head_dim',
+                                 'num_key_value_heads', 'rms_norm_eps', 'rope_theta', 'max_position_embeddings'])
+def test_missing_config_key_is_named(key):
+  raw = {k: v for k, v in QWEN3_4B.items() if k != key}
+  with pytest.raises(ValueError, match=f'config.json: key {key} is missing'):
+    config.from_dict(raw)
+
+
+def test_llama_may_leave_out_what_its_class_derives():
+  raw = {k: v for k, v in LLAMA31_8B.items() if k not in ('num_key_value_heads', 'mlp_bias', 'tie_word_embeddings')}
+  cfg = config.from_dict(raw)
+  assert (cfg.kv_heads, cfg.head_dim, cfg.mlp_bias, cfg.tied) == (32, 128, False, False)
+
+
+@pytest.mark.parametrize('cfg, field', [
+    (dataclasses.replace(hf_cases.MODELS['qwen3_tied'], mlp_bias=True), 'mlp_bias'),
+    (dataclasses.replace(hf_cases.MODELS['qwen3_tied'], qk_norm=False), 'qk_norm'),
+    (dataclasses.replace(CFG, width=25), 'width'),
+])
+def test_architecture_without_a_class_is_refused(cfg, field):
+  with pytest.raises(ValueError, match=field):
+    config.to_dict(cfg, 'float32', NO_IDS)
+
+
+# Names.
+
+
+def test_rows_of_a_query_matrix_are_heads():
+  slot = names.slots(CFG)['model.layers.1.self_attn.q_proj.weight']
+  q_DNH = np.arange(24 * 6 * 8).reshape(24, 6, 8)
+  weight = slot.to_hf(q_DNH)
+  assert weight.shape == (48, 24) and weight[5 * 8 + 3, 7] == q_DNH[7, 5, 3]
+  np.testing.assert_array_equal(slot.from_hf(weight), q_DNH)
+
+
+def test_columns_of_an_output_matrix_are_heads():
+  slot = names.slots(CFG)['model.layers.0.self_attn.o_proj.weight']
+  o_NHD = np.arange(6 * 8 * 24).reshape(6, 8, 24)
+  weight = slot.to_hf(o_NHD)
+  assert weight.shape == (24, 48) and weight[7, 5 * 8 + 3] == o_NHD[5, 3, 7]
+  np.testing.assert_array_equal(slot.from_hf(weight), o_NHD)
+
+
+# Folders.
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('cfg', hf_cases.MODELS.values(), ids=hf_cases.MODELS)
+def test_save_and_load_keep_every_bit(cfg, dtype, tmp_path, source):
+  params = hf_cases.random_params(cfg, dtype)
+  save(params, cfg, tmp_path / 'model', source, dtype=dtype)
+  read_cfg, read = convert.load(tmp_path / 'model', dtype)
+  assert read_cfg == cfg
+  assert_same_bits(read, params)
+
+
+def test_exported_folder_is_complete(exported):
+  folder, _ = exported
+  index = json.loads((folder / files.INDEX).read_text())
+  shards = sorted(set(index['weight_map'].values()))
+  assert len(shards) > 2 and shards[0] == f'model-00001-of-{len(shards):05d}.safetensors'
+  stored = files.stored_tensors(folder)
+  assert index['metadata']['total_size'] == sum(4 * int(np.prod(at.shape)) for at in stored.values())
+  assert {path.name for path in folder.iterdir()} == {
+      *shards, files.INDEX, 'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
+      'chat_template.jinja', 'README.md', 'blockattn.json', 'LICENSE'}
+  assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044 for path in folder.iterdir())
+  raw = json.loads((folder / 'config.json').read_text())
+  assert raw['eos_token_id'] == 0 and raw['architectures'] == ['LlamaForCausalLM']
+  assert config.read_meta(folder) == {'learned_sinks': 0, 'vocab': CFG.vocab, 'kind': 'distill'}
+  with safetensors.safe_open(folder / shards[0], 'np') as shard:
+    assert shard.metadata() == {'format': 'pt'}
+
+
+def test_one_tensor_above_the_limit_gets_a_shard_alone():
+  shards = files.plan_shards({'a': 5, 'b': 30, 'c': 5, 'd': 5}, max_bytes=10)
+  assert list(shards.values()) == [['a'], ['b'], ['c', 'd']]
+  assert files.plan_shards({'a': 5}, max_bytes=10) == {'model.safetensors': ['a']}
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, source):
+  (source / 'generation_config.json').write_text('no json')
+  cfg = dataclasses.replace(CFG, learned_sinks=1)
+  with pytest.raises(ValueError, match=r'generation_config\.json is no valid JSON'):
+    save(hf_cases.random_params(cfg, 'float32'), cfg, tmp_path / 'model', source)
+  assert [path.name for path in tmp_path.iterdir()] == ['source']
+
+
+def test_export_refuses_a_folder_in_use_unless_told(exported, source):
+  folder, params = exported
+  with pytest.raises(FileExistsError, match='overwrite'):
+    save(params, CFG, folder, source)
+  save(params, CFG, folder, source, overwrite=True)
+  assert (folder / files.SINGLE).exists() and not (folder / files.INDEX).exists()
+  assert sorted(path.name for path in folder.parent.iterdir()) == ['model', 'source']
+
+
+def test_export_refuses_what_does_not_fit(tmp_path, source):
+  params = hf_cases.random_params(CFG, 'float32')
+  with pytest.raises(ValueError, match=r"\['sinks'\]"):
+    save(params | {'sinks': params['embed']}, CFG, tmp_path / 'model', source)
+  with pytest.raises(ValueError, match='final_norm has shape'):
+    save(params | {'final_norm': np.zeros(3)}, CFG, tmp_path / 'model', source)
+  with pytest.raises(ValueError, match='float16'):
+    save(params, CFG, tmp_path / 'model', source, dtype='float16')
+  with pytest.raises(FileNotFoundError, match='tokenizer'):
+    save(params, CFG, tmp_path / 'model', tmp_path)
+
+
+def rewrite(file, change):
+  tensors = safetensors.numpy.load_file(file)
+  change(tensors)
+  safetensors.numpy.save_file(tensors, file, metadata={'format': 'pt'})
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda t: t.pop('model.norm.weight'), 'missing, first model.norm.weight'),
+    (lambda t: t.update({'model.layers.9.input_layernorm.weight': np.ones(24, np.float32)}), 'model.layers.9'),
+    (lambda t: t.update({'model.norm.weight': np.ones(23, np.float32)}), r'model.norm.weight has shape \(23,\)'),
+    (lambda t: t.update({'model.norm.weight': np.ones(24, np.int8)}), 'model.norm.weight is I8'),
+])
+def test_tensors_that_do_not_fit_are_named(tmp_path, source, change, message):
+  save(hf_cases.random_params(CFG, 'float32'), CFG, tmp_path / 'model', source)
+  rewrite(tmp_path / 'model' / files.SINGLE, change)
+  with pytest.raises(ValueError, match=message) as error:
+    convert.load(tmp_path / 'model', 'float32')
+  assert str(tmp_path / 'model') in str(error.value)
+
+
+def test_a_tensor_in_two_shards_is_refused(exported):
+  folder, _ = exported
+  first, second = sorted(folder.glob('model-*.safetensors'))[:2]
+  tensors = safetensors.numpy.load_file(first)
+  rewrite(second, lambda t: t.update(dict(list(tensors.items())[:1])))
+  with pytest.raises(ValueError, match=f'{next(iter(tensors))} stands twice.*{first.name}.*{second.name}'):
+    convert.load(folder, 'float32')
+
+
+def test_an_index_that_lies_is_refused(exported):
+  folder, _ = exported
+  shards = sorted(folder.glob('model-*.safetensors'))
+  stray = folder / 'model-00099.safetensors'
+  stray.write_bytes(shards[0].read_bytes())
+  with pytest.raises(ValueError, match='model-00099.safetensors is not named'):
+    convert.load(folder, 'float32')
+  stray.unlink()
+  shards[1].write_bytes(shards[1].read_bytes()[:-8])
+  with pytest.raises(ValueError, match=f'{shards[1].name} is no readable safetensors file'):
+    convert.load(folder, 'float32')
+  shards[1].unlink()
+  with pytest.raises(FileNotFoundError, match=shards[1].name):
+    convert.load(folder, 'float32')
+  (folder / files.INDEX).unlink()
+  with pytest.raises(ValueError, match='no model.safetensors.index.json'):
+    convert.load(folder, 'float32')
+
+
+def test_pickled_weights_are_refused(exported):
+  folder, _ = exported
+  for path in [*folder.glob('*.safetensors'), folder / files.INDEX]:
+    path.unlink()
+  with pytest.raises(FileNotFoundError, match='holds no model.safetensors'):
+    convert.load(folder, 'float32')
+  (folder / 'pytorch_model.bin').write_bytes(b'')
+  with pytest.raises(ValueError, match='pickled weights.*pytorch_model.bin'):
+    convert.load(folder, 'float32')
+
+
+def test_a_head_beside_tied_embeddings_must_be_the_embedding(tmp_path, source):
+  cfg = hf_cases.MODELS['qwen3_tied']
+  params = hf_cases.random_params(cfg, 'bfloat16')
+  save(params, cfg, tmp_path / 'model', source, dtype='bfloat16')
+  file = tmp_path / 'model' / files.SINGLE
+  rewrite(file, lambda t: t.update({names.HEAD: t[names.EMBED].copy()}))
+  assert_same_bits(convert.load(tmp_path / 'model', 'bfloat16')[1], params)
+  rewrite(file, lambda t: t[names.HEAD].__setitem__((3, 4), 7.0))
+  with pytest.raises(ValueError, match='lm_head.weight differs'):
+    convert.load(tmp_path / 'model', 'bfloat16')
+
+
+def test_parameters_go_to_their_places_on_a_mesh(exported):
+  folder, params = exported
+  place = mesh.Placement(mesh.make_mesh({'fsdp': 4, 'tensor': 2}))
+  cfg, placed = convert.load(folder, 'float32', mesh=place.mesh, rules=place.rules)
+  assert placed['layers']['gate'].sharding.spec == place.spec(('layers', 'embed', 'mlp'))
+  assert_same_bits(placed, params)
+  save(placed, cfg, folder, folder.parent / 'source', overwrite=True)
+  assert_same_bits(convert.load(folder, 'float32')[1], params)
+
+
+def test_only_a_hub_name_is_downloaded(monkeypatch, exported):
+  folder, _ = exported
+  calls = []
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda repo, **kw: calls.append((repo, kw)) or folder)
+  assert files.locate(folder) == folder and not calls
+  assert files.locate('Qwen/Qwen3-4B@v1') == folder
+  (repo, options), = calls
+  assert (repo, options['revision']) == ('Qwen/Qwen3-4B', 'v1')
+  assert not [p for p in options['allow_patterns'] if p.endswith(('.bin', '.pt', '.pth', '.py', '*'))
+              and p not in files.LICENCES]
+  for name in ('/no/such/folder', './model', 'a/b/c', 'model'):
+    with pytest.raises(FileNotFoundError, match='no folder'):
+      files.locate(name)
+  assert len(calls) == 1
+
+
+# Learned sinks.
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_learned_sinks_become_tokens_and_come_back(tied, tmp_path):
+  cfg = dataclasses.replace(CFG, learned_sinks=3, tied=tied)
+  params = hf_cases.random_params(cfg, 'float32')
+  source = hf_cases.write_tokenizer(tmp_path / 'source', CFG.vocab - 5)   # an embedding padded by five rows
+  save(params, cfg, tmp_path / 'one', source)
+  save(params, cfg, tmp_path / 'two', tmp_path / 'one')   # a second export takes the first's tokenizer
+  for folder in (tmp_path / 'one', tmp_path / 'two'):
+    read_cfg, read = convert.load(folder, 'float32')
+    assert read_cfg == cfg
+    assert_same_bits(read, params)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == CFG.vocab + 3
+    assert tokenizer('word7<|sink_0|><|sink_2|>word1', add_special_tokens=False)['input_ids'] == [7, 48, 50, 1]
+    generation = json.loads((folder / 'generation_config.json').read_text())
+    assert {48, 49, 50} <= set(generation['suppress_tokens']) and generation['temperature'] == 0.7
+
+
+def test_learned_sinks_need_a_tokenizer_that_fits(tmp_path):
+  cfg = dataclasses.replace(CFG, learned_sinks=1)
+  source = hf_cases.write_tokenizer(tmp_path / 'source', CFG.vocab + 1)
+  with pytest.raises(ValueError, match='has 49 tokens, but the model only 48'):
+    save(hf_cases.random_params(cfg, 'float32'), cfg, tmp_path / 'model', source)
+
+
+@pytest.mark.data
+def test_real_tokenizer_is_copied_and_gets_sinks(data_dir, tmp_path):
+  qwen3 = data_dir / 'tokenizers' / 'qwen3'
+  cfg = dataclasses.replace(CFG, vocab=151936, width=6, layers=1, heads=2, kv_heads=1, head_dim=2, mlp=2, tied=True)
+  save(hf_cases.random_params(cfg, 'bfloat16'), cfg, tmp_path / 'plain', qwen3, dtype='bfloat16')
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    assert (tmp_path / 'plain' / name).read_bytes() == (qwen3 / name).read_bytes()
+  assert json.loads((tmp_path / 'plain' / 'config.json').read_text())['eos_token_id'] == 151645
+
+  files.add_sink_tokens(tmp_path / 'plain', 151936, 4)
+  before = tokenizers.Tokenizer.from_file(str(qwen3 / 'tokenizer.json'))
+  after = tokenizers.Tokenizer.from_file(str(tmp_path / 'plain' / 'tokenizer.json'))
+  text = 'Was sagt <|im_start|>user\nder Block? 12345 <|im_end|>'
+  assert after.encode(text).ids == before.encode(text).ids
+  assert after.encode('a<|sink_0|><|sink_3|>b').ids == [64, 151936, 151939, 65]
+
+
+# The command line.
+
+
+def test_cli_round_trip_keeps_every_bit(tmp_path, source, capsys):
+  cfg = hf_cases.MODELS['qwen3_tied']
+  save(hf_cases.random_params(cfg, 'bfloat16'), cfg, tmp_path / 'a', source, dtype='bfloat16')
+  assert cli.main(['from_hf', str(tmp_path / 'a'), str(tmp_path / 'work')]) == 0
+  assert cli.main(['to_hf', str(tmp_path / 'work'), str(tmp_path / 'b'), '--step', '0']) == 0
+  assert 'peak memory' in capsys.readouterr().out
+  for name in (files.SINGLE, 'config.json', 'tokenizer.json', 'generation_config.json', 'chat_template.jinja'):
+    assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+  assert config.read_meta(tmp_path / 'b')['kind'] == 'distill'
+
+
+def test_cli_says_what_is_wrong(tmp_path, capsys):
+  assert cli.main(['from_hf', str(tmp_path / 'none'), str(tmp_path / 'work')]) == 2
+  assert 'none' in capsys.readouterr().err
+  assert cli.main(['to_hf', str(tmp_path / 'none'), str(tmp_path / 'out')]) == 2
+  assert 'checkpoint' in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())

@@ -1,0 +1,146 @@
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+
+from blockattn import metrics
+
+
+class Clock:
+  def __init__(self):
+    self.seconds = 0.0
+
+  def __call__(self):
+    return self.seconds
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def lines(workdir):
+  return (workdir / metrics.FILE_NAME).read_text().splitlines()
+
+
+def write_steps(workdir, steps, **kwargs):
+  with metrics.MetricWriter(workdir, tensorboard=False, **kwargs) as writer:
+    for step in steps:
+      writer.write(step, {'loss': step / 2})
+
+
+def steps_of(workdir):
+  return [entry['step'] for entry in metrics.read_metrics(workdir / metrics.FILE_NAME)]
+
+
+def test_a_line_is_valid_json_even_when_the_loss_is_not_finite(tmp_path):
+  with metrics.MetricWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(1, {'loss': math.nan, 'grad_norm': math.inf, 'low': -math.inf, 'lr': np.float32(0.5)})
+
+  def reject(name):
+    raise AssertionError(f'{name} is not JSON')
+
+  entry = json.loads(lines(tmp_path)[0], parse_constant=reject)
+  assert (entry['step'], entry['loss'], entry['grad_norm'], entry['low'], entry['lr']) == (
+      1, 'NaN', 'Infinity', '-Infinity', 0.5)
+  back = metrics.read_metrics(tmp_path / metrics.FILE_NAME)[0]
+  assert math.isnan(back['loss']) and back['grad_norm'] == math.inf and back['low'] == -math.inf
+
+
+def test_resume_drops_later_steps_and_appends(tmp_path):
+  write_steps(tmp_path, range(1, 8))
+  write_steps(tmp_path, [5, 6], resume_step=4)
+  assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+  write_steps(tmp_path, [7])
+  assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+  write_steps(tmp_path, [1], resume_step=0)
+  assert steps_of(tmp_path) == [1]
+  assert [p.name for p in tmp_path.iterdir()] == [metrics.FILE_NAME]
+
+
+def test_a_half_written_last_line_is_dropped(tmp_path):
+  write_steps(tmp_path, [1, 2])
+  path = tmp_path / metrics.FILE_NAME
+  with path.open('a') as f:
+    f.write('{"step": 3, "lo')
+  assert steps_of(tmp_path) == [1, 2]
+  write_steps(tmp_path, [3])
+  assert steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_a_broken_line_is_named(tmp_path):
+  path = tmp_path / metrics.FILE_NAME
+  path.write_text('{"step": 1}\n[1, 2]\n')
+  with pytest.raises(ValueError, match=r'metrics\.jsonl:2: expected an object'):
+    metrics.MetricWriter(tmp_path, resume_step=1)
+  path.write_text('loss 3\n')
+  with pytest.raises(ValueError, match=r'metrics\.jsonl:1: not JSON'):
+    metrics.read_metrics(path)
+
+
+def test_only_the_first_process_writes(tmp_path):
+  with metrics.MetricWriter(tmp_path / 'run', process_index=1) as writer:
+    writer.write(1, {'loss': 1.0})
+    writer.flush()
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('scalars, error', [({'step': 1.0}, ValueError), ({'loss': 'high'}, TypeError),
+                                            ({'loss': [1.0, 2.0]}, TypeError)])
+def test_bad_scalars_are_refused_by_name(tmp_path, scalars, error):
+  with metrics.MetricWriter(tmp_path, tensorboard=False) as writer:
+    with pytest.raises(error, match=repr(next(iter(scalars)))):
+      writer.write(1, scalars)
+  assert lines(tmp_path) == []
+
+
+def test_tensorboard_event_files_are_written(tmp_path):
+  with metrics.MetricWriter(tmp_path, resume_step=0) as writer:
+    writer.write(1, {'train/loss': 1.5})
+  events = list((tmp_path / 'tensorboard').glob('events.out.tfevents*'))
+  assert len(events) == 1 and b'train/loss' in events[0].read_bytes()
+
+
+def test_clock_leaves_out_the_first_step_and_pauses():
+  now = Clock()
+  clock = metrics.StepClock(total_steps=14, window=2, now=now)
+  now.seconds = 100.0   # compilation
+  clock.tick(1, 10)
+  assert clock.rates() == {}
+  with clock.paused():
+    now.seconds += 50.0
+  for step in (2, 3, 4):
+    now.seconds += 2.0
+    clock.tick(step, 10 * step)
+  assert clock.rates() == {'steps_per_s': 0.5, 'tokens_per_s': 70 / 4, 'seconds_left': 20.0}
+
+
+def test_progress_is_plain_lines_without_a_terminal():
+  now, stream = Clock(), io.StringIO()
+  with metrics.ProgressLine(5, 'distill', every_s=10, stream=stream, now=now) as line:
+    for step in range(1, 6):
+      line.update(step, {'loss': 2.0, 'tokens_per_s': 31234.0, 'seconds_left': 92.0, 'lr': 1.0})
+      now.seconds += 6
+    line.say('saved [step 5]')
+  assert stream.getvalue().splitlines() == [
+      f'distill {step}/5  loss 2.0000  31.2k tokens/s  1m32s left' for step in (1, 3, 5)] + ['saved [step 5]']
+
+
+def test_progress_on_a_terminal_and_on_other_processes():
+  terminal, silent = Terminal(), io.StringIO()
+  with metrics.ProgressLine(4, 'distill', stream=terminal) as line:
+    line.update(2, {'loss': 1.25})
+    line.say('saved [step 2]')
+  assert 'distill' in terminal.getvalue() and '2/4' in terminal.getvalue() and 'saved [step 2]' in terminal.getvalue()
+  with metrics.ProgressLine(4, stream=silent, enabled=False) as line:
+    line.update(4, {})
+    line.say('x')
+  assert silent.getvalue() == ''
+
+
+def test_numbers_for_the_eye():
+  assert [metrics.short_count(x) for x in (950, 31234, 123456, 4.05e6, 1.2e9, 999.6)] == [
+      '950', '31.2k', '123k', '4.05M', '1.20B', '1.0k']
+  assert [metrics.short_time(x) for x in (8.2, 92, 11100, 187200, math.inf)] == ['8s', '1m32s', '3h05m', '2d04h', '?']

@@ -1,0 +1,135 @@
+"""The tile schedule against the dense mask: nothing missed, nothing visited in vain, nothing wrongly called full."""
+
+import functools
+
+import jax
+import layout_cases
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+
+from blockattn import blocks
+from blockattn.kernels import schedule
+from blockattn.kernels.tiles import Tiles, default
+
+ROWS, LENGTH = 2, 64
+TILES = [Tiles(8, 8), Tiles(16, 8), Tiles(8, 32), Tiles(64, 64)]
+several = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+dense_mask = jax.jit(blocks.may_attend)
+tile_masks = jax.jit(schedule.tile_masks, static_argnums=1)
+list_visits = jax.jit(schedule.list_visits)
+
+
+@jax.jit
+def mask_by_marks(layout):
+  query_marks, key_marks = schedule.token_marks(layout)
+  return jax.vmap(lambda q, k: schedule.pair_mask(q, k, 0, 0))(query_marks, key_marks)
+
+
+def in_tiles(mask, tiles):
+  """[B, T, T] -> [B, query tiles, key tiles, pairs of a tile]."""
+  rows, length, _ = mask.shape
+  mask = mask.reshape(rows, length // tiles.query, tiles.query, length // tiles.key, tiles.key)
+  return mask.swapaxes(2, 3).reshape(rows, length // tiles.query, length // tiles.key, -1)
+
+
+def packed(*rows, **kwargs):
+  return blocks.from_lengths(rows, LENGTH, **kwargs)
+
+
+@several
+@given(layout_cases.layouts(ROWS, LENGTH))
+def test_marks_say_what_may_attend_says(layout):
+  np.testing.assert_array_equal(mask_by_marks(layout), dense_mask(layout))
+
+
+@pytest.mark.parametrize('tiles', TILES, ids=str)
+@several
+@given(layout=layout_cases.layouts(ROWS, LENGTH))
+@example(layout=packed([[16, 16, 8, 8]], [[64]]))
+@example(layout=packed([[8, 8, 24, 16]], [[8] * 8], shared_first=True))
+@example(layout=packed([], [[1] * 64]))
+def test_tile_masks_are_exact(tiles, layout):
+  pairs = in_tiles(np.asarray(dense_mask(layout)), tiles)
+  touched, full = tile_masks(layout, tiles)
+  np.testing.assert_array_equal(touched, pairs.any(axis=-1))
+  np.testing.assert_array_equal(full, pairs.all(axis=-1))
+
+
+@pytest.mark.parametrize('tiles', TILES[:3], ids=str)
+def test_every_attribute_of_a_block_reaches_the_schedule(tiles):
+  """Whole tiles of each kind: shared, hidden, removed, lifted, so that full tiles of each kind occur."""
+  for kind in layout_cases.KINDS:
+    for shared_first in (False, True):
+      doc = [(16, 'context'), (16, kind), (16, 'context'), (16, 'context')]
+      layout = layout_cases.build([(0, [(doc, shared_first)]), (0, [(doc[:2], shared_first), (doc[2:], False)])], LENGTH)
+      pairs = in_tiles(np.asarray(dense_mask(layout)), tiles)
+      touched, full = tile_masks(layout, tiles)
+      np.testing.assert_array_equal(touched, pairs.any(axis=-1), err_msg=kind)
+      np.testing.assert_array_equal(full, pairs.all(axis=-1), err_msg=kind)
+
+
+@several
+@given(layout_cases.layouts(ROWS, LENGTH))
+def test_visits_list_the_tiles_of_the_masks_in_order(layout):
+  touched, full = map(np.asarray, tile_masks(layout, TILES[0]))
+  for axes in ((0, 1, 2), (0, 2, 1)):   # key tiles of each query tile, and query tiles of each key tile
+    visits = list_visits(touched.transpose(axes), full.transpose(axes))
+    for listed, mask in ((visits.partial, touched & ~full), (visits.full, full)):
+      mask = mask.transpose(axes)
+      np.testing.assert_array_equal(listed.count, mask.sum(axis=-1))
+      for b, i in np.ndindex(*mask.shape[:2]):
+        np.testing.assert_array_equal(listed.index[b, i][:listed.count[b, i]], np.flatnonzero(mask[b, i]))
+
+
+def test_boundaries_are_traced():
+  count = functools.partial(jax.jit(lambda layout: schedule.tile_masks(layout, TILES[0])[0].sum()))
+  one, many = count(packed([[64]], [[64]])), count(packed([[8] * 8], [[8] * 8]))
+  assert (one, many) == (2 * 36, 2 * 15)
+  assert count.func._cache_size() == 1
+
+
+def test_nothing_grows_with_the_square_of_the_tokens():
+  """The largest array of the whole schedule is per token or per tile."""
+  length, tile = 2048, 256
+  layout = blocks.from_lengths([[[length]]], length)
+  build = lambda layout: (schedule.token_marks(layout), schedule.list_visits(*schedule.tile_masks(layout, Tiles(tile, tile))))
+  jaxpr = jax.make_jaxpr(build)(layout)
+  assert max(array_sizes(jaxpr.jaxpr)) <= 16 * length
+
+
+def array_sizes(jaxpr):
+  """The number of elements of every array of a jaxpr."""
+  for equation in jaxpr.eqns:
+    yield from (variable.aval.size for variable in equation.outvars)
+    for inner in jax.core.jaxprs_in_params(equation.params):
+      yield from array_sizes(inner)
+
+
+@pytest.mark.parametrize('tiles, length, clamped', [
+    ((128, 128), 4096, (128, 128)), ((128, 128), 100, (104, 104)), ((512, 128), 200, (256, 128)),
+    ((128, 512), 200, (128, 256)), ((64, 64), 1, (8, 8)), ((256, 64), 40, (40, 40))])
+def test_clamp_tiles(tiles, length, clamped):
+  assert schedule.clamp_tiles(Tiles(*tiles), length) == clamped
+
+
+@pytest.mark.parametrize('tiles', [(0, 8), (24, 16)])
+def test_tiles_that_do_not_nest_are_refused(tiles):
+  with pytest.raises(ValueError, match='divide'):
+    schedule.clamp_tiles(Tiles(*tiles), 64)
+
+
+def test_padding_makes_whole_tiles_that_nobody_visits():
+  layout = schedule.pad_layout(blocks.from_lengths([[[5, 4]]], 9), Tiles(8, 16))
+  assert layout.doc.shape == (1, 16)
+  touched, full = schedule.tile_masks(layout, Tiles(8, 16))
+  assert touched.tolist() == [[[True], [True]]] and not full.any()
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu', 'metal'])
+@pytest.mark.parametrize('length', [256, 32768])
+@pytest.mark.parametrize('head_dim', [32, 128, 256])
+def test_default_tiles_nest(platform, length, head_dim):
+  tiles = default(platform, length, head_dim)
+  assert schedule.clamp_tiles(tiles, 10 ** 6) == tiles

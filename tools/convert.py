@@ -1,0 +1,144 @@
+"""Hugging Face folders <-> checkpoints.
+
+  python -m tools.convert from_hf Qwen/Qwen3-4B-Instruct-2507 work/qwen3
+  python -m tools.convert to_hf work/distilled exported --step 2000
+
+`from_hf` makes a work directory of step 0: `checkpoints/0` holds the parameters and what the model is, `hf` the
+tokenizer and config files, so that `to_hf` needs nothing else. `to_hf` takes any trainer's work directory: the
+tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import pathlib
+import resource
+import sys
+
+import jax
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from blockattn import checkpoint, mesh
+from blockattn.hf import config, convert, files
+from blockattn.models import spec, transformer
+
+# What blockattn.json of an export takes over from a checkpoint's meta.
+CARRIED = ('source', 'kind', 'blocks', 'step')
+
+
+def from_hf(source: str, out: str, dtype: str, overwrite: bool = False):
+  """Hugging Face folder or hub name -> work directory `out` with a checkpoint of step 0.
+
+  Raises:
+    FileExistsError, FileNotFoundError, ValueError: naming the file and the key at fault; `out` is then untouched.
+  """
+  folder = files.locate(source)
+  with files.new_folder(pathlib.Path(out), overwrite) as new:
+    (new / 'hf').mkdir()
+    files.copy_companions(folder, new / 'hf', also=('config.json', files.META))
+    with _progress(f'reading {folder}') as report:
+      cfg, params = convert.load(folder, dtype, report=report)
+    meta = {'kind': 'from_hf', 'blocks': None} | _carried(config.read_meta(folder))
+    meta |= {'source': str(source), 'model': dataclasses.asdict(cfg)}
+    checkpoint.save_params(new / 'checkpoints', params, meta)
+
+
+def to_hf(workdir: str, out: str, dtype: str, step: int | None = None, source: str | None = None,
+          card: str | None = None, overwrite: bool = False):
+  """A checkpoint of `workdir`, the newest unless `step` says which, -> Hugging Face folder `out`."""
+  checkpoints = pathlib.Path(workdir) / 'checkpoints'
+  meta = checkpoint.load_meta(checkpoints, step)
+  cfg = model_of(meta)
+  companions = _companions(pathlib.Path(workdir), meta, source)
+  files.check_free(pathlib.Path(out), overwrite)
+  config.check_exportable(cfg)
+  one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
+  params = checkpoint.load_params(checkpoints, spec.abstract(transformer.spec(cfg), dtype, one), step)
+  carried = _carried(meta)
+  with _progress(f'writing {out}') as report:
+    convert.save(params, cfg, out, source=companions, meta=carried, dtype=dtype, overwrite=overwrite, report=report,
+                 card=pathlib.Path(card).read_text(encoding='utf-8') if card else default_card(cfg, carried))
+
+
+def model_of(meta: dict) -> transformer.ModelConfig:
+  """The ModelConfig that a checkpoint's meta describes."""
+  fields = dict(meta['model'])
+  if fields['rope_scaling'] is not None:
+    fields['rope_scaling'] = transformer.Llama3Rope(**fields['rope_scaling'])
+  return transformer.ModelConfig(**fields)
+
+
+def default_card(cfg: transformer.ModelConfig, meta: dict) -> str:
+  """README.md of an export whose author gave none: what it is, and what a user of it has to know."""
+  lines = ['---', 'library_name: transformers', 'tags: [block-attention]', '---', '', '# Block attention model', '',
+           f'- architecture: {config.ARCHITECTURES[cfg.family]}',
+           *(f'- {key}: {meta[key]}' for key in CARRIED if meta.get(key) is not None)]
+  if cfg.learned_sinks:
+    lines += ['', f'The last {cfg.learned_sinks} token ids, from {cfg.vocab} on, are learned block sinks: they stand '
+                  'in front of every block but the first and are never generated.']
+  lines += ['', 'Loaded as it is, the model attends to the whole prompt. How it attends in blocks is said by '
+                f'`{files.META}`: which sinks stand in front of a block, and how positions are counted.', '']
+  return '\n'.join(lines)
+
+
+def _carried(meta):
+  carried = {key: meta[key] for key in CARRIED if key in meta}
+  if 'source' in carried and pathlib.Path(carried['source']).is_dir():
+    carried['source'] = pathlib.Path(carried['source']).name   # a path of this machine says nothing to others
+  return carried
+
+
+def _companions(workdir, meta, source):
+  """The folder that tokenizer files are copied from."""
+  if source:
+    return files.locate(source)
+  if (workdir / 'hf').is_dir():
+    return workdir / 'hf'
+  if meta.get('source'):
+    return files.locate(meta['source'])
+  raise FileNotFoundError(f'{workdir} holds no hf folder with a tokenizer, and the run did not start from a model; '
+                          'name one with --source')
+
+
+@contextlib.contextmanager
+def _progress(title):
+  """A bar on the terminal; yields the callback that moves it."""
+  columns = (TextColumn(title), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+  with Progress(*columns) as bars:
+    task = bars.add_task(title, total=None)
+    yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _parser():
+  parser = argparse.ArgumentParser(prog='python -m tools.convert', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  commands = parser.add_subparsers(dest='command', required=True)
+  for name, first in (('from_hf', 'source'), ('to_hf', 'workdir')):
+    command = commands.add_parser(name)
+    command.add_argument(first)
+    command.add_argument('out')
+    command.add_argument('--dtype', choices=sorted(convert.DTYPES), default='bfloat16', help='of the weights written')
+    command.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
+  command.add_argument('--step', type=int, help='default: the newest')
+  command.add_argument('--source', help='folder or hub name to copy the tokenizer from')
+  command.add_argument('--card', help='file that becomes README.md')
+  return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line. Returns the exit status: 2 for input that cannot be converted."""
+  options = vars(_parser().parse_args(argv))
+  command = {'from_hf': from_hf, 'to_hf': to_hf}[options.pop('command')]
+  try:
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):   # nothing is computed: leave accelerators alone
+      command(**options)
+  except (ValueError, OSError) as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+  print(f'wrote {options["out"]}; peak memory {peak / 2**30:.2f} GiB')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

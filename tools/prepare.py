@@ -1,0 +1,119 @@
+"""Reads, checks and encodes files of examples, and says what a training run would see.
+
+  python -m tools.prepare train/*.jsonl.gz --tokenizer Qwen3-4B --length 32768 --cache ~/.cache/blockattn
+
+Prints a table with a line per file and the malformed lines. With --cache, encoded documents stay there: a run with the
+same files, tokenizer, length and options starts in seconds. The exit code is 0; 1 with --strict at the first malformed
+line; 2 if files, tokenizer or options are no good.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+
+from blockattn.data import encode, packing, pipeline, text as text_lib
+
+_COLUMNS = ('file', 'lines', 'examples', 'bad', 'too long', 'cut', 'docs', 'tokens', 'tokens/s', 'rows', 'padding')
+
+
+def _arguments(argv):
+  parser = argparse.ArgumentParser(prog='tools.prepare', description=__doc__.split('\n\n')[0])
+  parser.add_argument('files', nargs='+', help='.jsonl or .jsonl.gz files, folders, globs')
+  parser.add_argument('--tokenizer', required=True, help='a local folder, or a name on the hub')
+  parser.add_argument('--length', required=True, type=int, help='tokens of a row')
+  parser.add_argument('--max-blocks', type=int, default=384, help='blocks of a row (default: %(default)s)')
+  parser.add_argument('--too-long', choices=encode.TOO_LONG, default='drop', help='documents longer than a row: leave '
+                      'them out, or cut context blocks without the answer (default: %(default)s)')
+  parser.add_argument('--chat', action='store_true', help="wrap prompts into the tokenizer's chat template")
+  parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
+  parser.add_argument('--cache', help='folder that keeps the encoded documents')
+  return parser.parse_args(argv)
+
+
+def prepare_files(files, tokenizer, options, cache, *, strict, console):
+  """Encodes the files behind a progress bar: a list of (file, DocStore, seconds)."""
+  encoder = encode.Encoder(tokenizer, bos=options.bos)
+  columns = (*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn())
+  with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+    whole = bar.add_task('all files', total=sum(map(os.path.getsize, files)))
+    prepared, done = [], 0
+    for file in files:
+      start = time.perf_counter()
+      bar.update(whole, description=os.path.basename(file))
+      progress = lambda _, read, done=done: bar.update(whole, completed=done + read)
+      store = pipeline.open_store(file, tokenizer, encoder, options, cache, strict=strict, progress=progress)
+      prepared.append((file, store, time.perf_counter() - start))
+      done += os.path.getsize(file)
+      bar.update(whole, completed=done)
+  return prepared
+
+
+def _row(name, report, sizes, counts, seconds, options):
+  rows = packing.plan_rows(sizes, counts, length=options.length, max_blocks=options.max_blocks, window=options.window)
+  tokens = int(sizes.sum())
+  rate = f'{tokens / seconds:,.0f}' if seconds else 'cached'
+  numbers = (report.lines, report.examples, report.bad.total(), report.dropped.total(), report.cut, len(sizes), tokens)
+  padding = f'{packing.padding_share(sizes, rows, options.length):.1%}' if rows else '-'
+  return (name, *(f'{n:,}' for n in numbers), rate, f'{len(rows):,}', padding)
+
+
+def make_table(prepared, options):
+  """The table, a line per file and one for all of them packed together."""
+  table = rich.table.Table(*(rich.table.Column(c, justify='left' if c == 'file' else 'right') for c in _COLUMNS))
+  for file, store, seconds in prepared:
+    table.add_row(*_row(os.path.basename(file), store.report, store.sizes, store.counts, store.built and seconds,
+                        options))
+  report = sum((store.report for _, store, _ in prepared), text_lib.Report())
+  sizes, counts = (np.concatenate([getattr(store, name) for _, store, _ in prepared]) for name in ('sizes', 'counts'))
+  built = all(store.built for _, store, _ in prepared)
+  table.add_section()
+  table.add_row(*_row('all', report, sizes, counts, built and sum(seconds for *_, seconds in prepared), options))
+  return table, report
+
+
+def _print_problems(report, console):
+  for title, counter in (('malformed lines', report.bad), ('examples left out', report.dropped)):
+    if counter:
+      console.print(f'{title}: ' + ', '.join(f'{n} {reason}' for reason, n in counter.most_common()))
+  for bad in report.listed:
+    console.print(f'  {bad}')
+  unlisted = report.bad.total() - len(report.listed)
+  if unlisted:
+    console.print(f'  ... and {unlisted} more')
+
+
+def main(argv=None) -> int:
+  args = _arguments(argv)
+  # Text of the files may look like rich's markup; a pipe has no width of its own.
+  plain = {'markup': False, 'emoji': False, 'highlight': False, 'soft_wrap': True}
+  out = rich.console.Console(width=None if sys.stdout.isatty() else 150, **plain)
+  err = rich.console.Console(stderr=True, **plain)
+  try:
+    options = pipeline.FileOptions(args.length, args.max_blocks, args.too_long, args.chat)
+    files = text_lib.find_files(args.files)
+    tokenizer = encode.load_tokenizer(args.tokenizer)
+    with contextlib.ExitStack() as stack:
+      cache = args.cache or stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
+      prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=args.strict, console=err)
+      table, report = make_table(prepared, options)
+      out.print(table)
+      _print_problems(report, out)
+  except text_lib.BadLineError as error:
+    err.print(str(error))
+    return 1
+  except (OSError, ValueError) as error:
+    err.print(f'prepare: {error}')
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,31 @@
+// Values under the pointer: each chart carries its points, and where they are drawn, in data-chart.
+for (const chart of document.querySelectorAll('.chart')) {
+  const { left, right, width, lo, hi, series } = JSON.parse(chart.dataset.chart);
+  const svg = chart.querySelector('svg'), cursor = chart.querySelector('.cursor'), tip = chart.querySelector('.tip');
+  const hide = () => { tip.style.display = 'none'; cursor.style.visibility = 'hidden'; };
+  const nearest = (points, step) => {
+    let a = 0, b = points.length - 1;
+    while (b - a > 1) {
+      const middle = (a + b) >> 1;
+      if (points[middle][0] <= step) a = middle; else b = middle;
+    }
+    return step - points[a][0] <= points[b][0] - step ? points[a] : points[b];
+  };
+  chart.addEventListener('pointermove', event => {
+    const box = svg.getBoundingClientRect();
+    const at = (event.clientX - box.left) * width / box.width;
+    if (at < left || at > right) return hide();
+    const step = lo + (at - left) / (right - left) * (hi - lo);
+    const found = series.map(s => ({ name: s.name, point: nearest(s.points, step) }));
+    const shown = found[0].point[0];
+    const x = left + (shown - lo) / (hi - lo || 1) * (right - left);
+    cursor.setAttribute('x1', x);
+    cursor.setAttribute('x2', x);
+    cursor.style.visibility = 'visible';
+    tip.textContent = found.map(f => (f.name ? f.name + '  ' : '') + 'step ' + f.point[0] + '  ' + f.point[1]).join('\n');
+    tip.style.display = 'block';
+    const px = x / width * box.width;
+    tip.style.left = (px > box.width / 2 ? px - tip.offsetWidth - 10 : px + 10) + 'px';
+  });
+  chart.addEventListener('pointerleave', hide);
+}

@@ -1,0 +1,425 @@
+"""One self-contained page about a run: python -m tools.report WORKDIR writes WORKDIR/report.html.
+
+Every part comes from a file of the workdir and is left out where the file is absent:
+
+  run.json, config.json  how the run was started: the command, commit and versions; the resolved config
+  metrics.jsonl          curves of every scalar, also of the parts of a run in direct subfolders, drawn together
+  summary.json           {model: {"exact_match", "f1", "substring" (0 to 1), "ce", "kl" (nats), "n"}, ...,
+                         "seconds": {part: seconds}, any other facts}; others are compared with the model `teacher_full`
+  layout.json            {"lengths": [tokens per block], "mask": ["1..", "11.", ...]}: who attends to whom in one row
+  examples.jsonl         a line per example: {"blocks": [str], "prompt": str, "response": str, "answers": {model: str}}
+"""
+
+import argparse
+import html
+import json
+import math
+import os
+import pathlib
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from blockattn import metrics
+from tools import charts
+
+REFERENCE = 'teacher_full'
+BEFORE = 'student_block_before'
+MODEL_NAMES = {
+    'teacher_full': 'Teacher, full attention',
+    'student_block_before': 'Blocks, before training',
+    'student_block_after': 'Blocks, distilled',
+    'block_finetuned': 'Blocks, fine-tuned',
+}
+# Known columns of the table, in order: title, and whether more is better (+1), less is (-1), or neither (0).
+COLUMNS = {'exact_match': ('Exact match', 1), 'f1': ('F1', 1), 'substring': ('Contains answer', 1),
+           'ce': ('CE, nats', -1), 'kl': ('KL to teacher, nats', -1), 'n': ('Questions', 0)}
+SHARES = ('exact_match', 'f1', 'substring')
+NO_CURVE = ('seconds_left',)   # shown while the run goes on, says nothing afterwards
+MAX_CELLS = 128
+MAX_EXAMPLES = 20
+MAX_CHARS = 20000
+
+
+def render(workdir: str | os.PathLike) -> pathlib.Path:
+  """Writes `report.html` into the workdir, in one move, and returns its path.
+
+  Raises:
+    FileNotFoundError: there is no such folder, or it holds none of the files that a report is made of.
+    ValueError: one of the files is broken; names it, and the line where there are lines.
+  """
+  workdir = pathlib.Path(workdir)
+  if not workdir.is_dir():
+    raise FileNotFoundError(f'no folder {workdir}; name the workdir of a run')
+  parts = (summary_part, curves_part, mask_part, examples_part, config_part)
+  sections = [section for section in (part(workdir) for part in parts) if section]
+  if not sections:
+    raise FileNotFoundError(f'{workdir} holds nothing to report: expected at least one of metrics.jsonl, summary.json, '
+                            'layout.json, examples.jsonl, config.json, as a run leaves them in its workdir')
+  path = workdir / 'report.html'
+  temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
+  temporary.write_text(_page(workdir, sections), encoding='utf-8')
+  os.replace(temporary, path)
+  return path
+
+
+def _page(workdir: pathlib.Path, sections: Sequence[str]) -> str:
+  here = pathlib.Path(__file__).parent
+  style, script = ((here / name).read_text(encoding='utf-8') for name in ('report.css', 'report.js'))
+  title = esc(workdir.resolve().name)
+  return '\n'.join([
+      '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
+      '<meta name="viewport" content="width=device-width, initial-scale=1">',
+      # Nothing may be fetched, whatever text the examples hold.
+      '<meta http-equiv="Content-Security-Policy" '
+      'content="default-src \'none\'; style-src \'unsafe-inline\'; script-src \'unsafe-inline\'">',
+      f'<title>{title} · blockattn</title>', f'<style>\n{style}</style>', '</head>', '<body>',
+      f'<header>\n<h1>{title}</h1>\n{run_facts(workdir)}\n</header>', *sections,
+      f'<script>\n{script}</script>', '</body>', '</html>', ''])
+
+
+# Pieces of HTML.
+
+def esc(text: Any) -> str:
+  """The text as HTML shows it, also inside an attribute."""
+  return html.escape(str(text), quote=True)
+
+
+def section(title: str, *content: str) -> str:
+  return '\n'.join([f'<section>\n<h2>{esc(title)}</h2>', *filter(None, content), '</section>'])
+
+
+def facts(values: dict[str, Any]) -> str:
+  """A line of names and values."""
+  if not values:
+    return ''
+  items = ''.join(f'<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>' for name, value in values.items())
+  return f'<dl class="facts">{items}</dl>'
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], row_classes: Sequence[str] = (), css: str = '') -> str:
+  """A table of cells that are HTML already; `row_classes` are those of the first rows."""
+  lines = ['<tr>' + ''.join(f'<th>{esc(name)}</th>' for name in head) + '</tr>'] if head else []
+  for i, row in enumerate(rows):
+    name = row_classes[i] if i < len(row_classes) else ''
+    lines.append(f'<tr class="{name}">' + ''.join(c if c.startswith('<td') else f'<td>{c}</td>' for c in row) + '</tr>')
+  return f'<div class="wide"><table class="{css}">' + '\n'.join(lines) + '</table></div>'
+
+
+def details(title: str, text: str) -> str:
+  return f'<details><summary>{esc(title)}</summary><pre>{esc(text)}</pre></details>'
+
+
+def model_name(key: str) -> str:
+  return MODEL_NAMES[key] if key in MODEL_NAMES else key.replace('_', ' ')
+
+
+# Files.
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+  """The object in a JSON file; None if there is no such file."""
+  if not path.exists():
+    return None
+  return _parse_object(path.read_text(encoding='utf-8'), str(path))
+
+
+def _parse_object(text: str, place: str) -> dict[str, Any]:
+  try:
+    value = json.loads(text)
+  except json.JSONDecodeError as e:
+    raise ValueError(f'{place}: not JSON ({e}); write it again or delete it') from e
+  if not isinstance(value, dict):
+    raise ValueError(f'{place}: expected a JSON object, found {type(value).__name__}')
+  return value
+
+
+def _need(value: dict[str, Any], keys: Sequence[str], place: str):
+  missing = [key for key in keys if key not in value]
+  if missing:
+    present = ', '.join(map(repr, value)) or 'no keys'
+    raise ValueError(f'{place}: lacks {", ".join(map(repr, missing))}; it has {present}')
+
+
+def is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# The head of the page.
+
+def run_facts(workdir: pathlib.Path) -> str:
+  run = _read_json(workdir / 'run.json') or {}
+  shown = {}
+  for name, value in run.items():
+    shown[name] = ' '.join(map(str, value)) if isinstance(value, list) else value
+  return facts({name: value for name, value in shown.items() if isinstance(value, (str, int, float))})
+
+
+# The table of models, and where the time went.
+
+def summary_part(workdir: pathlib.Path) -> str:
+  path = workdir / 'summary.json'
+  summary = _read_json(path)
+  if not summary:
+    return ''
+  models = {k: v for k, v in summary.items() if isinstance(v, dict) and set(v) & set(COLUMNS)}
+  seconds = summary['seconds'] if isinstance(summary.get('seconds'), dict) else {}
+  rest = {k: v for k, v in summary.items() if k not in models and k != 'seconds'}
+  plain = {k: f'{v:g}' if is_number(v) else v for k, v in rest.items() if is_number(v) or isinstance(v, str)}
+  nested = {k: v for k, v in rest.items() if k not in plain}
+  return section('Results', model_table(models) if models else '', verdict(models),
+                 facts({k.replace('_', ' '): v for k, v in plain.items()}),
+                 details('More results', json.dumps(nested, indent=2)) if nested else '', time_table(seconds))
+
+
+def model_table(models: dict[str, dict[str, Any]]) -> str:
+  known = [c for c in COLUMNS if any(c in m for m in models.values())]
+  others = sorted({c for m in models.values() for c, v in m.items() if is_number(v)} - set(COLUMNS))
+  reference = models.get(REFERENCE)
+  rows = [[esc(model_name(key))] + [cell(c, m.get(c), None if m is reference else (reference or {}).get(c))
+                                    for c in known + others] for key, m in models.items()]
+  head = [''] + [COLUMNS[c][0] for c in known] + [c.replace('_', ' ') for c in others]
+  classes = ['reference' if key == REFERENCE else '' for key in models]
+  note = 'Small figures: difference to the teacher with full attention.' if reference and len(models) > 1 else ''
+  return table(head, rows, classes) + (f'<p class="soft">{note}</p>' if note else '')
+
+
+def cell(column: str, value: Any, reference: Any) -> str:
+  """A value of the table with its difference to the reference under it."""
+  if not is_number(value):
+    return '–' if value is None else esc(value)
+  text = figure(column, value)
+  _, direction = COLUMNS[column] if column in COLUMNS else ('', 0)
+  if not is_number(reference) or column == 'n' or not math.isfinite(value - reference):
+    return text
+  difference = value - reference
+  css = 'good' if difference * direction > 0 else 'bad' if difference * direction < 0 else ''
+  return f'{text}<small class="{css}">{figure(column, difference, signed=True)}</small>'
+
+
+def figure(column: str, value: float, signed: bool = False) -> str:
+  """A number as its column shows it: shares in percent (their differences in points), counts whole."""
+  if not math.isfinite(value):
+    return 'not finite'
+  if column in SHARES:
+    text = f'{abs(value) * 100:.1f}' + ('' if signed else ' %')
+  elif column == 'n' or isinstance(value, int):
+    text = f'{abs(value):,}'
+  else:
+    text = f'{abs(value):.3f}' if abs(value) < 1000 else f'{abs(value):,.0f}'
+  sign = '−' if value < 0 else '+' if signed else ''
+  return sign + text
+
+
+def verdict(models: dict[str, dict[str, Any]]) -> str:
+  """How much of the accuracy that blocks cost each training gives back, and how far to trust the figures."""
+  scores = {k: m['exact_match'] for k, m in models.items() if is_number(m.get('exact_match'))}
+  if not {REFERENCE, BEFORE} <= set(scores):
+    return ''
+  gap = scores[REFERENCE] - scores[BEFORE]
+  trained = {k: s for k, s in scores.items() if k not in (REFERENCE, BEFORE)}
+  if not (gap > 0 and trained):
+    return ''
+  shares = ', '.join(f'{esc(model_name(k))}: {(s - scores[BEFORE]) / gap:.0%}' for k, s in trained.items())
+  sizes = [m['n'] for m in models.values() if is_number(m.get('n')) and m['n'] > 0]
+  trust = f' One standard error of a share is at most {50 / math.sqrt(min(sizes)):.1f} points.' if sizes else ''
+  return f'<p>Of the exact match lost to blocks ({gap * 100:.1f} points), training gives back: {shares}.{trust}</p>'
+
+
+def time_table(seconds: dict[str, Any]) -> str:
+  spent = {part: value for part, value in seconds.items() if is_number(value) and math.isfinite(value)}
+  longest = max(spent.values(), default=0)
+  if longest <= 0:
+    return ''
+  rows = [[esc(part.replace('_', ' ')), esc(_seconds(value)),
+           f'<td class="bars"><span class="bar" style="width:{100 * max(value, 0) / longest:.1f}%"></span></td>']
+          for part, value in spent.items()]
+  return '<h3 style="margin-top:1.8rem">Time</h3>' + table((), rows, css='times')
+
+
+def _seconds(value: float) -> str:
+  return f'{value:.1f}s' if value < 10 else metrics.short_time(value)
+
+
+# Curves.
+
+def curves_part(workdir: pathlib.Path) -> str:
+  curves = read_curves(workdir)
+  if not curves:
+    return ''
+  runs = sorted({run for series in curves.values() for run in series})
+  colours = {run: i % charts.COLOURS for i, run in enumerate(runs)}
+  names = sorted(curves, key=lambda name: (_curve_rank(name), name))
+  figures = [charts.chart(name, curves[name], colours, wide=i == 0) for i, name in enumerate(names)]
+  return section('Curves', legend(colours), '<div class="charts">', *figures, '</div>')
+
+
+def read_curves(workdir: pathlib.Path) -> dict[str, dict[str, list[charts.Point]]]:
+  """Points by scalar and by run: the workdir itself is the run '', a subfolder with metrics has its own name."""
+  files = {'': workdir / metrics.FILE_NAME}
+  files |= {path.parent.name: path for path in sorted(workdir.glob(f'*/{metrics.FILE_NAME}'))}
+  curves = {}
+  for run, path in files.items():
+    for entry in metrics.read_metrics(path) if path.exists() else ():
+      for name, value in entry.items():
+        if name not in metrics.RESERVED + NO_CURVE and is_number(value):
+          curves.setdefault(name, {}).setdefault(run, []).append((entry['step'], float(value)))
+  return curves
+
+
+def _curve_rank(name: str) -> int:
+  """Losses first: the loss itself, then what has it in its name, then all else."""
+  return 0 if name in ('loss', 'train/loss') else 1 if 'loss' in name else 2
+
+
+def legend(colours: dict[str, int]) -> str:
+  if len(colours) < 2:
+    return ''
+  items = (f'<span><i class="b{c}"></i>{esc(run or "this run")}</span>' for run, c in colours.items())
+  return f'<p class="legend lines">{"".join(items)}</p>'
+
+
+# The mask.
+
+def mask_part(workdir: pathlib.Path) -> str:
+  path = workdir / 'layout.json'
+  layout = _read_json(path)
+  if layout is None:
+    return ''
+  _need(layout, ('lengths', 'mask'), str(path))
+  lengths, mask = layout['lengths'], _mask_rows(layout['mask'], path)
+  if not all(is_number(n) and n > 0 for n in lengths) or sum(lengths) > len(mask):
+    raise ValueError(f'{path}: lengths must be positive and sum to at most the {len(mask)} rows of the mask')
+  factor = math.ceil(len(mask) / MAX_CELLS)
+  scaled = f' One cell stands for {factor} × {factor} tokens.' if factor > 1 else ''
+  caption = ('Each row is a token that reads, each column a token that is read; a cell has the colour of the block '
+             f'that is read. {len(mask)} tokens in {len(lengths)} blocks.{scaled}')
+  keys = ''.join(f'<span><i class="b{i % charts.COLOURS}"></i>block {i}, {n} tokens'
+                 f'{", reads all before it" if i == len(lengths) - 1 and i else ""}</span>'
+                 for i, n in list(enumerate(lengths))[:24])
+  more = f'<span>and {len(lengths) - 24} more</span>' if len(lengths) > 24 else ''
+  return section('Who attends to whom', '<div class="mask">', f'<figure>{mask_picture(lengths, mask, factor)}</figure>',
+                 f'<div><p class="soft">{caption}</p><div class="legend">{keys}{more}</div></div></div>')
+
+
+def _mask_rows(mask: Any, path: pathlib.Path) -> list[str]:
+  """Rows without spaces; the mask may be a list of rows or one text, as blocks.picture makes it."""
+  lines = mask.splitlines() if isinstance(mask, str) else mask
+  rows = [''.join(line.split()) for line in lines]
+  for i, row in enumerate(rows):
+    if len(row) != len(rows) or set(row) - {'1', '.'}:
+      raise ValueError(f"{path}: mask row {i} must be {len(rows)} characters '1' or '.', as there are {len(rows)} rows")
+  if not rows:
+    raise ValueError(f'{path}: the mask has no rows')
+  return rows
+
+
+def mask_picture(lengths: Sequence[int], mask: Sequence[str], factor: int) -> str:
+  """Square cells, `factor` tokens wide, in the colour of the key's block; paler where only some of them are read."""
+  size = math.ceil(len(mask) / factor)
+  block_of = [i for i, n in enumerate(lengths) for _ in range(n)] + [None] * (len(mask) - sum(lengths))
+  gap = 0.08 if size <= 48 else 0
+  cells = []
+  for row in range(size):
+    for start, stop, css, share in _runs(mask, block_of, row, size, factor, split=bool(gap)):
+      opacity = '' if share == 1 else f' opacity="{share:.2f}"'
+      cells.append(f'<rect class="{css}" x="{start}" y="{row}" width="{stop - start - gap:g}" height="{1 - gap:g}"'
+                   f'{opacity}/>')
+  return (f'<svg viewBox="0 0 {size} {size}" role="img" aria-label="attention mask">'
+          f'{"".join(cells)}{_edges(lengths, factor, size)}</svg>')
+
+
+def _runs(mask, block_of, row, size, factor, split) -> list[tuple[int, int, str, float]]:
+  """Cells of one row as (start, stop, class, share of tokens that are read); equal neighbours are one run."""
+  runs = []
+  for column in range(size):
+    css, share = _cell_of(mask, block_of, row * factor, column * factor, factor)
+    if runs and not split and runs[-1][2:] == (css, share):
+      runs[-1] = (runs[-1][0], column + 1, css, share)
+    else:
+      runs.append((column, column + 1, css, share))
+  return runs
+
+
+def _cell_of(mask, block_of, top, left, factor) -> tuple[str, float]:
+  rows = [line[left:left + factor] for line in mask[top:top + factor]]
+  read, total = sum(row.count('1') for row in rows), sum(map(len, rows))
+  block = block_of[left]
+  if read:
+    return f'f{block % charts.COLOURS}' if block is not None else 'padding', round(read / total, 2)
+  return ('padding' if block is None or block_of[top] is None else 'unseen'), 1
+
+
+def _edges(lengths: Sequence[int], factor: int, size: int) -> str:
+  """Hairlines between blocks, unless there are too many to see anything else."""
+  if len(lengths) > 40:
+    return ''
+  places = [sum(lengths[:i]) / factor for i in range(1, len(lengths))]
+  return ''.join(f'<path class="edge" d="M{p:.2f} 0V{size}M0 {p:.2f}H{size}"/>' for p in places)
+
+
+# Examples.
+
+def examples_part(workdir: pathlib.Path) -> str:
+  path = workdir / 'examples.jsonl'
+  if not path.exists():
+    return ''
+  lines = [(i, line) for i, line in enumerate(path.read_text(encoding='utf-8').splitlines(), start=1) if line.strip()]
+  shown = [example(_parse_object(line, f'{path}:{i}'), f'{path}:{i}') for i, line in lines[:MAX_EXAMPLES]]
+  if not shown:
+    return ''
+  count = f'The first {MAX_EXAMPLES} of {len(lines)}. ' if len(lines) > MAX_EXAMPLES else ''
+  note = ('Context blocks in alternating colours, then the last block, which reads them all. An answer is right if it '
+          'equals the expected one, up to case and spaces around it.')
+  return section('Examples', f'<p class="soft">{count}{note}</p>', *shown)
+
+
+def example(value: dict[str, Any], place: str) -> str:
+  _need(value, ('blocks', 'prompt', 'response', 'answers'), place)
+  blocks = ''.join(f'<span class="t{i % 2}">{esc(text)}</span>' for i, text in enumerate(_clip(value['blocks'])))
+  prompt = f'<span class="prompt">{esc(value["prompt"])}</span>'
+  rows = [['<td>Expected answer</td>', f'<td class="answer">{esc(value["response"])}</td>', '<td></td>']]
+  for model, answer in value['answers'].items():
+    mark = '<td class="good">✓ right</td>' if _same(answer, value['response']) else '<td class="bad">✗ wrong</td>'
+    rows.append([f'<td>{esc(model_name(model))}</td>', f'<td class="answer">{esc(answer)}</td>', mark])
+  answers = table((), rows, css='answers')
+  return f'<article class="example"><div class="text" tabindex="0">{blocks}{prompt}</div>{answers}</article>'
+
+
+def _same(answer: str, expected: str) -> bool:
+  return str(answer).strip().casefold() == str(expected).strip().casefold()
+
+
+def _clip(blocks: Sequence[str]) -> list[str]:
+  """The blocks, cut off with a note after MAX_CHARS characters in all."""
+  shown, left = [], MAX_CHARS
+  for i, text in enumerate(blocks):
+    if len(text) > left:
+      shown.append(f'{text[:left]}\n… {sum(map(len, blocks[i:])) - left:,} more characters')
+      break
+    shown.append(text)
+    left -= len(text)
+  return shown
+
+
+# The config.
+
+def config_part(workdir: pathlib.Path) -> str:
+  files = [workdir / 'config.json', *sorted(workdir.glob('*/config.json'))]
+  shown = [(path.relative_to(workdir), _read_json(path)) for path in files]
+  pieces = [details(str(name), json.dumps(config, indent=2)) for name, config in shown
+            if config and (name.parent == pathlib.Path() or (workdir / name.parent / metrics.FILE_NAME).exists())]
+  return section('Config', *pieces) if pieces else ''
+
+
+def main():
+  parser = argparse.ArgumentParser(prog='python -m tools.report', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('workdir', help='folder of a run')
+  try:
+    print(render(parser.parse_args().workdir))
+  except (FileNotFoundError, ValueError) as e:
+    parser.exit(1, f'{e}\n')
+
+
+if __name__ == '__main__':
+  main()

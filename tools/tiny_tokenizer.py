@@ -1,0 +1,55 @@
+"""Trains the tokenizer of the tiny teacher on documentation pages of Python's standard library.
+
+`python -m tools.tiny_tokenizer OUT [--vocab 1024] [--pages 12000]`
+
+A byte-level BPE whose pieces never span a word boundary, a digit or a line end, so that a name is cut into the same
+tokens where it stands in a page and where it stands in an answer.
+"""
+
+import argparse
+import pathlib
+
+from blockattn.data import stdlib
+
+EOS = '<|endoftext|>'
+PIECES = r' ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s'
+
+
+def page_texts(count):
+  """The text of `count` training pages, half of them with made-up names."""
+  containers = tuple(stdlib.split_containers(stdlib.read_containers(), held_out=False))
+  style = stdlib.PageStyle(renamed=0.5, doc_chars=160, seed=1)
+  for i in range(count):
+    page = stdlib.make_page(i, containers, style)
+    yield ''.join(page['blocks']) + page['prompt'] + page['response']
+
+
+def train(texts, vocab):
+  """A transformers tokenizer of `vocab` tokens; token 0 ends a text."""
+  import tokenizers
+  import transformers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+  bpe = tokenizers.Tokenizer(models.BPE())
+  bpe.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(tokenizers.Regex(PIECES), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  bpe.decoder = decoders.ByteLevel()
+  bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=[EOS], show_progress=False,
+                                                     initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS,
+                                              clean_up_tokenization_spaces=False)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('out', type=pathlib.Path)
+  parser.add_argument('--vocab', type=int, default=1024)
+  parser.add_argument('--pages', type=int, default=12000)
+  args = parser.parse_args()
+  tokenizer = train(page_texts(args.pages), args.vocab)
+  tokenizer.save_pretrained(args.out)
+  print(f'{args.out}: {len(tokenizer)} tokens')
+
+
+if __name__ == '__main__':
+  main()
