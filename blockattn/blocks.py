@@ -213,8 +213,9 @@ def drop_blocks(layout: BlockLayout, key, *, rate: float, mode: str, positions: 
   else:
     # A boundary vanishes where a dropped block starts behind another context block of its document.
     starts = block_starts(layout) & dropped & (block > 0)
-    after_shared = jnp.pad(jnp.asarray(layout.shared), ((0, 0), (1, 0)))[:, :-1]
-    layout = layout.replace(block=block - _rank_inclusive(starts & ~after_shared, doc))
+    fixed = jnp.asarray(layout.shared) | jnp.asarray(layout.reader)
+    after_fixed = jnp.pad(fixed, ((0, 0), (1, 0)))[:, :-1]
+    layout = layout.replace(block=block - _rank_inclusive(starts & ~after_fixed, doc))
   return with_positions(layout, positions)
 
 

@@ -82,13 +82,16 @@ def sum_over_tokens(token_fn, heads, hidden, per_token, mask, chunk: int):
   order = jnp.argsort(~mask, axis=1, stable=True)
   hidden, per_token, mask = jax.tree.map(functools.partial(_gather_chunks, order=order, chunk=chunk),
                                          (hidden, per_token, mask))
-  one_chunk = jax.checkpoint(token_fn)
   shapes = jax.eval_shape(token_fn, heads, *jax.tree.map(lambda x: x[0], (hidden, per_token, mask)))
   zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
+  # The checkpoint is around the cond: what a cond saves for its backward pass is saved once per chunk, heads included.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def one_chunk(heads, x):
+    return jax.lax.cond(jnp.any(x[2]), lambda: token_fn(heads, *x), zeros)
+
   def add(total, x):
-    sums = jax.lax.cond(jnp.any(x[2]), lambda: one_chunk(heads, *x), zeros)
-    return jax.tree.map(jnp.add, total, sums), None
+    return jax.tree.map(jnp.add, total, one_chunk(heads, x)), None
 
   return jax.lax.scan(add, zeros(), (hidden, per_token, mask))[0]
 

@@ -12,6 +12,8 @@ import numpy as np
 from flax.linen import spmd
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from blockattn import tree
+
 AXES = ('data', 'fsdp', 'tensor')
 
 # Logical axes of parameters and activations. 'embed' is the model width D of a parameter; activations keep it whole.
@@ -37,28 +39,47 @@ def make_mesh(shape: dict[str, int], devices=None) -> Mesh:
     devices: default jax.devices().
 
   Raises:
-    ValueError: an unknown axis, or sizes that do not multiply to the number of devices.
+    ValueError: an unknown axis, a size below 1, two sizes of -1, or sizes that do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   unknown = set(shape) - set(AXES)
   if unknown:
     raise ValueError(f'mesh: unknown axes {sorted(unknown)}; the axes are {", ".join(AXES)}')
   sizes = [shape[axis] if axis in shape else 1 for axis in AXES]
-  if sizes.count(-1) == 1:
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f'mesh {_describe(sizes)}: sizes are 1 or more, and at most one of them is -1, all that is left')
+  if -1 in sizes:
     known = math.prod(s for s in sizes if s != -1)
     sizes = [max(1, len(devices) // known) if s == -1 else s for s in sizes]
   if math.prod(sizes) != len(devices):
-    asked = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
-    raise ValueError(f'mesh {asked} needs {math.prod(sizes)} devices, here are {len(devices)}; '
+    raise ValueError(f'mesh {_describe(sizes)} needs {math.prod(sizes)} devices, here are {len(devices)}; '
                      'change config.mesh (one axis may be -1: all that is left)')
   return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _describe(sizes):
+  return ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes, strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """A mesh with its rules table. Hashable, so that jitted functions may close over it or take it as static."""
+  """A mesh with its rules table. Hashable, so that jitted functions may close over it or take it as static.
+
+  Raises:
+    ValueError: a rule names an axis that the mesh does not have, or a logical name has two rules.
+  """
   mesh: Mesh
   rules: tuple = RULES
+
+  def __post_init__(self):
+    names = [name for name, _ in self.rules]
+    for name, rule in self.rules:
+      if names.count(name) > 1:
+        raise ValueError(f'config.rules: the logical axis {name!r} has {names.count(name)} rules; keep one')
+      for axis in _mesh_axes(rule):
+        if axis not in self.mesh.shape:
+          raise ValueError(f'config.rules: {name!r} is mapped to {axis!r}, which is no axis of the mesh; '
+                           + tree.did_you_mean(axis, self.mesh.shape))
 
   def spec(self, axes) -> PartitionSpec:
     """PartitionSpec of an array whose axes have these logical names.

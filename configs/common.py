@@ -18,16 +18,19 @@ def parse_arg(arg, **defaults):
       raise ValueError(f'config argument {name!r}: {tree.did_you_mean(name, defaults)}')
     kind = type(defaults[name])
     try:
-      values[name] = value.lower() in ('1', 'true', '') if kind is bool else kind(value)
-    except ValueError:
+      values[name] = _BOOLS[value.lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError):
       raise ValueError(f'config argument {part!r}: {name} takes {kind.__name__}') from None
     if kind is not bool and not equals:
       raise ValueError(f'config argument {name!r} needs a value: {name}=...')
   return ml_collections.ConfigDict(values)
 
 
+_BOOLS = {'': True, '1': True, 'true': True, '0': False, 'false': False}
+
+
 def base():
-  """Keys that both trainers read."""
+  """Keys that both trainers read. Locked: a config file that sets a key which does not exist is an error."""
   config = ml_collections.ConfigDict()
   config.seed = 0                  # first values, order of the data, block dropout
   config.steps = 1000              # optimizer steps
@@ -82,35 +85,37 @@ def base():
   config.data.pages = ml_collections.ConfigDict()     # of stdlib.PageStyle
   config.data.pages.containers = (2, 2)
   config.data.pages.members = (1, 3)
-  config.data.pages.doc_chars = 60
+  config.data.pages.doc_chars = 40
   config.data.pages.renamed = 0.7
-  config.data.pages.hinted = 1.0
+  config.data.pages.listed = 1.0
   config.data.pages.seed = 0
-  return config
+  return config.lock()
 
 
 def add_distill(config):
   """Keys of blockattn.train.distill."""
-  config.teacher = ml_collections.ConfigDict()
-  config.teacher.dtype = 'float32'          # of its frozen parameters
-  config.teacher.compute_dtype = 'float32'  # of its activations
-  config.distill = ml_collections.ConfigDict()        # of distill.DistillOptions
-  config.distill.drop_rate = 0.2            # block dropout, per context block
-  config.distill.drop_mode = 'lift'         # lift, isolate, merge, remove
-  config.distill.loss_over = 'readers'      # readers, text, answer
-  config.distill.temperature = 1.0
-  config.distill.ce_weight = 0.0            # of cross-entropy beside the KL
-  config.distill.weights = ml_collections.ConfigDict()   # of losses.TokenWeights
-  config.distill.weights.form = 'relu'      # relu, exp, none
-  config.distill.weights.source = 'student'   # whose block-mode probability makes the gap: student, teacher
-  config.distill.weights.floor = 0.1
-  config.distill.weights.cap = 5.0          # nats
+  with config.unlocked():
+    config.teacher = ml_collections.ConfigDict()
+    config.teacher.dtype = 'float32'          # of its frozen parameters
+    config.teacher.compute_dtype = 'float32'  # of its activations
+    config.distill = ml_collections.ConfigDict()        # of distill.DistillOptions
+    config.distill.drop_rate = 0.2            # block dropout, per context block
+    config.distill.drop_mode = 'lift'         # lift, isolate, merge, remove
+    config.distill.loss_over = 'readers'      # readers, text, answer
+    config.distill.temperature = 1.0
+    config.distill.ce_weight = 0.0            # of cross-entropy beside the KL
+    config.distill.weights = ml_collections.ConfigDict()   # of losses.TokenWeights
+    config.distill.weights.form = 'relu'      # relu, exp, none
+    config.distill.weights.source = 'student'   # whose block-mode probability makes the gap: student, teacher
+    config.distill.weights.floor = 0.1
+    config.distill.weights.cap = 5.0          # nats
 
 
 def add_finetune(config):
   """Keys of blockattn.train.finetune; the defaults are block fine-tuning (arXiv 2409.15355)."""
-  config.finetune = ml_collections.ConfigDict()       # of finetune.FinetuneOptions
-  config.finetune.mode = 'both'             # full, block, both
-  config.finetune.text_weight = 0.0         # of every text token
-  config.finetune.prompt_weight = 0.0       # more, on the last block's tokens in front of the answer
-  config.finetune.answer_weight = 1.0       # more, on answer tokens
+  with config.unlocked():
+    config.finetune = ml_collections.ConfigDict()       # of finetune.FinetuneOptions
+    config.finetune.mode = 'both'             # full, block, both
+    config.finetune.text_weight = 0.0         # of every text token
+    config.finetune.prompt_weight = 0.0       # more, on the last block's tokens in front of the answer
+    config.finetune.answer_weight = 1.0       # more, on answer tokens

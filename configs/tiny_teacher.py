@@ -4,9 +4,9 @@
     python -m blockattn.train.finetune --config configs/tiny_teacher.py --workdir runs/tiny_teacher
     python -m tools.convert to_hf runs/tiny_teacher/checkpoints blockattn/assets/tiny_teacher
 
-Plain cross-entropy in full attention, from random values. Most questions do not say which class they are about, so the
-model learns to note the class's name while it reads a method: what block attention forbids. Short pages with made-up
-names make copying the first thing that helps.
+Plain cross-entropy in full attention, from random values. Most pages do not list a class's methods in its header, so the
+model learns to note the class while it reads a method: what block attention forbids. Pages with made-up names make
+copying the first thing that helps.
 """
 
 from configs import common
@@ -34,9 +34,9 @@ def get_config(arg=''):
   config.data.max_blocks = 32
   config.data.pages.containers = (1, 2)
   config.data.pages.members = (1, 3)
-  config.data.pages.doc_chars = 60
+  config.data.pages.doc_chars = 40
   config.data.pages.renamed = 0.7
-  config.data.pages.hinted = 0.3
+  config.data.pages.listed = 0.3
   common.add_finetune(config)
   config.finetune.mode = 'full'
   config.finetune.text_weight = 0.3

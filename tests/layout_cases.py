@@ -13,7 +13,7 @@ ROW = st.tuples(st.integers(0, 5), st.lists(DOC, max_size=4))
 
 
 def build(rows, length: int) -> blocks.BlockLayout:
-  """A layout from rows of (padding in front, documents); a document is (blocks, first one shared), a block (size, kind).
+  """A layout from rows (padding in front, documents), documents (blocks, first one is shared), blocks (size, kind).
 
   The last block of a document is a reader. What does not fit is cut off, so a document may end without one.
   """

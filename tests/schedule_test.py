@@ -7,6 +7,7 @@ import layout_cases
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
+from jax.extend import core
 
 from blockattn import blocks
 from blockattn.kernels import schedule
@@ -63,7 +64,8 @@ def test_every_attribute_of_a_block_reaches_the_schedule(tiles):
   for kind in layout_cases.KINDS:
     for shared_first in (False, True):
       doc = [(16, 'context'), (16, kind), (16, 'context'), (16, 'context')]
-      layout = layout_cases.build([(0, [(doc, shared_first)]), (0, [(doc[:2], shared_first), (doc[2:], False)])], LENGTH)
+      rows = [(0, [(doc, shared_first)]), (0, [(doc[:2], shared_first), (doc[2:], False)])]
+      layout = layout_cases.build(rows, LENGTH)
       pairs = in_tiles(np.asarray(dense_mask(layout)), tiles)
       touched, full = tile_masks(layout, tiles)
       np.testing.assert_array_equal(touched, pairs.any(axis=-1), err_msg=kind)
@@ -92,10 +94,10 @@ def test_boundaries_are_traced():
 
 def test_nothing_grows_with_the_square_of_the_tokens():
   """The largest array of the whole schedule is per token or per tile."""
-  length, tile = 2048, 256
+  length, tiles = 2048, Tiles(256, 256)
   layout = blocks.from_lengths([[[length]]], length)
-  build = lambda layout: (schedule.token_marks(layout), schedule.list_visits(*schedule.tile_masks(layout, Tiles(tile, tile))))
-  jaxpr = jax.make_jaxpr(build)(layout)
+  visits = lambda layout: schedule.list_visits(*schedule.tile_masks(layout, tiles))
+  jaxpr = jax.make_jaxpr(lambda layout: (schedule.token_marks(layout), visits(layout)))(layout)
   assert max(array_sizes(jaxpr.jaxpr)) <= 16 * length
 
 
@@ -103,7 +105,7 @@ def array_sizes(jaxpr):
   """The number of elements of every array of a jaxpr."""
   for equation in jaxpr.eqns:
     yield from (variable.aval.size for variable in equation.outvars)
-    for inner in jax.core.jaxprs_in_params(equation.params):
+    for inner in core.jaxprs_in_params(equation.params):
       yield from array_sizes(inner)
 
 

@@ -2,12 +2,20 @@
 
 Nothing is downloaded and nothing is imported: the library's source files are parsed, and every class or module with
 documented members becomes a `Container`. One example is one documentation page: for each of a few containers a header
-block (the class or module), then one block for each of a few of its members; then the question. The question gives the
-first sentence of a member's docstring, and may give its container's; the answer is `Container.member`. The container's
-name stands in the header block and the member's name in another one, so the answer cannot be read off any single block.
+block, then one block for each of a few of its members; then the question. The question gives the first sentence of a
+member's docstring; the answer is the member's name and its container's:
 
-A full-attention reader can note the container's name while it reads the member. Under the block mask it cannot: there
-the question has to find both blocks, which needs the container's sentence in the question (`PageStyle.hinted`).
+    class OrderedDict has .popitem .move_to_end      block 0
+    Dictionary that remembers insertion order
+    Remove and return a (key, value) pair.           block 1
+    .popitem(last)
+    ...
+    Which member: Remove and return a (key, value) pair.
+    .popitem of OrderedDict                          the answer
+
+The container's name stands in another block than the member's. A reader with full attention can note the container while
+it reads the member. Under the block mask it cannot: there the question has to find the header that lists the member, and
+on pages without lists (`PageStyle.listed`) nothing says which container a member belongs to.
 """
 
 import ast
@@ -53,17 +61,17 @@ class PageStyle:
   Attributes:
     containers: fewest and most containers of a page, both included.
     members: fewest and most members of each container.
-    doc_chars: docstrings are cut at this many characters, between words, never inside their first sentence.
-    renamed: share of pages whose containers and members get made-up names. A reader of such a page cannot answer from
-      memory of the library; it has to copy.
-    hinted: share of pages whose question also gives the container's first sentence.
+    doc_chars: what follows a docstring's first sentence is cut at this many characters, between words.
+    renamed: share of pages whose containers and members get other names, made up or of others. A reader of such a page
+      cannot answer from memory of the library; it has to copy.
+    listed: share of pages whose headers list the members.
     seed: together with a page's index it decides everything about the page.
   """
   containers: tuple[int, int] = (2, 2)
   members: tuple[int, int] = (1, 3)
-  doc_chars: int = 80
+  doc_chars: int = 40
   renamed: float = 0.0
-  hinted: float = 1.0
+  listed: float = 1.0
   seed: int = 0
 
 
@@ -152,15 +160,18 @@ def split_containers(containers, held_out):
 
 
 @functools.cache
-def _word_pool(containers):
-  """Pieces of the library's identifiers: ('ordered', 'dict', 'pop', 'item', ...), for made-up names."""
-  names = {m.name for c in containers for m in c.members} | {c.name for c in containers}
-  pieces = {p.lower() for n in names for p in re.findall(r'[A-Z]?[a-z]+|[A-Z]+(?![a-z])', n)}
-  return tuple(sorted(p for p in pieces if 2 <= len(p) <= 8))
+def _name_pools(containers):
+  """What other names are made of: {'class': real names, 'member': real names, 'words': pieces of them}."""
+  classes = sorted({c.name for c in containers if c.kind == 'class'})
+  members = sorted({m.name for c in containers for m in c.members})
+  pieces = {p.lower() for n in classes + members for p in re.findall(r'[A-Z]?[a-z]+|[A-Z]+(?![a-z])', n)}
+  return {'class': classes, 'member': members, 'words': sorted(p for p in pieces if 2 <= len(p) <= 8)}
 
 
-def _made_up_name(rng, pool, kind):
-  words = [pool[i] for i in rng.integers(len(pool), size=rng.integers(1, 4))]
+def _other_name(rng, pools, kind):
+  if pools[kind] and rng.random() < 0.5:
+    return pools[kind][rng.integers(len(pools[kind]))]
+  words = [pools['words'][i] for i in rng.integers(len(pools['words']), size=rng.integers(1, 4))]
   if rng.random() < 0.3:   # letters that are no word at all
     words[0] = ''.join(chr(97 + i) for i in rng.integers(26, size=rng.integers(2, 6)))
   if kind == 'class':
@@ -168,17 +179,12 @@ def _made_up_name(rng, pool, kind):
   return '_'.join(words) if rng.random() < 0.7 else ''.join(words)
 
 
-def _shortened(doc, sentence, chars):
-  keep = max(chars, len(sentence))
-  return doc if len(doc) <= keep else doc[:keep].rsplit(' ', 1)[0] + ' ...'
-
-
-def _renamed(rng, chosen, pool):
-  """The chosen (container, members) pairs under made-up names, all different."""
+def _renamed(rng, chosen, pools):
+  """The chosen (container, members) pairs under other names, all different."""
   taken = set()
   def fresh(kind):
     while True:
-      name = _made_up_name(rng, pool, kind)
+      name = _other_name(rng, pools, kind)
       if name not in taken:
         taken.add(name)
         return name
@@ -189,16 +195,28 @@ def _renamed(rng, chosen, pool):
 def _choose(rng, containers, style):
   """[(container, its members on the page), ...] in page order; no two share a name or a sentence."""
   count = rng.integers(style.containers[0], style.containers[1] + 1)
-  chosen, sentences = [], set()
+  chosen, taken = [], set()
   while len(chosen) < count:
     container = containers[rng.integers(len(containers))]
     size = min(len(container.members), int(rng.integers(style.members[0], style.members[1] + 1)))
     members = [container.members[i] for i in rng.choice(len(container.members), size=size, replace=False)]
-    own = {container.sentence, container.name} | {m.sentence for m in members}
-    if not own & sentences:
-      sentences |= own
+    own = {container.sentence, container.name} | {x for m in members for x in (m.sentence, m.name)}
+    if not own & taken:
+      taken |= own
       chosen.append((container, members))
   return chosen
+
+
+def _header(container, members, listed):
+  names = ' has ' + ' '.join(f'.{m.name}' for m in members) if listed else ''
+  return f'{container.kind} {container.name}{names}\n{container.sentence}\n'
+
+
+def _entry(member, chars):
+  rest = member.doc.removeprefix(member.sentence).strip()
+  if len(rest) > chars:
+    rest = rest[:chars].rpartition(' ')[0] + ' ...'
+  return f'{member.sentence}\n.{member.name}{member.arguments}\n' + (f'{rest}\n' if rest else '')
 
 
 def make_page(index, containers, style):
@@ -216,17 +234,16 @@ def make_page(index, containers, style):
   rng = np.random.default_rng((style.seed, index))
   chosen = _choose(rng, containers, style)
   if rng.random() < style.renamed:
-    chosen = _renamed(rng, chosen, _word_pool(containers))
-  which = rng.integers(len(chosen))
-  asked = rng.integers(len(chosen[which][1]))
-  blocks, gold = [], []
+    chosen = _renamed(rng, chosen, _name_pools(containers))
+  listed = rng.random() < style.listed
+  which = int(rng.integers(len(chosen)))
+  asked = int(rng.integers(len(chosen[which][1])))
+  blocks, gold = [], ()
   for i, (container, members) in enumerate(chosen):
     if i == which:
-      gold = [len(blocks), len(blocks) + 1 + int(asked)]
-    blocks.append(f'{container.kind} {container.name}\n'
-                  f'{_shortened(container.doc, container.sentence, style.doc_chars)}\n')
-    blocks += [f'.{m.name}{m.arguments}\n{_shortened(m.doc, m.sentence, style.doc_chars)}\n' for m in members]
+      gold = [len(blocks), len(blocks) + 1 + asked]
+    blocks.append(_header(container, members, listed))
+    blocks += [_entry(member, style.doc_chars) for member in members]
   container, member = chosen[which][0], chosen[which][1][asked]
-  hint = f'About: {container.sentence}\n' if rng.random() < style.hinted else ''
   return {'id': f'{container.where}.{member.name}#{index}', 'blocks': blocks, 'gold': gold,
-          'prompt': f'{hint}Which member: {member.sentence}\nAnswer:', 'response': f' {container.name}.{member.name}'}
+          'prompt': f'Which member: {member.sentence}\n', 'response': f'.{member.name} of {container.name}'}

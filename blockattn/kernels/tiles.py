@@ -17,8 +17,8 @@ def default(platform: str, length: int, head_dim: int) -> Tiles:
   longest = widest = 10 ** 9
   rows = {   # (length up to, head_dim up to, tiles)
       'cpu': (
-          # 2 cores of a Cascade Lake at 2.5 GHz, jax 0.10.2, float32, forward + backward, by T: at 256 (16 rows of
-          # documents of about 80 tokens) 64 wins by 20% over 128; at 1k-8k 128 wins by 8-25% over 64 and 256.
+          # One core of an AMD EPYC (AVX-512), jax 0.10.2, float32, forward + backward: at T=256 (16 rows of documents
+          # of about 80 tokens) 64 is 20% faster than 128; at T=1k-8k 128 is 8-30% faster than 64 and 256.
           (512, widest, Tiles(64, 64)),
           (longest, widest, Tiles(128, 128)),
       ),

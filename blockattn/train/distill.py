@@ -144,18 +144,19 @@ def run(config, workdir):
   setup.check_batch(config, place)
   if not config.model.source:
     raise ValueError('config.model.source is empty: distillation needs a trained teacher, a Hugging Face folder or name')
+  options, optim_config = options_of(config), setup.optim_config(config)
+  compute = setup.compute(config, place)
+  teacher_compute = setup.compute(config, place, dtype=config.teacher.compute_dtype, remat='none')
   loop.save_run_facts(workdir, config)
   tokenizer = setup.tokenizer(config)
   source = setup.rows(config, tokenizer)
   teacher_cfg, teacher = setup.load_model(config, place, dtype=config.teacher.dtype)
   cfg, block_options = setup.block_options(config, teacher_cfg, tokenizer)
   params = setup.student_start(teacher, cfg, config, tokenizer, place)
-  models = Models(student=cfg, teacher=teacher_cfg, student_compute=setup.compute(config, place),
-                  teacher_compute=setup.compute(config, place, dtype=config.teacher.compute_dtype, remat='none'),
+  models = Models(student=cfg, teacher=teacher_cfg, student_compute=compute, teacher_compute=teacher_compute,
                   blocks=block_options)
-  optim_config = setup.optim_config(config)
   optimizer = optim.make_optimizer(optim_config)
-  step_fn = make_step(models, options_of(config), optimizer, optim.learning_rate(optim_config))
+  step_fn = make_step(models, options, optimizer, optim.learning_rate(optim_config))
   state = loop.run(lambda state, batch: step_fn(state, teacher, batch), loop.init_state(params, optimizer),
                    setup.batches(config, source), setup.loop_config(config, 'distilling'), workdir,
                    put_batch=place.put_batch,
@@ -164,6 +165,7 @@ def run(config, workdir):
 
 
 def options_of(config) -> DistillOptions:
+  setup.check_section(config, 'distill')
   fields = dict(config.distill)
   weights = losses.TokenWeights(**dict(fields.pop('weights')))
   return DistillOptions(**fields, weights=weights, chunk=config.chunk, accumulate=config.accumulate, seed=config.seed)

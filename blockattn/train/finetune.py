@@ -92,22 +92,25 @@ def run(config, workdir):
   """Trains as the config says; returns (ModelConfig, params, BlockOptions)."""
   place = setup.placement(config)
   setup.check_batch(config, place)
+  options, optim_config, compute = options_of(config), setup.optim_config(config), setup.compute(config, place)
   loop.save_run_facts(workdir, config)
   tokenizer = setup.tokenizer(config)
   source = setup.rows(config, tokenizer)
   cfg, params = setup.load_model(config, place)
   cfg, block_options = setup.block_options(config, cfg, tokenizer)
   params = setup.add_sink_rows(params, cfg, tokenizer, config.blocks.sink_text, place)
-  options = FinetuneOptions(**dict(config.finetune), chunk=config.chunk, accumulate=config.accumulate)
-  optim_config = setup.optim_config(config)
   optimizer = optim.make_optimizer(optim_config)
-  step_fn = make_step(cfg, setup.compute(config, place), block_options, options, optimizer,
-                      optim.learning_rate(optim_config))
+  step_fn = make_step(cfg, compute, block_options, options, optimizer, optim.learning_rate(optim_config))
   meta = setup.model_meta(cfg, block_options if options.mode != 'full' else None, config.model.source, 'finetune')
   state = loop.run(step_fn, loop.init_state(params, optimizer), setup.batches(config, source),
                    setup.loop_config(config, f'fine-tuning ({options.mode})'), workdir, put_batch=place.put_batch,
                    meta=meta)
   return cfg, state.params, block_options
+
+
+def options_of(config) -> FinetuneOptions:
+  setup.check_section(config, 'finetune')
+  return FinetuneOptions(**dict(config.finetune), chunk=config.chunk, accumulate=config.accumulate)
 
 
 if __name__ == '__main__':

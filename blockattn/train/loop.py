@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from blockattn import checkpoint, metrics
 
@@ -54,10 +55,21 @@ class LoopConfig:
   tokens_per_step: int
   label: str = 'train'
 
+  def __post_init__(self):
+    for name in ('steps', 'log_every', 'save_every', 'keep'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'config.{name}={getattr(self, name)}; give a number from 1')
+
 
 def init_state(params, optimizer) -> TrainState:
-  """The state at step 0; optimizer state is placed like the parameters that it belongs to."""
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=jax.jit(optimizer.init)(params))
+  """The state at step 0: moments are placed like the parameters that they belong to, all else on every device."""
+  one = jax.tree.leaves(params)[0].sharding
+  everywhere = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
+  # jit alone would put the zeros that the moments start from on one device: they depend on no parameter.
+  shardings = optax.tree_map_params(optimizer, lambda _, p: p.sharding, jax.eval_shape(optimizer.init, params), params,
+                                    transform_non_params=lambda _: everywhere)
+  return TrainState(step=jax.device_put(jnp.zeros((), jnp.int32), everywhere), params=params,
+                    opt_state=jax.jit(optimizer.init, out_shardings=shardings)(params))
 
 
 def apply_gradients(state: TrainState, optimizer, grads):
@@ -202,7 +214,7 @@ def save_run_facts(workdir, config, command=None):
   """Writes config.json, the resolved config, and run.json: the command, the git commit and the versions.
 
   A workdir that holds a checkpoint of another config is refused: resuming under a changed config would silently be
-  neither run. `steps`, `log_every`, `save_every` and `keep` may change.
+  neither run. `log_every`, `save_every` and `keep` may change.
 
   Raises:
     ValueError: names the keys that differ.

@@ -1,11 +1,16 @@
 """What every trainer does before its first step: a config becomes a mesh, a model, a data stream and an optimizer."""
 
 import dataclasses
+import pathlib
+import re
+import sys
+import traceback
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
-from blockattn import blocks, mesh as mesh_lib, optim
+from blockattn import blocks, mesh as mesh_lib, optim, tree
 from blockattn.data import encode, pipeline, stdlib
 from blockattn.hf import convert
 from blockattn.kernels import api
@@ -28,8 +33,20 @@ def compute(config, place, **overrides) -> transformer.Compute:
 
 
 def architecture(model) -> transformer.ModelConfig:
-  """The ModelConfig of a config that starts from random values: a named size, with fields replaced."""
-  fields = {name: value for name, value in dict(model.fields).items()}
+  """The ModelConfig of a config that starts from random values: a named size, with fields replaced.
+
+  Raises:
+    ValueError: a field that does not exist, or, without a size, one that is missing.
+    KeyError: an unknown size.
+  """
+  fields, known = dict(model.fields), {field.name: field for field in dataclasses.fields(transformer.ModelConfig)}
+  for name in fields:
+    if name not in known:
+      raise ValueError(f'config.model.fields.{name}: no such field; {tree.did_you_mean(name, known)}')
+  missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in fields]
+  if missing and not model.size:
+    raise ValueError(f'config.model.fields lacks {", ".join(missing)}; give them, or a config.model.size to start from, '
+                     'or a config.model.source')
   if model.size:
     return sizes.get(model.size, **fields)
   return transformer.ModelConfig(**fields)
@@ -58,14 +75,16 @@ def block_options(config, cfg, tokenizer) -> tuple[transformer.ModelConfig, bloc
   """The student's ModelConfig and BlockOptions from config.blocks.
 
   Raises:
-    ValueError: sink_text is not a single token of the tokenizer, or the sink kind is unknown.
+    ValueError: sink_text is not a single token of the tokenizer, or the number or the kind of sinks is no good.
   """
   b = config.blocks
+  if b.sinks < 0:
+    raise ValueError(f'config.blocks.sinks={b.sinks}; give a number from 0')
   if b.sink_kind == 'learned':
     ids = tuple(range(cfg.vocab, cfg.vocab + b.sinks))
     cfg = dataclasses.replace(cfg, learned_sinks=b.sinks)
   elif b.sink_kind == 'token':
-    ids = (single_token(tokenizer, b.sink_text),) * b.sinks
+    ids = (single_token(tokenizer, b.sink_text),) * b.sinks if b.sinks else ()
   else:
     raise ValueError(f"config.blocks.sink_kind={b.sink_kind!r}; choose 'token' or 'learned'")
   return cfg, blocks.BlockOptions(sink_ids=ids, positions=b.positions, max_blocks=config.data.max_blocks)
@@ -123,7 +142,10 @@ def rows(config, tokenizer):
   if not data.files:
     raise ValueError('config.data.files is empty: give JSON lines files, e.g. --config.data.files=train.jsonl,more/')
   options = pipeline.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long, chat=data.chat)
-  return pipeline.FileRows(list(data.files), tokenizer, options, data.cache, strict=data.strict)
+  source = pipeline.FileRows(list(data.files), tokenizer, options, data.cache, strict=data.strict)
+  if jax.process_index() == 0 and source.report.docs < source.report.lines:
+    print(source.report.summary())
+  return source
 
 
 def pages(data, tokenizer, *, held_out: bool, **style):
@@ -142,10 +164,27 @@ def batches(config, source):
 
 def check_batch(config, place):
   """Raises ValueError if the global batch cannot be cut over the mesh in config.accumulate slices."""
+  for name in ('batch', 'accumulate', 'chunk'):
+    if config[name] < 1:
+      raise ValueError(f'config.{name}={config[name]}; give a number from 1')
   parts = place.size('batch') * config.accumulate
   if config.batch % parts:
     raise ValueError(f'config.batch={config.batch} must be a multiple of {parts}: {place.size("batch")} devices share '
                      f'the rows, in config.accumulate={config.accumulate} slices')
+
+
+def check_section(config, name):
+  """Raises ValueError if the config lacks the keys of the trainer `name`: it was written for another one."""
+  if name not in config:
+    others = [key for key in ('distill', 'finetune') if key in config]
+    hint = f'; it is for blockattn.train.{others[0]}' if others else f': call common.add_{name} in its get_config'
+    raise ValueError(f'the config has no keys config.{name}{hint}')
+
+
+def quiet_libraries():
+  """Keeps what libraries say in passing (orbax at every save, jax about absent TPUs) out of the progress line."""
+  from absl import logging
+  logging.set_verbosity(logging.WARNING)
 
 
 def main(run):
@@ -159,6 +198,66 @@ def main(run):
   def start(argv):
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-    run(config.value, workdir.value)
+    quiet_libraries()
+    try:
+      run(config.value, workdir.value)
+    except (ValueError, FileNotFoundError, loop.NotFinite) as error:
+      if not _is_ours(error):
+        raise
+      _stop(error)
 
-  app.run(start)
+  def parse(argv):
+    try:
+      check_overrides(argv)
+    except (ValueError, FileNotFoundError) as error:
+      _stop(error)
+    return app.parse_flags_with_usage(argv)
+
+  app.run(start, flags_parser=parse)
+
+
+def _stop(error):
+  sys.exit(f'error: {error}')   # to stderr, exit code 1
+
+
+def _is_ours(error) -> bool:
+  """Whether a line of this package raised the error on purpose: its text says what to do, and a traceback adds nothing."""
+  innermost = traceback.extract_tb(error.__traceback__)[-1]
+  package = pathlib.Path(__file__).resolve().parents[1]
+  return pathlib.Path(innermost.filename).resolve().is_relative_to(package) and innermost.line.startswith('raise ')
+
+
+def check_overrides(argv):
+  """Checks the command line's config file and the names of its overrides; config_flags is short with both.
+
+  Raises:
+    FileNotFoundError: no such config file.
+    ValueError: the config file refuses its argument, or a --config.KEY is no key; names the nearest.
+  """
+  from absl import flags
+  from ml_collections import ConfigDict, config_flags
+  override = re.compile(r'--?(?:no)?config\.([^=\[]+)')
+  plain, values = [arg for arg in argv if not override.match(arg)], flags.FlagValues()
+  flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=plain)
+  try:
+    values(plain, known_only=True)
+  except flags.Error as error:   # a get_config that raised, with its traceback as text
+    kind, _, text = str(error).strip().splitlines()[-1].partition(': ')
+    if kind != 'ValueError':
+      return   # no text for the user: let absl print all of it
+    raise ValueError(text) from None
+  if flag.value is None:
+    return   # absl says that it is required
+  if not isinstance(flag.value, ConfigDict):
+    raise FileNotFoundError(f'{values["config"].config_filename}: no such config file')
+  for name in (match[1] for match in map(override.match, argv) if match):
+    _check_key(name, flag.value.to_dict())
+
+
+def _check_key(name, config):
+  known = traverse_util.flatten_dict(config, keep_empty_nodes=True, sep='.')
+  if name in known or any(key.startswith(f'{name}.') for key in known):
+    return
+  same = [key for key in known if key.rsplit('.')[-1] == name.rsplit('.')[-1]]   # the right key of the wrong section
+  hint = f'did you mean {same[0]!r}?' if len(same) == 1 else tree.did_you_mean(name, known)
+  raise ValueError(f'--config.{name}: no such key; {hint}')

@@ -1,0 +1,149 @@
+"""tools.evaluate from folders and files to tables, with models of a few thousand random parameters."""
+
+import dataclasses
+import io
+import json
+
+import data_cases
+import hf_cases
+import jax
+import numpy as np
+import pytest
+import rich.console
+
+from blockattn import blocks, checkpoint
+from blockattn.data import stdlib, text as text_lib
+from blockattn.hf import convert
+from blockattn.models import transformer
+from blockattn.train import setup
+from tools import evaluate
+
+OPTIONS = blocks.BlockOptions(sink_ids=(5, 6), positions='local', max_blocks=8)
+COMPUTE = transformer.Compute(impl='reference')
+CHAT = {'messages': [{'role': 'user', 'content': 'a long passage'}, {'role': 'assistant', 'content': 'I see.'},
+                     {'role': 'user', 'content': 'what is it?'}, {'role': 'assistant', 'content': 'the answer'}]}
+BLOCKS = {'blocks': ['one two ', 'three '], 'prompt': 'count:', 'response': ' four', 'id': 'count'}
+
+
+def save_model(folder, tokenizer, blocks_meta, seed=0):
+  """A random Llama with this tokenizer in the Hugging Face format; returns (folder, cfg, params)."""
+  source = folder.with_name(f'{folder.name}_tokenizer')
+  tokenizer.save_pretrained(source)
+  cfg = transformer.ModelConfig('llama', vocab=len(tokenizer), width=16, layers=1, heads=2, kv_heads=1, head_dim=8,
+                                mlp=16, max_positions=512)
+  params = hf_cases.random_params(cfg, 'float32', seed)
+  convert.save(params, cfg, folder, source=source, meta=blocks_meta, card='', dtype='float32')
+  return folder, cfg, params
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+  """(teacher folder, student folder); the same architecture, other values, and the student knows its block options."""
+  root = tmp_path_factory.mktemp('models')
+  tokenizer = data_cases.tiny_tokenizer()
+  said = {'kind': 'distill', 'blocks': dataclasses.asdict(OPTIONS)}
+  return save_model(root / 'teacher', tokenizer, {})[0], save_model(root / 'student', tokenizer, said, seed=1)[0]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('data')
+  return data_cases.write_lines(folder / 'test.jsonl', [data_cases.passages_line(0), BLOCKS, b'{', CHAT])
+
+
+def arguments(models, data, *more):
+  teacher, student = models
+  return [str(student), '--teacher', str(teacher), '--data', str(data), '--batch', '4', '--max-new', '3',
+          '--impl', 'reference', *more]
+
+
+def test_from_folders_to_summary(models, data, tmp_path, capsys):
+  assert evaluate.main(arguments(models, data, '--out', str(tmp_path / 'out'))) == 0
+  printed = capsys.readouterr().out
+  summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())
+  assert summary['malformed_lines'] == 1 and 'test.jsonl:3: bad JSON' in printed
+  names = ('teacher_full', 'student_full', 'student_block')
+  for name in names:
+    assert name in printed and summary[name]['n'] == 3 and name in summary['seconds']
+    lines = (tmp_path / 'out' / 'predictions' / f'{name}.jsonl').read_text().splitlines()
+    assert [json.loads(line)['id'] for line in lines][:2] == ['q0', 'count']
+    assert sum(row['tokens'] for row in summary[name]['by_distance']) == sum(
+        row['tokens'] for row in summary['teacher_full']['by_distance']) > 0
+  assert summary['teacher_full']['kl'] == pytest.approx(0, abs=1e-6)
+  assert summary['student_full']['kl'] > 0.01
+  assert summary['student_block']['kl'] != pytest.approx(summary['student_full']['kl'], abs=1e-4)
+  assert not list((tmp_path / 'out').rglob('*.tmp'))
+
+
+def test_subject_of_a_folder_and_of_a_workdir(models, tmp_path):
+  teacher, student = models
+  from_folder, tokenizer = evaluate.load_subject(student, 'block', COMPUTE)
+  assert from_folder.options == OPTIONS and from_folder.mode == 'block'
+  assert evaluate.load_subject(teacher, 'full', COMPUTE)[0].options.sink_ids == ()
+  meta = setup.model_meta(from_folder.cfg, OPTIONS, str(student), 'distill')
+  checkpoint.save_params(tmp_path / 'checkpoints', from_folder.params, meta)
+  from_workdir, same_tokenizer = evaluate.load_subject(tmp_path, 'block', COMPUTE)
+  assert (from_workdir.cfg, from_workdir.options) == (from_folder.cfg, OPTIONS)
+  jax.tree.map(np.testing.assert_array_equal, from_workdir.params, from_folder.params)
+  assert same_tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_tokenizer_of_a_run_is_that_of_its_config(models, tmp_path):
+  teacher, student = models
+  (tmp_path / 'config.json').write_text(json.dumps({'data': {'tokenizer': str(student)}, 'model': {'source': ''}}))
+  assert evaluate._tokenizer_of(tmp_path, {'source': str(teacher)}) == str(student)
+
+
+@pytest.mark.parametrize('change, code, message', [
+    (['--strict'], 1, 'test.jsonl:3: bad JSON'),
+    (['--modes', 'ful'], 2, '--modes ful'),
+    (['--teacher', '/nowhere/teacher'], 2, '/nowhere/teacher'),
+    (['--data', '/nowhere/*.jsonl'], 2, '/nowhere/*.jsonl'),
+])
+def test_what_is_wrong_is_said(models, data, change, code, message, capsys):
+  assert evaluate.main(arguments(models, data, *change)) == code
+  assert message in capsys.readouterr().err
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(models, data, tmp_path, capsys):
+  other = data_cases.tiny_tokenizer()
+  other.add_tokens(['one more'])
+  teacher = save_model(tmp_path / 'other', other, {})[0]
+  data_cases.tiny_tokenizer.cache_clear()   # it has the new token, too
+  assert evaluate.main(arguments((teacher, models[1]), data)) == 2
+  assert "first 'one more'" in capsys.readouterr().err
+
+
+def test_malformed_block_options_are_named():
+  with pytest.raises(ValueError, match='here.*sink_ids, positions'):
+    evaluate.block_options({'sink_ids': [1]}, where='here')
+
+
+def test_documents_and_examples_stay_together(models, data):
+  tokenizer = evaluate.load_subject(models[1], 'full', COMPUTE)[1]
+  docs, examples, report = evaluate.file_docs([data], tokenizer, limit=2)
+  assert [len(doc.lengths) for doc in docs] == [len(example.blocks) + 1 for example in examples] == [4, 3]
+  assert (report.examples, report.docs) == (2, 2)
+  with pytest.raises(text_lib.BadLineError):
+    evaluate.file_docs([data], tokenizer, strict=True)
+
+
+def test_pages_are_held_out(monkeypatch, tmp_path):
+  words = ('opens', 'closes', 'counts', 'sorts', 'splits')
+  for number in range(40):
+    methods = ''.join(f'  def {verb}_{number}(self, x):\n    """It {verb} number {number} of them."""\n' for verb in words)
+    (tmp_path / f'm{number}.py').write_text(f'class C{number}:\n  """Holds the {number}."""\n{methods}')
+  library = stdlib.read_containers(tmp_path)
+  monkeypatch.setattr(stdlib, 'read_containers', lambda: library)
+  docs, examples = evaluate.page_docs(data_cases.tiny_tokenizer(), 3)
+  held_out = {member.name for c in library if stdlib.is_held_out(c) for member in c.members}
+  assert len(docs) == 3 and {example.answers[0] for example in examples} <= held_out
+
+
+def test_the_table_of_distances_has_a_column_per_subject():
+  row = {'from': 4, 'tokens': 1200, 'ce': 0.5, 'kl': 0.25}
+  figures = {'n': 3, 'exact_match': 0.5, 'substring': 1.0, 'f1': 0.75, 'ce': 0.5, 'kl': 0.25, 'by_distance': [row]}
+  console = rich.console.Console(file=io.StringIO(), width=120)
+  evaluate.print_table({'a': figures, 'b': figures, 'seconds': {'a': 1.0}}, console)
+  text = console.file.getvalue()
+  assert '50.0%' in text and '1,200' in text and text.count('0.5000 / 0.2500') == 2

@@ -1,0 +1,207 @@
+"""One suite for every implementation of block attention: the float32 reference says what is right."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import layout_cases
+import numpy as np
+import pytest
+from hypothesis import example, given, settings, strategies as st
+
+from blockattn import blocks
+from blockattn.kernels import api
+
+B, T, N, K, H = 2, 44, 4, 2, 16   # T is not a multiple of any tile
+CASES = {   # (impl, tiles, dtype)
+    'xla-8x8': ('xla', (8, 8), 'float32'),
+    'xla-16x8': ('xla', (16, 8), 'float32'),
+    'xla-8x32': ('xla', (8, 32), 'float32'),
+    'xla-one-tile': ('xla', None, 'float32'),
+    'xla-bfloat16': ('xla', (8, 16), 'bfloat16'),
+}
+several = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+every_case = pytest.mark.parametrize('case', CASES)
+every_impl = pytest.mark.parametrize('impl', api.IMPLS)
+
+
+def tolerance(dtype, expected):
+  """Largest allowed difference from the float32 reference, which starts from the same inputs.
+
+  A value passes through at most four roundings to `dtype` (the weights, the gradient of the scores, the output, and the
+  output as the backward pass reads it), and through float32 sums of T terms; both are relative to the largest value.
+  """
+  rounding = 4 * float(jnp.finfo(dtype).eps) + T * float(jnp.finfo('float32').eps)
+  return rounding * max(1.0, float(np.abs(expected).max()))
+
+
+@functools.cache
+def compiled(impl, tiles, dtype):
+  """f(layout, q, k, v, grad) -> float32 (output, dq, dk, dv) of inputs rounded to `dtype`, one program per case."""
+  @jax.jit
+  def run(layout, *arrays):
+    *inputs, grad = (x.astype(dtype) for x in arrays)
+    attend = lambda q, k, v: api.block_attention(q, k, v, layout, impl=impl, tiles=tiles)
+    out, pull = jax.vjp(attend, *inputs)
+    assert out.dtype == inputs[0].dtype
+    return [x.astype(jnp.float32) for x in (out, *pull(grad))]
+  return run
+
+
+@functools.cache
+def arrays(rows=B, length=T, dtype='float32'):
+  """q, k, v and the gradient of the output, rounded to `dtype`, in float32."""
+  random = np.random.default_rng(0)
+  shapes = [(rows, length, heads, H) for heads in (N, K, K, N)]
+  return [np.asarray(random.normal(size=shape).astype(jnp.dtype(dtype)), np.float32) for shape in shapes]
+
+
+@every_case
+@several
+@given(layout=layout_cases.layouts(B, T))
+@example(layout=blocks.from_lengths([[[10, 1, 1, 20, 12]], [[8, 8], [16], [5]]], T, shared_first=True))
+@example(layout=blocks.from_lengths([[], [[1] * T]], T))
+def test_agrees_with_the_reference(case, layout):
+  impl, tiles, dtype = CASES[case]
+  results = compiled(impl, tiles, dtype)(layout, *arrays(dtype=dtype))
+  expected = compiled('reference', None, 'float32')(layout, *arrays(dtype=dtype))
+  for name, result, wanted in zip(('output', 'dq', 'dk', 'dv'), results, expected):
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance(dtype, wanted), err_msg=name)
+
+
+@every_impl
+@several
+@given(layout=layout_cases.layouts(B, T))
+def test_padding_rows_are_exactly_zero(impl, layout):
+  nobody = np.asarray(layout.doc) == 0
+  run = compiled(impl, None if impl == 'reference' else (8, 8), 'float32')
+  for name, result in zip(('output', 'dq', 'dk', 'dv'), run(layout, *arrays())):
+    np.testing.assert_array_equal(np.asarray(result)[nobody], 0, err_msg=name)
+    assert np.isfinite(result).all(), name
+
+
+@every_impl
+@several
+@given(layout=layout_cases.layouts(B, T), t=st.integers(0, T - 1))
+def test_gradients_flow_exactly_where_the_mask_allows(impl, layout, t):
+  """Token t's output alone: zero gradient by the keys and values that it does not see, and by no other value."""
+  q, k, v, grad = arrays()
+  only_t = np.zeros_like(grad)
+  only_t[:, t] = grad[:, t]
+  run = compiled(impl, None if impl == 'reference' else (8, 8), 'float32')
+  _, dq, dk, dv = (np.abs(x).max(axis=(2, 3)) for x in run(layout, q, k, v, only_t))
+  sees = layout_cases.naive_mask(layout)[:, t]
+  assert not dq[np.arange(T)[None].repeat(B, 0) != t].any()
+  assert not dk[~sees].any()
+  np.testing.assert_array_equal(dv != 0, sees)
+
+
+@every_impl
+def test_what_a_token_does_not_see_cannot_change_it(impl):
+  doc = [(9, 'context'), (7, 'isolated'), (5, 'removed'), (12, 'context')]
+  layout = layout_cases.build([(2, [(doc, True)])] * B, T)
+  q, k, v, grad = arrays()
+  run = compiled(impl, None if impl == 'reference' else (8, 8), 'float32')
+  before = run(layout, q, k, v, grad)[0]
+  seen = layout_cases.naive_mask(layout)
+  for t in (3, 15, 20, 34):
+    shout = np.where(seen[:, t, :, None, None], 0, 1e4).astype(np.float32)
+    after = run(layout, q, k + shout, v + shout, grad)[0]
+    np.testing.assert_array_equal(after[:, t], before[:, t])
+
+
+@every_case
+def test_is_deterministic_and_never_recompiles_for_new_boundaries(case):
+  run = compiled(*CASES[case])
+  layouts = [blocks.from_lengths(rows, T) for rows in ([[[T]], [[4] * 11]], [[[1, 43]], [[20], [20]]], [[], []])]
+  first = run(layouts[0], *arrays())
+  for layout in layouts:
+    run(layout, *arrays())
+  for one, again in zip(first, run(layouts[0], *arrays())):
+    np.testing.assert_array_equal(one, again)
+  assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize('impl', [impl for impl in api.IMPLS if impl != 'reference'])
+def test_memory_grows_linearly_with_the_length(impl):
+  def temporary_bytes(length):
+    shapes = [jax.ShapeDtypeStruct((1, length, heads, H), jnp.float32) for heads in (N, K, K, N)]
+    layout = blocks.from_lengths([[[length]]], length)
+    run = compiled(impl, (64, 64), 'float32')
+    return run.lower(layout, *shapes).compile().memory_analysis().temp_size_in_bytes
+  short, long = temporary_bytes(1024), temporary_bytes(4096)
+  assert long < 5 * short
+  assert long < 4 * 4096 * 4096   # less than one float32 matrix of scores
+
+
+def test_inside_a_layer_scan_with_remat():
+  layout = blocks.from_lengths([[[9, 20, 8]], [[10], [5, 6, 7]]], T)
+  q, k, v, grad = arrays()
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def gradients(impl, q, k, v):
+    def layer(x, scale):
+      return x + api.block_attention(x * scale, k, v, layout, impl=impl, tiles=(16, 16)), None
+    stack = lambda q: jax.lax.scan(jax.checkpoint(layer), q, jnp.arange(1.0, 4.0))[0]
+    return jax.grad(lambda q: (stack(q) * grad).sum())(q)
+
+  expected = gradients('reference', q, k, v)
+  np.testing.assert_allclose(gradients('xla', q, k, v), expected, rtol=0, atol=3 * tolerance('float32', expected))
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason='needs four devices')
+def test_on_a_mesh_each_device_computes_its_part():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ('data', 'tensor'))
+  layout = blocks.from_lengths([[[9, 20, 8]], [[10], [5, 6, 7]]], T)
+  split = functools.partial(api.block_attention_on_mesh, mesh=mesh, batch_axes=('data',), head_axes=('tensor',))
+
+  @jax.jit
+  def run(layout, *arrays):
+    out, pull = jax.vjp(lambda q, k, v: split(q, k, v, layout, impl='xla', tiles=(8, 8)), *arrays[:3])
+    return out, *pull(arrays[3])
+
+  place = lambda x, *axes: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*axes)))
+  inputs = [place(x, 'data', None, 'tensor') for x in arrays()]
+  layout = jax.tree.map(lambda x: place(x, 'data'), layout)
+  for result, wanted in zip(run(layout, *inputs), compiled('reference', None, 'float32')(layout, *arrays())):
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('float32', wanted))
+  program = run.lower(layout, *inputs).compile().as_text()
+  assert not any(word in program for word in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute'))
+
+
+def test_mesh_axes_that_do_not_divide_are_refused():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
+  three = jax.sharding.AbstractMesh((3,), ('tensor',))
+  layout = blocks.from_lengths([[], []], T)
+  with pytest.raises(ValueError, match="'rows' does not exist; the mesh has data"):
+    api.block_attention_on_mesh(*arrays()[:3], layout, mesh, batch_axes=('rows',))
+  with pytest.raises(ValueError, match='4 query heads cannot be divided'):
+    api.block_attention_on_mesh(*arrays()[:3], layout, three, head_axes=('tensor',))
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
+def test_resolve(platform):
+  assert api.resolve('auto', platform) == 'xla'
+  assert api.resolve('reference', platform) == 'reference'
+  with pytest.raises(ValueError, match='auto, reference, xla'):
+    api.resolve('dense', platform)
+
+
+@pytest.mark.parametrize('q, k, v, layout, says', [
+    ((B, T, 3, H), (B, T, 2, H), (B, T, 2, H), (B, T), 'N must be a multiple of K'),
+    ((B, T, N, H), (B, T, K, 8), (B, T, K, 8), (B, T), 'keys and values must be'),
+    ((B, T, N, H), (B, T, K, H), (B, T, 1, H), (B, T), 'keys and values must be'),
+    ((B, T, N, H), (B, T + 1, K, H), (B, T + 1, K, H), (B, T), 'keys and values must be'),
+    ((B, T, H), (B, T, H), (B, T, H), (B, T), r'must be \[B, T, N, H\]'),
+    ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T + 4), 'pad the layout and the tokens alike'),
+])
+def test_wrong_shapes_are_refused(q, k, v, layout, says):
+  zeros = [jnp.zeros(shape) for shape in (q, k, v)]
+  with pytest.raises(ValueError, match=says):
+    api.block_attention(*zeros, blocks.from_lengths([[]] * layout[0], layout[1]))
+
+
+def test_mixed_dtypes_are_refused():
+  q, k, v, _ = (jnp.asarray(x) for x in arrays())
+  with pytest.raises(ValueError, match='cast them to one'):
+    api.block_attention(q.astype(jnp.bfloat16), k, v, blocks.from_lengths([[], []], T))

@@ -1,0 +1,290 @@
+"""Chunked token losses against the formula over whole rows, their memory, and the optimizer."""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blockattn import losses, optim
+
+B, T, D, V = 2, 12, 6, 11
+CHUNKS = (4, 5, 64)   # dividing T, not dividing it, more than there is
+WEIGHTS = {'relu': losses.TokenWeights(cap=0.7), 'relu_teacher': losses.TokenWeights(source='teacher', floor=0.3),
+           'exp': losses.TokenWeights('exp', cap=0.5), 'exp_teacher': losses.TokenWeights('exp', 'teacher'),
+           'none': losses.TokenWeights('none')}
+
+
+def draw(*shape, seed=0, scale=1.0):
+  return (scale * np.random.default_rng((seed, *shape)).standard_normal(shape)).astype(np.float32)
+
+
+def case(student_vocab=V + 3, teacher_vocab=V):
+  """heads, hidden, targets of a distillation; logits of a few nats, tables padded to different sizes."""
+  heads = {'student': draw(student_vocab, D, seed=1), 'teacher': draw(teacher_vocab, D, seed=2)}
+  hidden = {'student': draw(B, T, D, seed=3), 'teacher': draw(B, T, D, seed=4), 'teacher_block': draw(B, T, D, seed=5)}
+  targets = np.random.default_rng(6).integers(min(student_vocab, teacher_vocab), size=(B, T), dtype=np.int32)
+  return heads, hidden, targets
+
+
+MASKS = {'all': np.ones((B, T), bool), 'none': np.zeros((B, T), bool), 'one': np.arange(B * T).reshape(B, T) == 15,
+         'some': np.random.default_rng(7).random((B, T)) < 0.4,
+         'one_row': np.arange(B)[:, None] * np.ones((1, T), bool) == 1}
+
+
+@functools.partial(jax.jit, static_argnames=('form', 'source', 'chunk'))
+def _chunked(heads, hidden, targets, mask, floor, cap, temperature, ce_weight, *, form, source, chunk):
+  def loss(heads, hidden):
+    sums = losses.distillation_sums(heads, hidden, targets, mask, weights=losses.TokenWeights(form, source, floor, cap),
+                                    temperature=temperature, ce_weight=ce_weight, chunk=chunk)
+    return sums['loss'], sums
+  return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(heads, hidden)
+
+
+def chunked(heads, hidden, targets, mask, weights, temperature=1.0, ce_weight=0.3, chunk=5):
+  """((loss, sums), gradients with respect to heads and hidden); compiled once per form, source and chunk."""
+  if weights.source == 'student':
+    hidden = {name: x for name, x in hidden.items() if name != 'teacher_block'}
+  return _chunked(heads, hidden, targets, mask, weights.floor, weights.cap, temperature, ce_weight, form=weights.form,
+                  source=weights.source, chunk=chunk)
+
+
+def log_softmax(logits):
+  logits = np.asarray(logits, np.float64)
+  logits = logits - logits.max(axis=-1, keepdims=True)
+  return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight):
+  """The sums by the formula, in float64, token by token."""
+  vocab = min(len(heads['student']), len(heads['teacher']))
+  sums = dict.fromkeys(('loss', 'weight', 'weight_sq', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'), 0.0)
+  for b, t in zip(*np.nonzero(mask), strict=True):
+    logits = lambda model, head: (hidden[model][b, t].astype(np.float64) @ heads[head].T.astype(np.float64))[:vocab]
+    student, teacher = logits('student', 'student'), logits('teacher', 'teacher')
+    blocked = logits('teacher_block', 'teacher') if weights.source == 'teacher' else student
+    p, q = log_softmax(teacher / temperature), log_softmax(student / temperature)
+    x = targets[b, t]
+    gap = log_softmax(teacher)[x] - log_softmax(blocked)[x]
+    w = {'relu': weights.floor + min(max(gap, 0), weights.cap), 'exp': np.exp(min(gap, weights.cap)),
+         'none': 1.0}[weights.form]
+    kl, ce = float(np.sum(np.exp(p) * (p - q))), -log_softmax(student)[x]
+    for name, value in {'loss': w * (kl + ce_weight * ce), 'weight': w, 'weight_sq': w * w, 'tokens': 1.0, 'kl': kl,
+                        'ce': ce, 'teacher_ce': -log_softmax(teacher)[x], 'gap': gap}.items():
+      sums[name] += value
+  return sums
+
+
+@pytest.mark.parametrize('weights', WEIGHTS.values(), ids=WEIGHTS)
+def test_distillation_is_the_formula(weights):
+  heads, hidden, targets = case()
+  for (name, mask), (temperature, ce_weight) in itertools.product(MASKS.items(), [(1.0, 0.0), (2.5, 0.3)]):
+    (_, sums), _ = chunked(heads, hidden, targets, mask, weights, temperature, ce_weight)
+    expected = naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight)
+    assert sums.keys() == expected.keys()
+    for key in sums:
+      np.testing.assert_allclose(sums[key], expected[key], rtol=2e-5, atol=1e-5, err_msg=f'{name}: {key}')
+
+
+@jax.jit
+@functools.partial(jax.grad, argnums=(0, 1))
+def dense_gradients(student_head, x_BTD, fixed, targets, weight, temperature, ce_weight):
+  """Gradients of the loss with all logits at once and the weights as given, constants."""
+  student, teacher = x_BTD @ student_head[:V].T, fixed
+  p, q = (jax.nn.log_softmax(x / temperature) for x in (teacher, student))
+  kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+  ce = -jnp.take_along_axis(jax.nn.log_softmax(student), targets[..., None], axis=-1)[..., 0]
+  return jnp.sum(weight * (kl + ce_weight * ce))
+
+
+@pytest.mark.parametrize('weights', WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_and_teacher_carry_no_gradient(weights):
+  heads, hidden, targets = case()
+  mask, temperature, ce_weight = MASKS['some'], 1.7, 0.3
+  _, grads = chunked(heads, hidden, targets, mask, weights, temperature, ce_weight)
+
+  log_p = {name: log_softmax(hidden[name] @ heads[name.split('_')[0]][:V].T) for name in hidden}
+  picked = {name: np.take_along_axis(x, targets[..., None], axis=-1)[..., 0] for name, x in log_p.items()}
+  gap = picked['teacher'] - picked['teacher_block' if weights.source == 'teacher' else 'student']
+  weight = mask * np.asarray(losses.token_weight(jnp.asarray(gap, jnp.float32), weights))
+  expected = dense_gradients(heads['student'], hidden['student'], hidden['teacher'] @ heads['teacher'].T, targets,
+                             weight, temperature, ce_weight)
+  np.testing.assert_allclose(grads[0]['student'], expected[0], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(grads[1]['student'], expected[1], rtol=1e-4, atol=1e-5)
+  assert not np.any(grads[1]['student'][~mask])
+  assert not np.any(grads[0]['teacher']) and not np.any(grads[0]['student'][V:])
+  assert not any(np.any(g) for name, g in grads[1].items() if name != 'student')
+
+
+@functools.partial(jax.jit, static_argnames='chunk')
+def cross_entropy(head, x_BTD, targets, weight, *, chunk):
+  def loss(head, x_BTD):
+    sums = losses.cross_entropy_sums(head, x_BTD, targets, weight, chunk)
+    return sums['loss'], sums
+  return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, x_BTD)
+
+
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=(0, 1))
+def dense_cross_entropy(head, x_BTD, targets, weight):
+  log_p = jax.nn.log_softmax(x_BTD @ head.T)
+  return -jnp.sum(weight * jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0])
+
+
+@pytest.mark.parametrize('chunk', CHUNKS)
+def test_chunks_sum_up_to_the_whole(chunk):
+  heads, hidden, targets = case()
+  head, x_BTD = heads['student'], hidden['student']
+  for name, mask in MASKS.items():
+    weight = (mask * (0.5 + np.abs(draw(B, T)))).astype(np.float32)
+    (loss, sums), grads = cross_entropy(head, x_BTD, targets, weight, chunk=chunk)
+    expected, expected_grads = dense_cross_entropy(head, x_BTD, targets, weight)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(sums['weight'], weight.sum(), rtol=1e-6)
+    np.testing.assert_allclose(sums['ce'], dense_cross_entropy(head, x_BTD, targets, mask.astype(np.float32))[0],
+                               rtol=1e-5)
+    assert int(sums['tokens']) == mask.sum()
+    for got, want in zip(grads, expected_grads, strict=True):
+      np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_chunks_without_a_loss_token_are_not_computed():
+  """A token function that counts its calls: the first chunks hold the loss tokens, the others are skipped."""
+  calls = []
+  def token_fn(heads, hidden, per_token, mask):
+    jax.debug.callback(lambda: calls.append(1))
+    return {'sum': jnp.sum(jnp.where(mask, hidden[..., 0], 0) * heads)}
+
+  x_BTD = draw(B, T, D)
+  run = jax.jit(lambda x, mask: losses.sum_over_tokens(token_fn, jnp.float32(2.0), x, {}, mask, 3))
+  for name, chunks in {'all': 4, 'none': 0, 'one': 1, 'one_row': 4}.items():
+    total = run(x_BTD, MASKS[name])['sum']
+    jax.effects_barrier()
+    assert len(calls) == chunks, name
+    np.testing.assert_allclose(total, 2 * (x_BTD[..., 0] * MASKS[name]).sum(), rtol=1e-5, atol=1e-6)
+    calls.clear()
+
+
+@pytest.mark.parametrize('weights', WEIGHTS.values(), ids=WEIGHTS)
+def test_normalised_weights_have_mean_one(weights):
+  """Where KL + CE of every token is the same, their weighted mean is that number, whatever the weights."""
+  heads, hidden, targets = case()
+  hidden['student'] = np.zeros((B, T, D), np.float32)   # every token has the same probability
+  (_, sums), _ = chunked(heads, hidden, targets, MASKS['some'], weights, 1.0, 1e6)
+  np.testing.assert_allclose(sums['loss'] / sums['weight'], 1e6 * np.log(V), rtol=1e-4)
+  mean, mean_square = sums['weight'] / sums['tokens'], sums['weight_sq'] / sums['tokens']
+  assert mean > 0 and (mean_square > 1.01 * mean ** 2) == (weights.form != 'none')
+
+
+@pytest.mark.parametrize('form, expected', [
+    ('relu', [0.1, 0.1, 1.1, 5.1, 5.1]), ('exp', [np.exp(-2), 1, np.e, np.exp(5), np.exp(5)]), ('none', [1] * 5)])
+def test_weight_forms(form, expected):
+  gap = jnp.asarray([-2.0, 0.0, 1.0, 5.0, 80.0])
+  np.testing.assert_allclose(losses.token_weight(gap, losses.TokenWeights(form)), expected, rtol=1e-6)
+  assert not np.any(jax.grad(lambda g: losses.token_weight(g, losses.TokenWeights(form)).sum())(gap))
+
+
+def test_kl():
+  logits = 4 * draw(50, V)
+  for temperature in (0.5, 1.0, 3.0):
+    assert np.all(losses.forward_kl(logits, logits + 7.0, temperature) <= 1e-5)   # a constant changes no probability
+    kl = losses.forward_kl(logits, logits[::-1], temperature)
+    assert np.all(kl >= 0) and np.all(np.isfinite(kl))
+  np.testing.assert_array_equal(losses.forward_kl(logits, logits, 1.0), 0)
+  # Two outcomes by hand: p = (3/4, 1/4), q = (1/2, 1/2).
+  kl = losses.forward_kl(jnp.log(jnp.asarray([3.0, 1.0])), jnp.zeros(2), 1.0)
+  np.testing.assert_allclose(kl, 0.75 * np.log(1.5) + 0.25 * np.log(0.5), rtol=1e-6)
+
+
+def test_either_table_may_be_the_larger():
+  weights, mask = WEIGHTS['relu_teacher'], MASKS['some']
+  heads, hidden, targets = case(student_vocab=V, teacher_vocab=V + 5)
+  (_, sums), _ = chunked(heads, hidden, targets, mask, weights)
+  expected = naive_sums(heads, hidden, targets, mask, weights, 1.0, 0.3)
+  np.testing.assert_allclose(sums['loss'], expected['loss'], rtol=2e-5)
+
+
+def temporary_bytes(length, vocab, width, chunk):
+  """What the compiled loss and its gradient need beside their arguments and results."""
+  f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  rows = lambda dtype: jax.ShapeDtypeStruct((1, length), dtype)
+  heads = {'student': f32(vocab, width), 'teacher': f32(vocab, width)}
+  hidden = {'student': f32(1, length, width), 'teacher': f32(1, length, width)}
+  lowered = _chunked.lower(heads, hidden, rows(jnp.int32), rows(jnp.bool_), 0.1, 5.0, 1.0, 0.0, form='relu',
+                           source='student', chunk=chunk)
+  return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_logits_of_a_row_never_exist():
+  """Twice the tokens and twice the vocabulary: not the logits, nor a copy of the heads for every chunk."""
+  length, vocab, width, chunk = 512, 2048, 32, 16
+  small, large = temporary_bytes(length, vocab, width, chunk), temporary_bytes(2 * length, 2 * vocab, width, chunk)
+  of_row, of_heads = 4 * length * vocab, 2 * 4 * vocab * width
+  assert small < of_row / 2
+  assert large - small < min(of_row / 2, length // chunk * of_heads / 4)
+
+
+@pytest.mark.parametrize('kwargs', [{'form': 'rleu'}, {'source': 'nobody'}])
+def test_unknown_weights_are_refused(kwargs):
+  (value,) = kwargs.values()
+  with pytest.raises(ValueError, match=f"token weight {next(iter(kwargs))} '{value}'; choose one of"):
+    losses.TokenWeights(**kwargs)
+
+
+# The optimizer.
+
+def optim_config(**changes):
+  values = {'lr': 1e-2, 'final_lr': 0.1, 'warmup': 4, 'steps': 20, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8,
+            'weight_decay': 0.1, 'clip': 1.0}
+  return optim.OptimConfig(**values | changes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def first_update(grads, params, config):
+  optimizer = optim.make_optimizer(config)
+  return optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_schedule():
+  steps = jnp.asarray([0, 2, 4, 12, 20, 50])
+  rate = jax.jit(lambda warmup: optim.learning_rate(optim_config(warmup=warmup))(steps), static_argnums=0)
+  np.testing.assert_allclose(rate(4), [0, 5e-3, 1e-2, 5.5e-3, 1e-3, 1e-3], rtol=1e-5)
+  np.testing.assert_allclose(rate(0)[jnp.asarray([0, 4])], [1e-2, 1e-3], rtol=1e-5)
+
+
+@pytest.mark.parametrize('warmup, steps', [(-1, 20), (20, 20), (1, 1)])
+def test_warmup_must_end_before_training(warmup, steps):
+  with pytest.raises(ValueError, match=re.escape(f'optim.warmup={warmup} must be at least 0 and below steps={steps}')):
+    optim_config(warmup=warmup, steps=steps)
+
+
+@pytest.mark.parametrize('name, decays', [
+    ('embed', True), ('head', True), ('layers/q', True), ('layers/down', True), ('layers/q_norm', False),
+    ('layers/attn_norm', False), ('final_norm', False), ('layers/q_bias', False), ('sinks', False)])
+def test_what_decays(name, decays):
+  assert optim.decays(name) is decays
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_only_matrices_shrink_without_a_gradient():
+  params = {'embed': jnp.ones((3, 2)), 'sinks': jnp.ones((1, 2)), 'layers': {'q': jnp.ones((2, 2)),
+            'q_bias': jnp.ones(2), 'attn_norm': jnp.ones(2)}}
+  updates = first_update(jax.tree.map(jnp.zeros_like, params), params, optim_config(warmup=0))
+  for shrinks in (updates['embed'], updates['layers']['q']):
+    np.testing.assert_allclose(shrinks, -1e-2 * 0.1, rtol=1e-5)
+  assert not any(np.any(still) for still in (updates['sinks'], updates['layers']['q_bias'],
+                                             updates['layers']['attn_norm']))
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_gradients_are_clipped_by_their_global_norm():
+  params = {'a': jnp.zeros(3), 'b': jnp.zeros(4)}
+  # With a huge eps Adam's first step is the clipped gradient times lr / eps.
+  grads = {'a': jnp.full(3, 30.0), 'b': jnp.full(4, -40.0)}
+  updates = first_update(grads, params, optim_config(warmup=0, eps=1e4, clip=2.0))
+  norm = np.sqrt(sum(np.sum(np.square(u)) for u in jax.tree.leaves(updates)))
+  np.testing.assert_allclose(norm, 2.0 * 1e-2 / 1e4, rtol=1e-3)

@@ -1,0 +1,143 @@
+"""The `step` and `memory` commands of tools.bench: what a training step costs, in time and in memory."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blockattn import blocks, losses, mesh, optim
+from blockattn.data import encode, packing
+from blockattn.models import spec, transformer
+from blockattn.train import distill, finetune, loop
+
+SINKS = 4
+
+
+def model(width: int, layers: int, vocab: int) -> transformer.ModelConfig:
+  return transformer.ModelConfig('qwen3', vocab=vocab, width=width, layers=layers, heads=width // 64,
+                                 kv_heads=max(1, width // 256), head_dim=64, mlp=3 * width, qk_norm=True, tied=True)
+
+
+def make_batch(rows: int, length: int, count: int, question: int, answer: int, vocab: int) -> dict:
+  """One document per row: `count` context blocks of random lengths, then a question and its answer."""
+  random = np.random.default_rng(0)
+  packed = []
+  for _ in range(rows):
+    weights = random.uniform(0.5, 1.5, count)
+    stops = np.round(np.cumsum(weights) / weights.sum() * (length - question - answer)).astype(int)
+    lengths = (*np.diff(stops, prepend=0).tolist(), question + answer)
+    tokens = random.integers(vocab, size=length).astype(np.int32)
+    packed.append(packing.pack_row([encode.EncodedDoc(tokens, lengths, (length - answer, length))], length))
+  return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *packed)
+
+
+def make_steps(cfg, batch, args) -> dict:
+  """name -> call; each runs one whole optimizer step on the same batch and waits for it."""
+  place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
+  compute = transformer.Compute(placement=place, remat=args.remat)
+  options = blocks.BlockOptions((0,) * SINKS, 'sequential', args.blocks + 1)
+  config = optim.OptimConfig(lr=1e-4, final_lr=0.1, warmup=1, steps=1000, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0,
+                             clip=1.0)
+  optimizer, rate = optim.make_optimizer(config), optim.learning_rate(config)
+  start = lambda: spec.init(transformer.spec(cfg), jax.random.key(0), 'float32')
+  teacher, states = start(), {}
+  models = distill.Models(cfg, cfg, compute, dataclasses.replace(compute, remat='none'), options)
+  distilled = distill.make_step(models, distill.DistillOptions(
+      drop_rate=0.2, drop_mode='lift', loss_over=args.loss_over, weights=losses.TokenWeights(), temperature=1.0,
+      ce_weight=0.0, chunk=args.chunk, accumulate=1, seed=0), optimizer, rate)
+  steps = {'distillation': lambda state: distilled(state, teacher, batch)}
+  for mode, name in (('both', 'block fine-tuning'), ('full', 'full fine-tuning'), ('block', 'block mode only')):
+    tuned = finetune.make_step(cfg, compute, options, finetune.FinetuneOptions(
+        mode, text_weight=0.0, prompt_weight=0.0, answer_weight=1.0, chunk=args.chunk, accumulate=1), optimizer, rate)
+    steps[name] = lambda state, tuned=tuned: tuned(state, batch)
+
+  def call(name):
+    if name not in states:
+      states[name] = loop.init_state(start(), optimizer)
+    states[name], values = steps[name](states[name])
+    return jax.block_until_ready(values)
+
+  return {name: lambda name=name: call(name) for name in steps}
+
+
+def step(args, set_up, machine, take_turns) -> None:
+  """Times a distillation step against fine-tuning steps on the same batch, and prints the table."""
+  set_up(args)
+  cfg = model(args.width, args.layers, args.vocab)
+  batch = make_batch(args.rows, args.length, args.blocks, args.question, args.answer, args.vocab)
+  calls = make_steps(cfg, batch, args)
+  for call in calls.values():
+    call()
+  times = take_turns(calls, args.samples, args.seconds)
+  base = min(times['block fine-tuning'])
+  facts = machine(args)
+  print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, load {facts["load"][0]:.1f}, {facts["versions"]}\n'
+        f'{spec.count(transformer.spec(cfg)) / 1e6:.1f}M parameters, {args.rows} rows of T={args.length}, {args.blocks} '
+        f'context blocks, question {args.question}, answer {args.answer}, {SINKS} sinks\n\n'
+        '| step | min ms | median ms | time / block fine-tuning |\n|---|---|---|---|')
+  for name, seconds in times.items():
+    print(f'| {name} | {1e3 * min(seconds):.0f} | {1e3 * float(np.median(seconds)):.0f} | {min(seconds) / base:.2f} |')
+  if args.json:
+    shown = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
+    args.json.write_text(json.dumps({'machine': facts, 'arguments': shown, 'seconds': times}, indent=1) + '\n')
+
+
+def loss_memory(rows: int, length: int, width: int, vocab: int, chunk: int) -> int:
+  """Bytes that the compiled distillation loss and its gradient need beside inputs and outputs."""
+  hidden = jax.ShapeDtypeStruct((rows, length, width), jnp.float32)
+  head = jax.ShapeDtypeStruct((vocab, width), jnp.float32)
+  tokens, mask = (jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.int32, bool))
+
+  def loss(student_head, student, teacher_head, teacher, targets, mask):
+    sums = losses.distillation_sums({'student': student_head, 'teacher': teacher_head},
+                                    {'student': student, 'teacher': teacher}, targets, mask,
+                                    weights=losses.TokenWeights(), temperature=1.0, ce_weight=0.0, chunk=chunk)
+    return sums['loss'] / sums['weight']
+
+  compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head, hidden, head, hidden, tokens, mask).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def memory(args, set_up, machine) -> None:
+  """Prints the memory of the loss for growing T and V, chunked and with all logits at once."""
+  set_up(args)
+  facts, rows = machine(args), []
+  print(f'{facts["cpu"]}, {facts["versions"]}\n'
+        f'distillation loss and its gradient, one row, D={args.width}, float32, chunk {args.chunk}\n\n'
+        '| T | V | chunked MiB | all at once MiB |\n|---|---|---|---|')
+  for length in args.lengths:
+    for vocab in args.vocabs:
+      small, whole = (loss_memory(1, length, args.width, vocab, chunk) / 2**20 for chunk in (args.chunk, length))
+      rows.append({'T': length, 'V': vocab, 'chunked_mib': small, 'whole_mib': whole})
+      print(f'| {length} | {vocab} | {small:.0f} | {whole:.0f} |', flush=True)
+  if args.json:
+    args.json.write_text(json.dumps({'machine': facts, 'rows': rows}, indent=1) + '\n')
+
+
+def add_step(commands, set_up, machine, take_turns) -> None:
+  parser = commands.add_parser('step', help='a distillation step against block fine-tuning on the same batch')
+  for name, value, text in (('rows', 1, 'rows of the batch'), ('length', 4096, 'T'), ('blocks', 16, 'context blocks'),
+                            ('question', 64, 'tokens'), ('answer', 64, 'tokens'), ('width', 512, 'model width'),
+                            ('layers', 6, 'layers'), ('vocab', 16384, 'vocabulary'), ('chunk', 512, 'loss chunk'),
+                            ('samples', 5, 'samples per step'), ('seconds', 60, 'a step that ran so long is not sampled '
+                             'again'), ('cores', 2, 'cores'), ('devices', 1, 'JAX devices')):
+    parser.add_argument(f'--{name}', type=int, default=value, help=f'{text} (default %(default)s)')
+  parser.add_argument('--remat', default='none', choices=transformer.REMAT)
+  parser.add_argument('--loss-over', dest='loss_over', default='readers', choices=distill.LOSS_OVER)
+  parser.add_argument('--json', type=pathlib.Path, metavar='FILE')
+  parser.set_defaults(run=lambda args: step(args, set_up, machine, take_turns))
+
+
+def add_memory(commands, set_up, machine) -> None:
+  parser = commands.add_parser('memory', help='peak memory of the chunked loss against T and V')
+  parser.add_argument('--lengths', type=int, nargs='+', default=[4096, 8192, 16384, 32768])
+  parser.add_argument('--vocabs', type=int, nargs='+', default=[32768, 151936])
+  parser.add_argument('--width', type=int, default=256)
+  parser.add_argument('--chunk', type=int, default=512)
+  parser.add_argument('--cores', type=int, default=2)
+  parser.add_argument('--devices', type=int, default=1)
+  parser.add_argument('--json', type=pathlib.Path, metavar='FILE')
+  parser.set_defaults(run=lambda args: memory(args, set_up, machine))

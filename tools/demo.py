@@ -1,0 +1,193 @@
+"""Block distillation from end to end on what every machine has: python -m tools.demo [--workdir runs/demo]
+
+Loads the tiny teacher, builds documentation pages from Python's own standard library, distils a block-attention student,
+fine-tunes the baseline on the same batches, evaluates both on held-out classes and modules, exports the student in the
+Hugging Face format, answers three questions and writes report.html. Nothing is downloaded. Started again in the same
+workdir, it goes on where it was stopped.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+
+import jax
+import rich.console
+import rich.table
+
+from blockattn import blocks
+from blockattn.data import stdlib
+from blockattn.evals import gap
+from blockattn.hf import convert
+
+from blockattn.train import distill, finetune, setup
+from configs import tiny
+from tools import report
+
+QUESTIONS = 3
+MODELS = ('teacher_full', 'student_block_before', 'student_block_after', 'block_finetuned')
+
+
+def run(workdir, docs: int, steps: int | None, console):
+  """The whole demo. Returns the summary that it also writes to `summary.json`."""
+  workdir, seconds = pathlib.Path(workdir), {}
+
+  @contextlib.contextmanager
+  def part(name, text):
+    console.print(f'[bold]{text}')
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 1)
+
+  config, baseline = tiny.get_config(), tiny.get_config('baseline=true')
+  if steps is not None:
+    config.steps = baseline.steps = steps
+    config.optim.warmup = baseline.optim.warmup = min(config.optim.warmup, steps // 2)
+  with part('corpus', 'Reading the documentation of Python\'s standard library'):
+    containers = stdlib.read_containers()
+    console.print(f'{len(containers)} classes and modules, {sum(len(c.members) for c in containers)} members; '
+                  f'{sum(map(stdlib.is_held_out, containers))} of them are held out for the evaluation')
+  with part('distill', f'Distilling: the teacher reads whole pages, the student one block at a time ({config.steps} steps)'):
+    cfg, student, options = distill.run(config, workdir)
+  with part('finetune', 'The baseline: block fine-tuning on the same batches'):
+    finetuned = finetune.run(baseline, workdir / 'block_finetuned')[1]
+  tokenizer = setup.tokenizer(config)
+  subjects = make_subjects(config, cfg, student, finetuned, options)
+  source = setup.pages(config.data, tokenizer, held_out=True, renamed=0.0, seed=1)
+  pages, examples = source.pages(range(docs)), [source.example(i) for i in range(docs)]
+  with part('evaluate', f'Asking each model {docs} questions about classes and modules that no training page showed'):
+    summary = {name: gap.evaluate(subject, subjects['teacher_full'], pages, examples, tokenizer, batch=32, max_new=24,
+                                  predictions=workdir / f'predictions_{name}.jsonl')
+               for name, subject in subjects.items()}
+  with part('export', 'Exporting the student in the Hugging Face format'):
+    export(workdir / 'student', student, cfg, options, config, summary)
+  summary['seconds'] = seconds
+  write_json(workdir / 'summary.json', summary)
+  write_examples(workdir, examples, options, pages[0])
+  show_answers(workdir, console)
+  console.print(table(summary))
+  return summary
+
+
+def make_subjects(config, cfg, student, finetuned, options):
+  """Teacher and students by the names of the summary. The untrained student has no sinks: it never saw one."""
+  one = setup.placement(config)
+  compute = dataclasses.replace(setup.compute(config, one), placement=None)
+  teacher_cfg, teacher = setup.load_model(config, one)
+  plain = dataclasses.replace(options, sink_ids=())
+  subject = lambda params, cfg, mode, options: gap.Subject(params, cfg, compute, mode, options)
+  return {'teacher_full': subject(teacher, teacher_cfg, 'full', plain),
+          'student_block_before': subject(teacher, teacher_cfg, 'block', plain),
+          'student_block_after': subject(student, cfg, 'block', options),
+          'block_finetuned': subject(finetuned, cfg, 'block', options)}
+
+
+def export(folder, params, cfg, options, config, summary):
+  score = lambda name: f'{summary[name]["exact_match"]:.1%} exact match, KL to the teacher {summary[name]["kl"]:.3f} nats'
+  card = '\n'.join([
+      '---', 'library_name: transformers', 'tags: [block-attention]', '---', '', '# Tiny block-attention student', '',
+      'Distilled by `./launch/local.sh demo` of blockattn. It answers from documentation pages whose blocks were encoded '
+      'one at a time; `blockattn.json` says which sinks stand in front of a block and how positions are counted.', '',
+      f'- teacher, full attention: {score("teacher_full")}',
+      f'- the same weights under the block mask: {score("student_block_before")}',
+      f'- this student under the block mask: {score("student_block_after")}', ''])
+  meta = setup.model_meta(cfg, options, pathlib.Path(config.model.source).name, 'distill')
+  convert.save(params, cfg, folder, source=config.model.source, meta=meta, card=card, dtype='float32', overwrite=True)
+
+
+def write_examples(workdir, examples, options, page):
+  """layout.json and examples.jsonl for the report."""
+  layout = blocks.from_lengths([[list(page.lengths)]], len(page.tokens))
+  if options.sink_ids:
+    wide = dataclasses.replace(options, max_blocks=len(page.lengths))
+    _, layout, _ = blocks.block_mode(page.tokens[None], layout, wide)
+  used = int((layout.doc != 0).sum())
+  layout = jax.tree.map(lambda x: x[:, :used], layout)
+  lengths = [int((layout.block == i).sum()) for i in range(len(page.lengths))]
+  write_json(workdir / 'layout.json', {'lengths': lengths, 'mask': blocks.picture(layout).replace(' ', '').split('\n')})
+  predictions = {name: _read_lines(workdir / f'predictions_{name}.jsonl') for name in MODELS}
+  rows = [{'blocks': list(example.blocks), 'prompt': example.prompt, 'response': example.response,
+           'answers': {name: predictions[name][i]['prediction'].strip() for name in MODELS}}
+          for i, example in enumerate(examples[:20])]
+  text = ''.join(json.dumps(row) + '\n' for row in rows)
+  (workdir / 'examples.jsonl').write_text(text)
+
+
+def _read_lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def show_answers(workdir, console):
+  """Prints the first questions with every model's answer."""
+  for row in _read_lines(workdir / 'examples.jsonl')[:QUESTIONS]:
+    console.rule(style='dim')
+    for i, text in enumerate(row['blocks']):
+      console.print(f'[dim]block {i}[/] ', end='')
+      console.print(text.strip().replace('\n', ' | ')[:110], markup=False, highlight=False)
+    console.print(row['prompt'].removesuffix('Answer:').strip(), markup=False, highlight=False, style='bold')
+    for name in MODELS:
+      right = row['answers'][name] == row['response'].strip()
+      console.print(f'  {report.MODEL_NAMES[name]:30} [{"green" if right else "red"}]{row["answers"][name]}[/]',
+                    highlight=False)
+  console.rule(style='dim')
+
+
+def table(summary):
+  out = rich.table.Table('', 'exact match', 'CE, nats', 'KL to teacher, nats', box=None)
+  for name in MODELS:
+    row = summary[name]
+    out.add_row(report.MODEL_NAMES[name], f'{row["exact_match"]:.1%}', f'{row["ce"]:.3f}', f'{row["kl"]:.3f}')
+  return out
+
+
+def conclusion(summary, workdir, page, elapsed) -> str:
+  """What was learned, and what to run next."""
+  score = {name: 100 * summary[name]['exact_match'] for name in MODELS}
+  lost = score['teacher_full'] - score['student_block_before']
+  return (f'Reading one block at a time costs the teacher {lost:.1f} points; the distilled student is '
+          f'{score["teacher_full"] - score["student_block_after"]:.1f} points from the teacher, the fine-tuned baseline '
+          f'{score["teacher_full"] - score["block_finetuned"]:.1f}. {elapsed:.0f} s in all.\n'
+          f'Look at {page}.\n'
+          'Next:\n'
+          f'  ./launch/local.sh -m tools.evaluate {workdir / "student"} --teacher {_relative(tiny.TEACHER)} --data pages\n'
+          '  ./launch/local.sh -m blockattn.train.distill --config configs/tiny.py --workdir runs/x '
+          '--config.distill.drop_mode=isolate\n'
+          '  ./launch/local.sh -m tools.show --config configs/distill.py:model=qwen3_4b,ctx=32768 --devices 64')
+
+
+def _relative(path):
+  path = pathlib.Path(path)
+  return path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path
+
+
+def write_json(path, value):
+  partial = path.with_suffix('.tmp')
+  partial.write_text(json.dumps(value, indent=2) + '\n')
+  partial.replace(path)
+
+
+def main(argv=None) -> int:
+  parser = argparse.ArgumentParser(prog='python -m tools.demo', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', default='runs/demo')
+  parser.add_argument('--docs', type=int, default=256, help='questions of the evaluation')
+  parser.add_argument('--steps', type=int, help='training steps of each model (default: as in configs/tiny.py)')
+  args = parser.parse_args(argv)
+  console = rich.console.Console(width=min(120, rich.console.Console().width))
+  start = time.perf_counter()
+  setup.quiet_libraries()
+  try:
+    summary = run(args.workdir, args.docs, args.steps, console)
+    page = report.render(args.workdir)
+  except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  console.print(conclusion(summary, pathlib.Path(args.workdir), page, time.perf_counter() - start), highlight=False)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

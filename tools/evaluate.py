@@ -1,0 +1,276 @@
+"""How far a student is from its teacher, on questions with answers: in block and in full attention.
+
+  python -m tools.evaluate exported/qwen3_4b --teacher Qwen/Qwen3-4B --data test.jsonl --chat --out runs/eval
+  python -m tools.evaluate runs/tiny --teacher blockattn/assets/tiny_teacher --data pages --limit 200
+
+MODEL and TEACHER are folders in the Hugging Face format, hub names, or work directories of a trainer (the newest
+checkpoint). Sinks and positions of block mode are those that the model was trained with: `blocks` in its blockattn.json
+or in its checkpoint; a model without runs in block mode without sinks, at sequential positions. The teacher reads in
+full attention. --data takes JSON lines in the forms of blockattn.data.text, or `pages`: pages about classes of Python's
+standard library that no training of this project sees.
+
+Prints exact match, substring and token F1 of greedy answers, cross-entropy and KL to the teacher on the answer's tokens
+(in nats), and the latter by distance from the start of the block. --out keeps them in DIR/summary.json and the answers
+in DIR/predictions/*.jsonl; tools.report turns DIR into a page. The model has to fit on one device.
+The exit code is 0; 1 with --strict at the first malformed line; 2 if models, data or options are no good.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import rich.console
+import rich.table
+
+from blockattn import blocks as blocks_lib, checkpoint, mesh
+from blockattn.data import encode, text as text_lib
+from blockattn.evals import gap
+from blockattn.hf import config as hf_config, convert as hf_convert, files as hf_files
+from blockattn.kernels import api
+from blockattn.models import spec, transformer
+from blockattn.train import setup
+from configs import common
+from tools import convert
+
+PAGES = 'pages'
+TEACHER = 'teacher_full'
+COLUMNS = {'exact_match': '{:.1%}', 'substring': '{:.1%}', 'f1': '{:.1%}', 'ce': '{:.4f}', 'kl': '{:.4f}', 'n': '{}'}
+_PAGES_BY_DEFAULT = 200
+
+
+def load_subject(path: str | os.PathLike, mode: str, compute: transformer.Compute):
+  """A model to evaluate, its parameters in compute.dtype.
+
+  Args:
+    path: Hugging Face folder, hub name, or a trainer's work directory.
+    mode: 'full' or 'block'; `dataclasses.replace(subject, mode=...)` gives the other without loading again.
+    compute: Compute.
+
+  Returns:
+    (gap.Subject, tokenizer).
+
+  Raises:
+    FileNotFoundError, ValueError: naming the file and the key at fault.
+  """
+  if (pathlib.Path(path) / 'checkpoints').is_dir():
+    cfg, params, said, tokenizer = _load_workdir(pathlib.Path(path), compute.dtype)
+  else:
+    folder = hf_files.locate(path)
+    cfg, params = hf_convert.load(folder, compute.dtype)
+    meta = hf_config.read_meta(folder)
+    said, tokenizer = meta['blocks'] if 'blocks' in meta else None, folder
+  subject = gap.Subject(params, cfg, compute, mode, block_options(said, where=str(path)))
+  return subject, encode.load_tokenizer(tokenizer)
+
+
+def block_options(said: dict | None, where: str) -> blocks_lib.BlockOptions:
+  """BlockOptions from what a model says about its training; None: no sinks, sequential positions."""
+  if said is None:
+    return blocks_lib.BlockOptions(sink_ids=(), positions='sequential', max_blocks=1)
+  try:
+    return blocks_lib.BlockOptions(tuple(said['sink_ids']), said['positions'], said['max_blocks'])
+  except (KeyError, TypeError) as error:
+    raise ValueError(f'{where}: its "blocks" {said!r} needs the keys sink_ids, positions, max_blocks') from error
+
+
+def _load_workdir(workdir, dtype):
+  meta = checkpoint.load_meta(workdir / 'checkpoints')
+  cfg = convert.model_of(meta)
+  one = mesh.Placement(mesh.make_mesh({}, jax.local_devices()[:1]))
+  params = checkpoint.load_params(workdir / 'checkpoints', spec.abstract(transformer.spec(cfg), dtype, one))
+  return cfg, params, meta['blocks'], _tokenizer_of(workdir, meta)
+
+
+def _tokenizer_of(workdir, meta):
+  """Where the run's tokenizer is: as in training."""
+  if (workdir / 'hf').is_dir():
+    return workdir / 'hf'
+  if (workdir / 'config.json').is_file():
+    said = hf_files.read_json(workdir / 'config.json')
+    return said['data']['tokenizer'] or said['model']['source']
+  return meta['source']
+
+
+def load_pair(model, teacher, modes: Sequence[str], compute: transformer.Compute):
+  """({name: Subject} of the student by mode and of the teacher, the teacher, the student's tokenizer).
+
+  Raises:
+    ValueError: the two tokenizers differ, so that tokens of one mean nothing to the other.
+  """
+  teacher_subject, teacher_tokenizer = load_subject(teacher, 'full', compute)
+  student, tokenizer = load_subject(model, 'block', compute)
+  ours = tokenizer.get_vocab()
+  other = [text for text, i in teacher_tokenizer.get_vocab().items() if text not in ours or ours[text] != i]
+  if other:
+    raise ValueError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
+                     f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
+  subjects = {TEACHER: teacher_subject}
+  for mode in modes:
+    subjects[f'student_{mode}'] = dataclasses.replace(student, mode=mode)
+  return subjects, teacher_subject, tokenizer
+
+
+def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bool = False, limit: int | None = None):
+  """(documents, their examples, text.Report of the lines) of JSON lines files; at most `limit` examples are read.
+
+  Raises:
+    text.BadLineError: `strict`, and a line is malformed.
+    ValueError: not one example is left.
+  """
+  report = text_lib.Report()
+  lines = text_lib.read_examples(files, report=report, strict=strict, chat=chat, tokenizer=tokenizer)
+  examples = list(itertools.islice(lines, limit))
+  if not examples:
+    raise ValueError(f'{", ".join(map(str, files))}: no example to evaluate\n{report.summary()}')
+  docs = [encode.fit(parts)[0] for parts in encode.Encoder(tokenizer).parts(examples)]
+  report.docs = len(docs)
+  return docs, examples, report
+
+
+def page_docs(tokenizer, limit: int, data=None):
+  """(documents, examples) of `limit` held-out pages with the library's own names.
+
+  The pages of numbers 0, 1, ... depend on the style in `data` alone: a config.data, by default that of configs/common.
+  """
+  source = setup.pages(common.base().data if data is None else data, tokenizer, held_out=True, renamed=0.0, seed=1)
+  return source.pages(range(limit)), [source.example(i) for i in range(limit)]
+
+
+def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, examples, tokenizer, *, batch: int,
+                 max_new: int, out: str | os.PathLike | None = None, facts: dict | None = None,
+                 say: Callable[[str], None] = lambda line: None) -> dict:
+  """Evaluates every subject.
+
+  Args:
+    subjects: by name; names are those of the files written.
+    teacher, docs, examples, tokenizer, batch, max_new: as for gap.evaluate.
+    out: folder for summary.json and predictions/NAME.jsonl, made if absent.
+    facts: more keys of the summary, numbers or strings.
+    say: called with a line when a subject is done.
+
+  Returns:
+    {name: what gap.evaluate returns, ..., 'seconds': {name: seconds}} and the facts: what summary.json holds.
+  """
+  results, seconds = {}, {}
+  folder = None if out is None else pathlib.Path(out) / 'predictions'
+  if folder is not None:
+    folder.mkdir(parents=True, exist_ok=True)
+  for name, subject in subjects.items():
+    start = time.perf_counter()
+    predictions = None if folder is None else folder / f'{name}.jsonl'
+    results[name] = gap.evaluate(subject, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new,
+                                 predictions=predictions)
+    seconds[name] = round(time.perf_counter() - start, 3)
+    say(f'{name}: {len(docs)} examples in {seconds[name]:.1f} s')
+  summary = results | {'seconds': seconds} | (facts or {})
+  if out is not None:
+    _write_json(pathlib.Path(out) / 'summary.json', summary)
+  return summary
+
+
+def _write_json(path, value):
+  partial = path.with_name(f'{path.name}.tmp')
+  partial.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+  os.replace(partial, path)
+
+
+def print_table(summary: dict, console: rich.console.Console | None = None):
+  """Prints the figures of every subject of a summary, and cross-entropy and KL by distance."""
+  console = console or _console()
+  results = {name: value for name, value in summary.items() if isinstance(value, dict) and 'exact_match' in value}
+  right = lambda name: rich.table.Column(name, justify='right')
+  table = rich.table.Table('model', *(right(name.replace('_', ' ')) for name in COLUMNS))
+  for name, result in results.items():
+    table.add_row(name, *(form.format(result[column]) for column, form in COLUMNS.items()))
+  console.print(table)
+  console.print(_distance_table(results, right))
+
+
+def _distance_table(results, right):
+  """A row per distance, a column per subject: CE / KL."""
+  table = rich.table.Table(right('tokens from\nblock start'), right('answer\ntokens'),
+                           *(right(f'{name}\nCE / KL') for name in results))
+  rows = {name: {row['from']: row for row in result['by_distance']} for name, result in results.items()}
+  for low, some in sorted(next(iter(rows.values())).items()):
+    cells = [by_distance[low] for by_distance in rows.values()]   # the same documents, hence the same distances
+    table.add_row(f'{low}+', f'{some["tokens"]:,}', *(f'{cell["ce"]:.4f} / {cell["kl"]:.4f}' for cell in cells))
+  return table
+
+
+def _console(**more):
+  return rich.console.Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False, highlight=False,
+                              soft_wrap=True, **more)
+
+
+def _arguments(argv):
+  parser = argparse.ArgumentParser(prog='python -m tools.evaluate', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('model', help='the student: Hugging Face folder, hub name, or work directory')
+  parser.add_argument('--teacher', required=True, help='the same of the teacher')
+  parser.add_argument('--data', required=True, nargs='+', help=f'JSON lines: files, folders, globs; or {PAGES!r}')
+  parser.add_argument('--modes', default='full,block', help='of the student (default: %(default)s)')
+  parser.add_argument('--limit', type=_positive, help=f'most examples (default: all; of pages {_PAGES_BY_DEFAULT})')
+  parser.add_argument('--batch', type=_positive, default=8, help='documents at a time (default: %(default)s)')
+  parser.add_argument('--max-new', type=_positive, default=64, help='most tokens of an answer (default: %(default)s)')
+  parser.add_argument('--chat', action='store_true', help="wrap prompts into the tokenizer's chat template")
+  parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='(default: %(default)s)')
+  parser.add_argument('--impl', default='auto', help='of attention (default: %(default)s)')
+  parser.add_argument('--out', help='folder for summary.json and predictions')
+  return parser.parse_args(argv)
+
+
+def _positive(value):
+  if not value.isdigit() or int(value) < 1:
+    raise argparse.ArgumentTypeError(f'{value!r} is not a number from 1 on')
+  return int(value)
+
+
+def run(options, console, err) -> dict:
+  """The command, options as from the command line. Returns the summary."""
+  modes = options.modes.split(',')
+  if not set(modes) <= set(gap.MODES):
+    raise ValueError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
+  files = None if options.data == [PAGES] else text_lib.find_files(options.data)   # before models are loaded
+  impl = api.resolve(options.impl, jax.default_backend())
+  subjects, teacher, tokenizer = load_pair(options.model, options.teacher, modes,
+                                           transformer.Compute(dtype=options.dtype, impl=impl))
+  if files is None:
+    docs, examples = page_docs(tokenizer, options.limit or _PAGES_BY_DEFAULT)
+    report = text_lib.Report()
+  else:
+    docs, examples, report = file_docs(files, tokenizer, chat=options.chat, strict=options.strict, limit=options.limit)
+  facts = {'model': options.model, 'teacher': options.teacher, 'data': ' '.join(options.data), 'dtype': options.dtype,
+           'impl': impl, 'malformed_lines': report.bad.total()}
+  summary = evaluate_all(subjects, teacher, docs, examples, tokenizer, batch=options.batch, max_new=options.max_new,
+                         out=options.out, facts=facts, say=err.print)
+  print_table(summary, console)
+  if report.bad:
+    console.print(report.summary())
+  return summary
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line. Returns the exit status."""
+  options = _arguments(argv)
+  err = _console(stderr=True)
+  try:
+    run(options, _console(), err)
+  except text_lib.BadLineError as error:
+    err.print(str(error))
+    return 1
+  except (OSError, ValueError) as error:
+    err.print(f'evaluate: {error}')
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
