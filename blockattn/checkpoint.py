@@ -11,6 +11,8 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
+from blockattn import tree
+
 ARRAYS = ('params', 'opt_state')
 
 
@@ -58,9 +60,10 @@ def save_params(folder, params, meta: dict, step: int = 0):
 
 
 def load_meta(folder, step: int | None = None) -> dict:
-  """The `meta` item of a step, by default of the newest."""
+  """The `meta` item of a step, by default of the newest. Raises FileNotFoundError if there is none."""
   with _reader(folder) as manager:
-    return manager.restore(_step_of(manager, folder, step), args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
+    step = _step_of(manager, folder, step, 'meta')
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
 
 
 def load_params(folder, abstract, step: int | None = None):
@@ -68,10 +71,24 @@ def load_params(folder, abstract, step: int | None = None):
 
   Args:
     abstract: tree of jax.ShapeDtypeStruct (`models.spec.abstract`): shapes must match, dtype and sharding are chosen.
+
+  Raises:
+    FileNotFoundError: no such folder or step, or a step without parameters.
+    ValueError: the parameters are those of another architecture.
   """
   with _reader(folder) as manager:
-    step = _step_of(manager, folder, step)
+    step = _step_of(manager, folder, step, 'params')
+    _check_shapes(folder, manager.item_metadata(step)['params'].tree, abstract)
     return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))['params']
+
+
+def _check_shapes(folder, stored, wanted):
+  """orbax would say that shapes differ, but neither where nor that another model was asked for."""
+  stored, wanted = ({name: tuple(leaf.shape) for name, leaf in tree.named_leaves(t)} for t in (stored, wanted))
+  for name in sorted(stored.keys() | wanted.keys()):
+    if stored.get(name) != wanted.get(name):
+      raise ValueError(f'{folder} holds another model: {name} is {stored.get(name, "absent")} there, and '
+                       f'{wanted.get(name, "absent")} in the model that was asked for')
 
 
 def newest_step(folder) -> int | None:
@@ -85,16 +102,22 @@ def _reader(folder):
   if not os.path.isdir(folder):
     raise FileNotFoundError(f'{folder}: no such checkpoint folder')
   return ocp.CheckpointManager(pathlib.Path(folder).absolute(),
-                               options=ocp.CheckpointManagerOptions(read_only=True))
+                               options=ocp.CheckpointManagerOptions(read_only=True),
+                               item_handlers={'params': ocp.StandardCheckpointHandler(),
+                                              'meta': ocp.JsonCheckpointHandler()})
 
 
-def _step_of(manager, folder, step):
+def _step_of(manager, folder, step, item):
+  """The step, by default the newest; raises FileNotFoundError unless it is there and has the item."""
   steps = sorted(manager.all_steps())
   if not steps:
     raise FileNotFoundError(f'{folder}: holds no complete checkpoint')
   if step is not None and step not in steps:
     raise FileNotFoundError(f'{folder}: no checkpoint of step {step}; here are {steps}')
-  return steps[-1] if step is None else step
+  step = steps[-1] if step is None else step
+  if not os.path.isdir(os.path.join(folder, str(step), item)):
+    raise FileNotFoundError(f'{folder}: step {step} has no {item}; use another step or another folder')
+  return step
 
 
 def abstract_like(tree):

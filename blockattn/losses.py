@@ -131,7 +131,8 @@ def distillation_sums(heads, hidden, targets, mask, *, weights: TokenWeights, te
     log_q, log_p = log_prob(student, targets), log_prob(teacher, targets)
     blocked = log_q
     if weights.source == 'teacher':
-      blocked = log_prob(common_vocabulary(transformer.project(hidden['teacher_block'], heads['teacher']), teacher)[0], targets)
+      teacher_block = transformer.project(hidden['teacher_block'], heads['teacher'])
+      blocked = log_prob(common_vocabulary(teacher_block, teacher)[0], targets)
     gap = jax.lax.stop_gradient(log_p - blocked)
     w = m * token_weight(gap, weights)
     return {'loss': jnp.sum(w * (kl - ce_weight * log_q)), 'weight': jnp.sum(w), 'weight_sq': jnp.sum(w * w),

@@ -77,17 +77,19 @@ def base():
   config.data.tokenizer = ''       # folder or hub name; empty: model.source
   config.data.length = 4096        # tokens of a row, T
   config.data.max_blocks = 64      # most blocks of a row
+  config.data.block_tokens = 0     # 0: the blocks that are given; else blocks of so many tokens, cut anywhere
   config.data.files = ()           # JSON lines: files, folders or globs; comma-separated on the command line
   config.data.chat = False         # wrap plain examples in the tokenizer's chat template
   config.data.strict = False       # stop at the first malformed line instead of counting it
   config.data.too_long = 'drop'    # or 'cut': leave out context blocks without the answer
   config.data.cache = '.cache/blockattn'   # encoded documents
   config.data.pages = ml_collections.ConfigDict()     # of stdlib.PageStyle
-  config.data.pages.containers = (2, 2)
-  config.data.pages.members = (1, 3)
+  config.data.pages.containers = (1, 1)
+  config.data.pages.members = (2, 4)
   config.data.pages.doc_chars = 40
   config.data.pages.renamed = 0.7
-  config.data.pages.listed = 1.0
+  config.data.pages.listed = 0.0
+  config.data.pages.split_words = 2
   config.data.pages.seed = 0
   return config.lock()
 

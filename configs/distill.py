@@ -16,7 +16,7 @@ is usual for continued training at this size, and are to be tuned. The method's 
 configs/common.py.
 
 The batch of 64 rows gives each of 64 devices one; a step is 2M tokens at ctx=32768. On fewer devices,
---config.accumulate=8 (8 devices, one row each at a time) computes the same steps; a smaller --config.batch others.
+--config.accumulate=8 (8 devices, one row each at a time) computes the same steps but for the draws of block dropout.
 """
 
 from blockattn import tree

@@ -1,15 +1,15 @@
 """The tiny teacher: a Llama of under a million parameters that reads documentation pages and answers from them.
 
-    python -m tools.tiny_tokenizer runs/tiny_tokenizer
     python -m blockattn.train.finetune --config configs/tiny_teacher.py --workdir runs/tiny_teacher
-    python -m tools.convert to_hf runs/tiny_teacher/checkpoints blockattn/assets/tiny_teacher
+    python -m tools.convert to_hf runs/tiny_teacher blockattn/assets/tiny_teacher --dtype float32 \
+        --source blockattn/assets/tiny_teacher --card configs/tiny_teacher.md --overwrite
 
-Plain cross-entropy in full attention, from random values. Most pages do not list a class's methods in its header, so the
-model learns to note the class while it reads a method: what block attention forbids. Pages with made-up names make
-copying the first thing that helps.
+Plain cross-entropy in full attention, from random values. Pages under other names make copying the first thing that
+helps; finding the sentence that the question repeats comes after it. The tokenizer in the folder was made by
+`python -m tools.tiny_tokenizer`, from an earlier form of the pages.
 """
 
-from configs import common
+from configs import common, tiny
 
 
 def get_config(arg=''):
@@ -29,7 +29,7 @@ def get_config(arg=''):
   config.optim.weight_decay = 0.01
   config.blocks.sinks = 0
   config.data.kind = 'pages'
-  config.data.tokenizer = 'runs/tiny_tokenizer'
+  config.data.tokenizer = str(tiny.TEACHER)
   config.data.length = 384
   config.data.max_blocks = 32
   config.data.pages.containers = (1, 2)
@@ -37,6 +37,7 @@ def get_config(arg=''):
   config.data.pages.doc_chars = 40
   config.data.pages.renamed = 0.7
   config.data.pages.listed = 0.3
+  config.data.pages.split_words = 0   # blocks do not matter here: attention is full
   common.add_finetune(config)
   config.finetune.mode = 'full'
   config.finetune.text_weight = 0.3

@@ -62,12 +62,12 @@ def naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight):
   """The sums by the formula, in float64, token by token."""
   vocab = min(len(heads['student']), len(heads['teacher']))
   sums = dict.fromkeys(('loss', 'weight', 'weight_sq', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'), 0.0)
-  for b, t in zip(*np.nonzero(mask), strict=True):
-    logits = lambda model, head: (hidden[model][b, t].astype(np.float64) @ heads[head].T.astype(np.float64))[:vocab]
-    student, teacher = logits('student', 'student'), logits('teacher', 'teacher')
-    blocked = logits('teacher_block', 'teacher') if weights.source == 'teacher' else student
+  for at in zip(*np.nonzero(mask), strict=True):
+    logits = {name: heads[name.split('_')[0]][:vocab].astype(np.float64) @ x_BTD[at] for name, x_BTD in hidden.items()}
+    student, teacher = logits['student'], logits['teacher']
+    blocked = logits['teacher_block'] if weights.source == 'teacher' else student
     p, q = log_softmax(teacher / temperature), log_softmax(student / temperature)
-    x = targets[b, t]
+    x = targets[at]
     gap = log_softmax(teacher)[x] - log_softmax(blocked)[x]
     w = {'relu': weights.floor + min(max(gap, 0), weights.cap), 'exp': np.exp(min(gap, weights.cap)),
          'none': 1.0}[weights.form]

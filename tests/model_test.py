@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import layout_cases
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given, settings, strategies as st
 
 from blockattn import blocks, mesh as mesh_lib, tree
 from blockattn.models import sizes, spec as spec_lib, transformer
@@ -24,6 +24,10 @@ REFERENCE = Compute(impl='reference')
 # Information flow.
 
 LENGTH = 20
+BLOCK = st.tuples(st.integers(1, 4), st.sampled_from(layout_cases.KINDS))
+DOCS = st.lists(st.tuples(st.lists(BLOCK, min_size=1, max_size=6), st.booleans()), min_size=1, max_size=3)
+SHORT_BLOCKS = st.tuples(st.integers(0, 2), DOCS).map(lambda row: layout_cases.build([row], LENGTH))
+EVERY_KIND = (1, [([(2, kind) for kind in (*layout_cases.KINDS, 'context')], True)])
 SMALL = ModelConfig('llama', vocab=LENGTH * LENGTH, width=8, layers=1, heads=2, kv_heads=1, head_dim=4, mlp=8)
 
 
@@ -53,9 +57,10 @@ def closure(mask, layers):
   return np.linalg.matrix_power(step, layers) > 0
 
 
-@pytest.mark.parametrize('impl, layers', [('reference', 1), ('xla', 1), ('xla', 3)])
+@pytest.mark.parametrize('impl, layers', [('reference', 1), ('xla', 3)])
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(layout=layout_cases.layouts(1, LENGTH))
+@given(layout=SHORT_BLOCKS)
+@example(layout=layout_cases.build([EVERY_KIND], LENGTH))
 @example(layout=blocks.from_lengths([[(4, 3, 5), (2, 4)]], LENGTH))
 @example(layout=blocks.from_lengths([[(3, 4, 4, 5)]], LENGTH, shared_first=True))
 def test_influence_is_what_may_attend_allows(impl, layers, layout):
@@ -207,7 +212,7 @@ def test_remat_and_impl_change_nothing():
   (expected, expected_x), expected_grads = value_and_gradients(params, *case, FULL, REFERENCE)
   for name, grad in tree.named_leaves(expected_grads):
     assert np.any(grad), f'{name} is not used'
-  for compute in (Compute(impl='xla', tiles=(16, 8), remat='dots'), Compute(impl='auto', remat='full')):
+  for compute in (Compute(impl='xla', remat='dots'), Compute(impl='reference', remat='full')):
     (value, x_BTD), grads = value_and_gradients(params, *case, FULL, compute)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(x_BTD, expected_x, atol=1e-4)
@@ -278,16 +283,16 @@ def first_values(key, cfg, names):
 
 
 def test_first_values_depend_on_the_key_and_the_name_alone():
-  names = ('attn_norm', 'down', 'gate', 'q_bias', 'up')
+  names = ('attn_norm', 'down', 'o_bias', 'up')
   full = first_values(jax.random.key(0), FULL, names)
-  few = first_values(jax.random.key(0), dataclasses.replace(FULL, attention_bias=False), ('attn_norm', 'down', 'up'))
+  few = first_values(jax.random.key(0), dataclasses.replace(FULL, attention_bias=False), ('attn_norm', 'up'))
   other = first_values(jax.random.key(1), FULL, names)
   for name, values in few.items():
     np.testing.assert_array_equal(values, full[name])
-  assert all(np.any(full[name] != other[name]) for name in ('down', 'gate', 'up'))
-  assert np.any(full['gate'] != full['up'])
-  assert np.all(full['attn_norm'] == 1) and not np.any(full['q_bias'])
-  for name, fan_in in {'gate': FULL.width, 'down': 2 * FULL.layers * FULL.mlp}.items():
+  assert all(np.any(full[name] != other[name]) for name in ('down', 'up'))
+  assert np.any(full['down'].ravel() != full['up'].ravel())
+  assert np.all(full['attn_norm'] == 1) and not np.any(full['o_bias'])
+  for name, fan_in in {'up': FULL.width, 'down': 2 * FULL.layers * FULL.mlp}.items():
     np.testing.assert_allclose(np.std(full[name]), fan_in ** -0.5, rtol=0.1)
 
 

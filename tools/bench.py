@@ -3,6 +3,8 @@
   python -m tools.bench attention --quick                      less than a minute
   python -m tools.bench attention --json attention.json        some minutes; one core
   python -m tools.bench attention --cores 2 --devices 2        two cores; the heads divided over two CPU devices
+  python -m tools.bench step                                   a distillation step against block fine-tuning
+  python -m tools.bench memory                                 the loss's peak memory against T and V
 
 Every peer computes the same numbers (this is checked) from the same arrays. Peers take turns, sample by sample, so that
 a change of the machine's load hits all of them; ratios are between minima. A peer that cannot run is named with the
@@ -29,6 +31,7 @@ import numpy as np
 
 from blockattn import blocks
 from blockattn.kernels import api
+from tools import bench_step
 
 MODES = ('forward', 'forward+backward')
 OURS = 'ours'
@@ -388,8 +391,9 @@ def main() -> None:
   parser = argparse.ArgumentParser(prog='python -m tools.bench', description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   commands = parser.add_subparsers(required=True, metavar='command')
-  for add in (add_attention,):
-    add(commands)
+  add_attention(commands)
+  bench_step.add_step(commands, set_up, machine, take_turns)
+  bench_step.add_memory(commands, set_up, machine)
   args = parser.parse_args()
   args.run(args)
 

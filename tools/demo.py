@@ -59,7 +59,7 @@ def run(workdir, docs: int, steps: int | None, console):
   source = setup.pages(config.data, tokenizer, held_out=True, renamed=0.0, seed=1)
   pages, examples = source.pages(range(docs)), [source.example(i) for i in range(docs)]
   with part('evaluate', f'Asking each model {docs} questions about classes and modules that no training page showed'):
-    summary = {name: gap.evaluate(subject, subjects['teacher_full'], pages, examples, tokenizer, batch=32, max_new=24,
+    summary = {name: gap.evaluate(subject, subjects['teacher_full'], pages, examples, tokenizer, batch=64, max_new=24,
                                   predictions=workdir / f'predictions_{name}.jsonl')
                for name, subject in subjects.items()}
   with part('export', 'Exporting the student in the Hugging Face format'):

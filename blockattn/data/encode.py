@@ -175,6 +175,23 @@ def _own_bos(tokenizer):
   return tokenizer.bos_token_id if begins or getattr(tokenizer, 'add_bos_token', False) else None
 
 
+def recut(parts: EncodedParts, size: int) -> EncodedParts:
+  """The same context in blocks of `size` tokens, cut wherever they end, instead of the blocks that were given.
+
+  What a splitter by length does. A new block is gold if it holds a token of a gold block, and spare if it holds nothing
+  but tokens of spare ones.
+  """
+  if size < 1:
+    raise ValueError(f'blocks of {size} tokens: the size must be at least 1')
+  owner = [i for i, tokens in enumerate(parts.blocks) for _ in tokens]
+  tokens = [token for block in parts.blocks for token in block]
+  cuts = range(0, len(tokens), size)
+  owners = [set(owner[i:i + size]) for i in cuts]
+  return dataclasses.replace(parts, blocks=tuple(tokens[i:i + size] for i in cuts),
+                             spare=tuple(all(parts.spare[i] for i in own) for own in owners),
+                             gold=tuple(any(parts.gold[i] for i in own) for own in owners))
+
+
 def fit(parts: EncodedParts, *, length: int | None = None, max_blocks: int | None = None,
         too_long: str = 'drop') -> tuple[EncodedDoc | None, str]:
   """Puts a document together, no longer than `length` tokens and `max_blocks` blocks (None: no bound).
@@ -213,12 +230,16 @@ def _doc(kept, parts):
 
 
 def encode_examples(examples: Iterable[text_lib.Example], encoder: Encoder, *, length: int | None = None,
-                    max_blocks: int | None = None, too_long: str = 'drop', report: text_lib.Report | None = None,
-                    batch: int = 256) -> Iterator[EncodedDoc]:
-  """Encodes examples in order, `batch` at a time, leaving out (and counting in `report`) what `fit` refuses."""
+                    max_blocks: int | None = None, too_long: str = 'drop', block_tokens: int = 0,
+                    report: text_lib.Report | None = None, batch: int = 256) -> Iterator[EncodedDoc]:
+  """Encodes examples in order, `batch` at a time, leaving out (and counting in `report`) what `fit` refuses.
+
+  `block_tokens`: 0 for the blocks that are given, else see `recut`.
+  """
   report = text_lib.Report() if report is None else report
   for group in _groups(examples, batch):
     for parts in encoder.parts(group):
+      parts = recut(parts, block_tokens) if block_tokens else parts
       doc, verdict = fit(parts, length=length, max_blocks=max_blocks, too_long=too_long)
       if doc is None:
         report.dropped[verdict] += 1

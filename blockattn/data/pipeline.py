@@ -48,6 +48,7 @@ class FileOptions:
     chat: see `text.read_examples`.
     template: see `text.read_examples`.
     bos: see `encode.Encoder`.
+    block_tokens: 0 for the blocks that are given, else blocks of so many tokens, see `encode.recut`.
     shared_first: see `packing.pack_row`.
     window: see `packing.plan_rows`.
   """
@@ -57,6 +58,7 @@ class FileOptions:
   chat: bool = False
   template: text_lib.QuestionTemplate | None = None
   bos: str = 'auto'
+  block_tokens: int = 0
   shared_first: bool = False
   window: int = 64
 
@@ -193,7 +195,7 @@ def _build_store(folder, file, tokenizer, encoder, options, strict, progress):
   examples = text_lib.read_examples(file, report=report, strict=strict, chat=options.chat, template=options.template,
                                     tokenizer=tokenizer, progress=progress)
   docs = encode.encode_examples(examples, encoder, length=options.length, max_blocks=options.max_blocks,
-                                too_long=options.too_long, report=report)
+                                too_long=options.too_long, block_tokens=options.block_tokens, report=report)
   work = pathlib.Path(tempfile.mkdtemp(prefix=f'{folder.name}.tmp-', dir=folder.parent))
   try:
     _write_store(docs, report, work)
@@ -273,6 +275,7 @@ class PageRows:
     rows: rows of an epoch. There is no end of pages; a training run asks for as many rows as it needs.
     first_page: number of row 0's first page; different ranges of one corpus are different questions.
     pages_per_row: K; None to guess it from some pages' lengths.
+    block_tokens: 0 for the pages' own blocks, else blocks of so many tokens, see `encode.recut`.
     shared_first: see `packing.pack_row`.
 
   Raises:
@@ -281,8 +284,9 @@ class PageRows:
 
   def __init__(self, containers: Sequence[stdlib.Container], style: stdlib.PageStyle, tokenizer: Any, *, length: int,
                max_blocks: int = 384, rows: int = 1_000_000, first_page: int = 0, pages_per_row: int | None = None,
-               shared_first: bool = False, encoder: encode.Encoder | None = None):
+               block_tokens: int = 0, shared_first: bool = False, encoder: encode.Encoder | None = None):
     self.length, self.max_blocks, self.shared_first = length, max_blocks, shared_first
+    self.block_tokens = block_tokens
     self._containers, self._style, self._rows, self._first = tuple(containers), style, rows, first_page
     self._encoder = encoder or encode.Encoder(tokenizer)
     self.pages_per_row = pages_per_row or self._guess()
@@ -302,7 +306,8 @@ class PageRows:
   def pages(self, numbers: Sequence[int]) -> list[encode.EncodedDoc]:
     """The encoded pages of these numbers."""
     drawn = [self.example(i) for i in numbers]
-    return [encode.fit(parts)[0] for parts in self._encoder.parts(drawn)]
+    cut = lambda parts: encode.recut(parts, self.block_tokens) if self.block_tokens else parts
+    return [encode.fit(cut(parts))[0] for parts in self._encoder.parts(drawn)]
 
   def example(self, number: int) -> text_lib.Example:
     """Page `number` as text."""

@@ -5,17 +5,17 @@ documented members becomes a `Container`. One example is one documentation page:
 block, then one block for each of a few of its members; then the question. The question gives the first sentence of a
 member's docstring; the answer is the member's name and its container's:
 
-    class OrderedDict has .popitem .move_to_end      block 0
+    class OrderedDict                                           block 0
     Dictionary that remembers insertion order
-    Remove and return a (key, value) pair.           block 1
+    Remove and return a
+     (key, value) pair.                                         block 1
     .popitem(last)
     ...
     Which member: Remove and return a (key, value) pair.
-    .popitem of OrderedDict                          the answer
+    .popitem of OrderedDict                                     the answer
 
-The container's name stands in another block than the member's. A reader with full attention can note the container while
-it reads the member. Under the block mask it cannot: there the question has to find the header that lists the member, and
-on pages without lists (`PageStyle.listed`) nothing says which container a member belongs to.
+The container's name stands in another block than the member's, and with `PageStyle.split_words` each sentence begins in
+one block and ends in the next, as cuts by length leave it: no block answers alone.
 """
 
 import ast
@@ -34,6 +34,7 @@ _SKIPPED = frozenset({'test', 'tests', 'idlelib', 'idle_test', 'site-packages', 
                       'ensurepip', '__pycache__', '__phello__', '_pyrepl'})
 _LONGEST_SENTENCE = 160   # characters; longer "sentences" are tables and listings
 _SHORTEST_SENTENCE = 12
+_MOST_DRAWS = 1000         # of containers for one page, before it is called impossible
 
 
 @dataclasses.dataclass(frozen=True, eq=False)   # by identity: tuples of these are keys of a cache
@@ -65,13 +66,17 @@ class PageStyle:
     renamed: share of pages whose containers and members get other names, made up or of others. A reader of such a page
       cannot answer from memory of the library; it has to copy.
     listed: share of pages whose headers list the members.
+    split_words: how many words at the end of a member's sentence share a block with its name; the words before them end
+      the previous block, as a cut by length leaves them. 0: every block begins with its sentence. The text of the page
+      is the same either way.
     seed: together with a page's index it decides everything about the page.
   """
-  containers: tuple[int, int] = (2, 2)
-  members: tuple[int, int] = (1, 3)
+  containers: tuple[int, int] = (1, 1)
+  members: tuple[int, int] = (2, 4)
   doc_chars: int = 40
   renamed: float = 0.0
-  listed: float = 1.0
+  listed: float = 0.0
+  split_words: int = 0
   seed: int = 0
 
 
@@ -196,7 +201,9 @@ def _choose(rng, containers, style):
   """[(container, its members on the page), ...] in page order; no two share a name or a sentence."""
   count = rng.integers(style.containers[0], style.containers[1] + 1)
   chosen, taken = [], set()
-  while len(chosen) < count:
+  for _ in range(_MOST_DRAWS if containers else 0):
+    if len(chosen) == count:
+      return chosen
     container = containers[rng.integers(len(containers))]
     size = min(len(container.members), int(rng.integers(style.members[0], style.members[1] + 1)))
     members = [container.members[i] for i in rng.choice(len(container.members), size=size, replace=False)]
@@ -204,7 +211,8 @@ def _choose(rng, containers, style):
     if not own & taken:
       taken |= own
       chosen.append((container, members))
-  return chosen
+  raise ValueError(f'{len(containers)} containers do not give a page of {count} without a name or a sentence twice; '
+                   'ask for fewer (PageStyle.containers) or read more source')
 
 
 def _header(container, members, listed):
@@ -219,6 +227,18 @@ def _entry(member, chars):
   return f'{member.sentence}\n.{member.name}{member.arguments}\n' + (f'{rest}\n' if rest else '')
 
 
+def _cut(header, members, style):
+  """The blocks of one container."""
+  blocks = [header]
+  for member in members:
+    entry = _entry(member, style.doc_chars)
+    words = member.sentence.split(' ')
+    head = ' '.join(words[:-style.split_words]) if style.split_words else ''
+    blocks[-1] += head
+    blocks.append(entry.removeprefix(head))
+  return blocks
+
+
 def make_page(index, containers, style):
   """One example.
 
@@ -230,6 +250,9 @@ def make_page(index, containers, style):
   Returns:
     {'id', 'blocks', 'prompt', 'response', 'gold'}: the header and member blocks, the question, its answer, and the
     indices of the two blocks that hold the answer.
+
+  Raises:
+    ValueError: the containers are too few for such a page.
   """
   rng = np.random.default_rng((style.seed, index))
   chosen = _choose(rng, containers, style)
@@ -242,8 +265,7 @@ def make_page(index, containers, style):
   for i, (container, members) in enumerate(chosen):
     if i == which:
       gold = [len(blocks), len(blocks) + 1 + asked]
-    blocks.append(_header(container, members, listed))
-    blocks += [_entry(member, style.doc_chars) for member in members]
+    blocks += _cut(_header(container, members, listed), members, style)
   container, member = chosen[which][0], chosen[which][1][asked]
   return {'id': f'{container.where}.{member.name}#{index}', 'blocks': blocks, 'gold': gold,
           'prompt': f'Which member: {member.sentence}\n', 'response': f'.{member.name} of {container.name}'}

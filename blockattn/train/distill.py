@@ -135,7 +135,7 @@ def _metrics(sums, grads, lr):
   spread = jnp.sqrt(jnp.maximum(sums['weight_sq'] / tokens - mean_weight ** 2, 0)) / jnp.maximum(mean_weight, 1e-9)
   return {'loss': sums['loss'] / jnp.maximum(sums['weight'], 1e-9), 'kl': sums['kl'] / tokens,
           'ce': sums['ce'] / tokens, 'teacher_ce': sums['teacher_ce'] / tokens, 'gap': sums['gap'] / tokens,
-          'weight_spread': spread, 'loss_tokens': sums['tokens'], 'grad_norm': optax.global_norm(grads), 'lr': lr}
+          'weight_spread': spread, 'loss_tokens': sums['tokens'], 'grad_norm': optax.tree.norm(grads), 'lr': lr}
 
 
 def run(config, workdir):

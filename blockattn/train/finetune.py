@@ -82,7 +82,7 @@ def make_step(cfg, compute, block_options, options: FinetuneOptions, optimizer, 
     weight = jnp.maximum(sums['weight'], 1e-9)   # a batch without loss tokens must not divide by zero
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     metrics = {'loss': sums['loss'] / weight, 'ce': sums['ce'] / jnp.maximum(sums['tokens'], 1),
-               'loss_tokens': sums['tokens'], 'grad_norm': optax.global_norm(grads), 'lr': learning_rate(state.step)}
+               'loss_tokens': sums['tokens'], 'grad_norm': optax.tree.norm(grads), 'lr': learning_rate(state.step)}
     return loop.apply_gradients(state, optimizer, grads), metrics
 
   return jax.jit(step, donate_argnums=0)

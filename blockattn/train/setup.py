@@ -141,7 +141,8 @@ def rows(config, tokenizer):
     raise ValueError(f"config.data.kind={data.kind!r}; choose 'files' or 'pages'")
   if not data.files:
     raise ValueError('config.data.files is empty: give JSON lines files, e.g. --config.data.files=train.jsonl,more/')
-  options = pipeline.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long, chat=data.chat)
+  options = pipeline.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long, chat=data.chat,
+                                 block_tokens=data.block_tokens)
   source = pipeline.FileRows(list(data.files), tokenizer, options, data.cache, strict=data.strict)
   if jax.process_index() == 0 and source.report.docs < source.report.lines:
     print(source.report.summary())
@@ -153,7 +154,8 @@ def pages(data, tokenizer, *, held_out: bool, **style):
   containers = tuple(stdlib.split_containers(stdlib.read_containers(), held_out))
   page_style = stdlib.PageStyle(**{name: tuple(v) if isinstance(v, (list, tuple)) else v
                                    for name, v in (dict(data.pages) | style).items()})
-  return pipeline.PageRows(containers, page_style, tokenizer, length=data.length, max_blocks=data.max_blocks)
+  return pipeline.PageRows(containers, page_style, tokenizer, length=data.length, max_blocks=data.max_blocks,
+                           block_tokens=data.block_tokens)
 
 
 def batches(config, source):

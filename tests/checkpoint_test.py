@@ -1,0 +1,145 @@
+"""Checkpoints: what is on disk, what is read back and where to, and what a broken folder says."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import train_cases
+
+from blockattn import checkpoint, optim
+from blockattn.models import spec, transformer
+from blockattn.train import loop
+
+META = {'model': {'width': 16}, 'kind': 'distill', 'blocks': {'sink_ids': [7], 'positions': 'local'}}
+
+
+@pytest.fixture(scope='module')
+def state():
+  with jax.numpy_dtype_promotion('standard'):
+    return loop.init_state(train_cases.params(place=train_cases.placement(8, fsdp=4, tensor=2)),
+                           optim.make_optimizer(train_cases.OPTIM))
+
+
+@pytest.fixture(scope='module')
+def written(state, tmp_path_factory):
+  """A folder to which steps 1 to 4 were saved, of which three are kept. Not to be changed."""
+  folder = tmp_path_factory.mktemp('run') / 'checkpoints'
+  with checkpoint.make_manager(folder, keep=3) as manager:
+    for step in (1, 2, 3, 4):
+      params = jax.tree.map(lambda p, s=step: p * s, state.params)
+      checkpoint.save(manager, step, params, state.opt_state, {'next_step': step}, META | {'step': step})
+  return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+  """A copy to break."""
+  return shutil.copytree(written, tmp_path / 'checkpoints')
+
+
+def abstract(dtype='float32', cfg=train_cases.MODEL, **shape):
+  return spec.abstract(transformer.spec(cfg), dtype, train_cases.placement(8, **shape or {'fsdp': 8}))
+
+
+def assert_equal(got, expected):
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_a_step_comes_back_whole(state, written):
+  like = checkpoint.abstract_like({'params': state.params, 'opt_state': state.opt_state})
+  with checkpoint.make_manager(written) as manager:
+    params, opt_state, data, meta = checkpoint.restore(manager, 4, like['params'], like['opt_state'])
+  assert_equal(params, jax.tree.map(lambda p: 4 * p, state.params))
+  assert_equal(opt_state, state.opt_state)
+  assert jax.tree.structure(opt_state) == jax.tree.structure(state.opt_state)
+  assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, state.params)
+  assert data == {'next_step': 4} and meta == META | {'step': 4}
+
+
+def test_the_newest_steps_are_kept(written):
+  assert sorted(path.name for path in written.iterdir()) == ['2', '3', '4']
+  assert checkpoint.newest_step(written) == 4
+
+
+@pytest.mark.parametrize('dtype, shape', [('float32', {'tensor': 2, 'data': 4}), ('bfloat16', {'fsdp': 8})])
+def test_params_alone_go_to_another_mesh_and_dtype(state, folder, dtype, shape):
+  for item in ('opt_state', 'data'):
+    shutil.rmtree(folder / '3' / item)
+  like = abstract(dtype, **shape)
+  params = checkpoint.load_params(folder, like, step=3)
+  for array, wanted in zip(jax.tree.leaves(params), jax.tree.leaves(like), strict=True):
+    assert array.dtype == jnp.dtype(dtype) and array.sharding == wanted.sharding
+  assert_equal(params, jax.tree.map(lambda p: (3 * p).astype(dtype), state.params))
+
+
+def test_meta_alone(folder):
+  for item in ('params', 'opt_state', 'data'):
+    shutil.rmtree(folder / '4' / item)
+  assert checkpoint.load_meta(folder) == META | {'step': 4}
+  assert checkpoint.load_meta(folder, step=2) == META | {'step': 2}
+
+
+def test_parameters_without_a_run(state, tmp_path):
+  checkpoint.save_params(tmp_path / 'converted', state.params, META)
+  assert checkpoint.newest_step(tmp_path / 'converted') == 0
+  assert checkpoint.load_meta(tmp_path / 'converted') == META
+  assert_equal(checkpoint.load_params(tmp_path / 'converted', abstract()), state.params)
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'mlp': 32}, r'layers/down is \(2, 24, 16\) there, and \(2, 32, 16\) in the model that was asked for'),
+    ({'learned_sinks': 2}, r'sinks is absent there, and \(2, 16\)'), ({'tied': True}, r'head is \(96, 16\) there, and absent')])
+def test_another_model_is_refused(written, changes, message):
+  with pytest.raises(ValueError, match=f'{written} holds another model: {message}'):
+    checkpoint.load_params(written, abstract(cfg=dataclasses.replace(train_cases.MODEL, **changes)))
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+  folder = tmp_path / 'nothing'
+  assert checkpoint.newest_step(folder) is None
+  for read in (checkpoint.load_meta, lambda folder: checkpoint.load_params(folder, abstract())):
+    with pytest.raises(FileNotFoundError, match=f'{folder}: no such checkpoint folder'):
+      read(folder)
+  assert not folder.exists()   # to ask is not to make
+
+
+def test_an_empty_folder(tmp_path):
+  assert checkpoint.newest_step(tmp_path) is None
+  with pytest.raises(FileNotFoundError, match='holds no complete checkpoint'):
+    checkpoint.load_meta(tmp_path)
+
+
+def test_a_step_that_is_not_there(written):
+  with pytest.raises(FileNotFoundError, match=r'no checkpoint of step 1; here are \[2, 3, 4\]'):
+    checkpoint.load_params(written, abstract(), step=1)
+
+
+@pytest.mark.parametrize('item', ['params', 'meta'])
+def test_an_item_that_is_not_there_is_named(folder, item):
+  shutil.rmtree(folder / '4' / item)
+  with pytest.raises(FileNotFoundError, match=f'step 4 has no {item}'):
+    checkpoint.load_params(folder, abstract()) if item == 'params' else checkpoint.load_meta(folder)
+
+
+def test_an_interrupted_save_is_no_checkpoint(state, folder):
+  """What a process killed while it saves step 5 leaves behind; the next save of a run tidies up."""
+  half = folder / '5.orbax-checkpoint-tmp'
+  shutil.copytree(folder / '4', half)
+  shutil.rmtree(half / 'meta')
+  assert checkpoint.newest_step(folder) == 4
+  assert checkpoint.load_meta(folder)['step'] == 4
+  with pytest.raises(FileNotFoundError, match='no checkpoint of step 5'):
+    checkpoint.load_meta(folder, step=5)
+  with checkpoint.make_manager(folder, background=False) as manager:
+    assert manager.latest_step() == 4
+    checkpoint.save(manager, 5, state.params, state.opt_state, {'next_step': 5}, META)
+  assert checkpoint.load_meta(folder) == META and not half.exists()
+
+
+def test_a_step_that_stands_is_kept(state, folder):
+  with checkpoint.make_manager(folder, background=False) as manager:
+    checkpoint.save(manager, 4, state.params, state.opt_state, {'next_step': 0}, {})
+  assert checkpoint.load_meta(folder)['step'] == 4

@@ -1,0 +1,39 @@
+"""The main job on the embedded default, with as few steps as show that every part runs."""
+
+import json
+
+import jax
+import pytest
+
+from tools import demo
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('demo') / 'run'
+  with jax.numpy_dtype_promotion('standard'):   # optax; the demo runs without the tests' strictness
+    assert demo.main(['--workdir', str(folder), '--steps', '2', '--docs', '6']) == 0
+  return folder
+
+
+def test_everything_is_left_in_the_workdir(workdir):
+  for name in ('config.json', 'run.json', 'metrics.jsonl', 'summary.json', 'report.html', 'checkpoints/2/params',
+               'block_finetuned/metrics.jsonl', 'student/model.safetensors', 'student/blockattn.json', 'student/README.md'):
+    assert (workdir / name).exists(), name
+  assert list((workdir / 'tensorboard').iterdir())
+
+
+def test_the_summary_has_every_figure(workdir):
+  summary = json.loads((workdir / 'summary.json').read_text())
+  for name in demo.MODELS:
+    assert {'exact_match', 'ce', 'kl'} <= set(summary[name])
+  assert summary['teacher_full']['kl'] == pytest.approx(0, abs=1e-6)
+  assert summary['student_block_before']['kl'] > 0
+  assert {'corpus', 'distill', 'finetune', 'evaluate', 'export'} == set(summary['seconds'])
+
+
+def test_the_export_is_a_subject_of_the_evaluation(workdir):
+  from blockattn.models import transformer
+  from tools import evaluate
+  subject, tokenizer = evaluate.load_subject(workdir / 'student', 'block', transformer.Compute())
+  assert subject.options.sink_ids == tuple(tokenizer.encode('\n', add_special_tokens=False))

@@ -1,0 +1,170 @@
+"""Scores of answers, and the gap between a model and its teacher against a computation token by token."""
+
+import dataclasses
+import json
+import re
+
+import hf_cases
+import jax
+import numpy as np
+import pytest
+
+from blockattn import blocks
+from blockattn.data import encode, text
+from blockattn.evals import gap
+from blockattn.models import transformer
+from blockattn.models.transformer import Compute, ModelConfig
+
+CFG = ModelConfig('llama', vocab=24, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp=16)
+COMPUTE = Compute(impl='reference')
+OPTIONS = blocks.BlockOptions((3, 4), 'local', max_blocks=1)   # max_blocks is set by the documents
+# Lengths of the blocks, and of the answer at the end; the long reader reaches several distance bins.
+DOCS = (((5, 4, 6), 2), ((3, 2, 4, 40), 20), ((6, 3, 9), 1), ((2, 8, 5), 3), ((4, 4, 4, 8), 4))
+LENGTH = 64
+
+
+class Words:
+  """As much of a tokenizer as an evaluation needs: token 7 reads 'w7'."""
+  eos_token_id = 0
+
+  def decode(self, tokens, skip_special_tokens):
+    assert skip_special_tokens
+    return ' '.join(f'w{token}' for token in tokens)
+
+
+@pytest.fixture(scope='module')
+def docs():
+  rng = np.random.default_rng(5)
+  make = lambda lengths, answer: encode.EncodedDoc(
+      rng.integers(1, CFG.vocab, size=sum(lengths), dtype=np.int32), lengths, (sum(lengths) - answer, sum(lengths)))
+  return [make(*doc) for doc in DOCS]
+
+
+def subject(mode, seed=0):
+  return gap.Subject(hf_cases.random_params(CFG, 'float32', seed), CFG, COMPUTE, mode, OPTIONS)
+
+
+apply = jax.jit(transformer.apply, static_argnums=(3, 4))
+
+
+def log_probabilities(model, doc):
+  """log p of every token at every position of one document [n, V], in its mode."""
+  layout = blocks.from_lengths([[doc.lengths]], LENGTH)
+  tokens = np.zeros((1, LENGTH), np.int32)
+  tokens[0, :len(doc.tokens)] = doc.tokens
+  index = np.arange(LENGTH)
+  if model.mode == 'full':
+    layout = blocks.as_one_block(layout)
+    grow = lambda x: np.pad(np.asarray(x), ((0, 0), (0, 8)))   # as long as with sinks: one program for both
+    tokens, layout = grow(tokens), jax.tree.map(grow, layout)
+  else:
+    tokens, layout, index = blocks.block_mode(tokens, layout, dataclasses.replace(OPTIONS, max_blocks=4))
+    index = np.asarray(index)[0]
+  x_BTD = apply(model.params, tokens, layout, CFG, COMPUTE)
+  logits = (np.asarray(x_BTD)[0][index] @ model.params['head'].T).astype(np.float64)[:len(doc.tokens)]
+  return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def direct(student, teacher, docs):
+  """(distance from the start of its block, cross-entropy, KL) of every answer token: [tokens, 3]."""
+  rows = []
+  for doc in docs:
+    log_q, log_p = log_probabilities(student, doc), log_probabilities(teacher, doc)
+    for target in range(*doc.answer):
+      t = target - 1
+      rows.append((target - sum(doc.lengths[:-1]), -log_q[t, doc.tokens[target]],
+                   np.sum(np.exp(log_p[t]) * (log_p[t] - log_q[t]))))
+  return np.array(rows)
+
+
+def assert_figures(figures, rows):
+  np.testing.assert_allclose([figures['ce'], figures['kl']], rows[:, 1:].mean(axis=0), rtol=1e-4, atol=1e-6)
+  assert sum(row['tokens'] for row in figures['by_distance']) == len(rows)
+  edges = [*gap.BINS, np.inf]
+  for row in figures['by_distance']:
+    low, high = row['from'], edges[edges.index(row['from']) + 1]
+    mine = rows[(rows[:, 0] >= low) & (rows[:, 0] < high)]
+    assert row['tokens'] == len(mine) > 0
+    np.testing.assert_allclose([row['ce'], row['kl']], mine[:, 1:].mean(axis=0), rtol=1e-4, atol=1e-6)
+
+
+def test_gap_is_what_it_says(docs):
+  student, teacher = subject('block', seed=1), subject('full')
+  rows = direct(student, teacher, docs)
+  assert len(rows) == sum(answer for _, answer in DOCS) and rows[:, 2].min() > 1e-3
+  figures = gap.token_gap(student, teacher, docs, batch=2)   # three batches, the last one not full
+  assert len(figures['by_distance']) >= 4
+  assert_figures(figures, rows)
+  assert_figures(gap.token_gap(student, teacher, docs[::-1][:2], batch=2), direct(student, teacher, docs[::-1][:2]))
+
+
+def test_no_gap_to_itself_in_batches_of_any_size(docs):
+  model = subject('block')
+  figures = gap.token_gap(model, model, docs, batch=len(docs))
+  assert figures['kl'] == 0 and all(row['kl'] == 0 for row in figures['by_distance'])
+  assert_figures(figures, direct(model, model, docs))
+
+
+def test_documents_without_an_answer_have_no_gap(docs):
+  blank = dataclasses.replace(docs[0], answer=(9, 9))
+  assert gap.token_gap(subject('block', 1), subject('full'), [blank], batch=2) == {'ce': 0, 'kl': 0, 'by_distance': []}
+
+
+def test_evaluate(docs, tmp_path):
+  student, teacher = subject('block', seed=1), subject('full')
+  given = gap.answer(student, docs, 0, batch=2, max_new=3)
+  assert len(given) == len(docs) and all(0 not in tokens and len(tokens) <= 3 for tokens in given)
+  said = [Words().decode(tokens, skip_special_tokens=True) for tokens in given]
+  # Right to the letter, right but for the accepted case, one word of the answer, wrong, and an answer without a list.
+  answers = [(f' {said[0]} ', 'x'), (said[1].upper(),), (said[2].split()[0],), ('nonsense',), ()]
+  examples = [text.Example(('a', 'b'), 'q', said[4], f'id{i}', a) for i, a in enumerate(answers)]
+  path = tmp_path / 'predictions.jsonl'
+  figures = gap.evaluate(student, teacher, docs, examples, Words(), batch=2, max_new=3, predictions=path)
+
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  assert [line['id'] for line in lines] == [example.id for example in examples]
+  assert [line['prediction'] for line in lines] == said
+  assert [line['exact_match'] for line in lines] == [1, 0, len(given[2]) == 1, 0, 1]
+  assert lines[0]['answers'] == [f' {said[0]} ', 'x'] and lines[4]['answers'] == [said[4]]
+  assert list(tmp_path.iterdir()) == [path]
+
+  scores = [gap.score(s, a or (said[4],)) for s, a in zip(said, answers, strict=True)]
+  assert figures['n'] == 5
+  for name in ('exact_match', 'substring', 'f1'):
+    np.testing.assert_allclose(figures[name], np.mean([score[name] for score in scores]))
+  assert figures['substring'] == 0.8
+  assert {name: figures[name] for name in ('ce', 'kl', 'by_distance')} == gap.token_gap(student, teacher, docs, batch=2)
+
+
+@pytest.mark.parametrize('prediction, answers, exact, substring, f1', [
+    ('Paris', ('Paris',), 1, 1, 1),
+    (' Paris\n', ('Paris ',), 1, 1, 1),                     # the ends do not count
+    ('paris.', ('Paris',), 0, 1, 1),                        # normalised: case and punctuation
+    ('The Eiffel Tower', ('an Eiffel tower',), 0, 1, 1),    # articles
+    ('it is in Paris', ('Paris',), 0, 1, 0.4),              # 1 word of 4 and of 1: 2 * 1 / 5
+    ('Paris', ('Paris, France',), 0, 0, 2 / 3),
+    ('red red blue', ('red blue blue',), 0, 0, 2 / 3),      # words are counted: one red, one blue
+    ('London', ('Paris', 'London'), 1, 1, 1),               # the best of the accepted
+    ('a b', ('b c', 'x'), 0, 0, 2 / 3),                     # 'a' is an article
+    ('London', ('Paris',), 0, 0, 0),
+    ('', ('Paris',), 0, 0, 0),
+    ('the', ('?',), 0, 1, 1),                               # nothing is left of either
+    ('London', ('+',), 0, 0, 0)])                           # nothing is left of the answer: it is not everywhere
+def test_scores(prediction, answers, exact, substring, f1):
+  expected = {'exact_match': exact, 'substring': substring, 'f1': f1}
+  assert gap.score(prediction, answers) == pytest.approx(expected)
+
+
+def test_normalisation():
+  assert gap.normalize('  The  cat, (A dog) & an\towl; Theatre!') == 'cat dog owl theatre'
+
+
+def test_what_cannot_be_evaluated(docs):
+  with pytest.raises(ValueError, match="evaluation mode 'blocks'; choose one of full, block"):
+    subject('blocks')
+  model = subject('full')
+  run = lambda docs, examples: gap.evaluate(model, model, docs, examples, Words(), batch=2, max_new=1)
+  with pytest.raises(ValueError, match=re.escape('5 documents but 0 examples')):
+    run(docs, [])
+  with pytest.raises(ValueError, match='nothing to evaluate: no document was left'):
+    run([], [])

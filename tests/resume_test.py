@@ -1,0 +1,256 @@
+"""Runs that are killed and started again, as processes; and the loop alone, with a step that computes nothing."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import data_cases
+import hf_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import train_cases
+
+from blockattn import checkpoint, metrics
+from blockattn.hf import convert
+from blockattn.models.transformer import ModelConfig
+from blockattn.train import distill, loop
+from configs import common
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS, SAVE_EVERY = 24, 6
+MODEL = ModelConfig('llama', vocab=304, width=16, layers=2, heads=2, kv_heads=2, head_dim=8, mlp=24)
+CHANGES = {
+    'steps': STEPS, 'batch': 4, 'log_every': 1, 'save_every': SAVE_EVERY, 'mesh.data': 1, 'mesh.fsdp': -1,
+    'optim.lr': 3e-3, 'optim.warmup': 2, 'blocks.sinks': 2, 'blocks.sink_kind': 'learned', 'data.length': 64,
+    'data.max_blocks': 8, 'distill.drop_rate': 0.3, 'distill.drop_mode': 'isolate'}
+
+
+def get_config(folder):
+  """A small distillation on the files in `folder`: block dropout, learned sinks and shuffled data all go on or do not."""
+  config = common.base()
+  common.add_distill(config)
+  config.update_from_flattened_dict(CHANGES | {'model.source': f'{folder}/teacher', 'data.cache': f'{folder}/cache',
+                                               'data.files': (f'{folder}/train.jsonl',)})
+  return config
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A random teacher with its tokenizer, a file of examples, and a config file of both."""
+  folder = tmp_path_factory.mktemp('resume')
+  data_cases.tiny_tokenizer().save_pretrained(folder / 'tokenizer')
+  convert.save(hf_cases.random_params(MODEL, 'float32'), MODEL, folder / 'teacher', source=folder / 'tokenizer',
+               meta={}, card='', dtype='float32')
+  lines = [{'blocks': [f'{i} is {i * i}. ' * (1 + j % 2) for j in range(1 + i % 3)], 'prompt': f'what is {i}? ',
+            'response': str(i * i), 'gold': [0]} for i in range(40)]
+  data_cases.write_lines(folder / 'train.jsonl', lines)
+  (folder / 'config.py').write_text(
+      f'import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]\nimport resume_test\n\n\n'
+      f'def get_config():\n  return resume_test.get_config({str(folder)!r})\n')
+  return folder
+
+
+def start(folder, workdir, *command, overrides=()):
+  """Runs the trainer on two simulated devices; `command` replaces `-m blockattn.train.distill`."""
+  env = os.environ | {
+      'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  return subprocess.run([sys.executable, *(command or ('-m', 'blockattn.train.distill')), f'--config={folder}/config.py',
+                         f'--workdir={workdir}', *overrides], env=env, cwd=ROOT, capture_output=True, text=True,
+                        timeout=500)
+
+
+def interrupt(folder, workdir, when, sign):
+  return start(folder, workdir, str(ROOT / 'tests' / 'interrupted.py'), str(when), sign.name)
+
+
+def losses(workdir):
+  """(steps, losses) of metrics.jsonl."""
+  lines = metrics.read_metrics(workdir / 'metrics.jsonl')
+  return [line['step'] for line in lines], [line['loss'] for line in lines]
+
+
+def newest(workdir):
+  return checkpoint.newest_step(workdir / 'checkpoints')
+
+
+@pytest.fixture(scope='module')
+def straight(folder):
+  """The workdir of a run that nothing disturbed."""
+  result = start(folder, folder / 'straight')
+  assert result.returncode == 0, result.stderr
+  assert 'INFO' not in result.stderr and 'orbax' not in result.stderr, result.stderr   # nothing but the progress
+  return folder / 'straight'
+
+
+def test_a_run_that_is_killed_and_terminated_ends_as_if_nothing_had_happened(folder, straight):
+  workdir = folder / 'stopped'
+  result = interrupt(folder, workdir, 16, signal.SIGKILL)
+  assert result.returncode == -signal.SIGKILL, result.stderr
+  assert newest(workdir) in (6, 12)   # the write of 12 may have been under way
+  assert losses(workdir)[0][-1] > 12   # these lines will be written again
+
+  result = interrupt(folder, workdir, 'save:18', signal.SIGKILL)
+  assert result.returncode == -signal.SIGKILL, result.stderr
+  assert newest(workdir) in (12, 18)   # 18 if the write was faster than the signal
+
+  result = interrupt(folder, workdir, 20, signal.SIGTERM)
+  assert result.returncode == loop.EXIT_PREEMPTED, result.stderr
+  assert 'SIGTERM: saved step 21 in' in result.stdout and 'start the same command again' in result.stdout
+  assert newest(workdir) == 21
+
+  result = start(folder, workdir)
+  assert result.returncode == 0, result.stderr
+  steps, values = losses(workdir)
+  assert steps == list(range(1, STEPS + 1)) == losses(straight)[0]
+  np.testing.assert_allclose(values, losses(straight)[1], rtol=1e-6)
+  assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == ['21', '24']   # no half-written step
+  ends = [checkpoint_params(path) for path in (workdir, straight)]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *ends)
+
+
+def checkpoint_params(workdir):
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, 'float32', sharding=train_cases.placement().replicated()),
+                      hf_cases.random_params(MODEL, 'float32') | {'sinks': np.zeros((2, MODEL.width))})
+  return checkpoint.load_params(workdir / 'checkpoints', like)
+
+
+def test_facts_of_a_run_are_kept(straight):
+  assert json.loads((straight / 'config.json').read_text())['distill']['drop_mode'] == 'isolate'
+  facts = json.loads((straight / 'run.json').read_text())
+  assert facts['jax'] == jax.__version__ and len(facts['devices']) == 2 and any('--workdir' in a for a in facts['command'])
+  meta = checkpoint.load_meta(straight / 'checkpoints')
+  assert meta['step'] == STEPS and meta['kind'] == 'distill' and meta['model']['learned_sinks'] == 2
+  assert meta['blocks']['sink_ids'] == [304, 305]
+
+
+def test_a_workdir_of_another_config_is_refused(folder, straight):
+  config = get_config(folder)
+  config.mesh.fsdp = 1
+  config.mesh.data = -1
+  config.batch = 8
+  config.optim.lr = 1e-4
+  before = (straight / 'config.json').read_text()
+  with pytest.raises(ValueError, match='straight holds a run with another config: batch, mesh.data, mesh.fsdp, optim.lr '
+                                       'differ. Use a new --workdir, or the old values'):
+    distill.run(config, straight)
+  assert (straight / 'config.json').read_text() == before and newest(straight) == STEPS
+
+
+def test_a_run_that_diverges_stops_with_one_line(folder):
+  """A learning rate without bound: the first step is fine, the second is not."""
+  workdir = folder / 'diverged'
+  result = start(folder, workdir, overrides=['--config.optim.lr=1e30', '--config.optim.warmup=0',
+                                             '--config.save_every=1'])
+  assert result.returncode == 1, result.stderr
+  assert 'Traceback' not in result.stderr and 'error: step 2: loss = nan' in result.stderr
+  assert 'The last good checkpoint is kept' in result.stderr and newest(workdir) == 1
+  assert losses(workdir)[0] == [1]
+
+
+def test_a_mistyped_override_is_one_line(folder):
+  result = start(folder, folder / 'mistyped', overrides=['--config.optim.lrr=1'])
+  assert result.returncode == 1 and not (folder / 'mistyped').exists()
+  assert result.stderr.strip() == "error: --config.optim.lrr: no such key; did you mean 'optim.lr'?"
+
+
+# The loop alone. A step adds 1 to the only parameter and reports what it is told to.
+
+
+class Numbers:
+  """0.0, 1.0, ... as batches; `before(n)` is called before the n-th is handed out."""
+
+  def __init__(self, before=lambda n: None):
+    self.at, self.before = 0, before
+
+  def __next__(self):
+    self.before(self.at)
+    self.at += 1
+    return float(self.at - 1)
+
+  def get_state(self):
+    return {'next_step': self.at}
+
+  def set_state(self, state):
+    self.at = state['next_step']
+
+
+OPTIMIZER = optax.trace(decay=0.9)   # orbax saves no empty state
+
+
+def run_loop(workdir, batches=None, report=lambda n: {'loss': n, 'grad_norm': 1.0}, **config):
+  """loop.run with steps of no cost; the loss of step n + 1 is n unless `report` says otherwise."""
+  config = loop.LoopConfig(**{'steps': 10, 'log_every': 1, 'save_every': 4, 'keep': 2, 'tokens_per_step': 1} | config)
+  params = jax.device_put({'w': jnp.zeros(())}, train_cases.placement().replicated())
+
+  def step(state, batch):
+    params = jax.tree.map(lambda w: w + np.float32(1), state.params)
+    return state.replace(step=state.step + 1, params=params), report(batch)
+
+  return loop.run(step, loop.init_state(params, OPTIMIZER), batches or Numbers(), config, workdir,
+                  put_batch=lambda batch: batch, meta={})
+
+
+def saved_steps(workdir):
+  return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())
+
+
+def test_lines_hold_means(tmp_path):
+  state = run_loop(tmp_path, log_every=4)
+  assert losses(tmp_path) == ([4, 8, 10], [1.5, 5.5, 8.5])
+  assert float(state.params['w']) == int(state.step) == 10 and saved_steps(tmp_path) == [8, 10]
+
+
+def test_a_finished_run_started_again_does_nothing(tmp_path):
+  run_loop(tmp_path)
+  text = (tmp_path / 'metrics.jsonl').read_text()
+  unread = Numbers(before=lambda n: pytest.fail('a batch was read'))
+  assert float(run_loop(tmp_path, unread).params['w']) == 10 and (tmp_path / 'metrics.jsonl').read_text() == text
+  assert float(run_loop(tmp_path, steps=12).params['w']) == 12 and losses(tmp_path)[0] == list(range(1, 13))
+
+
+@pytest.mark.parametrize('name, value', [('loss', np.nan), ('grad_norm', np.inf)])
+@pytest.mark.parametrize('at', [5, 8, 10])
+def test_what_is_not_finite_is_never_saved(tmp_path, name, value, at):
+  """Wherever it happens: between two checkpoints, at one, in the last step."""
+  report = lambda n: {'loss': 1.0, 'grad_norm': 1.0} | ({name: value} if n + 1 == at else {})
+  with pytest.raises(loop.NotFinite, match=f'step {at}: {name} = {value}. The last good checkpoint is kept'):
+    run_loop(tmp_path, report=report)
+  assert saved_steps(tmp_path)[-1] == (at - 1) // 4 * 4 and losses(tmp_path)[0][-1] == at - 1
+  assert int(run_loop(tmp_path).step) == 10   # once the cause is gone
+
+
+def test_sigterm_saves_at_once_and_leaves_the_handler_as_it_was(tmp_path):
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(loop.Preempted) as stopped:
+    run_loop(tmp_path, Numbers(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 5 else None))
+  assert stopped.value.code == 75 and saved_steps(tmp_path) == [4, 6]
+  assert signal.getsignal(signal.SIGTERM) is before
+  assert float(run_loop(tmp_path).params['w']) == 10 and losses(tmp_path)[0] == list(range(1, 11))
+
+
+def test_sigterm_in_the_last_step_is_the_end(tmp_path):
+  state = run_loop(tmp_path, Numbers(lambda n: os.kill(os.getpid(), signal.SIGTERM) if n == 9 else None))
+  assert int(state.step) == 10 and saved_steps(tmp_path)[-1] == 10
+
+
+def test_what_may_change_in_a_workdir(tmp_path):
+  """Everything before the first checkpoint; after it what is only about logging and saving."""
+  config = common.base()
+  loop.save_run_facts(tmp_path, config)
+  config.batch = 32
+  loop.save_run_facts(tmp_path, config)
+  run_loop(tmp_path)
+  for name in ('log_every', 'save_every', 'keep'):
+    config[name] += 1
+  loop.save_run_facts(tmp_path, config)
+  assert json.loads((tmp_path / 'config.json').read_text())['keep'] == config.keep
+  common.add_finetune(config)
+  with pytest.raises(ValueError, match='another config: finetune.answer_weight, finetune.mode, .* differ'):
+    loop.save_run_facts(tmp_path, config)
