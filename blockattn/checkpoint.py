@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from blockattn import tree
 
 ARRAYS = ('params', 'opt_state')
+ITEMS = (*ARRAYS, 'data', 'meta')
 
 
 def make_manager(folder, *, keep: int = 2, background: bool = True) -> ocp.CheckpointManager:
@@ -101,10 +102,11 @@ def newest_step(folder) -> int | None:
 def _reader(folder):
   if not os.path.isdir(folder):
     raise FileNotFoundError(f'{folder}: no such checkpoint folder')
+  # Not read_only=True, which warns three times that it is; without `create` and a save nothing is written either.
   return ocp.CheckpointManager(pathlib.Path(folder).absolute(),
-                               options=ocp.CheckpointManagerOptions(read_only=True),
-                               item_handlers={'params': ocp.StandardCheckpointHandler(),
-                                              'meta': ocp.JsonCheckpointHandler()})
+                               options=ocp.CheckpointManagerOptions(create=False, enable_async_checkpointing=False),
+                               item_handlers={name: ocp.StandardCheckpointHandler() if name in ARRAYS else
+                                              ocp.JsonCheckpointHandler() for name in ITEMS})
 
 
 def _step_of(manager, folder, step, item):

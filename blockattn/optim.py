@@ -43,7 +43,7 @@ def learning_rate(config: OptimConfig):
 def decays(name: str) -> bool:
   """Whether weight decay applies to the parameter of this name."""
   leaf = name.rsplit('/', 1)[-1]
-  return not (leaf.endswith('norm') or leaf.endswith('bias') or leaf == 'sinks')
+  return not (leaf.endswith(('norm', 'bias')) or leaf == 'sinks')
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:

@@ -82,6 +82,17 @@ def test_meta_alone(folder):
   assert checkpoint.load_meta(folder, step=2) == META | {'step': 2}
 
 
+def test_reading_writes_nothing_and_says_nothing(folder, caplog):
+  """Not even the remains of an interrupted save go away: its process may still be at it."""
+  (folder / '5.orbax-checkpoint-tmp').mkdir()
+  before = {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob('*')]}
+  checkpoint.newest_step(folder)
+  checkpoint.load_meta(folder)
+  checkpoint.load_params(folder, abstract())
+  assert {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob('*')]} == before
+  assert not [record for record in caplog.records if record.levelname == 'WARNING']
+
+
 def test_parameters_without_a_run(state, tmp_path):
   checkpoint.save_params(tmp_path / 'converted', state.params, META)
   assert checkpoint.newest_step(tmp_path / 'converted') == 0
@@ -91,7 +102,8 @@ def test_parameters_without_a_run(state, tmp_path):
 
 @pytest.mark.parametrize('changes, message', [
     ({'mlp': 32}, r'layers/down is \(2, 24, 16\) there, and \(2, 32, 16\) in the model that was asked for'),
-    ({'learned_sinks': 2}, r'sinks is absent there, and \(2, 16\)'), ({'tied': True}, r'head is \(96, 16\) there, and absent')])
+    ({'learned_sinks': 2}, r'sinks is absent there, and \(2, 16\)'),
+    ({'tied': True}, r'head is \(96, 16\) there, and absent')])
 def test_another_model_is_refused(written, changes, message):
   with pytest.raises(ValueError, match=f'{written} holds another model: {message}'):
     checkpoint.load_params(written, abstract(cfg=dataclasses.replace(train_cases.MODEL, **changes)))

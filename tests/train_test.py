@@ -60,19 +60,23 @@ def block_options(cfg, sinks=1, positions='sequential'):
   return blocks.BlockOptions(ids, positions, train_cases.MAX_BLOCKS)
 
 
-@functools.cache
 def trainer(kind, shape=(1, 1, 1), **options) -> Trainer:
   """The trainer of this kind on a mesh of this shape; `options` replace those above."""
+  return _trainer(kind, shape, tuple(sorted(options.items())))
+
+
+@functools.cache
+def _trainer(kind, shape, options) -> Trainer:
   place = train_cases.placement(int(np.prod(shape)), **dict(zip(mesh_lib.AXES, shape, strict=True)))
   cfg, optimizer = train_cases.MODEL, optim.make_optimizer(train_cases.OPTIM)
   compute = transformer.Compute(impl='xla', tiles=TILES, placement=place)
   rate, form = optim.learning_rate(train_cases.OPTIM), block_options(cfg)
   start = lambda: loop.init_state(train_cases.params(seed=1, place=place), optimizer)
   if kind == 'finetune':
-    step = finetune.make_step(cfg, compute, form, dataclasses.replace(FINETUNE, **options), optimizer, rate)
+    step = finetune.make_step(cfg, compute, form, dataclasses.replace(FINETUNE, **dict(options)), optimizer, rate)
     return Trainer(step, start, place, None)
   models, teacher = distill.Models(cfg, cfg, compute, compute, form), train_cases.params(place=place)
-  step = distill.make_step(models, dataclasses.replace(DISTILL, **options), optimizer, rate)
+  step = distill.make_step(models, dataclasses.replace(DISTILL, **dict(options)), optimizer, rate)
   return Trainer(lambda state, batch: step(state, teacher, batch), start, place, teacher)
 
 
@@ -203,12 +207,11 @@ class Stream:
     self.step = state['next_step']
 
 
-CASES = {
-    'lift': dict(weights=('relu', 'student'), sinks=2, loss_over='readers'),
+CASES = {   # the steps above are the case of lift, relu by the student, readers
     'isolate': dict(weights=('exp', 'teacher'), sinks=3, learned=True, positions='local', loss_over='text',
                     ce_weight=0.5),
     'merge': dict(weights=('none', 'student'), sinks=0, positions='local', loss_over='answer', temperature=2.0),
-    'remove': dict(weights=('relu', 'teacher'), sinks=1, learned=True, loss_over='readers'),
+    'remove': dict(weights=('relu', 'teacher'), sinks=2, loss_over='readers'),
 }
 
 

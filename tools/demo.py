@@ -22,7 +22,6 @@ from blockattn import blocks
 from blockattn.data import stdlib
 from blockattn.evals import gap
 from blockattn.hf import convert
-
 from blockattn.train import distill, finetune, setup
 from configs import tiny
 from tools import report
@@ -42,7 +41,7 @@ def run(workdir, docs: int, steps: int | None, console):
     yield
     seconds[name] = round(time.perf_counter() - start, 1)
 
-  config, baseline = tiny.get_config(), tiny.get_config('baseline=true')
+  config, baseline = tiny.get_config(), tiny.get_config('baseline')
   if steps is not None:
     config.steps = baseline.steps = steps
     config.optim.warmup = baseline.optim.warmup = min(config.optim.warmup, steps // 2)

@@ -142,7 +142,8 @@ def _write_store(docs, report, folder):
   end = block_end = count = 0
   for doc in docs:
     end, block_end, count = end + len(doc.tokens), block_end + len(doc.lengths), count + 1
-    for name, rows in (('tokens', doc.tokens), ('ends', [end]), ('lengths', doc.lengths), ('gold', doc.gold or (False,) * len(doc.lengths)),
+    gold = doc.gold or (False,) * len(doc.lengths)
+    for name, rows in (('tokens', doc.tokens), ('ends', [end]), ('lengths', doc.lengths), ('gold', gold),
                        ('block_ends', [block_end]), ('answers', [doc.answer])):
       files[name].append(rows)
   sizes = {name: file.close() for name, file in files.items()}

@@ -7,8 +7,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 
-from blockattn import mesh as mesh_lib
-from blockattn import tree
+from blockattn import mesh as mesh_lib, tree
 
 
 @dataclasses.dataclass(frozen=True)
