@@ -42,6 +42,12 @@ def make_mesh(shape: dict[str, int], devices=None) -> Mesh:
     ValueError: an unknown axis, a size below 1, two sizes of -1, or sizes that do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
+  sizes = mesh_sizes(shape, len(devices))
+  return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def mesh_sizes(shape: dict[str, int], devices: int) -> tuple[int, ...]:
+  """The size of every axis, in order, over so many devices; arguments and errors as of `make_mesh`."""
   unknown = set(shape) - set(AXES)
   if unknown:
     raise ValueError(f'mesh: unknown axes {sorted(unknown)}; the axes are {", ".join(AXES)}')
@@ -50,11 +56,11 @@ def make_mesh(shape: dict[str, int], devices=None) -> Mesh:
     raise ValueError(f'mesh {_describe(sizes)}: sizes are 1 or more, and at most one of them is -1, all that is left')
   if -1 in sizes:
     known = math.prod(s for s in sizes if s != -1)
-    sizes = [max(1, len(devices) // known) if s == -1 else s for s in sizes]
-  if math.prod(sizes) != len(devices):
-    raise ValueError(f'mesh {_describe(sizes)} needs {math.prod(sizes)} devices, here are {len(devices)}; '
+    sizes = [max(1, devices // known) if s == -1 else s for s in sizes]
+  if math.prod(sizes) != devices:
+    raise ValueError(f'mesh {_describe(sizes)} needs {math.prod(sizes)} devices, here are {devices}; '
                      'change config.mesh (one axis may be -1: all that is left)')
-  return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return tuple(sizes)
 
 
 def _describe(sizes):

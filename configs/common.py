@@ -84,11 +84,10 @@ def base():
   config.data.too_long = 'drop'    # or 'cut': leave out context blocks without the answer
   config.data.cache = '.cache/blockattn'   # encoded documents
   config.data.pages = ml_collections.ConfigDict()     # of stdlib.PageStyle
-  config.data.pages.containers = (1, 1)
   config.data.pages.members = (2, 4)
+  config.data.pages.questions = (1, 1)
   config.data.pages.doc_chars = 40
   config.data.pages.renamed = 0.7
-  config.data.pages.listed = 0.0
   config.data.pages.split_words = 2
   config.data.pages.seed = 0
   return config.lock()

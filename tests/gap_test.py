@@ -110,6 +110,28 @@ def test_documents_without_an_answer_have_no_gap(docs):
   assert gap.token_gap(subject('block', 1), subject('full'), [blank], batch=2) == {'ce': 0, 'kl': 0, 'by_distance': []}
 
 
+def test_answers_come_back_in_order(docs):
+  student = subject('block', seed=1)
+  together = gap.answer(student, docs, 0, batch=2, max_new=3)
+  assert together == [gap.answer(student, [doc], 0, batch=1, max_new=3)[0] for doc in docs]
+  assert len({tuple(answer) for answer in together}) > 1
+
+
+def test_an_answer_ends_before_the_stop_text(docs, tmp_path):
+  student, examples = subject('block', seed=1), [text.Example(('a', 'b'), 'q', 'x', 'id', ('x',))] * len(docs)
+  said = {}
+  for stop in (None, ' '):
+    path = tmp_path / 'predictions.jsonl'
+    gap.evaluate(student, student, docs, examples, Words(), batch=2, max_new=3, stop=stop, predictions=path)
+    said[stop] = [json.loads(line)['prediction'] for line in path.read_text().splitlines()]
+  assert said[' '] == [answer.split(' ')[0] for answer in said[None]] != said[None]
+
+
+@pytest.mark.parametrize('tokens, length', [(1, 256), (256, 256), (257, 384), (385, 512), (513, 768), (3000, 3072)])
+def test_rows_have_few_lengths(tokens, length):
+  assert gap._row_length(tokens) == length
+
+
 def test_evaluate(docs, tmp_path):
   student, teacher = subject('block', seed=1), subject('full')
   given = gap.answer(student, docs, 0, batch=2, max_new=3)

@@ -87,7 +87,7 @@ def test_learned_sinks_are_parameters():
 
 @pytest.mark.parametrize('change, message', [
     ({'mesh': {'data': 1, 'fsdp': 1, 'tensor': 16}}, r"layers/k: axis 'kv_heads' of size 8 cannot be cut into 16"),
-    ({'mesh': {'data': 1, 'fsdp': 3, 'tensor': 1}}, r'fsdp=3 .* does not make 16 devices'),
+    ({'mesh': {'data': 1, 'fsdp': 3, 'tensor': 1}}, r'fsdp=3 .* needs 3 devices, here are 16'),
     ({'batch': 24}, r'config.batch=24 must be a multiple of 16'),
     ({'optim.warmup': 10 ** 6}, r'warmup'),
     ({'distill.loss_over': 'sinks'}, r'loss_over'),

@@ -13,8 +13,9 @@ from tools import tiny_tokenizer
 
 NOUNS = ('anchors', 'baskets', 'candles', 'drawers', 'engines', 'feathers', 'glaciers', 'hammers', 'islands', 'jackets')
 VERBS = ('opens', 'closes', 'counts', 'sorts', 'splits')
-STYLE = stdlib.PageStyle(containers=(2, 3), members=(1, 4), listed=0.5, seed=3)
+STYLE = stdlib.PageStyle(members=(2, 4), seed=3)
 PAGES = range(150)
+TEST, VALIDATION = [11, 12, 18, 58], [3, 15, 43, 53]
 
 
 def write(root, files):
@@ -27,7 +28,8 @@ def write(root, files):
 
 def class_source(noun):
   """A class of five methods; its name and theirs stand in no docstring."""
-  methods = ''.join(f'  def {verb[:3]}_{noun[:3]}(self, x, *rest):\n    """It {verb} {noun} of every kind.\n\n'
+  methods = ''.join(f'  def {verb[:3]}_{noun[:3]}(self, x, *rest):\n'
+                    f'    """It {verb} {noun} of every kind that it {verb}.\n\n'
                     f'    Whoever {verb} {noun} has to wait for a while, and then a little longer.\n    """\n'
                     for verb in VERBS)
   return f'class {noun.capitalize()[:-1]}Holder:\n  """Holds {noun} that somebody made."""\n{methods}'
@@ -125,31 +127,32 @@ def test_first_sentence(doc, sentence):
   assert stdlib.first_sentence(doc) == sentence
 
 
-def test_the_held_out_split_is_the_same_for_ever():
+def test_the_splits_are_the_same_for_ever():
   container = lambda where: stdlib.Container('class', where, where, '', '', ())
-  held = lambda where: stdlib.is_held_out(container(where))
-  assert [held(f'module.C{i}') for i in range(20)] == [i in (3, 11, 12, 15, 18) for i in range(20)]
+  split = lambda i: stdlib.split_of(container(f'module.C{i}'))
+  assert {name: [i for i in range(60) if split(i) == name] for name in ('test', 'validation')} == {
+      'test': TEST, 'validation': VALIDATION}
   everything = [container(f'm{i}.C') for i in range(2000)]
-  test, train = (stdlib.split_containers(everything, held_out) for held_out in (True, False))
-  assert not {c.where for c in test} & {c.where for c in train} and len(test) + len(train) == 2000
-  assert 200 < len(test) < 300   # one in eight, +- 3 standard deviations
+  train, validation, test = (stdlib.split_containers(everything, name) for name in stdlib.SPLITS)
+  assert sorted(c.where for c in train + validation + test) == sorted(c.where for c in everything)
+  assert all(80 < len(part) < 170 for part in (validation, test))   # one in sixteen, +- 4 standard deviations
+  with pytest.raises(ValueError, match="split 'dev'; choose one of train, validation, test"):
+    stdlib.split_containers(everything, 'dev')
 
 
 # Pages.
 
 def test_a_page_by_hand(tmp_path):
-  root = write(tmp_path, {f'{noun}.py': class_source(noun) for noun in NOUNS[:2]})
-  both = stdlib.read_containers(root)
-  page = stdlib.make_page(0, both, stdlib.PageStyle(containers=(2, 2), members=(2, 2), doc_chars=22, listed=1.0))
+  library = stdlib.read_containers(write(tmp_path, {f'{NOUNS[0]}.py': class_source(NOUNS[0])}))
+  page = stdlib.make_page(0, library, stdlib.PageStyle(members=(2, 2), doc_chars=24))
   (member, name), index = names_of(page), page['gold']
-  noun = next(n for n in NOUNS if name.startswith(n.capitalize()[:-1]))
-  verb = next(v for v in VERBS if member == f'{v[:3]}_{noun[:3]}')
-  header, entry, sentence = page['blocks'][index[0]], page['blocks'][index[1]], f'It {verb} {noun} of every kind.'
-  listed = re.fullmatch(rf'class {name} has (\.\w+) (\.\w+)\nHolds {noun} that somebody made\.\n', header).groups()
-  assert len(page['blocks']) == 6 and f'.{member}' in listed and len(set(listed)) == 2
-  assert entry == f'{sentence}\n.{member}(x, *rest)\nWhoever {verb} {noun} ...\n'
+  verb = next(v for v in VERBS if member == f'{v[:3]}_anc')
+  sentence = f'It {verb} anchors of every kind that it {verb}.'
+  assert len(page['blocks']) == 3 and index in ([0, 1], [0, 2])
+  assert page['blocks'][0] == 'class AnchorHolder\nHolds anchors that somebody made.\n' and name == 'AnchorHolder'
+  assert page['blocks'][index[1]] == f'{sentence}\n.{member}(x, *rest)\nWhoever {verb} anchors ...\n'
   assert page['prompt'] == f'Which member: {sentence}\n'
-  assert page['id'] == f'{noun}.{name}.{member}#0'
+  assert page['id'] == f'anchors.AnchorHolder.{member}#0'
 
 
 def test_pages_depend_on_seed_and_index_alone(containers):
@@ -161,38 +164,48 @@ def test_pages_depend_on_seed_and_index_alone(containers):
 
 
 @pytest.mark.parametrize('renamed', [0.0, 1.0])
-@pytest.mark.parametrize('listed', [0.0, 1.0])
-def test_the_answer_stands_in_its_two_blocks(containers, listed, renamed):
-  """The name of the container in its header only; the member's beside its sentence, and in the header if it lists."""
-  for page in pages(containers, listed=listed, renamed=renamed):
+def test_the_answer_stands_in_its_two_blocks(containers, renamed):
+  """The container's name in the header only, the member's beside its sentence only."""
+  for page in pages(containers, renamed=renamed):
     member, name = names_of(page)
     header, entry = page['gold']
     asked = page['prompt'].removeprefix('Which member: ').strip()
     assert [i for i, block in enumerate(page['blocks']) if asked in block] == [entry]
-    assert page['blocks'][header].split()[1] == name and page['blocks'][entry].split('\n')[1].startswith(f'.{member}(')
-    named = [i for i, block in enumerate(page['blocks']) if f'.{member}' in re.findall(r'\.\w+', block)]
-    assert named == ([header, entry] if listed else [entry])
-    headers = [block.split()[1] for block in page['blocks'] if block.startswith('class ')]
-    assert headers.count(name) == 1
+    assert header == 0 and page['blocks'][0].split()[1] == name
+    assert page['blocks'][entry].split('\n')[1].startswith(f'.{member}(')
+    assert [i for i, block in enumerate(page['blocks']) if f'.{member}' in re.findall(r'\.\w+', block)] == [entry]
     if not renamed:   # a made-up name may happen to be a word of the text
       assert [i for i, block in enumerate(page['blocks']) if name in words(block)] == [header]
       assert member not in words(page['prompt']) and name not in words(page['prompt'])
-    # The header of a member is the last one before it.
-    assert [i for i in range(entry) if page['blocks'][i].startswith('class ')][-1] == header
 
 
 @pytest.mark.parametrize('renamed', [0.0, 1.0])
 def test_names_of_a_page_are_distinct(containers, renamed):
   counts = collections.Counter()
   for page in pages(containers, renamed=renamed):
-    headers = [block.split()[1] for block in page['blocks'] if block.startswith('class ')]
-    members = [block.split('\n')[1].partition('(')[0] for block in page['blocks'] if not block.startswith('class ')]
-    assert len({*headers, *members}) == len(headers) + len(members)
-    sentences = [block.split('\n')[not block.startswith('It ')] for block in page['blocks']]
-    assert len(set(sentences)) == len(sentences)
-    assert 2 <= len(headers) <= 3 and len(members) <= 4 * len(headers)
-    counts[len(headers)] += 1
-  assert min(counts[2], counts[3]) > 40
+    members = [block.split('\n')[1].partition('(')[0] for block in page['blocks'][1:]]
+    assert len({page['blocks'][0].split()[1], *members}) == 1 + len(members)
+    assert len({block.split('\n')[0] for block in page['blocks'][1:]}) == len(members)
+    counts[len(members)] += 1
+  assert set(counts) == {2, 3, 4} and min(counts.values()) > 30
+
+
+def test_questions_about_different_members(containers):
+  counts = collections.Counter()
+  for plain, page in zip(pages(containers, questions=(1, 1)), pages(containers, questions=(2, 4)), strict=True):
+    assert plain['prompt'].count('Which member: ') == 1
+    asked = re.findall(r'Which member: (.*)\n(?:\.(\w+) of (\w+)\n)?', page['prompt'])
+    assert ''.join(f'Which member: {sentence}\n' + (f'.{member} of {name}\n' if member else '')
+                   for sentence, member, name in asked) == page['prompt']
+    *answered, last = asked
+    assert last[1:] == ('', '')
+    for sentence, member, name in [*answered, (last[0], *names_of(page))]:
+      holding = [block for block in page['blocks'] if sentence in block]
+      assert len(holding) == 1 and f'{sentence}\n.{member}(' in holding[0]
+      assert page['blocks'][0].split()[1] == name
+    assert len({sentence for sentence, *_ in asked}) == len(asked) <= len(page['blocks']) - 1
+    counts[len(asked)] += 1
+  assert set(counts) == {2, 3, 4} and min(counts.values()) > 10
 
 
 def test_other_names_are_other_names(containers):
@@ -201,20 +214,16 @@ def test_other_names_are_other_names(containers):
   for plain, page in zip(pages(containers), pages(containers, renamed=1.0), strict=True):
     assert plain != page
     member, name = names_of(page)
-    where = page['id'].split('#')[0].removesuffix(f'.{member}')
+    where = page['id'].split('#')[0].rpartition('.')[0]   # its own name
     changed += theirs[where].name != name and member not in {m.name for m in theirs[where].members}
   assert changed > 0.75 * len(PAGES)   # by chance a name may be its own
 
 
-def test_shares_of_renamed_and_listed_pages(containers):
-  listed = np.mean([' has .' in page['blocks'][0] for page in pages(containers, listed=0.5)])
+def test_the_share_of_renamed_pages(containers):
   known = {c.name for c in containers}
-  renamed = np.mean([not known >= {block.split()[1] for block in page['blocks'] if block.startswith('class ')}
-                     for page in pages(containers, renamed=0.3)])
-  spread = lambda share: 4 * (share * (1 - share) / len(PAGES)) ** 0.5
-  assert abs(listed - 0.5) < spread(0.5)
-  # Half of the other names are names of others: a page of two headers or three shows none with probability < 1/4.
-  assert 0.3 * 3 / 4 - spread(0.3) < renamed < 0.3 + spread(0.3)
+  share = np.mean([page['blocks'][0].split()[1] not in known for page in pages(containers, renamed=0.3)])
+  # Half of the other names are names of others.
+  assert abs(share - 0.15) < 4 * (0.15 * 0.85 / len(PAGES)) ** 0.5
 
 
 @pytest.mark.parametrize('chars, words_kept', [(10, 1), (35, 5), (1000, 13)])
@@ -231,26 +240,35 @@ def test_docstrings_are_cut_between_words(containers, chars, words_kept):
 
 @pytest.mark.parametrize('count', [1, 3, 50])
 def test_sentences_cut_by_length(containers, count):
-  """The text stays; a member's block begins with the last words of its sentence, the others end the block before."""
-  for plain, page in zip(pages(containers), pages(containers, split_words=count), strict=True):
-    assert ''.join(page['blocks']) == ''.join(plain['blocks']) and len(page['blocks']) == len(plain['blocks'])
-    assert {key: page[key] for key in page if key != 'blocks'} == {key: plain[key] for key in plain if key != 'blocks'}
+  """A member's block begins with the last words of its sentence, which no other shares; the rest end the block before."""
+  for page in pages(containers, split_words=count):
     member, name = names_of(page)
     header, entry = (page['blocks'][i] for i in page['gold'])
-    asked = page['prompt'].removeprefix('Which member: ').split()
+    sentence = page['prompt'].removeprefix('Which member: ').strip()
+    asked = sentence.split()
+    assert f'\n{sentence}\n.{member}(' in ''.join(page['blocks'])
     assert entry.split('\n')[0].split() == asked[-count:] and entry.split('\n')[1].startswith(f'.{member}(')
     assert header.split()[1] == name
+    tails = [block.split('\n')[0] for block in page['blocks'][1:]]
+    assert len(set(tails)) == len(tails) >= 2
     if count < len(asked):
-      assert not any(' '.join(asked) in block for block in page['blocks'])
+      assert not any(sentence in block for block in page['blocks'])
       assert page['blocks'][page['gold'][1] - 1].endswith('\n' + ' '.join(asked[:-count]))
 
 
+def test_members_that_end_alike_stay_apart(tmp_path):
+  source = class_source('anchors').replace('that it opens.', 'that it closes.')   # two members end alike
+  library = stdlib.read_containers(write(tmp_path, {'anchors.py': source}))
+  both = lambda page: all(f'It {verb} anchors' in ''.join(page['blocks']) for verb in ('opens', 'closes'))
+  drawn = lambda count: [both(page) for page in pages(library, split_words=count, members=(4, 4))]
+  assert any(drawn(0)) and any(drawn(8)) and not any(drawn(1))
+
+
 def test_pages_that_cannot_be_drawn(containers):
-  three = stdlib.PageStyle(containers=(3, 3))
-  with pytest.raises(ValueError, match='2 containers do not give a page of 3 without a name or a sentence twice; ask'):
-    stdlib.make_page(0, tuple(containers[:2]), three)
-  with pytest.raises(ValueError, match='0 containers do not give a page of 3'):
-    stdlib.make_page(0, (), three)
+  with pytest.raises(ValueError, match='10 containers do not give a page of 6 members that can be told apart; ask'):
+    stdlib.make_page(0, containers, stdlib.PageStyle(members=(6, 6)))
+  with pytest.raises(ValueError, match='0 containers do not give a page of 2'):
+    stdlib.make_page(0, (), STYLE)
 
 
 # The tokenizer.
@@ -298,8 +316,8 @@ def test_the_library_of_this_python():
   assert len(found) > 300 and sum(len(c.members) for c in found) > 3000
   assert {'collections.Counter', 'fractions.Fraction', 'shutil'} <= {c.where for c in found}
   assert not any(c.where.startswith(('test.', 'idlelib.', 'site-packages.')) for c in found)
-  test = stdlib.split_containers(found, held_out=True)
-  assert 0.06 < len(test) / len(found) < 0.2
+  for split in ('validation', 'test'):
+    assert 0.02 < len(stdlib.split_containers(found, split)) / len(found) < 0.12
   for i in range(40):
     page = stdlib.make_page(i, found, stdlib.PageStyle(renamed=0.5))
     member, name = names_of(page)

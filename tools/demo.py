@@ -24,7 +24,7 @@ from blockattn.evals import gap
 from blockattn.hf import convert
 from blockattn.train import distill, finetune, setup
 from configs import tiny
-from tools import report
+from tools import evaluate, report
 
 QUESTIONS = 3
 MODELS = ('teacher_full', 'student_block_before', 'student_block_after', 'block_finetuned')
@@ -48,18 +48,17 @@ def run(workdir, docs: int, steps: int | None, console):
   with part('corpus', 'Reading the documentation of Python\'s standard library'):
     containers = stdlib.read_containers()
     console.print(f'{len(containers)} classes and modules, {sum(len(c.members) for c in containers)} members; '
-                  f'{sum(map(stdlib.is_held_out, containers))} of them are held out for the evaluation')
+                  f'{len(stdlib.split_containers(containers, "test"))} of them are held out for the evaluation')
   with part('distill', f'Distilling: the teacher reads whole pages, the student one block at a time ({config.steps} steps)'):
     cfg, student, options = distill.run(config, workdir)
   with part('finetune', 'The baseline: block fine-tuning on the same batches'):
     finetuned = finetune.run(baseline, workdir / 'block_finetuned')[1]
   tokenizer = setup.tokenizer(config)
   subjects = make_subjects(config, cfg, student, finetuned, options)
-  source = setup.pages(config.data, tokenizer, held_out=True, renamed=0.0, seed=1)
-  pages, examples = source.pages(range(docs)), [source.example(i) for i in range(docs)]
+  pages, examples = evaluate.page_docs(tokenizer, docs, data=config.data)
   with part('evaluate', f'Asking each model {docs} questions about classes and modules that no training page showed'):
-    summary = {name: gap.evaluate(subject, subjects['teacher_full'], pages, examples, tokenizer, batch=64, max_new=24,
-                                  predictions=workdir / f'predictions_{name}.jsonl')
+    summary = {name: gap.evaluate(subject, subjects['teacher_full'], pages, examples, tokenizer, batch=docs, max_new=24,
+                                  stop=evaluate.PAGE_STOP, predictions=workdir / f'predictions_{name}.jsonl')
                for name, subject in subjects.items()}
   with part('export', 'Exporting the student in the Hugging Face format'):
     export(workdir / 'student', student, cfg, options, config, summary)

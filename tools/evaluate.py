@@ -7,7 +7,7 @@ MODEL and TEACHER are folders in the Hugging Face format, hub names, or work dir
 checkpoint). Sinks and positions of block mode are those that the model was trained with: `blocks` in its blockattn.json
 or in its checkpoint; a model without runs in block mode without sinks, at sequential positions. The teacher reads in
 full attention. --data takes JSON lines in the forms of blockattn.data.text, or `pages`: pages about classes of Python's
-standard library that no training of this project sees.
+standard library that no training of this project sees; `pages:validation` are those that settings may be chosen by.
 
 Prints exact match, substring and token F1 of greedy answers, cross-entropy and KL to the teacher on the answer's tokens
 (in nats), and the latter by distance from the start of the block. --out keeps them in DIR/summary.json and the answers
@@ -39,7 +39,8 @@ from blockattn.train import setup
 from configs import common
 from tools import convert
 
-PAGES = 'pages'
+PAGES = {'pages': 'test', 'pages:validation': 'validation'}   # --data -> split of blockattn.data.stdlib
+PAGE_STOP = '\n'   # a page may ask several questions, one after the other
 TEACHER = 'teacher_full'
 COLUMNS = {'exact_match': '{:.1%}', 'substring': '{:.1%}', 'f1': '{:.1%}', 'ce': '{:.4f}', 'kl': '{:.4f}', 'n': '{}'}
 _PAGES_BY_DEFAULT = 200
@@ -134,23 +135,24 @@ def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bo
   return docs, examples, report
 
 
-def page_docs(tokenizer, limit: int, data=None):
-  """(documents, examples) of `limit` held-out pages with the library's own names.
+def page_docs(tokenizer, limit: int, *, split: str = 'test', data=None):
+  """(documents, examples) of `limit` held-out pages with the library's own names, one question each.
 
   The pages of numbers 0, 1, ... depend on the style in `data` alone: a config.data, by default that of configs/common.
   """
-  source = setup.pages(common.base().data if data is None else data, tokenizer, held_out=True, renamed=0.0, seed=1)
+  source = setup.pages(common.base().data if data is None else data, tokenizer, split=split,
+                       renamed=0.0, questions=(1, 1), seed=1)
   return source.pages(range(limit)), [source.example(i) for i in range(limit)]
 
 
 def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, examples, tokenizer, *, batch: int,
-                 max_new: int, out: str | os.PathLike | None = None, facts: dict | None = None,
+                 max_new: int, stop: str | None = None, out: str | os.PathLike | None = None, facts: dict | None = None,
                  say: Callable[[str], None] = lambda line: None) -> dict:
   """Evaluates every subject.
 
   Args:
     subjects: by name; names are those of the files written.
-    teacher, docs, examples, tokenizer, batch, max_new: as for gap.evaluate.
+    teacher, docs, examples, tokenizer, batch, max_new, stop: as for gap.evaluate.
     out: folder for summary.json and predictions/NAME.jsonl, made if absent.
     facts: more keys of the summary, numbers or strings.
     say: called with a line when a subject is done.
@@ -166,7 +168,7 @@ def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, e
     start = time.perf_counter()
     predictions = None if folder is None else folder / f'{name}.jsonl'
     results[name] = gap.evaluate(subject, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new,
-                                 predictions=predictions)
+                                 stop=stop, predictions=predictions)
     seconds[name] = round(time.perf_counter() - start, 3)
     say(f'{name}: {len(docs)} examples in {seconds[name]:.1f} s')
   summary = results | {'seconds': seconds} | (facts or {})
@@ -214,11 +216,13 @@ def _arguments(argv):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('model', help='the student: Hugging Face folder, hub name, or work directory')
   parser.add_argument('--teacher', required=True, help='the same of the teacher')
-  parser.add_argument('--data', required=True, nargs='+', help=f'JSON lines: files, folders, globs; or {PAGES!r}')
+  parser.add_argument('--data', required=True, nargs='+', help=f'JSON lines: files, folders, globs; or {" or ".join(PAGES)}')
   parser.add_argument('--modes', default='full,block', help='of the student (default: %(default)s)')
   parser.add_argument('--limit', type=_positive, help=f'most examples (default: all; of pages {_PAGES_BY_DEFAULT})')
   parser.add_argument('--batch', type=_positive, default=8, help='documents at a time (default: %(default)s)')
   parser.add_argument('--max-new', type=_positive, default=64, help='most tokens of an answer (default: %(default)s)')
+  parser.add_argument('--stop', help='text that ends an answer beside the end-of-text token (default: none; of pages a '
+                                     'line end)')
   parser.add_argument('--chat', action='store_true', help="wrap prompts into the tokenizer's chat template")
   parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='(default: %(default)s)')
@@ -238,19 +242,21 @@ def run(options, console, err) -> dict:
   modes = options.modes.split(',')
   if not set(modes) <= set(gap.MODES):
     raise ValueError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
-  files = None if options.data == [PAGES] else text_lib.find_files(options.data)   # before models are loaded
+  split = PAGES.get(options.data[0]) if len(options.data) == 1 else None
+  files = None if split else text_lib.find_files(options.data)   # before models are loaded
   impl = api.resolve(options.impl, jax.default_backend())
   subjects, teacher, tokenizer = load_pair(options.model, options.teacher, modes,
                                            transformer.Compute(dtype=options.dtype, impl=impl))
   if files is None:
-    docs, examples = page_docs(tokenizer, options.limit or _PAGES_BY_DEFAULT)
-    report = text_lib.Report()
+    docs, examples = page_docs(tokenizer, options.limit or _PAGES_BY_DEFAULT, split=split)
+    report, stop = text_lib.Report(), options.stop or PAGE_STOP
   else:
     docs, examples, report = file_docs(files, tokenizer, chat=options.chat, strict=options.strict, limit=options.limit)
+    stop = options.stop
   facts = {'model': options.model, 'teacher': options.teacher, 'data': ' '.join(options.data), 'dtype': options.dtype,
            'impl': impl, 'malformed_lines': report.bad.total()}
   summary = evaluate_all(subjects, teacher, docs, examples, tokenizer, batch=options.batch, max_new=options.max_new,
-                         out=options.out, facts=facts, say=err.print)
+                         stop=stop, out=options.out, facts=facts, say=err.print)
   print_table(summary, console)
   if report.bad:
     console.print(report.summary())

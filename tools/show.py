@@ -109,19 +109,9 @@ def placement(config, devices: int) -> mesh_lib.Placement:
   Raises:
     ValueError: an unknown mesh axis, or sizes that do not multiply to `devices`.
   """
-  shape = dict(config.mesh)
-  unknown = set(shape) - set(mesh_lib.AXES)
-  if unknown:
-    raise ValueError(f'mesh: unknown axes {sorted(unknown)}; the axes are {", ".join(mesh_lib.AXES)}')
-  sizes = {axis: shape[axis] if axis in shape else 1 for axis in mesh_lib.AXES}
-  known = math.prod(size for size in sizes.values() if size != -1)
-  if list(sizes.values()).count(-1) == 1:
-    sizes = {axis: max(1, devices // known) if size == -1 else size for axis, size in sizes.items()}
-  if math.prod(sizes.values()) != devices:
-    raise ValueError(f'mesh {" x ".join(f"{axis}={size}" for axis, size in sizes.items())} does not make {devices} '
-                     'devices; change config.mesh (one axis may be -1: all that is left), or --devices')
+  sizes = mesh_lib.mesh_sizes(dict(config.mesh), devices)
   rules = tuple((name, tuple(rule) if isinstance(rule, (list, tuple)) else rule) for name, rule in config.rules)
-  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+  mesh = AbstractMesh(sizes, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(sizes))
   return mesh_lib.Placement(mesh, rules)
 
 

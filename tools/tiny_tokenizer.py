@@ -12,13 +12,13 @@ import pathlib
 from blockattn.data import stdlib
 
 EOS = '<|endoftext|>'
-PIECES = r' ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s'
+PIECES = r' ?\p{L}+|\p{N}|_+| ?[^\s\p{L}\p{N}_]+|\s'
 
 
 def page_texts(count):
   """The text of `count` training pages, half of them with made-up names."""
-  containers = tuple(stdlib.split_containers(stdlib.read_containers(), held_out=False))
-  style = stdlib.PageStyle(renamed=0.5, doc_chars=160, seed=1)
+  containers = stdlib.split_containers(stdlib.read_containers(), 'train')
+  style = stdlib.PageStyle(renamed=0.5, doc_chars=40, seed=1)
   for i in range(count):
     page = stdlib.make_page(i, containers, style)
     yield ''.join(page['blocks']) + page['prompt'] + page['response']

@@ -1,21 +1,26 @@
 """The embedded default corpus: questions over the documentation of Python's own standard library.
 
 Nothing is downloaded and nothing is imported: the library's source files are parsed, and every class or module with
-documented members becomes a `Container`. One example is one documentation page: for each of a few containers a header
-block, then one block for each of a few of its members; then the question. The question gives the first sentence of a
-member's docstring; the answer is the member's name and its container's:
+documented members becomes a `Container`. One example is one documentation page: a header, a few of the container's
+members, then the question. The question gives the first sentence of a member's docstring; the answer is the member's
+name and its container's:
 
-    class OrderedDict                                           block 0
+    class OrderedDict
     Dictionary that remembers insertion order
-    Remove and return a
-     (key, value) pair.                                         block 1
+    Remove and return a                             block 0
+     (key, value) pair.
     .popitem(last)
     ...
+    Move an existing element to                     block 1
+     the end.
+    .move_to_end(key, last)
+    ...                                             block 2
     Which member: Remove and return a (key, value) pair.
-    .popitem of OrderedDict                                     the answer
+    .popitem of OrderedDict                         the answer
 
 The container's name stands in another block than the member's, and with `PageStyle.split_words` each sentence begins in
-one block and ends in the next, as cuts by length leave it: no block answers alone.
+one block and ends in the next, as cuts by length leave it. The words that stay with the name tell a page's members
+apart, so a reader of blocks can know all that a reader of the whole page knows.
 """
 
 import ast
@@ -60,22 +65,21 @@ class PageStyle:
   """How pages are drawn from containers.
 
   Attributes:
-    containers: fewest and most containers of a page, both included.
-    members: fewest and most members of each container.
+    members: fewest and most members of a page, both included.
+    questions: fewest and most questions, both included, each about another member. All but the last are answered in the
+      prompt. There are never more than members.
     doc_chars: what follows a docstring's first sentence is cut at this many characters, between words.
-    renamed: share of pages whose containers and members get other names, made up or of others. A reader of such a page
+    renamed: share of pages whose container and members get other names, made up or of others. A reader of such a page
       cannot answer from memory of the library; it has to copy.
-    listed: share of pages whose headers list the members.
     split_words: how many words at the end of a member's sentence share a block with its name; the words before them end
-      the previous block, as a cut by length leaves them. 0: every block begins with its sentence. The text of the page
-      is the same either way.
+      the previous block, as a cut by length leaves them. No two members of a page end in the same words. 0: every block
+      begins with its sentence.
     seed: together with a page's index it decides everything about the page.
   """
-  containers: tuple[int, int] = (1, 1)
   members: tuple[int, int] = (2, 4)
+  questions: tuple[int, int] = (1, 1)
   doc_chars: int = 40
   renamed: float = 0.0
-  listed: float = 0.0
   split_words: int = 0
   seed: int = 0
 
@@ -155,13 +159,20 @@ def read_containers(root=None):
   return tuple(containers[where] for where in sorted(containers))
 
 
-def is_held_out(container):
-  """Whether a container belongs to the test split: about one in eight, by a hash of its name."""
-  return hashlib.sha256(container.where.encode()).digest()[0] < 32
+SPLITS = ('train', 'validation', 'test')
 
 
-def split_containers(containers, held_out):
-  return [c for c in containers if is_held_out(c) == held_out]
+def split_of(container):
+  """'train', 'validation' (one container in sixteen) or 'test' (one in sixteen), by a hash of its name."""
+  digit = hashlib.sha256(container.where.encode()).digest()[0] // 16
+  return {0: 'test', 1: 'validation'}.get(digit, 'train')
+
+
+def split_containers(containers, split):
+  """The containers of a split, in order, as a tuple."""
+  if split not in SPLITS:
+    raise ValueError(f'split {split!r}; choose one of {", ".join(SPLITS)}')
+  return tuple(c for c in containers if split_of(c) == split)
 
 
 @functools.cache
@@ -184,8 +195,8 @@ def _other_name(rng, pools, kind):
   return '_'.join(words) if rng.random() < 0.7 else ''.join(words)
 
 
-def _renamed(rng, chosen, pools):
-  """The chosen (container, members) pairs under other names, all different."""
+def _renamed(rng, container, members, pools):
+  """The container and its members under other names, all different."""
   taken = set()
   def fresh(kind):
     while True:
@@ -193,49 +204,43 @@ def _renamed(rng, chosen, pools):
       if name not in taken:
         taken.add(name)
         return name
-  return [(dataclasses.replace(container, name=fresh('class')),
-           [dataclasses.replace(m, name=fresh('member')) for m in members]) for container, members in chosen]
+  return (dataclasses.replace(container, name=fresh('class')),
+          [dataclasses.replace(m, name=fresh('member')) for m in members])
+
+
+def _cut_sentence(sentence, words):
+  """(what ends the previous block, what stands with the member's name); joined they are the sentence."""
+  head = ' '.join(sentence.split(' ')[:-words]) if words else ''
+  return head, sentence.removeprefix(head)
 
 
 def _choose(rng, containers, style):
-  """[(container, its members on the page), ...] in page order; no two share a name or a sentence."""
-  count = rng.integers(style.containers[0], style.containers[1] + 1)
-  chosen, taken = [], set()
+  """(container, its members on the page in page order)."""
   for _ in range(_MOST_DRAWS if containers else 0):
-    if len(chosen) == count:
-      return chosen
     container = containers[rng.integers(len(containers))]
-    size = min(len(container.members), int(rng.integers(style.members[0], style.members[1] + 1)))
-    members = [container.members[i] for i in rng.choice(len(container.members), size=size, replace=False)]
-    own = {container.sentence, container.name} | {x for m in members for x in (m.sentence, m.name)}
-    if not own & taken:
-      taken |= own
-      chosen.append((container, members))
-  raise ValueError(f'{len(containers)} containers do not give a page of {count} without a name or a sentence twice; '
-                   'ask for fewer (PageStyle.containers) or read more source')
+    wanted = int(rng.integers(style.members[0], style.members[1] + 1))
+    members, taken = [], {container.sentence, container.name}
+    for i in rng.permutation(len(container.members)):
+      member = container.members[i]
+      own = {member.name, member.sentence, _cut_sentence(member.sentence, style.split_words)[1].strip()}
+      if len(members) < wanted and not own & taken:
+        taken |= own
+        members.append(member)
+    if len(members) >= style.members[0]:
+      return container, members
+  raise ValueError(f'{len(containers)} containers do not give a page of {style.members[0]} members that can be told '
+                   'apart; ask for fewer (PageStyle.members), keep more words together (split_words) or read more source')
 
 
-def _header(container, members, listed):
-  names = ' has ' + ' '.join(f'.{m.name}' for m in members) if listed else ''
-  return f'{container.kind} {container.name}{names}\n{container.sentence}\n'
-
-
-def _entry(member, chars):
-  rest = member.doc.removeprefix(member.sentence).strip()
-  if len(rest) > chars:
-    rest = rest[:chars].rpartition(' ')[0] + ' ...'
-  return f'{member.sentence}\n.{member.name}{member.arguments}\n' + (f'{rest}\n' if rest else '')
-
-
-def _cut(header, members, style):
-  """The blocks of one container."""
-  blocks = [header]
+def _blocks(container, members, style):
+  blocks = [f'{container.kind} {container.name}\n{container.sentence}\n']
   for member in members:
-    entry = _entry(member, style.doc_chars)
-    words = member.sentence.split(' ')
-    head = ' '.join(words[:-style.split_words]) if style.split_words else ''
+    head, tail = _cut_sentence(member.sentence, style.split_words)
+    rest = member.doc.removeprefix(member.sentence).strip()
+    if len(rest) > style.doc_chars:
+      rest = rest[:style.doc_chars].rpartition(' ')[0] + ' ...'
     blocks[-1] += head
-    blocks.append(entry.removeprefix(head))
+    blocks.append(f'{tail}\n.{member.name}{member.arguments}\n' + (f'{rest}\n' if rest else ''))
   return blocks
 
 
@@ -248,24 +253,19 @@ def make_page(index, containers, style):
     style: `PageStyle`.
 
   Returns:
-    {'id', 'blocks', 'prompt', 'response', 'gold'}: the header and member blocks, the question, its answer, and the
-    indices of the two blocks that hold the answer.
+    {'id', 'blocks', 'prompt', 'response', 'gold'}: the header and member blocks, the questions, the last one's answer,
+    and the indices of the two blocks that hold it.
 
   Raises:
     ValueError: the containers are too few for such a page.
   """
   rng = np.random.default_rng((style.seed, index))
-  chosen = _choose(rng, containers, style)
+  container, members = _choose(rng, containers, style)
+  asked = rng.permutation(len(members))[:rng.integers(style.questions[0], style.questions[1] + 1)]
+  where = f'{container.where}.{members[asked[-1]].name}'
   if rng.random() < style.renamed:
-    chosen = _renamed(rng, chosen, _name_pools(containers))
-  listed = rng.random() < style.listed
-  which = int(rng.integers(len(chosen)))
-  asked = int(rng.integers(len(chosen[which][1])))
-  blocks, gold = [], ()
-  for i, (container, members) in enumerate(chosen):
-    if i == which:
-      gold = [len(blocks), len(blocks) + 1 + asked]
-    blocks += _cut(_header(container, members, listed), members, style)
-  container, member = chosen[which][0], chosen[which][1][asked]
-  return {'id': f'{container.where}.{member.name}#{index}', 'blocks': blocks, 'gold': gold,
-          'prompt': f'Which member: {member.sentence}\n', 'response': f'.{member.name} of {container.name}'}
+    container, members = _renamed(rng, container, members, _name_pools(containers))
+  asked = [(f'Which member: {members[i].sentence}\n', f'.{members[i].name} of {container.name}', int(i)) for i in asked]
+  *answered, (question, answer, which) = asked
+  return {'id': f'{where}#{index}', 'blocks': _blocks(container, members, style), 'gold': [0, 1 + which],
+          'prompt': ''.join(f'{q}{a}\n' for q, a, _ in answered) + question, 'response': answer}

@@ -24,7 +24,8 @@ from blockattn.models import decode, transformer
 
 MODES = ('full', 'block')
 BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)   # lower edges of the distance bins, in tokens
-_ROUND = 256   # rows are padded to multiples of this many tokens: few shapes, few compilations
+_SHORTEST = 256   # tokens of a row
+_CHUNK = 32       # tokens per row whose logits exist at a time: answers are short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +51,14 @@ class Subject:
 
 
 def evaluate(subject: Subject, teacher: Subject, docs: Sequence[encode.EncodedDoc], examples: Sequence[text.Example],
-             tokenizer, *, batch: int, max_new: int, predictions=None) -> dict:
+             tokenizer, *, batch: int, max_new: int, stop: str | None = None, predictions=None) -> dict:
   """Every figure of one subject.
 
   Args:
     docs: encoded examples, answers included, in the order of `examples`.
     batch: documents per forward pass.
     max_new: most tokens of an answer.
+    stop: an answer ends before this text, as it does at the end-of-text token.
     predictions: a path to write {'id', 'prediction', 'answers', 'exact_match'} to, one JSON line per example.
 
   Returns:
@@ -70,6 +72,8 @@ def evaluate(subject: Subject, teacher: Subject, docs: Sequence[encode.EncodedDo
     raise ValueError('nothing to evaluate: no document was left')
   answers = [tokenizer.decode(a, skip_special_tokens=True) for a in answer(subject, docs, tokenizer.eos_token_id,
                                                                            batch=batch, max_new=max_new)]
+  if stop is not None:
+    answers = [a.partition(stop)[0] for a in answers]
   scores = [score(a, e.answers or (e.response,)) for a, e in zip(answers, examples, strict=True)]
   if predictions is not None:
     _write_lines(predictions, [{'id': e.id, 'prediction': a, 'answers': list(e.answers or (e.response,)),
@@ -83,7 +87,7 @@ def token_gap(subject: Subject, teacher: Subject, docs: Sequence[encode.EncodedD
   """'ce', 'kl' and 'by_distance' of `evaluate`, from teacher-forced answers."""
   total = collections.Counter()
   bins = np.zeros((3, len(BINS)))
-  for rows in _batches(docs, batch):
+  for _, rows in _batches(docs, batch):
     sums = jax.device_get(_gap_sums(subject.params, teacher.params, rows, _static(subject, rows),
                                     _static(teacher, rows)))
     total.update({name: float(sums[name]) for name in ('tokens', 'ce', 'kl')})
@@ -97,14 +101,14 @@ def token_gap(subject: Subject, teacher: Subject, docs: Sequence[encode.EncodedD
 def answer(subject: Subject, docs: Sequence[encode.EncodedDoc], stop_id: int, *, batch: int,
            max_new: int) -> list[list[int]]:
   """The greedy answer to each document's prompt: token ids without the end-of-text token."""
-  answers = []
-  for rows in _batches([_prompt_of(doc) for doc in docs], batch):
+  answers = [[] for _ in docs]
+  for numbers, rows in _batches([_prompt_of(doc) for doc in docs], batch):
     static = _static(subject, rows)
     tokens, layout = _view(rows, static)[:2]
     out = decode.greedy(subject.params, tokens, layout, cfg=subject.cfg, compute=subject.compute, length=max_new,
                         stop_id=stop_id, vocab=subject.cfg.vocab)
-    real = int((rows['layout'].doc != 0).any(axis=1).sum())
-    answers += [[int(t) for t in row if t != stop_id] for row in np.asarray(out)[:real]]
+    for number, row in zip(numbers, np.asarray(out), strict=False):   # the rows after the last document are empty
+      answers[number] = [int(t) for t in row if t != stop_id]
   return answers
 
 
@@ -155,7 +159,7 @@ def _gap_sums(params, teacher_params, rows, student, teacher):
             'tokens_by_bin': by_bin(jnp.ones_like(ce)), 'ce_by_bin': by_bin(ce), 'kl_by_bin': by_bin(kl)}
 
   bins = jnp.searchsorted(jnp.asarray(BINS), blocks.offsets(rows['layout']) + 1, side='right') - 1
-  return losses.sum_over_tokens(sums, heads, hidden, {'target': rows['targets'], 'bin': bins}, rows['loss'], 256)
+  return losses.sum_over_tokens(sums, heads, hidden, {'target': rows['targets'], 'bin': bins}, rows['loss'], _CHUNK)
 
 
 def _prompt_of(doc):
@@ -164,14 +168,27 @@ def _prompt_of(doc):
                            answer=(start, start))
 
 
-def _batches(docs, batch) -> Iterable[dict]:
-  """Rows of one document each, padded to a common length; the last batch is filled up with empty rows."""
+def _batches(docs, batch) -> Iterable[tuple[Sequence[int], dict]]:
+  """(numbers of the documents, their rows, one document each), shortest documents first.
+
+  Rows are padded to a power of two or one and a half of it: few shapes, few compilations. The last batch is filled up
+  with empty rows.
+  """
+  batch = min(batch, len(docs))
+  order = np.argsort([len(doc.tokens) for doc in docs], kind='stable')
   for i in range(0, len(docs), batch):
-    group = docs[i:i + batch]
-    length = -(-max(len(doc.tokens) for doc in group) // _ROUND) * _ROUND
-    rows = [packing.pack_row([doc], length) for doc in group]
-    rows += [packing.pack_row([], length)] * (batch - len(group))
-    yield jax.tree.map(lambda *x: np.stack(x), *rows)
+    numbers = order[i:i + batch]
+    length = _row_length(len(docs[numbers[-1]].tokens))
+    rows = [packing.pack_row([docs[n]], length) for n in numbers]
+    rows += [packing.pack_row([], length)] * (batch - len(numbers))
+    yield numbers, jax.tree.map(lambda *x: np.stack(x), *rows)
+
+
+def _row_length(tokens):
+  length = _SHORTEST
+  while length < tokens:
+    length = length * 3 // 2 if length & (length - 1) == 0 else length // 3 * 4
+  return length
 
 
 def normalize(answer_text: str) -> str:

@@ -114,14 +114,19 @@ def greedy(params, tokens, layout, *, cfg, compute, length: int, stop_id, vocab:
   head_VD = transformer.head_of(params, cfg)[:vocab]
   choose = lambda x: jnp.argmax(transformer.project(x, head_VD), axis=-1).astype(jnp.int32)
 
-  def step(carry, _):
-    token, done, cache = carry
-    token = jnp.where(done, stop_id, token)
-    done = done | (token == stop_id)
+  def step(carry):
+    token, answer, n, cache = carry
+    answer = answer.at[:, n].set(token)
     x_BD, cache = extend(params, token, cache, cfg, compute)
-    return (choose(x_BD), done, cache), token
+    token = jnp.where(token == stop_id, stop_id, choose(x_BD))   # once stopped, stopped for ever
+    return token, answer, n + 1, cache
+
+  def goes_on(carry):
+    token, _, n, _ = carry
+    return (n < length) & jnp.any(token != stop_id)
 
   x_BD, cache = prefill(params, tokens, layout, cfg, compute, length)
-  done = jnp.zeros(tokens.shape[0], bool)
-  _, answer = jax.lax.scan(step, (choose(x_BD), done, cache), None, length=length)
-  return answer.T
+  # A row of padding has nothing to say.
+  token = jnp.where(jnp.any(layout.doc != 0, axis=1), choose(x_BD), stop_id)
+  answer = jnp.full((tokens.shape[0], length), stop_id, jnp.int32)
+  return jax.lax.while_loop(goes_on, step, (token, answer, jnp.int32(0), cache))[1]

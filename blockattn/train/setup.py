@@ -136,7 +136,7 @@ def rows(config, tokenizer):
   """The source of packed rows that config.data describes."""
   data = config.data
   if data.kind == 'pages':
-    return pages(data, tokenizer, held_out=False)
+    return pages(data, tokenizer, split='train')
   if data.kind != 'files':
     raise ValueError(f"config.data.kind={data.kind!r}; choose 'files' or 'pages'")
   if not data.files:
@@ -149,9 +149,9 @@ def rows(config, tokenizer):
   return source
 
 
-def pages(data, tokenizer, *, held_out: bool, **style):
-  """Pages of Python's standard library, of its training or its held-out containers; `style` replaces fields."""
-  containers = tuple(stdlib.split_containers(stdlib.read_containers(), held_out))
+def pages(data, tokenizer, *, split: str, **style):
+  """Pages of Python's standard library, of the containers of a split; `style` replaces fields."""
+  containers = stdlib.split_containers(stdlib.read_containers(), split)
   page_style = stdlib.PageStyle(**{name: tuple(v) if isinstance(v, (list, tuple)) else v
                                    for name, v in (dict(data.pages) | style).items()})
   return pipeline.PageRows(containers, page_style, tokenizer, length=data.length, max_blocks=data.max_blocks,

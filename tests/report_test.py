@@ -1,0 +1,170 @@
+"""The page about a run: what each file becomes, that it fetches nothing, and what broken files are told."""
+
+import html.parser
+import json
+import re
+
+import pytest
+
+from tools import charts, report
+
+
+def write(folder, name, value):
+  path = folder / name
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(value if isinstance(value, str) else json.dumps(value))
+  return path
+
+
+def lines(values):
+  return ''.join(json.dumps(value) + '\n' for value in values)
+
+
+def page_of(folder):
+  return report.render(folder).read_text()
+
+
+class Tags(html.parser.HTMLParser):
+  """Checks that tags are closed in order, and collects what would be fetched."""
+  EMPTY = {'meta', 'br', 'line', 'path', 'rect', 'circle', 'polyline'}
+
+  def __init__(self, page):
+    super().__init__()
+    self.open, self.fetched = [], []
+    self.feed(page)
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    self.fetched += [value for name, value in attrs if name in ('src', 'href')]
+    if tag not in self.EMPTY:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.fetched += [value for name, value in attrs if name in ('src', 'href')]
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+
+@pytest.fixture
+def run(tmp_path):
+  """A workdir with every file."""
+  write(tmp_path, 'run.json', {'command': ['python', '-m', 'x'], 'commit': 'abc123', 'jax': '0'})
+  write(tmp_path, 'config.json', {'steps': 3})
+  write(tmp_path, 'metrics.jsonl', lines({'step': s, 'time': 0, 'loss': 3.0 / s, 'lr': 0.1} for s in (1, 2, 3)))
+  write(tmp_path, 'other/metrics.jsonl', lines({'step': s, 'time': 0, 'loss': 4.0 / s} for s in (1, 2)))
+  write(tmp_path, 'summary.json', {
+      'teacher_full': {'exact_match': 0.9, 'ce': 0.1, 'kl': 0.0, 'n': 100},
+      'student_block_before': {'exact_match': 0.5, 'ce': 0.6, 'kl': 0.5, 'n': 100},
+      'student_block_after': {'exact_match': 0.8, 'ce': 0.2, 'kl': 0.1, 'n': 100},
+      'seconds': {'distill': 75.0, 'evaluate': 30.0}, 'dtype': 'float32'})
+  write(tmp_path, 'layout.json', {'lengths': [2, 1], 'mask': ['1..', '11.', '111']})
+  write(tmp_path, 'examples.jsonl', lines([{'blocks': ['<b>one</b>', 'two'], 'prompt': 'Which?', 'response': 'A & B',
+                                            'answers': {'teacher_full': ' a & b', 'student_block_after': 'C'}}]))
+  return tmp_path
+
+
+def test_a_page_with_every_part(run):
+  page = page_of(run)
+  assert Tags(page).fetched == []
+  assert re.findall(r'<h2>(.*?)</h2>', page) == ['Results', 'Curves', 'Who attends to whom', 'Examples', 'Config']
+  assert 'python -m x' in page and 'abc123' in page and '&quot;steps&quot;: 3' in page
+  assert not list(run.glob('*.tmp'))
+
+
+def test_the_table_compares_with_the_teacher(run):
+  page = page_of(run)
+  row = next(row for row in re.findall(r'<tr class="">(.*?)</tr>', page) if 'Blocks, distilled' in row)
+  cells = re.findall(r'<td>(.*?)</td>', row)
+  assert cells == ['Blocks, distilled', '80.0 %<small class="bad">−10.0</small>', '0.200<small class="bad">+0.100</small>',
+                   '0.100<small class="bad">+0.100</small>', '100']
+  assert 'lost to blocks (40.0 points), training gives back: Blocks, distilled: 75%' in page
+  assert 'at most 5.0 points' in page   # 50 / sqrt(100)
+  assert re.search(r'distill</td><td>1m15s</td>.*?width:100.0%.*?evaluate</td><td>30s</td>.*?width:40.0%', page, re.S)
+
+
+def test_examples_are_text_and_are_judged(run):
+  page = page_of(run)
+  assert '<b>one</b>' not in page and '&lt;b&gt;one&lt;/b&gt;' in page
+  example = re.search(r'<article class="example">.*?</article>', page, re.S)[0]
+  assert re.findall(r'<span class="(\w+)">', example) == ['t0', 't1', 'prompt']
+  judged = re.findall(r'<td>([^<]*)</td><td class="answer">([^<]*)</td><td class="(good|bad)">', example)
+  assert judged == [('Teacher, full attention', ' a &amp; b', 'good'), ('Blocks, distilled', 'C', 'bad')]
+
+
+def test_the_mask_is_drawn_cell_by_cell(run):
+  picture = re.search(r'<svg viewBox="0 0 3 3".*?</svg>', page_of(run), re.S)[0]
+  cells = {(int(x), int(y)): css for css, x, y in re.findall(r'<rect class="(\w+)" x="(\d)" y="(\d)"', picture)}
+  assert cells == {(0, 0): 'f0', (1, 0): 'unseen', (2, 0): 'unseen', (0, 1): 'f0', (1, 1): 'f0', (2, 1): 'unseen',
+                   (0, 2): 'f0', (1, 2): 'f0', (2, 2): 'f1'}
+
+
+def test_a_large_mask_is_scaled_down(tmp_path):
+  size = 3 * report.MAX_CELLS
+  mask = ['1' * (i + 1) + '.' * (size - i - 1) for i in range(size)]
+  write(tmp_path, 'layout.json', {'lengths': [size], 'mask': mask})
+  page = page_of(tmp_path)
+  assert f'viewBox="0 0 {report.MAX_CELLS} {report.MAX_CELLS}"' in page and 'One cell stands for 3 × 3 tokens' in page
+  assert f'opacity="{6 / 9:.2f}"' in page   # of a cell on the diagonal six of nine pairs are read
+
+
+def test_curves_of_both_runs(run):
+  page = page_of(run)
+  drawn = [json.loads(text.replace('&quot;', '"')) for text in re.findall(r'data-chart="(.*?)"', page)]
+  assert re.findall(r'<figure><h3>(.*?)</h3>', page) == ['loss', 'lr']
+  assert {s['name']: s['points'] for s in drawn[0]['series']} == {
+      '': [[1, 3.0], [2, 1.5], [3, 1.0]], 'other': [[1, 4.0], [2, 2.0]]}
+  assert [s['name'] for s in drawn[1]['series']] == ['']
+
+
+def test_values_that_are_not_finite_leave_gaps(tmp_path):
+  write(tmp_path, 'metrics.jsonl', lines([{'step': 1, 'time': 0, 'loss': 1.0}, {'step': 2, 'time': 0, 'loss': float('nan')},
+                                          {'step': 3, 'time': 0, 'loss': 2.0}]))
+  page = page_of(tmp_path)
+  Tags(page)
+  curve = re.search(r'class="line s0" d="(.*?)"', page)[1]
+  assert curve.count('M') == 2 and '1 values are not finite' in page and 'NaN' not in page
+
+
+def test_only_the_parts_that_are_there(tmp_path):
+  write(tmp_path, 'config.json', {'steps': 3})
+  assert re.findall(r'<h2>(.*?)</h2>', page_of(tmp_path)) == ['Config']
+
+
+@pytest.mark.parametrize('name, text, message', [
+    ('summary.json', '{', r'summary.json: not JSON .*; write it again or delete it'),
+    ('summary.json', '[]', r'summary.json: expected a JSON object, found list'),
+    ('layout.json', '{"mask": []}', r"layout.json: lacks 'lengths'; it has 'mask'"),
+    ('layout.json', '{"lengths": [1], "mask": ["1.", "1"]}', r'layout.json: mask row 1 must be 2 characters'),
+    ('layout.json', '{"lengths": [3], "mask": ["1"]}', r'layout.json: lengths must .* at most the 1 rows'),
+    ('examples.jsonl', '{"blocks": []}\n', r"examples.jsonl:1: lacks 'prompt', 'response', 'answers'"),
+])
+def test_broken_files_are_named(tmp_path, name, text, message):
+  write(tmp_path, name, text)
+  with pytest.raises(ValueError, match=message):
+    report.render(tmp_path)
+  assert not (tmp_path / 'report.html').exists()
+
+
+def test_nothing_to_report(tmp_path):
+  with pytest.raises(FileNotFoundError, match='holds nothing to report'):
+    report.render(tmp_path)
+  with pytest.raises(FileNotFoundError, match='no folder .*absent; name the workdir'):
+    report.render(tmp_path / 'absent')
+
+
+@pytest.mark.parametrize('low, high, count', [(0, 1, 5), (-3.2, 7.9, 4), (1e-9, 2e-9, 5), (0.1, 123456, 8)])
+def test_ticks_are_round_and_span_the_values(low, high, count):
+  marks = charts.ticks(low, high, count)
+  assert marks[0] <= low + 1e-9 * abs(low) and marks[-1] >= high * (1 - 1e-9) and 2 <= len(marks) <= count + 2
+  steps = {float(f'{b - a:.6g}') for a, b in zip(marks, marks[1:], strict=False)}
+  assert len(steps) == 1
+  step = steps.pop()
+  assert re.fullmatch(r'(1|2|2\.5|5)e[+-]\d+', f'{step:.1e}'.replace('.0e', 'e'))
+
+
+def test_thinning_keeps_the_peaks():
+  points = [(i, 0.0) for i in range(10000)]
+  points[1234], points[7777] = (1234, 5.0), (7777, -5.0)
+  kept = charts.thin(points)
+  assert len(kept) <= charts.MAX_POINTS + 2 and {(1234, 5.0), (7777, -5.0)} <= set(kept)
