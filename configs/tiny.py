@@ -39,7 +39,7 @@ def get_config(arg=''):
     config.finetune.prompt_weight = 1.0   # the answers of all questions but the last stand in the prompt
   else:
     common.add_distill(config)
-    # Weighting tokens by their gap, and block dropout, cost so short a run four to eight points of exact match.
+    # Weighting tokens by their gap, and block dropout, cost so short a run two to eight points of exact match.
     config.distill.weights.form = 'none'
     config.distill.drop_rate = 0.0
     config.distill.ce_weight = 0.5

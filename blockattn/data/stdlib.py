@@ -177,11 +177,11 @@ def split_containers(containers, split):
 
 @functools.cache
 def _name_pools(containers):
-  """What other names are made of: {'class': real names, 'member': real names, 'words': pieces of them}."""
-  classes = sorted({c.name for c in containers if c.kind == 'class'})
+  """What other names are made of: {'class', 'module', 'member': real names, 'words': pieces of them}."""
+  classes, modules = (sorted({c.name for c in containers if c.kind == kind}) for kind in ('class', 'module'))
   members = sorted({m.name for c in containers for m in c.members})
   pieces = {p.lower() for n in classes + members for p in re.findall(r'[A-Z]?[a-z]+|[A-Z]+(?![a-z])', n)}
-  return {'class': classes, 'member': members, 'words': sorted(p for p in pieces if 2 <= len(p) <= 8)}
+  return {'class': classes, 'module': modules, 'member': members, 'words': sorted(p for p in pieces if 2 <= len(p) <= 8)}
 
 
 def _other_name(rng, pools, kind):
@@ -191,7 +191,9 @@ def _other_name(rng, pools, kind):
   if rng.random() < 0.3:   # letters that are no word at all
     words[0] = ''.join(chr(97 + i) for i in rng.integers(26, size=rng.integers(2, 6)))
   if kind == 'class':
-    return ''.join(w.capitalize() for w in words)
+    return words[0].upper() if rng.random() < 0.2 else ''.join(w.capitalize() for w in words)
+  if kind == 'module':
+    return '.'.join(words)
   return '_'.join(words) if rng.random() < 0.7 else ''.join(words)
 
 
@@ -204,7 +206,7 @@ def _renamed(rng, container, members, pools):
       if name not in taken:
         taken.add(name)
         return name
-  return (dataclasses.replace(container, name=fresh('class')),
+  return (dataclasses.replace(container, name=fresh(container.kind)),
           [dataclasses.replace(m, name=fresh('member')) for m in members])
 
 
