@@ -88,7 +88,7 @@ def base():
   config.data.pages.questions = (1, 1)
   config.data.pages.doc_chars = 40
   config.data.pages.renamed = 0.7
-  config.data.pages.split_words = 2
+  config.data.pages.split_words = 3
   config.data.pages.seed = 0
   return config.lock()
 

@@ -2,7 +2,7 @@
 
     python -m blockattn.train.distill --config configs/tiny.py --workdir runs/tiny
 
-The blocks are cut two words before each sentence's end, so that a question has to be matched across two of them. Lengths,
+The blocks are cut three words before each sentence's end, so that a question has to be matched across two of them. Lengths,
 rates and weights were chosen on pages of the validation split, among a dozen settings (`--data pages:validation`).
 `configs/tiny.py:baseline` is block fine-tuning on the same batches (for blockattn.train.finetune), for a third as many
 steps: each costs more, and the demo has to end within minutes.

@@ -17,7 +17,7 @@ from configs import common, tiny
 def get_config(arg=''):
   arg = common.parse_arg(arg, second=False)
   config = common.base()
-  config.steps = 1500 if arg.second else 5000
+  config.steps = 800 if arg.second else 5000
   config.batch = 8
   config.chunk = 64
   config.save_every = 250
