@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import time
@@ -171,13 +170,6 @@ def write_json(path, value):
   partial.replace(path)
 
 
-def _use_cores():
-  """One CPU device per core, of which a batch takes up to four: XLA's threads leave half of a second core idle."""
-  if 'JAX_NUM_CPU_DEVICES' not in os.environ:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    jax.config.update('jax_num_cpu_devices', max(n for n in (1, 2, 4) if n <= cores))
-
-
 def main(argv=None) -> int:
   parser = argparse.ArgumentParser(prog='python -m tools.demo', description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,7 +180,6 @@ def main(argv=None) -> int:
   console = rich.console.Console(width=min(120, rich.console.Console().width))
   start = time.perf_counter()
   setup.quiet_libraries()
-  _use_cores()
   try:
     summary = run(args.workdir, args.docs, args.steps, console)
     page = report.render(args.workdir)
