@@ -19,7 +19,7 @@ TEACHER = pathlib.Path(blockattn.__file__).parent / 'assets' / 'tiny_teacher'
 def get_config(arg=''):
   arg = common.parse_arg(arg, baseline=False)
   config = common.base()
-  config.steps = 60 if arg.baseline else 300
+  config.steps = 50 if arg.baseline else 260
   config.batch = 4
   config.chunk = 32
   config.save_every = 100
