@@ -88,26 +88,32 @@ def assert_figures(figures, rows):
     np.testing.assert_allclose([row['ce'], row['kl']], mine[:, 1:].mean(axis=0), rtol=1e-4, atol=1e-6)
 
 
+def one_gap(student, teacher, docs, batch):
+  return gap.token_gap({'it': student}, teacher, docs, batch=batch)['it']
+
+
 def test_gap_is_what_it_says(docs):
   student, teacher = subject('block', seed=1), subject('full')
   rows = direct(student, teacher, docs)
   assert len(rows) == sum(answer for _, answer in DOCS) and rows[:, 2].min() > 1e-3
-  figures = gap.token_gap(student, teacher, docs, batch=2)   # three batches, the last one not full
-  assert len(figures['by_distance']) >= 4
-  assert_figures(figures, rows)
-  assert_figures(gap.token_gap(student, teacher, docs[::-1][:2], batch=2), direct(student, teacher, docs[::-1][:2]))
+  # Three batches, the last one not full; with several subjects, each gets its own figures.
+  figures = gap.token_gap({'student': student, 'teacher': teacher}, teacher, docs, batch=2)
+  assert list(figures) == ['student', 'teacher'] and len(figures['student']['by_distance']) >= 4
+  assert_figures(figures['student'], rows)
+  assert_figures(figures['teacher'], direct(teacher, teacher, docs))
+  assert_figures(one_gap(student, teacher, docs[::-1][:2], batch=2), direct(student, teacher, docs[::-1][:2]))
 
 
 def test_no_gap_to_itself_in_batches_of_any_size(docs):
   model = subject('block')
-  figures = gap.token_gap(model, model, docs, batch=len(docs))
+  figures = one_gap(model, dataclasses.replace(model), docs, batch=len(docs))   # read twice: not the same object
   assert figures['kl'] == 0 and all(row['kl'] == 0 for row in figures['by_distance'])
   assert_figures(figures, direct(model, model, docs))
 
 
 def test_documents_without_an_answer_have_no_gap(docs):
   blank = dataclasses.replace(docs[0], answer=(9, 9))
-  assert gap.token_gap(subject('block', 1), subject('full'), [blank], batch=2) == {'ce': 0, 'kl': 0, 'by_distance': []}
+  assert one_gap(subject('block', 1), subject('full'), [blank], batch=2) == {'ce': 0, 'kl': 0, 'by_distance': []}
 
 
 def test_answers_come_back_in_order(docs):
@@ -121,9 +127,8 @@ def test_an_answer_ends_before_the_stop_text(docs, tmp_path):
   student, examples = subject('block', seed=1), [text.Example(('a', 'b'), 'q', 'x', 'id', ('x',))] * len(docs)
   said = {}
   for stop in (None, ' '):
-    path = tmp_path / 'predictions.jsonl'
-    gap.evaluate(student, student, docs, examples, Words(), batch=2, max_new=3, stop=stop, predictions=path)
-    said[stop] = [json.loads(line)['prediction'] for line in path.read_text().splitlines()]
+    gap.evaluate({'it': student}, student, docs, examples, Words(), batch=2, max_new=3, stop=stop, predictions=tmp_path)
+    said[stop] = [json.loads(line)['prediction'] for line in (tmp_path / 'it.jsonl').read_text().splitlines()]
   assert said[' '] == [answer.split(' ')[0] for answer in said[None]] != said[None]
 
 
@@ -140,22 +145,23 @@ def test_evaluate(docs, tmp_path):
   # Right to the letter, right but for the accepted case, one word of the answer, wrong, and an answer without a list.
   answers = [(f' {said[0]} ', 'x'), (said[1].upper(),), (said[2].split()[0],), ('nonsense',), ()]
   examples = [text.Example(('a', 'b'), 'q', said[4], f'id{i}', a) for i, a in enumerate(answers)]
-  path = tmp_path / 'predictions.jsonl'
-  figures = gap.evaluate(student, teacher, docs, examples, Words(), batch=2, max_new=3, predictions=path)
+  path = tmp_path / 'new' / 'it.jsonl'
+  subjects = {'it': student}
+  figures = gap.evaluate(subjects, teacher, docs, examples, Words(), batch=2, max_new=3, predictions=path.parent)['it']
 
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   assert [line['id'] for line in lines] == [example.id for example in examples]
   assert [line['prediction'] for line in lines] == said
   assert [line['exact_match'] for line in lines] == [1, 0, len(given[2]) == 1, 0, 1]
   assert lines[0]['answers'] == [f' {said[0]} ', 'x'] and lines[4]['answers'] == [said[4]]
-  assert list(tmp_path.iterdir()) == [path]
+  assert list(path.parent.iterdir()) == [path]
 
   scores = [gap.score(s, a or (said[4],)) for s, a in zip(said, answers, strict=True)]
   assert figures['n'] == 5
   for name in ('exact_match', 'substring', 'f1'):
     np.testing.assert_allclose(figures[name], np.mean([score[name] for score in scores]))
   assert figures['substring'] == 0.8
-  assert {name: figures[name] for name in ('ce', 'kl', 'by_distance')} == gap.token_gap(student, teacher, docs, batch=2)
+  assert {name: figures[name] for name in ('ce', 'kl', 'by_distance')} == one_gap(student, teacher, docs, batch=2)
 
 
 @pytest.mark.parametrize('prediction, answers, exact, substring, f1', [
@@ -185,7 +191,7 @@ def test_what_cannot_be_evaluated(docs):
   with pytest.raises(ValueError, match="evaluation mode 'blocks'; choose one of full, block"):
     subject('blocks')
   model = subject('full')
-  run = lambda docs, examples: gap.evaluate(model, model, docs, examples, Words(), batch=2, max_new=1)
+  run = lambda docs, examples: gap.evaluate({'it': model}, model, docs, examples, Words(), batch=2, max_new=1)
   with pytest.raises(ValueError, match=re.escape('5 documents but 0 examples')):
     run(docs, [])
   with pytest.raises(ValueError, match='nothing to evaluate: no document was left'):

@@ -22,7 +22,7 @@ from blockattn import blocks, mesh
 from blockattn.data import stdlib
 from blockattn.evals import gap
 from blockattn.hf import convert
-from blockattn.train import distill, finetune, setup
+from blockattn.train import distill, finetune, loop, setup
 from configs import tiny
 from tools import evaluate, report
 
@@ -57,13 +57,12 @@ def run(workdir, docs: int, steps: int | None, console):
   subjects = make_subjects(config, cfg, student, finetuned, options)
   pages, examples = evaluate.page_docs(tokenizer, docs, data=config.data)
   with part('evaluate', f'Asking each model {docs} questions about classes and modules that no training page showed'):
-    summary = {name: gap.evaluate(subject, subjects['teacher_full'], pages, examples, tokenizer, batch=docs, max_new=24,
-                                  stop=evaluate.PAGE_STOP, predictions=workdir / f'predictions_{name}.jsonl')
-               for name, subject in subjects.items()}
+    summary = gap.evaluate(subjects, subjects['teacher_full'], pages, examples, tokenizer, batch=docs, max_new=24,
+                           stop=evaluate.PAGE_STOP, predictions=workdir / 'predictions')
   with part('export', 'Exporting the student in the Hugging Face format'):
     export(workdir / 'student', student, cfg, options, config, summary)
   summary['seconds'] = seconds
-  write_json(workdir / 'summary.json', summary)
+  loop.write_json(workdir / 'summary.json', summary)
   write_examples(workdir, examples, options, pages[0])
   show_answers(workdir, console)
   console.print(table(summary))
@@ -108,8 +107,9 @@ def write_examples(workdir, examples, options, page):
   used = int((layout.doc != 0).sum())
   layout = jax.tree.map(lambda x: x[:, :used], layout)
   lengths = [int((layout.block == i).sum()) for i in range(len(page.lengths))]
-  write_json(workdir / 'layout.json', {'lengths': lengths, 'mask': blocks.picture(layout).replace(' ', '').split('\n')})
-  predictions = {name: _read_lines(workdir / f'predictions_{name}.jsonl') for name in MODELS}
+  mask = blocks.picture(layout).replace(' ', '').split('\n')
+  loop.write_json(workdir / 'layout.json', {'lengths': lengths, 'mask': mask})
+  predictions = {name: _read_lines(workdir / 'predictions' / f'{name}.jsonl') for name in MODELS}
   rows = [{'blocks': list(example.blocks), 'prompt': example.prompt, 'response': example.response,
            'answers': {name: predictions[name][i]['prediction'].strip() for name in MODELS}}
           for i, example in enumerate(examples[:20])]
@@ -162,12 +162,6 @@ def conclusion(summary, workdir, page, elapsed) -> str:
 def _relative(path):
   path = pathlib.Path(path)
   return path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path
-
-
-def write_json(path, value):
-  partial = path.with_suffix('.tmp')
-  partial.write_text(json.dumps(value, indent=2) + '\n')
-  partial.replace(path)
 
 
 def main(argv=None) -> int:

@@ -18,12 +18,11 @@ The exit code is 0; 1 with --strict at the first malformed line; 2 if models, da
 import argparse
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import rich.console
@@ -35,7 +34,7 @@ from blockattn.evals import gap
 from blockattn.hf import config as hf_config, convert as hf_convert, files as hf_files
 from blockattn.kernels import api
 from blockattn.models import spec, transformer
-from blockattn.train import setup
+from blockattn.train import loop, setup
 from configs import common
 from tools import convert
 
@@ -146,41 +145,25 @@ def page_docs(tokenizer, limit: int, *, split: str = 'test', data=None):
 
 
 def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, examples, tokenizer, *, batch: int,
-                 max_new: int, stop: str | None = None, out: str | os.PathLike | None = None, facts: dict | None = None,
-                 say: Callable[[str], None] = lambda line: None) -> dict:
+                 max_new: int, stop: str | None = None, out: str | os.PathLike | None = None,
+                 facts: dict | None = None) -> dict:
   """Evaluates every subject.
 
   Args:
-    subjects: by name; names are those of the files written.
-    teacher, docs, examples, tokenizer, batch, max_new, stop: as for gap.evaluate.
+    subjects, teacher, docs, examples, tokenizer, batch, max_new, stop: as for gap.evaluate.
     out: folder for summary.json and predictions/NAME.jsonl, made if absent.
     facts: more keys of the summary, numbers or strings.
-    say: called with a line when a subject is done.
 
   Returns:
-    {name: what gap.evaluate returns, ..., 'seconds': {name: seconds}} and the facts: what summary.json holds.
+    What gap.evaluate returns, 'seconds': {'evaluate': seconds}, and the facts: what summary.json holds.
   """
-  results, seconds = {}, {}
-  folder = None if out is None else pathlib.Path(out) / 'predictions'
-  if folder is not None:
-    folder.mkdir(parents=True, exist_ok=True)
-  for name, subject in subjects.items():
-    start = time.perf_counter()
-    predictions = None if folder is None else folder / f'{name}.jsonl'
-    results[name] = gap.evaluate(subject, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new,
-                                 stop=stop, predictions=predictions)
-    seconds[name] = round(time.perf_counter() - start, 3)
-    say(f'{name}: {len(docs)} examples in {seconds[name]:.1f} s')
-  summary = results | {'seconds': seconds} | (facts or {})
+  start = time.perf_counter()
+  results = gap.evaluate(subjects, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new, stop=stop,
+                         predictions=None if out is None else pathlib.Path(out) / 'predictions')
+  summary = results | {'seconds': {'evaluate': round(time.perf_counter() - start, 3)}} | (facts or {})
   if out is not None:
-    _write_json(pathlib.Path(out) / 'summary.json', summary)
+    loop.write_json(pathlib.Path(out) / 'summary.json', summary)
   return summary
-
-
-def _write_json(path, value):
-  partial = path.with_name(f'{path.name}.tmp')
-  partial.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
-  os.replace(partial, path)
 
 
 def print_table(summary: dict, console: rich.console.Console | None = None):
@@ -256,7 +239,7 @@ def run(options, console, err) -> dict:
   facts = {'model': options.model, 'teacher': options.teacher, 'data': ' '.join(options.data), 'dtype': options.dtype,
            'impl': impl, 'malformed_lines': report.bad.total()}
   summary = evaluate_all(subjects, teacher, docs, examples, tokenizer, batch=options.batch, max_new=options.max_new,
-                         stop=stop, out=options.out, facts=facts, say=err.print)
+                         stop=stop, out=options.out, facts=facts)
   print_table(summary, console)
   if report.bad:
     console.print(report.summary())

@@ -267,7 +267,8 @@ def make_page(index, containers, style):
   where = f'{container.where}.{members[asked[-1]].name}'
   if rng.random() < style.renamed:
     container, members = _renamed(rng, container, members, _name_pools(containers))
-  asked = [(f'Which member: {members[i].sentence}\n', f'.{members[i].name} of {container.name}', int(i)) for i in asked]
-  *answered, (question, answer, which) = asked
-  return {'id': f'{where}#{index}', 'blocks': _blocks(container, members, style), 'gold': [0, 1 + which],
-          'prompt': ''.join(f'{q}{a}\n' for q, a, _ in answered) + question, 'response': answer}
+  question = lambda i: f'Which member: {members[i].sentence}\n'
+  answer = lambda i: f'.{members[i].name} of {container.name}'
+  *answered, last = asked
+  return {'id': f'{where}#{index}', 'blocks': _blocks(container, members, style), 'gold': [0, 1 + int(last)],
+          'prompt': ''.join(f'{question(i)}{answer(i)}\n' for i in answered) + question(last), 'response': answer(last)}

@@ -11,7 +11,7 @@ import json
 import pathlib
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,52 +50,65 @@ class Subject:
       raise ValueError(f'evaluation mode {self.mode!r}; choose one of {", ".join(MODES)}')
 
 
-def evaluate(subject: Subject, teacher: Subject, docs: Sequence[encode.EncodedDoc], examples: Sequence[text.Example],
-             tokenizer, *, batch: int, max_new: int, stop: str | None = None, predictions=None) -> dict:
-  """Every figure of one subject.
+def evaluate(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc],
+             examples: Sequence[text.Example], tokenizer, *, batch: int, max_new: int, stop: str | None = None,
+             predictions=None) -> dict:
+  """Every figure of every subject.
 
   Args:
+    subjects: by name.
+    teacher: what their distance is measured to; one of the subjects may be the teacher itself.
     docs: encoded examples, answers included, in the order of `examples`.
     batch: documents per forward pass.
     max_new: most tokens of an answer.
     stop: an answer ends before this text, as it does at the end-of-text token.
-    predictions: a path to write {'id', 'prediction', 'answers', 'exact_match'} to, one JSON line per example.
+    predictions: a folder for NAME.jsonl, made if absent: {'id', 'prediction', 'answers', 'exact_match'} of each example.
 
   Returns:
-    {'n', 'exact_match', 'substring', 'f1', 'ce', 'kl', 'by_distance': [{'from', 'tokens', 'ce', 'kl'}]}. `exact_match`
-    compares the text to the letter, `substring` and `f1` after SQuAD's normalisation; ce and kl are means over answer
-    tokens, in nats; `by_distance` has them by the distance of the predicted token from the start of its block.
+    {name: {'n', 'exact_match', 'substring', 'f1', 'ce', 'kl', 'by_distance': [{'from', 'tokens', 'ce', 'kl'}]}}, names
+    in the order of `subjects`. `exact_match` compares the text to the letter, `substring` and `f1` after SQuAD's
+    normalisation; ce and kl are means over answer tokens, in nats; `by_distance` has them by the distance of the
+    predicted token from the start of its block.
   """
   if len(docs) != len(examples):
     raise ValueError(f'{len(docs)} documents but {len(examples)} examples')
   if not docs:
     raise ValueError('nothing to evaluate: no document was left')
-  answers = [tokenizer.decode(a, skip_special_tokens=True) for a in answer(subject, docs, tokenizer.eos_token_id,
-                                                                           batch=batch, max_new=max_new)]
-  if stop is not None:
-    answers = [a.partition(stop)[0] for a in answers]
-  scores = [score(a, e.answers or (e.response,)) for a, e in zip(answers, examples, strict=True)]
-  if predictions is not None:
-    _write_lines(predictions, [{'id': e.id, 'prediction': a, 'answers': list(e.answers or (e.response,)),
-                                'exact_match': s['exact_match']}
-                               for a, s, e in zip(answers, scores, examples, strict=True)])
-  means = {name: float(np.mean([s[name] for s in scores])) for name in scores[0]}
-  return {'n': len(docs)} | means | token_gap(subject, teacher, docs, batch=batch)
+  gaps = token_gap(subjects, teacher, docs, batch=batch)
+  results = {}
+  for name, subject in subjects.items():
+    answers = [tokenizer.decode(a, skip_special_tokens=True)
+               for a in answer(subject, docs, tokenizer.eos_token_id, batch=batch, max_new=max_new)]
+    if stop is not None:
+      answers = [a.partition(stop)[0] for a in answers]
+    scores = [score(a, e.answers or (e.response,)) for a, e in zip(answers, examples, strict=True)]
+    if predictions is not None:
+      _write_lines(pathlib.Path(predictions) / f'{name}.jsonl',
+                   [{'id': e.id, 'prediction': a, 'answers': list(e.answers or (e.response,)),
+                     'exact_match': s['exact_match']} for a, s, e in zip(answers, scores, examples, strict=True)])
+    results[name] = {'n': len(docs)} | {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} | gaps[name]
+  return results
 
 
-def token_gap(subject: Subject, teacher: Subject, docs: Sequence[encode.EncodedDoc], *, batch: int) -> dict:
-  """'ce', 'kl' and 'by_distance' of `evaluate`, from teacher-forced answers."""
-  total = collections.Counter()
-  bins = np.zeros((3, len(BINS)))
+def token_gap(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc], *,
+              batch: int) -> dict:
+  """{name: 'ce', 'kl' and 'by_distance' of `evaluate`}, from teacher-forced answers. The teacher reads a batch once."""
+  totals = {name: np.zeros((3, len(BINS))) for name in subjects}
   for _, rows in _batches(docs, batch):
-    sums = jax.device_get(_gap_sums(subject.params, teacher.params, rows, _static(subject, rows),
-                                    _static(teacher, rows)))
-    total.update({name: float(sums[name]) for name in ('tokens', 'ce', 'kl')})
-    bins += np.stack([sums['tokens_by_bin'], sums['ce_by_bin'], sums['kl_by_bin']])
-  tokens = max(total['tokens'], 1)
-  by_distance = [{'from': low, 'tokens': int(n), 'ce': float(ce / n), 'kl': float(kl / n)}
-                 for low, n, ce, kl in zip(BINS, *bins, strict=True) if n]
-  return {'ce': total['ce'] / tokens, 'kl': total['kl'] / tokens, 'by_distance': by_distance}
+    right = _hidden(teacher.params, rows, _static(teacher, rows))
+    for name, subject in subjects.items():
+      hidden = right if subject is teacher else _hidden(subject.params, rows, _static(subject, rows))
+      heads = tuple(transformer.head_of(s.params, s.cfg) for s in (subject, teacher))
+      totals[name] += jax.device_get(_gap_sums(heads, (hidden, right), rows))
+  return {name: _gap_figures(*total) for name, total in totals.items()}
+
+
+def _gap_figures(tokens, ce, kl):
+  """From sums by bin."""
+  every = max(tokens.sum(), 1)
+  by_distance = [{'from': low, 'tokens': int(n), 'ce': float(c / n), 'kl': float(k / n)}
+                 for low, n, c, k in zip(BINS, tokens, ce, kl, strict=True) if n]
+  return {'ce': float(ce.sum() / every), 'kl': float(kl.sum() / every), 'by_distance': by_distance}
 
 
 def answer(subject: Subject, docs: Sequence[encode.EncodedDoc], stop_id: int, *, batch: int,
@@ -134,29 +147,22 @@ def _view(rows, static):
   return rows['tokens'], blocks.as_one_block(rows['layout']), jnp.broadcast_to(jnp.arange(shape[1]), shape)
 
 
+@functools.partial(jax.jit, static_argnames='static')
 def _hidden(params, rows, static):
   tokens, layout, index = _view(rows, static)
   x_BTD = transformer.apply(params, tokens, layout, static.cfg, static.compute)
   return jnp.take_along_axis(x_BTD, index[..., None], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=('student', 'teacher'))
-def _gap_sums(params, teacher_params, rows, student, teacher):
-  hidden = {'student': _hidden(params, rows, student), 'teacher': _hidden(teacher_params, rows, teacher)}
-  heads = {'student': transformer.head_of(params, student.cfg),
-           'teacher': transformer.head_of(teacher_params, teacher.cfg)}
-
+@jax.jit
+def _gap_sums(heads, hidden, rows):
+  """[3, bins]: how many answer tokens, their cross-entropy and KL. heads and hidden are (the student's, the teacher's)."""
   def sums(heads, hidden, per_token, mask):
-    student_logits, teacher_logits = losses.common_vocabulary(
-        transformer.project(hidden['student'], heads['student']),
-        transformer.project(hidden['teacher'], heads['teacher']))
-    ce = -losses.log_prob(student_logits, per_token['target'])
-    kl = losses.forward_kl(teacher_logits, student_logits, 1.0)
-    m = mask.astype(jnp.float32)
-    in_bin = m[..., None] * jax.nn.one_hot(per_token['bin'], len(BINS))
-    by_bin = lambda x: jnp.einsum('bt,btn->n', x, in_bin)
-    return {'tokens': jnp.sum(m), 'ce': jnp.sum(m * ce), 'kl': jnp.sum(m * kl),
-            'tokens_by_bin': by_bin(jnp.ones_like(ce)), 'ce_by_bin': by_bin(ce), 'kl_by_bin': by_bin(kl)}
+    student, teacher = losses.common_vocabulary(*map(transformer.project, hidden, heads))
+    ce = -losses.log_prob(student, per_token['target'])
+    kl = losses.forward_kl(teacher, student, 1.0)
+    in_bin = mask.astype(jnp.float32)[..., None] * jax.nn.one_hot(per_token['bin'], len(BINS))
+    return jnp.einsum('nbt,btk->nk', jnp.stack([jnp.ones_like(ce), ce, kl]), in_bin)
 
   bins = jnp.searchsorted(jnp.asarray(BINS), blocks.offsets(rows['layout']) + 1, side='right') - 1
   return losses.sum_over_tokens(sums, heads, hidden, {'target': rows['targets'], 'bin': bins}, rows['loss'], _CHUNK)
@@ -215,6 +221,7 @@ def _token_f1(said, right):
 
 
 def _write_lines(path, rows):
-  partial = pathlib.Path(path).with_suffix('.tmp')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_suffix('.tmp')
   partial.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   partial.replace(path)

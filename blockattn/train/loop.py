@@ -231,9 +231,9 @@ def save_run_facts(workdir, config, command=None):
     if changed:
       raise ValueError(f'{workdir} holds a run with another config: {", ".join(changed)} differ. '
                        'Use a new --workdir, or the old values')
-  _write_json(path, new)
-  _write_json(workdir / 'run.json', {'command': command or sys.argv, 'commit': git_commit(), 'jax': jax.__version__,
-                                     'devices': [str(d) for d in jax.devices()]})
+  write_json(path, new)
+  write_json(workdir / 'run.json', {'command': command or sys.argv, 'commit': git_commit(), 'jax': jax.__version__,
+                                    'devices': [str(d) for d in jax.devices()]})
 
 
 _FREE_TO_CHANGE = ('log_every', 'save_every', 'keep')
@@ -245,7 +245,8 @@ def _flat(tree, prefix=''):
   return {k: v for key, value in tree.items() for k, v in _flat(value, f'{prefix}{key}.').items()}
 
 
-def _write_json(path, value):
+def write_json(path, value):
+  """Writes JSON in one move: a reader never sees half of it."""
   partial = path.with_suffix('.tmp')
   partial.write_text(json.dumps(value, indent=2) + '\n')
   os.replace(partial, path)
