@@ -20,12 +20,13 @@ several = settings(max_examples=40, deadline=None, derandomize=True, database=No
 dense_mask = jax.jit(blocks.may_attend)
 tile_masks = jax.jit(schedule.tile_masks, static_argnums=1)
 list_visits = jax.jit(schedule.list_visits)
+list_work = jax.jit(schedule.list_work)
 
 
 @jax.jit
 def mask_by_marks(layout):
   query_marks, key_marks = schedule.token_marks(layout)
-  return jax.vmap(lambda q, k: schedule.pair_mask(q, k, 0, 0))(query_marks, key_marks)
+  return jax.vmap(lambda q, k: schedule.pair_mask(q[:, :, None], k[:, None], 0, 0))(query_marks, key_marks)
 
 
 def in_tiles(mask, tiles):
@@ -85,6 +86,30 @@ def test_visits_list_the_tiles_of_the_masks_in_order(layout):
         np.testing.assert_array_equal(listed.index[b, i][:listed.count[b, i]], np.flatnonzero(mask[b, i]))
 
 
+@pytest.mark.parametrize('tiles', TILES, ids=str)
+@several
+@given(layout=layout_cases.layouts(ROWS, LENGTH))
+@example(layout=packed([], [[64]]))
+def test_work_lists_hold_each_tile_once_and_every_owner(tiles, layout):
+  """Both orders hold the touched tiles, and diagonal ones for sides that nobody else visits."""
+  touched, full = map(np.asarray, tile_masks(layout, tiles))
+  rows, n, m = touched.shape
+  start = lambda size: np.arange(size) * (LENGTH // size)
+  on_diagonal = ((start(n)[:, None] < start(m) + LENGTH // m) & (start(m) < start(n)[:, None] + LENGTH // n))[None]
+  work = list_work(touched, full)
+  for listed, axes in ((work.by_query, (0, 1, 2)), (work.by_key, (0, 2, 1))):
+    owner, other = (np.asarray(x)[:int(listed.count)] for x in (listed.owner, listed.other))
+    assert (np.diff(owner) >= 0).all() and len(listed.owner) == rows * schedule.most_visits(n, m)
+    assert set(owner) == set(range(rows * (m if axes[1] == 2 else n)))
+    own, spare = (x.transpose(axes) for x in (touched, np.broadcast_to(on_diagonal, touched.shape)))
+    at = owner // own.shape[1], owner % own.shape[1], other >> schedule.FLAG_BITS
+    assert len(set(zip(*at))) == len(owner) and own[at].sum() == own.sum() and (own | spare)[at].all()
+    np.testing.assert_array_equal(other & schedule.PARTIAL == 0, full.transpose(axes)[at])
+    changes = np.diff(owner) > 0
+    np.testing.assert_array_equal(other & schedule.FIRST != 0, np.concatenate([[True], changes]))
+    np.testing.assert_array_equal(other & schedule.LAST != 0, np.concatenate([changes, [True]]))
+
+
 def test_boundaries_are_traced():
   count = functools.partial(jax.jit(lambda layout: schedule.tile_masks(layout, TILES[0])[0].sum()))
   one, many = count(packed([[64]], [[64]])), count(packed([[8] * 8], [[8] * 8]))
@@ -96,8 +121,9 @@ def test_nothing_grows_with_the_square_of_the_tokens():
   """The largest array of the whole schedule is per token or per tile."""
   length, tiles = 2048, Tiles(256, 256)
   layout = blocks.from_lengths([[[length]]], length)
-  visits = lambda layout: schedule.list_visits(*schedule.tile_masks(layout, tiles))
-  jaxpr = jax.make_jaxpr(lambda layout: (schedule.token_marks(layout), visits(layout)))(layout)
+  masks = lambda layout: schedule.tile_masks(layout, tiles)
+  jaxpr = jax.make_jaxpr(lambda layout: (schedule.token_marks(layout), schedule.list_visits(*masks(layout)),
+                                         schedule.list_work(*masks(layout))))(layout)
   assert max(array_sizes(jaxpr.jaxpr)) <= 16 * length
 
 

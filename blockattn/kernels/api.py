@@ -4,21 +4,24 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from blockattn import blocks
-from blockattn.kernels import reference, tiles as tile_sizes, xla
+from blockattn.kernels import reference, tiles as tile_sizes, tpu, xla
 
-IMPLS = ('reference', 'xla')
+IMPLS = ('reference', 'xla', 'tpu')
+_HOME = {'tpu': 'tpu'}   # implementations that run on one platform only
 
 
 def resolve(impl: str, platform: str) -> str:
   """The implementation that `impl` means on `platform` ('cpu', 'gpu' or 'tpu'); log it once at start.
 
   Raises:
-    ValueError: `impl` is neither 'auto' nor the name of an implementation.
+    ValueError: `impl` is neither 'auto' nor the name of an implementation, or it does not run on the platform.
   """
   if impl == 'auto':
-    return 'xla'
+    return next((name for name, home in _HOME.items() if home == platform), 'xla')
   if impl not in IMPLS:
     raise ValueError(f'attention impl {impl!r} does not exist; use one of {", ".join(("auto",) + IMPLS)}')
+  if _HOME.get(impl, platform) != platform:
+    raise ValueError(f'attention impl {impl!r} does not run on {platform}; use impl="auto" or impl="xla"')
   return impl
 
 
@@ -30,8 +33,8 @@ def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl:
     q_BTNH: queries, T == S. Query head n reads key/value head n // (N / K). The scale H ** -0.5 is applied inside.
     k_BSKH, v_BSKH: keys and values, in the queries' dtype.
     layout: BlockLayout of [B, T] arrays, traced or not: new boundaries never recompile.
-    impl: 'reference' (dense, quadratic in memory), 'xla', or 'auto', see `resolve`.
-    tiles: (query_tile, key_tile) in tokens for 'xla', by default `tiles.default`; one must divide the other.
+    impl: 'reference' (dense, quadratic in memory), 'xla' (everywhere), 'tpu', or 'auto': the fastest of the platform.
+    tiles: (query_tile, key_tile) in tokens, by default `tiles.default`; one must divide the other.
 
   Returns:
     [B, T, N, H] in q's dtype; exactly zero, with zero gradients, in padding rows.
@@ -41,11 +44,13 @@ def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl:
   """
   check_arguments(q_BTNH, k_BSKH, v_BSKH, layout)
   platform = jax.default_backend()
-  if resolve(impl, platform) == 'reference':
+  impl = resolve(impl, platform)
+  if impl == 'reference':
     return reference.attention(q_BTNH, k_BSKH, v_BSKH, layout)
   if tiles is None:
     tiles = tile_sizes.default(platform, length=q_BTNH.shape[1], head_dim=q_BTNH.shape[3])
-  return xla.attention(q_BTNH, k_BSKH, v_BSKH, layout, tile_sizes.Tiles(*tiles))
+  attention = {'xla': xla.attention, 'tpu': tpu.attention}[impl]
+  return attention(q_BTNH, k_BSKH, v_BSKH, layout, tile_sizes.Tiles(*tiles))
 
 
 def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, mesh: Mesh, *,

@@ -1,24 +1,24 @@
 """Which tiles of the score matrix hold anything to compute. Everything here is traced: new boundaries never recompile.
 
-A row's mask is never built. Instead every token gets three query marks and three key marks, and
+A row's mask is never built. Instead every token gets two query marks and two key marks, and
 
-    may_attend(t, s)  =  s <= t  and  query_marks[c, t] == key_marks[c, s] for some c
+    may_attend(t, s)  =  s <= t  and  (key_marks[0, s] >= query_marks[0, t]  or  key_marks[1, s] >= query_marks[1, t])
 
-  c   query mark                    key mark                        says
-  0   number of the token's block   number of the token's block     a token sees its own block
-  1   document                      document, of shared tokens      everybody sees what is shared
-  2   document, of readers          document, unless hidden         a reader sees what is not hidden
+  query mark                                    key mark                                                says
+  0: number of the token's block                number of the token's block                             own block
+  1: 4 * document + (1 for a reader, else 2)    4 * document + (2 if shared, else 0 if hidden, else 1)  reading
 
-Where a token does not take part in a rule (and everywhere in padding) its mark is NO_QUERY or NO_KEY, which agree with
-nothing. Marks never decrease along a row, because documents and blocks stand in order; so of a tile of keys wholly
-before a tile of queries the largest key mark is at most the smallest query mark, and the tile holds an allowed pair
-exactly if these two agree for some c. `touched` and `full` below are exact, not bounds, for every layout whose
-documents and blocks are in order (any of its tokens may have been removed), apart from one case that costs nothing: a
-diagonal tile of one single token is called partial though it is full.
+Documents and blocks stand in order, so numbers never decrease along a row, and for s <= t `>=` holds exactly in the same
+block, or in the same document if the key offers what the query may take. In padding the marks are NO_QUERY, above all key
+marks, and NO_KEY, below all query marks. Of a tile of keys wholly before a tile of queries, some pair is allowed exactly if
+the largest key mark reaches the smallest query mark for one of the two. `touched` and `full` below are exact, not bounds,
+for every layout whose documents and blocks are in order (any of its tokens may have been removed), apart from one case
+that costs nothing: a diagonal tile of one single token is called partial though it is full.
 
 Tiles of unequal size are put together from granules, squares of the smaller size. Sizes of arrays: [B, T] per token,
 [B, T / granule, T / granule] per tile, nothing else.
 """
+
 
 import flax.struct
 import jax
@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from blockattn import blocks
 from blockattn.kernels.tiles import Tiles
 
-NO_QUERY = -1
-NO_KEY = -2
-NOTHING = -3
+MARKS = 2
+NO_QUERY = jnp.iinfo(jnp.int32).max
+NO_KEY = -1
 
 
 @flax.struct.dataclass
@@ -45,22 +45,49 @@ class Visits:
 
 
 @flax.struct.dataclass
+class WorkList:
+  """Tiles to visit one after the other, grouped by the tile of one side, the owner.
+
+  Attributes:
+    owner: int32 [most visits], batch row * tiles of the owner's side + tile.
+    other: int32 [most visits], tile of the other side << FLAG_BITS | FIRST (visit of this owner) | LAST | PARTIAL.
+    count: int32, the visits; what follows in the lists is not to be read.
+  """
+  owner: jax.Array
+  other: jax.Array
+  count: jax.Array
+
+
+FLAG_BITS = 3
+FIRST, LAST, PARTIAL = 1, 2, 4   # PARTIAL: the tile needs the mask
+
+
+@flax.struct.dataclass
+class Work:
+  """The same visits in two orders: `by_query` for outputs of queries, `by_key` for outputs of keys."""
+  by_query: WorkList
+  by_key: WorkList
+
+
+@flax.struct.dataclass
 class Schedule:
   """Visits to tiles that need the mask (`partial`) and to tiles in which every pair is allowed (`full`)."""
   partial: Visits
   full: Visits
 
 
-def clamp_tiles(tiles: Tiles, length: int) -> Tiles:
+def clamp_tiles(tiles: Tiles, length: int, multiple: int = 8) -> Tiles:
   """The tiles cut down to a row of `length` tokens, with one still dividing the other.
 
   Raises:
-    ValueError: a size is not positive, or neither divides the other.
+    ValueError: a size is not positive or no multiple of `multiple`, or neither divides the other.
   """
   small, large = min(tiles), max(tiles)
   if small < 1 or large % small:
     raise ValueError(f'tiles {tuple(tiles)}: sizes must be positive and one must divide the other, as in (128, 256)')
-  small = min(small, _round_up(length, 8))
+  if small % multiple:
+    raise ValueError(f'tiles {tuple(tiles)}: here sizes must be multiples of {multiple}')
+  small = min(small, _round_up(length, multiple))
   large = min(_round_up(large, small), _round_up(length, small))
   return Tiles(small, large) if tiles.query <= tiles.key else Tiles(large, small)
 
@@ -82,30 +109,29 @@ def pad_layout(layout: blocks.BlockLayout, tiles: Tiles) -> blocks.BlockLayout:
 
 
 def token_marks(layout: blocks.BlockLayout):
-  """(query_marks, key_marks), int32 [B, 3, T] each: see the head of this file."""
-  doc, shared = jnp.asarray(layout.doc), jnp.asarray(layout.shared)
-  present = doc != 0
+  """(query_marks, key_marks), int32 [B, MARKS, T] each: see the head of this file."""
+  doc = jnp.asarray(layout.doc)
   number = jnp.cumsum(blocks.block_starts(layout), axis=1, dtype=jnp.int32)
-  mark = lambda value, where, otherwise: jnp.where(where & present, value, otherwise)
-  query = [(number, True), (doc, True), (doc, layout.reader)]
-  key = [(number, True), (doc, shared), (doc, ~layout.hidden)]
-  stack = lambda pairs, otherwise: jnp.stack([mark(*pair, otherwise) for pair in pairs], axis=1).astype(jnp.int32)
-  return stack(query, NO_QUERY), stack(key, NO_KEY)
+  offers = 4 * doc + jnp.where(layout.shared, 2, jnp.where(layout.hidden, 0, 1))
+  takes = 4 * doc + jnp.where(layout.reader, 1, 2)
+  stack = lambda of_block, of_doc, nobody: jnp.stack(
+      [jnp.where(doc != 0, x, nobody) for x in (of_block, of_doc)], axis=1).astype(jnp.int32)
+  return stack(number, takes, NO_QUERY), stack(number, offers, NO_KEY)
 
 
 def pair_mask(query_marks, key_marks, query_start, key_start):
   """The mask of one tile: bool [queries, keys].
 
   Args:
-    query_marks, key_marks: [3, queries] and [3, keys], slices of `token_marks`.
+    query_marks, key_marks: [MARKS, queries, 1] and [MARKS, 1, keys], slices of `token_marks`.
     query_start, key_start: index in the row of the first query and of the first key.
   """
   query_index = query_start + jnp.arange(query_marks.shape[1])
-  key_index = key_start + jnp.arange(key_marks.shape[1])
-  # A reduction, not three comparisons in a row: XLA's CPU backend then computes the mask once, and the softmax that
-  # follows stays vectorised (three times faster).
-  agree = (query_marks[:, :, None] == key_marks[:, None, :]).any(axis=0)
-  return agree & (key_index[None, :] <= query_index[:, None])
+  key_index = key_start + jnp.arange(key_marks.shape[2])
+  # A reduction, not comparisons in a row: XLA's CPU backend then computes the mask once, and the softmax that follows stays
+  # vectorised (three times faster).
+  reached = (key_marks >= query_marks).any(axis=0)
+  return reached & (key_index[None, :] <= query_index[:, None])
 
 
 def tile_masks(layout: blocks.BlockLayout, tiles: Tiles):
@@ -123,11 +149,9 @@ def tile_masks(layout: blocks.BlockLayout, tiles: Tiles):
 
 
 def _touched(query_marks, key_marks, granule):
-  first_query = _least(query_marks, query_marks != NO_QUERY, granule)
-  last_key = _most(key_marks, key_marks != NO_KEY, granule)
-  touched = _pairs(jnp.equal, first_query, last_key).any(axis=1)
+  touched = _pairs(jnp.less_equal, _least(query_marks, granule), _most(key_marks, granule)).any(axis=1)
   # On the diagonal every token that is there sees itself.
-  present = _most(query_marks[:, 0], query_marks[:, 0] != NO_QUERY, granule) != NOTHING
+  present = _most(key_marks[:, 0], granule) != NO_KEY
   index = jnp.arange(present.shape[1])[None]
   on_diagonal = _pairs(jnp.equal, index, index) & present[:, :, None]
   return (touched & _pairs(jnp.greater, index, index)) | on_diagonal
@@ -136,28 +160,26 @@ def _touched(query_marks, key_marks, granule):
 def _full(query_marks, key_marks, granule):
   """Before the diagonal, one document on both sides, and no pair of different blocks of which the key is hidden, or of
   which the key is not shared and the query does not read. The key's block differs if its number is smaller."""
-  number, doc = query_marks[:, 0], query_marks[:, 1]
-  everywhere = jnp.ones(doc.shape, bool)
-  first_doc, last_doc = _least(doc, everywhere, granule), _most(doc, everywhere, granule)
-  whole = (first_doc == last_doc) & (first_doc != NO_QUERY)
-  one_doc = _pairs(jnp.equal, first_doc, last_doc) & _pairs(jnp.logical_and, whole, whole)
-  not_shared = key_marks[:, 1] == NO_KEY
-  hidden = not_shared & (key_marks[:, 2] == NO_KEY)
-  not_reader = query_marks[:, 2] == NO_QUERY
-  unseen = _pairs(jnp.greater, _most(number, everywhere, granule), _least(number, hidden, granule))
-  unread = _pairs(jnp.greater, _most(number, not_reader, granule), _least(number, not_shared, granule))
-  index = jnp.arange(doc.shape[1] // granule)[None]
+  (of_query, takes), (of_key, offers) = query_marks.swapaxes(0, 1), key_marks.swapaxes(0, 1)
+  query_doc, key_doc = takes >> 2, offers >> 2   # of padding more, and less, than all others
+  one_doc = (_pairs(jnp.equal, _most(query_doc, granule), _least(key_doc, granule)) &
+             _pairs(jnp.equal, _least(query_doc, granule), _most(key_doc, granule)))
+  not_reader, not_shared, hidden = takes & 3 == 2, offers & 3 < 2, offers & 3 == 0
+  first = lambda where: _least(jnp.where(where, of_key, NO_QUERY), granule)
+  unseen = _pairs(jnp.greater, _most(of_query, granule), first(hidden))
+  unread = _pairs(jnp.greater, _most(jnp.where(not_reader, of_query, NO_KEY), granule), first(not_shared))
+  index = jnp.arange(takes.shape[1] // granule)[None]
   return _pairs(jnp.greater, index, index) & one_doc & ~unseen & ~unread
 
 
-def _least(x, where, granule):
-  """Minimum per granule of the last axis over the tokens of `where`, or a value above all marks."""
-  return jnp.where(where, x, jnp.iinfo(jnp.int32).max).reshape(*x.shape[:-1], -1, granule).min(axis=-1)
+def _least(x, granule):
+  """Minimum per granule of the last axis."""
+  return x.reshape(*x.shape[:-1], -1, granule).min(axis=-1)
 
 
-def _most(x, where, granule):
-  """Maximum per granule of the last axis over the tokens of `where`, or NOTHING."""
-  return jnp.where(where, x, NOTHING).reshape(*x.shape[:-1], -1, granule).max(axis=-1)
+def _most(x, granule):
+  """Maximum per granule of the last axis."""
+  return x.reshape(*x.shape[:-1], -1, granule).max(axis=-1)
 
 
 def _pairs(relation, query, key):
@@ -176,3 +198,40 @@ def list_visits(touched, full) -> Schedule:
 def _compact(mask):
   index = jnp.argsort(~mask, axis=-1, stable=True).astype(jnp.int32)
   return Visits(index=index, count=mask.sum(axis=-1, dtype=jnp.int32))
+
+
+def most_visits(n: int, m: int) -> int:
+  """Tiles that a causal triangle of n query tiles by m key tiles touches: no row of a batch makes more visits."""
+  return sum(-(-(i + 1) * m // n) for i in range(n))
+
+
+def list_work(touched, full) -> Work:
+  """The work of all rows, from the masks of `tile_masks`.
+
+  Every tile of either side gets at least one visit (if all else fails, on the diagonal, where the mask then allows
+  nothing), so that a kernel writes every tile of its output.
+  """
+  n, m = touched.shape[1:]
+  index = lambda size: jnp.arange(size) * (max(n, m) // size)   # in tiles of the smaller size
+  ends = lambda size: index(size) + max(n, m) // size
+  diagonal = (index(n)[:, None] < ends(m)) & (index(m) < ends(n)[:, None])
+  lonely = ~touched.any(axis=2)[:, :, None] | ~touched.any(axis=1)[:, None, :]
+  visited = touched | (diagonal & lonely)
+  swap = lambda x: x.swapaxes(1, 2)
+  most = most_visits(n, m)
+  return Work(by_query=_flat_list(visited, full, most), by_key=_flat_list(swap(visited), swap(full), most))
+
+
+def _flat_list(visited, full, most):
+  """WorkList of [B, n owners, m] masks, for at most `most` visits per row."""
+  rows, n, m = visited.shape
+  counts = visited.sum(axis=2, dtype=jnp.int32).reshape(-1)
+  ends = jnp.cumsum(counts)
+  step = jnp.arange(rows * most, dtype=jnp.int32)
+  owner = jnp.minimum(jnp.searchsorted(ends, step, side='right').astype(jnp.int32), rows * n - 1)
+  nth = step - (ends - counts)[owner]
+  tile = _compact(visited).index.reshape(rows * n, m)[owner, jnp.minimum(nth, m - 1)]
+  flag = lambda where, value: jnp.where(where, value, 0)
+  flags = (flag(nth == 0, FIRST) | flag(nth == counts[owner] - 1, LAST) |
+           flag(~full.reshape(rows * n, m)[owner, tile], PARTIAL))
+  return WorkList(owner=owner, other=(tile << FLAG_BITS) | flags, count=ends[-1])

@@ -24,7 +24,8 @@ def default(platform: str, length: int, head_dim: int) -> Tiles:
       ),
       # Not measured; sizes that fill a matrix unit.
       'gpu': ((longest, widest, Tiles(256, 256)),),
-      'tpu': ((longest, 128, Tiles(512, 512)), (longest, widest, Tiles(256, 256))),
+      # Compiled, not run: the smallest size at which the schedule of v5e keeps its matrix units busy.
+      'tpu': ((longest, widest, Tiles(512, 512)),),
   }
   return next(tiles for up_to, width, tiles in rows.get(platform, rows['gpu'])
               if length <= up_to and head_dim <= width)

@@ -66,7 +66,7 @@ def _steps(tiles, marks, visits):
   """(row, first query, query marks, visits) of every step: a pytree with a leading axis I."""
   B, _, T = marks[0].shape
   n = T // tiles.query
-  query_marks = marks[0].reshape(B, 3, n, tiles.query).swapaxes(1, 2)
+  query_marks = marks[0].reshape(B, schedule.MARKS, n, tiles.query, 1).swapaxes(1, 2)
   flat = lambda x: x.reshape(B * n, *x.shape[2:])
   step = jnp.arange(B * n)
   return step // n, step % n * tiles.query, flat(query_marks), jax.tree.map(flat, visits)
@@ -79,7 +79,7 @@ def _keys(x_BKSH, row, start, tiles):
 
 
 def _key_marks(marks, row, start, tiles):
-  return lax.dynamic_slice(marks[1], (row, 0, start), (1, 3, tiles.key))[0]
+  return lax.dynamic_slice(marks[1], (row, 0, start), (1, schedule.MARKS, tiles.key))[0, :, None]
 
 
 def _add_keys(x_BKHS, update_KHS, row, start):

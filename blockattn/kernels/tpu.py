@@ -1,0 +1,293 @@
+"""Block attention on TPUs: Pallas Mosaic kernels whose grid is the list of tiles to visit.
+
+The list is computed on the device from the layout (`schedule.list_work`), lies in scalar memory and steers the copies:
+its length is the size of the grid, so tiles that nobody may see cost nothing, not even an empty step, and one compiled
+program serves all layouts. Each kernel has two bodies; tiles in which every pair is allowed take the one without a mask.
+
+Scores are in base 2: queries are multiplied by log2(e) / sqrt(H) beforehand, once. What belongs to a query is kept in HBM
+as a row of lanes, without padding, and spread over columns in VMEM where the kernel needs it so, once per tile.
+
+Axis names in this file beside the project's: in a kernel T are the queries of a tile and S its keys, L the 128 lanes that
+hold copies of one value, M the marks of a token (see schedule.py).
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from blockattn import blocks
+from blockattn.kernels import schedule
+from blockattn.kernels.reference import MASKED
+from blockattn.kernels.tiles import Tiles
+
+_LANES = 128
+_LIST_BYTES = 768 * 1024   # of the 1 MiB of scalar memory, for the two lists of work
+
+
+def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, interpret=False):
+  """Softmax attention over the keys that `blocks.may_attend` allows; T == S.
+
+  Args:
+    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked.
+    layout: BlockLayout of [B, T] arrays.
+    tiles: tile sizes, multiples of 128; cut down to T where they are larger.
+    interpret: run the kernels in Pallas' interpreter, on any platform and with tiles of any multiple of 8.
+
+  Returns:
+    [B, T, N, H] in q's dtype.
+
+  Raises:
+    ValueError: the tiles are no multiples of 128, or so small that the list of work does not fit into scalar memory; or
+      heads are wider than 128 and no multiple of it.
+  """
+  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+  if H > _LANES and H % _LANES:
+    raise ValueError(f'head_dim {H}: on a TPU it must be at most {_LANES} or a multiple of it; use impl="xla"')
+  tiles = schedule.clamp_tiles(tiles, T, multiple=8 if interpret else _LANES)
+  layout = schedule.pad_layout(layout, tiles)
+  q, k, v = (schedule.pad_tokens(x, tiles, axis=1).swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+  touched, full = schedule.tile_masks(layout, tiles)
+  _check_list(touched.shape, tiles)
+  work = schedule.list_work(touched, full)
+  return _attention(tiles, interpret, q, k, v, schedule.token_marks(layout), work).swapaxes(1, 2)[:, :T]
+
+
+def _check_list(shape, tiles):
+  rows, n, m = shape
+  visits, room = rows * schedule.most_visits(n, m), _LIST_BYTES // 8
+  if visits > room:
+    raise ValueError(f'tiles {tuple(tiles)} make up to {visits} visits possible in {rows} rows of {n * tiles.query} tokens; '
+                     f'the scalar memory of a TPU core holds {room}. Use larger tiles or fewer rows per device')
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work):
+  return _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work)[0]
+
+
+def _dot(x, y, contract_x, contract_y):
+  """Of two matrices, in float32; float32 inputs are not rounded to bfloat16."""
+  precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  return lax.dot_general(x, y, (((contract_x,), (contract_y,)), ((), ())), precision=precision,
+                         preferred_element_type=jnp.float32)
+
+
+class _Grid:
+  """The grid of one kernel, and where the tiles of each step lie.
+
+  The axes are heads (of the side that owns the steps), steps, and for keys as owners the query heads that share them.
+  `owner_is_query`: the steps are grouped by query tile, else by key tile.
+  """
+
+  def __init__(self, tiles, q_shape, k_shape, work, owner_is_query):
+    self.tiles, self.owner_is_query = tiles, owner_is_query
+    _, self.N, T, self.H = q_shape
+    self.K = k_shape[1]
+    self.share = self.N // self.K
+    self.per_row = T // (tiles.query if owner_is_query else tiles.key)
+    self.work = work
+    self.grid = (self.N, work.count) if owner_is_query else (self.K, work.count, self.share)
+
+  def _query_head(self, at):
+    return at[0] if self.owner_is_query else at[0] * self.share + at[2]
+
+  def _key_head(self, at):
+    return lax.div(at[0], jnp.int32(self.share)) if self.owner_is_query else at[0]
+
+  def tile_numbers(self, step, owner, other):
+    """(batch row, query tile, key tile) of a step, from the list in scalar memory."""
+    row = lax.div(owner[step], jnp.int32(self.per_row))
+    own, its = lax.rem(owner[step], jnp.int32(self.per_row)), lax.shift_right_logical(other[step], schedule.FLAG_BITS)
+    return (row, own, its) if self.owner_is_query else (row, its, own)
+
+  def _spec(self, shape, place):
+    """place: (row, query tile, key tile, query head, key head) -> block index."""
+    def index(*args):
+      *at, owner, other = args
+      return place(*self.tile_numbers(at[1], owner, other), self._query_head(at), self._key_head(at))
+    return pl.BlockSpec(shape, index)
+
+  def queries(self):
+    return self._spec((None, None, self.tiles.query, self.H), lambda b, i, j, n, k: (b, n, i, 0))
+
+  def keys(self):
+    return self._spec((None, None, self.tiles.key, self.H), lambda b, i, j, n, k: (b, k, j, 0))
+
+  def per_query(self):
+    """Of [B, N, query tiles, 1, query tile]: one float per query and head."""
+    return self._spec((None, None, None, 1, self.tiles.query), lambda b, i, j, n, k: (b, n, i, 0, 0))
+
+  def query_marks(self):
+    return self._spec((None, schedule.MARKS, self.tiles.query), lambda b, i, j, n, k: (b, 0, i))
+
+  def key_marks(self):
+    return self._spec((None, schedule.MARKS, self.tiles.key), lambda b, i, j, n, k: (b, 0, j))
+
+  def call(self, kernel, name, inputs, out_shape, scratch, interpret):
+    """inputs: (block spec, array) each; out_shape: (block spec, shape and dtype) each; scratch: (shape, dtype) each."""
+    spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2, grid=self.grid, in_specs=[spec for spec, _ in inputs],
+        out_specs=[spec for spec, _ in out_shape], scratch_shapes=[pltpu.VMEM(*x) for x in scratch])
+    semantics = ('parallel',) + ('arbitrary',) * (len(self.grid) - 1)   # heads may go to different cores
+    return pl.pallas_call(
+        functools.partial(kernel, self), grid_spec=spec, out_shape=[shape for _, shape in out_shape], name=name,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+        interpret=interpret)(self.work.owner, self.work.other, *(x for _, x in inputs))
+
+
+def _visit(grid, owner, other, columns_MXL, rows_MX, body):
+  """Calls `body(mask)` for this step's tile; `mask` replaces the scores that are not allowed.
+
+  The marks of the owner, whose tokens are the rows of the scores, are given as columns; those of the other side as rows.
+  """
+  step = pl.program_id(1)
+  _, i, j = grid.tile_numbers(step, owner, other)
+  partial = (other[step] & schedule.PARTIAL) != 0
+  offset = j * grid.tiles.key - i * grid.tiles.query
+
+  def mask(scores):
+    down, across = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
+    pairs = [(_wide(columns_MXL[m], scores.shape[1]), rows_MX[m:m + 1]) for m in range(schedule.MARKS)]
+    if grid.owner_is_query:
+      reached, causal = [key >= query for query, key in pairs], across + offset <= down
+    else:
+      reached, causal = [key >= query for key, query in pairs], down + offset <= across
+    return jnp.where(functools.reduce(jnp.logical_or, reached) & causal, scores, MASKED)
+
+  pl.when(partial)(lambda: body(mask))
+  pl.when(jnp.logical_not(partial))(lambda: body(lambda scores: scores))
+
+
+def _columns(rows_nX):
+  """What is a row of lanes becomes a column, in every lane: [n, X] -> [n, X, L], n at most 8."""
+  n, size = rows_nX.shape
+  columns = jnp.concatenate([rows_nX, jnp.zeros((8 - n, size), rows_nX.dtype)]).T
+  return jnp.stack([jnp.broadcast_to(columns[:, c:c + 1], (size, _LANES)) for c in range(n)])
+
+
+def _wide(x_XL, width):
+  """Copies for more lanes, or fewer: [X, L] -> [X, width]."""
+  return x_XL[:, :width] if width <= _LANES else jnp.tile(x_XL, (1, width // _LANES))
+
+
+def _is_first(other):
+  return (other[pl.program_id(1)] & schedule.FIRST) != 0
+
+
+def _is_last(other):
+  return (other[pl.program_id(1)] & schedule.LAST) != 0
+
+
+def _forward_kernel(grid, owner, other, q, k, v, q_marks, k_marks, out, lse, acc_TH, peak_TL, total_TL, marks_MTL):
+  @pl.when(_is_first(other))
+  def _():
+    acc_TH[...] = jnp.zeros_like(acc_TH)
+    peak_TL[...] = jnp.full_like(peak_TL, MASKED)
+    total_TL[...] = jnp.zeros_like(total_TL)
+    marks_MTL[...] = _columns(q_marks[...])
+
+  def body(mask):
+    scores_TS = mask(_dot(q[...], k[...], 1, 1))
+    peak = jnp.maximum(peak_TL[...], scores_TS.max(axis=1, keepdims=True))
+    # A query that has seen nothing so far has peak MASKED and weights of 1; its first real key makes `decay` zero.
+    decay = jnp.exp2(peak_TL[...] - peak)
+    weights_TS = jnp.exp2(scores_TS - _wide(peak, grid.tiles.key))
+    total_TL[...] = total_TL[...] * decay + weights_TS.sum(axis=1, keepdims=True)
+    peak_TL[...] = peak
+    acc_TH[...] = acc_TH[...] * _wide(decay, grid.H) + _dot(weights_TS.astype(v.dtype), v[...], 1, 0)
+
+  _visit(grid, owner, other, marks_MTL, k_marks, body)
+
+  @pl.when(_is_last(other))
+  def _():
+    seen = peak_TL[...] > MASKED / 2
+    total = jnp.where(seen, total_TL[...], 1)
+    out[...] = jnp.where(_wide(seen, grid.H), acc_TH[...] / _wide(total, grid.H), 0).astype(out.dtype)
+    lse[...] = jnp.where(seen, peak_TL[...] + jnp.log2(total), 0).T[:1]
+
+
+def _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work):
+  B, N, T, H = q_BNTH.shape
+  q_BNTH = (q_BNTH.astype(jnp.float32) * (math.log2(math.e) * H ** -0.5)).astype(q_BNTH.dtype)
+  grid = _Grid(tiles, q_BNTH.shape, k_BKSH.shape, work.by_query, owner_is_query=True)
+  inputs = [(grid.queries(), q_BNTH), (grid.keys(), k_BKSH), (grid.keys(), v_BKSH),
+            (grid.query_marks(), marks[0]), (grid.key_marks(), marks[1])]
+  outputs = [(grid.queries(), jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype)),
+             (grid.per_query(), jax.ShapeDtypeStruct((B, N, T // tiles.query, 1, tiles.query), jnp.float32))]
+  per_query = ((tiles.query, _LANES), jnp.float32)
+  scratch = [((tiles.query, H), jnp.float32), per_query, per_query, ((schedule.MARKS, tiles.query, _LANES), jnp.int32)]
+  out, lse = grid.call(_forward_kernel, 'block_attention_forward', inputs, outputs, scratch, interpret)
+  return out, (q_BNTH, k_BKSH, v_BKSH, marks, work, out, lse)
+
+
+def _dq_kernel(grid, owner, other, q, k, v, grad, lse, mean, q_marks, k_marks, dq, acc_TH, lse_TL, mean_TL, marks_MTL):
+  @pl.when(_is_first(other))
+  def _():
+    acc_TH[...] = jnp.zeros_like(acc_TH)
+    lse_TL[...] = _columns(lse[...])[0]
+    mean_TL[...] = _columns(mean[...])[0]
+    marks_MTL[...] = _columns(q_marks[...])
+
+  def body(mask):
+    weights_TS = jnp.exp2(mask(_dot(q[...], k[...], 1, 1)) - _wide(lse_TL[...], grid.tiles.key))
+    slopes_TS = weights_TS * (_dot(grad[...], v[...], 1, 1) - _wide(mean_TL[...], grid.tiles.key))
+    acc_TH[...] += _dot(slopes_TS.astype(k.dtype), k[...], 1, 0)
+
+  _visit(grid, owner, other, marks_MTL, k_marks, body)
+
+  @pl.when(_is_last(other))
+  def _():
+    dq[...] = (acc_TH[...] * grid.H ** -0.5).astype(dq.dtype)
+
+
+def _dkv_kernel(grid, owner, other, q, k, v, grad, lse, mean, q_marks, k_marks, dk, dv, dk_acc_SH, dv_acc_SH, marks_MSL):
+  """Scores are keys by queries here, so that both sums over queries are plain matmuls."""
+  @pl.when(_is_first(other) & (pl.program_id(2) == 0))
+  def _():
+    dk_acc_SH[...] = jnp.zeros_like(dk_acc_SH)
+    dv_acc_SH[...] = jnp.zeros_like(dv_acc_SH)
+    marks_MSL[...] = _columns(k_marks[...])
+
+  def body(mask):
+    weights_ST = jnp.exp2(mask(_dot(k[...], q[...], 1, 1)) - lse[...])
+    dv_acc_SH[...] += _dot(weights_ST.astype(grad.dtype), grad[...], 1, 0)
+    slopes_ST = weights_ST * (_dot(v[...], grad[...], 1, 1) - mean[...])
+    dk_acc_SH[...] += _dot(slopes_ST.astype(q.dtype), q[...], 1, 0)
+
+  _visit(grid, owner, other, marks_MSL, q_marks, body)
+
+  @pl.when(_is_last(other) & (pl.program_id(2) == grid.share - 1))
+  def _():
+    dk[...] = (dk_acc_SH[...] * math.log(2)).astype(dk.dtype)   # q holds log2(e) / sqrt(H) already
+    dv[...] = dv_acc_SH[...].astype(dv.dtype)
+
+
+def _backward(tiles, interpret, saved, grad_BNTH):
+  q_BNTH, k_BKSH, v_BKSH, marks, work, out_BNTH, lse = saved
+  H = q_BNTH.shape[3]
+  # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts
+  mean = jnp.sum(out_BNTH.astype(jnp.float32) * grad_BNTH.astype(jnp.float32), axis=-1).reshape(lse.shape)
+  like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+  def inputs(grid):
+    return [(grid.queries(), q_BNTH), (grid.keys(), k_BKSH), (grid.keys(), v_BKSH), (grid.queries(), grad_BNTH),
+            (grid.per_query(), lse), (grid.per_query(), mean), (grid.query_marks(), marks[0]), (grid.key_marks(), marks[1])]
+
+  grid = _Grid(tiles, q_BNTH.shape, k_BKSH.shape, work.by_query, owner_is_query=True)
+  per_query = ((tiles.query, _LANES), jnp.float32)
+  scratch = [((tiles.query, H), jnp.float32), per_query, per_query, ((schedule.MARKS, tiles.query, _LANES), jnp.int32)]
+  dq, = grid.call(_dq_kernel, 'block_attention_dq', inputs(grid), [(grid.queries(), like(q_BNTH))], scratch, interpret)
+
+  grid = _Grid(tiles, q_BNTH.shape, k_BKSH.shape, work.by_key, owner_is_query=False)
+  scratch = [((tiles.key, H), jnp.float32)] * 2 + [((schedule.MARKS, tiles.key, _LANES), jnp.int32)]
+  outputs = [(grid.keys(), like(k_BKSH)), (grid.keys(), like(v_BKSH))]
+  dk, dv = grid.call(_dkv_kernel, 'block_attention_dkv', inputs(grid), outputs, scratch, interpret)
+  return dq, dk, dv, None, None
+
+
+_attention.defvjp(_forward, _backward)
