@@ -1,6 +1,7 @@
 """One suite for every implementation of block attention: the float32 reference says what is right."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import layout_cases
 import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from blockattn import blocks
-from blockattn.kernels import api, tpu
+from blockattn.kernels import api, gpu, tpu
 from blockattn.kernels.tiles import Tiles
 
 B, T, N, K, H = 2, 44, 4, 2, 16   # T is not a multiple of any tile
@@ -26,7 +28,8 @@ CASES = {   # (impl, tiles, dtype)
 }
 several = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 every_case = pytest.mark.parametrize('case', CASES)
-every_impl = pytest.mark.parametrize('impl', api.IMPLS)
+# The GPU's interpreter is too slow for this suite; see test_gpu_kernels_in_the_interpreter.
+every_impl = pytest.mark.parametrize('impl', [impl for impl in api.IMPLS if impl != 'gpu'])
 
 
 def attention(impl, tiles):
@@ -190,6 +193,48 @@ def test_mesh_axes_that_do_not_divide_are_refused():
     api.block_attention_on_mesh(*arrays()[:3], layout, three, head_axes=('tensor',))
 
 
+gpu_layouts = {
+    'one document': lambda length: blocks.from_lengths([[[40, 1, 70, length - 121]]], length, shared_first=True),
+    'several documents': lambda length: blocks.from_lengths([[[30, 50], [64], [length - 200, 20, 30]]], length),
+    'every kind of block': lambda length: layout_cases.build(
+        [(2, [([(60, kind) for kind in ('context', 'isolated', 'hidden', 'holes')] + [(20, 'context')], True)])], length),
+}
+
+
+@pytest.mark.skipif(not hasattr(plgpu, 'InterpretGPUParams'), reason='this jax has no public interpreter for GPU kernels')
+@pytest.mark.parametrize('name', gpu_layouts)
+def test_gpu_kernels_in_the_interpreter(name):
+  """Lists, copies, barriers and arithmetic; matrix products are plain ones there."""
+  length, heads, shared, width = 250, 2, 1, 64
+  random = np.random.default_rng(1)
+  q, k, v, grad = (random.normal(size=(1, length, n, width)).astype('bfloat16') for n in (heads, shared, shared, heads))
+  layout = gpu_layouts[name](length)
+
+  def run(attend, dtype):
+    out, pull = jax.vjp(attend, *(jnp.asarray(x, dtype) for x in (q, k, v)))
+    return [np.asarray(x, np.float32) for x in (out, *pull(jnp.asarray(grad, dtype)))]
+
+  # Tile sizes that differ between the passes, and more visits than there are buffers.
+  kernels = jax.jit(lambda *x: gpu.attention(*x, layout, Tiles(128, 64), interpret=plgpu.InterpretGPUParams()))
+  expected = run(lambda *x: api.block_attention(*x, layout, impl='reference'), jnp.float32)
+  for part, result, wanted in zip(('output', 'dq', 'dk', 'dv'), run(kernels, jnp.bfloat16), expected):
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('bfloat16', wanted), err_msg=part)
+
+
+@pytest.mark.parametrize('attend, platform, target', [
+    (lambda *x: tpu.attention(*x, Tiles(128, 256)), 'tpu', 'tpu_custom_call'),
+    (lambda *x: gpu.attention(*x, Tiles(128, 128)), 'cuda', 'mosaic_gpu')], ids=['tpu', 'gpu'])
+def test_kernels_lower_for_their_platform(attend, platform, target):
+  """Forward, dq and dkv as kernels, from a machine without the device."""
+  shapes = [jax.ShapeDtypeStruct((2, 300, heads, 128), jnp.bfloat16) for heads in (N, K, K)]
+  layout = blocks.from_lengths([[], []], 300)
+  both = lambda q, k, v, layout: jax.vjp(lambda *x: attend(*x, layout), q, k, v)[1](q)
+  checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ('mosaic_gpu_v2', 'tpu_custom_call')]
+  exported = jax.export.export(jax.jit(both), platforms=[platform], disabled_checks=checks)(*shapes, layout)
+  calls = exported.mlir_module().count(f'@{target}') + exported.mlir_module().count(f'call_target_name = "{target}')
+  assert calls == 3
+
+
 @pytest.mark.parametrize('platform, fastest', [('cpu', 'xla'), ('gpu', 'xla'), ('tpu', 'tpu')])
 def test_resolve(platform, fastest):
   assert api.resolve('auto', platform) == fastest
@@ -201,6 +246,24 @@ def test_resolve(platform, fastest):
 def test_kernels_are_refused_elsewhere():
   with pytest.raises(ValueError, match='\'tpu\' does not run on gpu; use impl="auto" or impl="xla"'):
     api.resolve('tpu', 'gpu')
+
+
+@pytest.mark.parametrize('dtype, head_dim, tiles, says', [
+    ('float32', 64, (128, 128), 'float32 with head_dim 64: .* use impl="xla"'),
+    ('bfloat16', 96, (128, 128), 'bfloat16 with head_dim 96: .* use impl="xla"'),
+    ('bfloat16', 64, (64, 128), '128 queries by a multiple of 64 keys')])
+def test_what_a_gpu_cannot_do_is_said(dtype, head_dim, tiles, says):
+  layout = blocks.from_lengths([[], []], 256)
+  shapes = [jax.ShapeDtypeStruct((B, 256, heads, head_dim), jnp.dtype(dtype)) for heads in (N, K, K)]
+  with pytest.raises(ValueError, match=says):
+    jax.eval_shape(lambda *x: gpu.attention(*x, layout, Tiles(*tiles)), *shapes)
+
+
+@pytest.mark.parametrize('capability', ['8.0', '10.0'])
+def test_other_gpus_are_refused(capability):
+  with pytest.raises(ValueError, match=f'NVIDIA X has compute capability {capability}.*use impl="xla"'):
+    gpu._check_device(types.SimpleNamespace(device_kind='NVIDIA X', compute_capability=capability))
+  gpu._check_device(types.SimpleNamespace(device_kind='NVIDIA H200', compute_capability='9.0'))
 
 
 @pytest.mark.parametrize('length, head_dim, tiles, says', [

@@ -21,6 +21,8 @@ dense_mask = jax.jit(blocks.may_attend)
 tile_masks = jax.jit(schedule.tile_masks, static_argnums=1)
 list_visits = jax.jit(schedule.list_visits)
 list_work = jax.jit(schedule.list_work)
+list_tiles = jax.jit(schedule.list_tiles)
+visited_masks = jax.jit(schedule.visited_masks)
 
 
 @jax.jit
@@ -110,6 +112,21 @@ def test_work_lists_hold_each_tile_once_and_every_owner(tiles, layout):
     np.testing.assert_array_equal(other & schedule.LAST != 0, np.concatenate([changes, [True]]))
 
 
+@several
+@given(layout=layout_cases.layouts(ROWS, LENGTH))
+def test_tile_lists_say_what_the_masks_say(layout):
+  visited, full = map(np.asarray, visited_masks(*tile_masks(layout, TILES[1])))
+  assert visited.any(axis=1).all() and visited.any(axis=2).all()
+  for axes in ((0, 1, 2), (0, 2, 1)):
+    visit, whole = (x.transpose(axes).reshape(-1, x.transpose(axes).shape[2]) for x in (visited, full))
+    lists = list_tiles(visited.transpose(axes), full.transpose(axes))
+    np.testing.assert_array_equal(lists.total, visit.sum(axis=1))
+    assert (np.diff(lists.total[lists.order]) <= 0).all() and sorted(lists.order.tolist()) == list(range(len(visit)))
+    for owner, (partial, total) in enumerate(zip(lists.partial.tolist(), lists.total.tolist())):
+      np.testing.assert_array_equal(lists.index[owner, :partial], np.flatnonzero(visit[owner] & ~whole[owner]))
+      np.testing.assert_array_equal(lists.index[owner, partial:total], np.flatnonzero(whole[owner]))
+
+
 def test_boundaries_are_traced():
   count = functools.partial(jax.jit(lambda layout: schedule.tile_masks(layout, TILES[0])[0].sum()))
   one, many = count(packed([[64]], [[64]])), count(packed([[8] * 8], [[8] * 8]))
@@ -155,9 +172,10 @@ def test_padding_makes_whole_tiles_that_nobody_visits():
   assert touched.tolist() == [[[True], [True]]] and not full.any()
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu', 'metal'])
+@pytest.mark.parametrize('impl, platform', [('xla', 'cpu'), ('xla', 'gpu'), ('xla', 'tpu'), ('xla', 'metal'), ('tpu', 'tpu'),
+                                            ('gpu', 'gpu')])
 @pytest.mark.parametrize('length', [256, 32768])
 @pytest.mark.parametrize('head_dim', [32, 128, 256])
-def test_default_tiles_nest(platform, length, head_dim):
-  tiles = default(platform, length, head_dim)
+def test_default_tiles_nest(impl, platform, length, head_dim):
+  tiles = default(impl, platform, length, head_dim)
   assert schedule.clamp_tiles(tiles, 10 ** 6) == tiles

@@ -4,10 +4,11 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from blockattn import blocks
-from blockattn.kernels import reference, tiles as tile_sizes, tpu, xla
+from blockattn.kernels import gpu, reference, tiles as tile_sizes, tpu, xla
 
-IMPLS = ('reference', 'xla', 'tpu')
-_HOME = {'tpu': 'tpu'}   # implementations that run on one platform only
+IMPLS = ('reference', 'xla', 'tpu', 'gpu')
+_HOME = {'tpu': 'tpu', 'gpu': 'gpu'}   # implementations that run on one platform only
+_FASTEST = {'tpu': 'tpu'}              # what 'auto' means; 'gpu' is left out until it has been run on a GPU
 
 
 def resolve(impl: str, platform: str) -> str:
@@ -17,7 +18,7 @@ def resolve(impl: str, platform: str) -> str:
     ValueError: `impl` is neither 'auto' nor the name of an implementation, or it does not run on the platform.
   """
   if impl == 'auto':
-    return next((name for name, home in _HOME.items() if home == platform), 'xla')
+    return _FASTEST.get(platform, 'xla')
   if impl not in IMPLS:
     raise ValueError(f'attention impl {impl!r} does not exist; use one of {", ".join(("auto",) + IMPLS)}')
   if _HOME.get(impl, platform) != platform:
@@ -33,7 +34,7 @@ def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl:
     q_BTNH: queries, T == S. Query head n reads key/value head n // (N / K). The scale H ** -0.5 is applied inside.
     k_BSKH, v_BSKH: keys and values, in the queries' dtype.
     layout: BlockLayout of [B, T] arrays, traced or not: new boundaries never recompile.
-    impl: 'reference' (dense, quadratic in memory), 'xla' (everywhere), 'tpu', or 'auto': the fastest of the platform.
+    impl: 'reference' (dense, quadratic in memory), 'xla' (everywhere), 'tpu', 'gpu' (Hopper), or 'auto', see `resolve`.
     tiles: (query_tile, key_tile) in tokens, by default `tiles.default`; one must divide the other.
 
   Returns:
@@ -48,8 +49,8 @@ def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl:
   if impl == 'reference':
     return reference.attention(q_BTNH, k_BSKH, v_BSKH, layout)
   if tiles is None:
-    tiles = tile_sizes.default(platform, length=q_BTNH.shape[1], head_dim=q_BTNH.shape[3])
-  attention = {'xla': xla.attention, 'tpu': tpu.attention}[impl]
+    tiles = tile_sizes.default(impl, platform, length=q_BTNH.shape[1], head_dim=q_BTNH.shape[3])
+  attention = {'xla': xla.attention, 'tpu': tpu.attention, 'gpu': gpu.attention}[impl]
   return attention(q_BTNH, k_BSKH, v_BSKH, layout, tile_sizes.Tiles(*tiles))
 
 

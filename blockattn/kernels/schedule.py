@@ -58,6 +58,22 @@ class WorkList:
   count: jax.Array
 
 
+@flax.struct.dataclass
+class TileLists:
+  """For every tile of one side, the owners of all batch rows, the tiles of the other side that it visits.
+
+  Attributes:
+    index: int32 [owners, m], first the tiles that need the mask, then those that do not; the rest is not to be read.
+    partial: int32 [owners], how many need the mask.
+    total: int32 [owners], how many there are.
+    order: int32 [owners], the owners, those with most visits first.
+  """
+  index: jax.Array
+  partial: jax.Array
+  total: jax.Array
+  order: jax.Array
+
+
 FLAG_BITS = 3
 FIRST, LAST, PARTIAL = 1, 2, 4   # PARTIAL: the tile needs the mask
 
@@ -205,21 +221,37 @@ def most_visits(n: int, m: int) -> int:
   return sum(-(-(i + 1) * m // n) for i in range(n))
 
 
-def list_work(touched, full) -> Work:
-  """The work of all rows, from the masks of `tile_masks`.
+def visited_masks(touched, full):
+  """(visited, full): the masks of `tile_masks`, with at least one visit for every tile of either side.
 
-  Every tile of either side gets at least one visit (if all else fails, on the diagonal, where the mask then allows
-  nothing), so that a kernel writes every tile of its output.
+  A kernel that writes a tile of its output at the tile's visits then writes all of it. What is added lies on the diagonal,
+  where the mask then allows nothing.
   """
   n, m = touched.shape[1:]
   index = lambda size: jnp.arange(size) * (max(n, m) // size)   # in tiles of the smaller size
   ends = lambda size: index(size) + max(n, m) // size
   diagonal = (index(n)[:, None] < ends(m)) & (index(m) < ends(n)[:, None])
   lonely = ~touched.any(axis=2)[:, :, None] | ~touched.any(axis=1)[:, None, :]
-  visited = touched | (diagonal & lonely)
+  return touched | (diagonal & lonely), full
+
+
+def list_work(touched, full) -> Work:
+  """The work of all rows, from the masks of `tile_masks`."""
+  visited, full = visited_masks(touched, full)
   swap = lambda x: x.swapaxes(1, 2)
-  most = most_visits(n, m)
+  most = most_visits(*touched.shape[1:])
   return Work(by_query=_flat_list(visited, full, most), by_key=_flat_list(swap(visited), swap(full), most))
+
+
+def list_tiles(visited, full) -> TileLists:
+  """One list per tile of the masks' second axis, from the masks of `visited_masks`; swap their axes for the other side."""
+  flat = lambda x: x.reshape(-1, x.shape[2])
+  visited, full = flat(visited), flat(full)
+  total = visited.sum(axis=1, dtype=jnp.int32)
+  rank = jnp.where(visited, full.astype(jnp.int32), 2)
+  return TileLists(index=jnp.argsort(rank, axis=1, stable=True).astype(jnp.int32),
+                   partial=total - full.sum(axis=1, dtype=jnp.int32), total=total,
+                   order=jnp.argsort(-total, stable=True).astype(jnp.int32))
 
 
 def _flat_list(visited, full, most):

@@ -1,4 +1,4 @@
-"""Tile sizes by platform, row length and head width. Each row says where it was measured."""
+"""Tile sizes by implementation, platform, row length and head width. Each row says where it was measured."""
 
 from typing import NamedTuple
 
@@ -9,23 +9,26 @@ class Tiles(NamedTuple):
   key: int
 
 
-def default(platform: str, length: int, head_dim: int) -> Tiles:
-  """The tiles for rows of `length` tokens: the platform's first row that is not too small for them.
+def default(impl: str, platform: str, length: int, head_dim: int) -> Tiles:
+  """The tiles for rows of `length` tokens: the first row of the table that is not too small for them.
 
-  `platform` is JAX's: 'cpu', 'gpu', 'tpu'; an unknown one is treated as a GPU.
+  `impl` is one of kernels.api, `platform` JAX's: 'cpu', 'gpu', 'tpu'; an unknown one is treated as a GPU.
   """
   longest = widest = 10 ** 9
   rows = {   # (length up to, head_dim up to, tiles)
-      'cpu': (
+      ('xla', 'cpu'): (
           # One core of an AMD EPYC (AVX-512), jax 0.10.2, float32, forward + backward: at T=256 (16 rows of documents
           # of about 80 tokens) 64 is 20% faster than 128; at T=1k-8k 128 is 8-30% faster than 64 and 256.
           (512, widest, Tiles(64, 64)),
           (longest, widest, Tiles(128, 128)),
       ),
       # Not measured; sizes that fill a matrix unit.
-      'gpu': ((longest, widest, Tiles(256, 256)),),
-      # Compiled, not run: the smallest size at which the schedule of v5e keeps its matrix units busy.
-      'tpu': ((longest, widest, Tiles(512, 512)),),
+      ('xla', 'gpu'): ((longest, widest, Tiles(256, 256)),),
+      ('xla', 'tpu'): ((longest, 128, Tiles(512, 512)), (longest, widest, Tiles(256, 256))),
+      # Compiled, not run: a size at which the static schedule keeps the matrix units of v5e busy.
+      ('tpu', 'tpu'): ((longest, widest, Tiles(512, 512)),),
+      # Compiled for sm_90a, not run: the largest without spills in the forward kernel.
+      ('gpu', 'gpu'): ((longest, widest, Tiles(128, 128)),),
   }
-  return next(tiles for up_to, width, tiles in rows.get(platform, rows['gpu'])
+  return next(tiles for up_to, width, tiles in rows.get((impl, platform), rows['xla', 'gpu'])
               if length <= up_to and head_dim <= width)
