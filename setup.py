@@ -37,6 +37,14 @@ setuptools.setup(
     extras_require={
         'tpu': [f'jax[tpu]{JAX}'],
         'gpu': [f'jax[cuda13]{JAX}'],
+        # Compilers for TPU and GPU kernels on a machine without either; the plugin has to be of jax's own version.
+        'kernels-ci': [
+            f'jax[tpu]{JAX}',
+            'jax-cuda13-plugin==0.10.2; python_version < "3.12"',
+            'jax-cuda13-plugin==0.11.2; python_version >= "3.12"',
+            'jax==0.11.2; python_version >= "3.12"',
+            'nvidia-cuda-nvcc>=13,<14', 'nvidia-nvvm>=13,<14', 'nvidia-cuda-runtime>=13,<14', 'nvidia-nvjitlink>=13,<14',
+        ],
         'log': ['wandb'],
         'test': TEST,
         'dev': TEST + ['ruff>=0.9'],

@@ -145,22 +145,21 @@ def _visit(grid, owner, other, columns_MXL, rows_MX, body):
 
   The marks of the owner, whose tokens are the rows of the scores, are given as columns; those of the other side as rows.
   """
-  step = pl.program_id(1)
-  _, i, j = grid.tile_numbers(step, owner, other)
-  partial = (other[step] & schedule.PARTIAL) != 0
-  offset = j * grid.tiles.key - i * grid.tiles.query
-
-  def mask(scores):
-    down, across = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
-    pairs = [(_wide(columns_MXL[m], scores.shape[1]), rows_MX[m:m + 1]) for m in range(schedule.MARKS)]
-    if grid.owner_is_query:
-      reached, causal = [key >= query for query, key in pairs], across + offset <= down
-    else:
-      reached, causal = [key >= query for key, query in pairs], down + offset <= across
-    return jnp.where(functools.reduce(jnp.logical_or, reached) & causal, scores, MASKED)
-
-  pl.when(partial)(lambda: body(mask))
+  partial = (other[pl.program_id(1)] & schedule.PARTIAL) != 0
+  pl.when(partial)(lambda: body(functools.partial(_mask, grid, owner, other, columns_MXL, rows_MX)))
   pl.when(jnp.logical_not(partial))(lambda: body(lambda scores: scores))
+
+
+def _mask(grid, owner, other, columns_MXL, rows_MX, scores):
+  _, i, j = grid.tile_numbers(pl.program_id(1), owner, other)
+  offset = j * grid.tiles.key - i * grid.tiles.query
+  down, across = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
+  pairs = [(_wide(columns_MXL[m], scores.shape[1]), rows_MX[m:m + 1]) for m in range(schedule.MARKS)]
+  if grid.owner_is_query:
+    reached, causal = [key >= query for query, key in pairs], across + offset <= down
+  else:
+    reached, causal = [key >= query for key, query in pairs], down + offset <= across
+  return jnp.where(functools.reduce(jnp.logical_or, reached) & causal, scores, MASKED)
 
 
 def _columns(rows_nX):
@@ -201,7 +200,7 @@ def _forward_kernel(grid, owner, other, q, k, v, q_marks, k_marks, out, lse, acc
     peak_TL[...] = peak
     acc_TH[...] = acc_TH[...] * _wide(decay, grid.H) + _dot(weights_TS.astype(v.dtype), v[...], 1, 0)
 
-  _visit(grid, owner, other, marks_MTL, k_marks, body)
+  _visit(grid, owner, other, marks_MTL, k_marks, body=body)
 
   @pl.when(_is_last(other))
   def _():
@@ -238,7 +237,7 @@ def _dq_kernel(grid, owner, other, q, k, v, grad, lse, mean, q_marks, k_marks, d
     slopes_TS = weights_TS * (_dot(grad[...], v[...], 1, 1) - _wide(mean_TL[...], grid.tiles.key))
     acc_TH[...] += _dot(slopes_TS.astype(k.dtype), k[...], 1, 0)
 
-  _visit(grid, owner, other, marks_MTL, k_marks, body)
+  _visit(grid, owner, other, marks_MTL, k_marks, body=body)
 
   @pl.when(_is_last(other))
   def _():
@@ -259,7 +258,7 @@ def _dkv_kernel(grid, owner, other, q, k, v, grad, lse, mean, q_marks, k_marks, 
     slopes_ST = weights_ST * (_dot(v[...], grad[...], 1, 1) - mean[...])
     dk_acc_SH[...] += _dot(slopes_ST.astype(q.dtype), q[...], 1, 0)
 
-  _visit(grid, owner, other, marks_MSL, q_marks, body)
+  _visit(grid, owner, other, marks_MSL, q_marks, body=body)
 
   @pl.when(_is_last(other) & (pl.program_id(2) == grid.share - 1))
   def _():

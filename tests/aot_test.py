@@ -1,0 +1,50 @@
+"""The kernels compiled for TPUs and GPUs on a machine without either: what fits, what spills, how full the schedule is.
+
+Needs the compilers (extra `kernels-ci`, which .ci/run installs); skipped without.
+"""
+
+import pytest
+
+from tools import aot
+
+pytestmark = pytest.mark.aot
+LONG = 65536   # tokens; heads and widths below are those of Qwen3-4B and Llama-3.1-8B (32 and 8 of 128), and others
+
+
+@pytest.fixture(autouse=True)
+def compilers(request):
+  target = request.node.callspec.params['target']
+  if (missing := aot.missing_compiler(target)) is not None:
+    pytest.skip(missing)
+
+
+@pytest.mark.parametrize('dtype, width', [('bfloat16', 128), ('float32', 64), ('bfloat16', 256)])
+@pytest.mark.parametrize('target', aot.TPUS)
+def test_long_rows_compile_for_tpus_in_linear_memory(target, dtype, width):
+  """Forward and backward within the core's scalar and vector memory, which the compiler checks."""
+  result = aot.compile_once(target, ['--shape', f'32,8,{width}', '--length', str(LONG), '--dtype', dtype])
+  queries = LONG * 32 * width * (2 if dtype == 'bfloat16' else 4)
+  # Scaled queries, and what changes its layout between [B, T, N, H] and [B, N, T, H]: q, k, v, out and their gradients.
+  assert result['temporary_bytes'] < 8 * queries
+  assert result['temporary_bytes'] < LONG * LONG   # not a byte per pair of tokens
+
+
+@pytest.mark.parametrize('target, least', [('v5e', {'forward': 1.05, 'dq': 1.03, 'dkv': 0.98}),
+                                           ('v6e', {'forward': 1.05, 'dq': 1.05, 'dkv': 1.05})])
+def test_schedules_are_shorter_than_those_of_splash_attention(target, least):
+  """A tile without mask against a tile of JAX's own kernel, in bundles. v5e's backward kernels are bound by its matrix
+  units: nearly every slot is taken, so that there is nothing to win."""
+  kernels = aot.compile_for(target, ['--shape', '8,2,128'], ('full', 'peer'))['kernels']
+  for kernel, ratio in least.items():
+    full, peer = kernels[kernel]['full'], kernels[kernel]['peer']
+    assert peer['bundles'] >= ratio * full['bundles'], kernel
+    assert ratio >= 1.05 or full['mxu'] >= 0.97, kernel
+
+
+@pytest.mark.parametrize('target', aot.GPUS)
+@pytest.mark.parametrize('width', [64, 128])
+def test_gpu_kernels_do_not_spill(target, width):
+  kernels = aot.compile_once(target, ['--shape', f'32,8,{width}', '--length', str(LONG)])['kernels']
+  allowed = {'forward': 0, 'dq': 0, 'dkv': 8 if width == 128 else 0}   # bytes, once per visit to a tile with a mask
+  assert {name: figures['spills'] <= allowed[name] for name, figures in kernels.items()} == dict.fromkeys(allowed, True)
+  assert not any(figures['serialised'] for figures in kernels.values())
