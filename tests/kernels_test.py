@@ -39,6 +39,13 @@ def attention(impl, tiles):
   return functools.partial(api.block_attention, impl=impl, tiles=tiles if jax.default_backend() == 'cpu' else None)
 
 
+@functools.cache
+def with_lse(impl):
+  if impl == 'tpu':
+    return jax.jit(functools.partial(tpu.attention_and_lse, tiles=Tiles(8, 8), interpret=True))
+  return jax.jit(functools.partial(api.block_attention_and_lse, impl=impl, tiles=(8, 8)))
+
+
 def tolerance(dtype, expected):
   """Largest allowed difference from the float32 reference, which starts from the same inputs.
 
@@ -108,6 +115,21 @@ def test_gradients_flow_exactly_where_the_mask_allows(impl, layout, t):
   assert not dq[np.arange(T)[None].repeat(B, 0) != t].any()
   assert not dk[~sees].any()
   np.testing.assert_array_equal(dv != 0, sees)
+
+
+@every_impl
+@several
+@given(layout=layout_cases.layouts(B, T))
+def test_the_logsumexp_of_the_scores(impl, layout):
+  q, k, v, _ = arrays()
+  out, lse = with_lse(impl)(q, k, v, layout)
+  lse = np.where((np.asarray(layout.doc) != 0)[..., None], lse, -np.inf)   # the interpreted kernels leave that to the api
+  run = compiled(impl, None if impl == 'reference' else (8, 8), 'float32')
+  np.testing.assert_array_equal(out, run(layout, *arrays())[0])
+  scores = np.einsum('btngh,bsnh->btngs', q.reshape(B, T, K, N // K, H), k) * H ** -0.5
+  weights = np.where(layout_cases.naive_mask(layout)[:, :, None, None], np.exp(scores), 0)
+  with np.errstate(divide='ignore'):
+    np.testing.assert_allclose(lse, np.log(weights.sum(axis=-1)).reshape(B, T, N), rtol=0, atol=1e-5)
 
 
 @every_impl
@@ -183,6 +205,39 @@ def test_on_a_mesh_each_device_computes_its_part():
   assert not any(word in program for word in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute'))
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
+@several
+@given(layout=layout_cases.layouts(B, 64))
+def test_a_divided_sequence_gives_the_same(layout):
+  """Rows over two, tokens over four devices; outputs and gradients."""
+  inputs = arrays(length=64)
+  for result, wanted in zip(divided()(layout, *inputs), compiled('reference', None, 'float32')(layout, *inputs)):
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('float32', wanted))
+
+
+@functools.cache
+def divided():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ('data', 'context', 'more'))
+
+  @jax.jit
+  def run(layout, *arrays):
+    attend = lambda q, k, v: api.block_attention_on_mesh(q, k, v, layout, mesh, batch_axes=('data',), impl='xla',
+                                                         context_axes=('context', 'more'), tiles=(8, 16))
+    out, pull = jax.vjp(attend, *arrays[:3])
+    return out, *pull(arrays[3])
+  return run
+
+
+def test_what_cannot_be_divided_over_the_sequence_is_refused():
+  mesh = jax.sharding.AbstractMesh((4,), ('context',))
+  layout = blocks.from_lengths([[], []], T)
+  with pytest.raises(ValueError, match='11 of 44 tokens: a part of a row must be a multiple of the query tile 8'):
+    jax.eval_shape(lambda *x: api.block_attention_on_mesh(*x, layout, mesh, context_axes=('context',), impl='xla',
+                                                          tiles=(8, 8)), *arrays()[:3])
+  with pytest.raises(ValueError, match='cannot divide the sequence'):
+    api.block_attention_on_mesh(*arrays()[:3], layout, mesh, context_axes=('context',), impl='reference')
+
+
 def test_mesh_axes_that_do_not_divide_are_refused():
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
   three = jax.sharding.AbstractMesh((3,), ('tensor',))
@@ -219,6 +274,29 @@ def test_gpu_kernels_in_the_interpreter(name):
   expected = run(lambda *x: api.block_attention(*x, layout, impl='reference'), jnp.float32)
   for part, result, wanted in zip(('output', 'dq', 'dk', 'dv'), run(kernels, jnp.bfloat16), expected):
     np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('bfloat16', wanted), err_msg=part)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize('width', [64, 128])
+@pytest.mark.parametrize('name', gpu_layouts)
+def test_kernels_on_their_device(name, width):
+  """The accelerator's own kernels against the float32 reference, twice, bit for bit the same."""
+  impl, length, heads, shared = jax.default_backend(), 1500, 8, 2
+  random = np.random.default_rng(1)
+  q, k, v, grad = (random.normal(size=(1, length, n, width)).astype('bfloat16') for n in (heads, shared, shared, heads))
+  layout = gpu_layouts[name](length)
+
+  @functools.partial(jax.jit, static_argnames=('impl', 'dtype'))
+  def run(q, k, v, grad, layout, impl, dtype):
+    q, k, v, grad = (x.astype(dtype) for x in (q, k, v, grad))
+    out, pull = jax.vjp(lambda *x: api.block_attention(*x, layout, impl=impl), q, k, v)
+    return [x.astype(jnp.float32) for x in (out, *pull(grad))]
+
+  expected = run(q, k, v, grad, layout, 'reference', 'float32')
+  results, again = (run(q, k, v, grad, layout, impl, 'bfloat16') for _ in range(2))
+  for part, result, same, wanted in zip(('output', 'dq', 'dk', 'dv'), results, again, expected):
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('bfloat16', wanted), err_msg=part)
+    np.testing.assert_array_equal(result, same, err_msg=part)
 
 
 @pytest.mark.parametrize('attend, platform, target', [

@@ -13,7 +13,6 @@ matrix units' issue slots that they fill. For a GPU, `registers` is what a threa
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import inspect
 import json
@@ -66,10 +65,8 @@ def _compile(options, body):
   target = options.targets[0]
   if target in TPUS:
     topology, platform, attention = topologies.get_topology_desc(platform='tpu', topology_name=TPUS[target]), 'tpu', tpu
-    if body == 'full':   # one of the two bodies alone, to count its bundles
-      tpu._visit = lambda *_, body: body(lambda scores: scores)
-    elif body == 'partial':
-      tpu._visit = lambda *tile, body: body(functools.partial(tpu._mask, *tile))
+    if body in BODIES:   # one of the two bodies alone, to count its bundles
+      tpu._choose = lambda _, masked, whole: whole() if body == 'full' else masked()
   else:
     topology = topologies.get_topology_desc(platform='cuda', topology_name='', target_config=H200, topology='1x1x1')
     platform, attention = 'cuda', gpu

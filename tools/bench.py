@@ -5,6 +5,7 @@
   python -m tools.bench attention --cores 2 --devices 2        two cores; the heads divided over two CPU devices
   python -m tools.bench step                                   a distillation step against block fine-tuning
   python -m tools.bench memory                                 the loss's peak memory against T and V
+  python -m tools.bench gpu                                    our kernels on a GPU against torch and cuDNN
 
 Every peer computes the same numbers (this is checked) from the same arrays. Peers take turns, sample by sample, so that
 a change of the machine's load hits all of them; ratios are between minima. A peer that cannot run is named with the
@@ -31,7 +32,7 @@ import numpy as np
 
 from blockattn import blocks
 from blockattn.kernels import api
-from tools import bench_step
+from tools import bench_gpu, bench_step
 
 MODES = ('forward', 'forward+backward')
 OURS = 'ours'
@@ -394,6 +395,7 @@ def main() -> None:
   add_attention(commands)
   bench_step.add_step(commands, set_up, machine, take_turns)
   bench_step.add_memory(commands, set_up, machine)
+  bench_gpu.add_gpu(commands, Case, machine, take_turns)
   args = parser.parse_args()
   args.run(args)
 

@@ -1,6 +1,9 @@
 """The entrance to block attention: checks the arguments and calls the chosen implementation."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from blockattn import blocks
@@ -43,29 +46,50 @@ def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl:
   Raises:
     ValueError: the implementation is unknown, or shapes, dtypes or tiles do not fit together.
   """
+  run = _implementation('attention', q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles)
+  return run(q_BTNH, k_BSKH, v_BSKH, layout)
+
+
+def block_attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl: str = 'auto',
+                            tiles: tuple[int, int] | None = None):
+  """`block_attention` and what it takes to merge it with attention over other keys (`append.merge`). No gradients.
+
+  Returns:
+    (out_BTNH, the logsumexp of each query's scores, float32 [B, T, N], -inf in padding rows).
+  """
+  run = _implementation('attention_and_lse', q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles)
+  out, lse = run(q_BTNH, k_BSKH, v_BSKH, layout)
+  return out, jnp.where((layout.doc != 0)[..., None], lse, -jnp.inf)
+
+
+def _implementation(function, q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles):
+  """`function` of the module that `impl` means, with its tiles; the arguments are checked."""
   check_arguments(q_BTNH, k_BSKH, v_BSKH, layout)
   platform = jax.default_backend()
   impl = resolve(impl, platform)
   if impl == 'reference':
-    return reference.attention(q_BTNH, k_BSKH, v_BSKH, layout)
+    return getattr(reference, function)
   if tiles is None:
     tiles = tile_sizes.default(impl, platform, length=q_BTNH.shape[1], head_dim=q_BTNH.shape[3])
-  attention = {'xla': xla.attention, 'tpu': tpu.attention, 'gpu': gpu.attention}[impl]
-  return attention(q_BTNH, k_BSKH, v_BSKH, layout, tile_sizes.Tiles(*tiles))
+  module = {'xla': xla, 'tpu': tpu, 'gpu': gpu}[impl]
+  return functools.partial(getattr(module, function), tiles=tile_sizes.Tiles(*tiles))
 
 
 def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, mesh: Mesh, *,
-                            batch_axes: tuple[str, ...] = (), head_axes: tuple[str, ...] = (), impl: str = 'auto',
+                            batch_axes: tuple[str, ...] = (), head_axes: tuple[str, ...] = (),
+                            context_axes: tuple[str, ...] = (), impl: str = 'auto',
                             tiles: tuple[int, int] | None = None):
-  """`block_attention` with the batch and the heads divided over a mesh, each device on its own part.
+  """`block_attention` with the batch, the heads and the sequence divided over a mesh, each device on its own part.
 
   The tile loop runs over batch rows one after the other, so automatic sharding would gather them; here every device
-  loops over its own rows and heads, and nothing is communicated.
+  loops over its own rows and heads, and nothing is communicated. Where the sequence is divided, every device gathers the
+  row's keys and values once and computes the tiles of its own queries.
 
   Args:
-    mesh: the mesh; axes that are in neither of the next two hold copies.
+    mesh: the mesh; axes that are in none of the next three hold copies.
     batch_axes: mesh axes that divide B.
     head_axes: mesh axes that divide both N and K.
+    context_axes: mesh axes that divide T, into multiples of the tiles; for impl 'xla' only.
 
   Raises:
     ValueError: as `block_attention`, or an axis does not divide its dimension.
@@ -74,12 +98,27 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
   _check_divides(mesh, batch_axes, 'batch rows', q_BTNH.shape[0])
   _check_divides(mesh, head_axes, 'query heads', q_BTNH.shape[2])
   _check_divides(mesh, head_axes, 'key/value heads', k_BSKH.shape[2])
-  heads = PartitionSpec(batch_axes or None, None, head_axes or None, None)
-  tokens = PartitionSpec(batch_axes or None, None)
+  _check_divides(mesh, context_axes, 'tokens', q_BTNH.shape[1])
+  heads = PartitionSpec(batch_axes or None, context_axes or None, head_axes or None, None)
+  tokens = PartitionSpec(batch_axes or None, context_axes or None)
   attend = lambda q, k, v, part: block_attention(q, k, v, part, impl=impl, tiles=tiles)
+  if context_axes:
+    if resolve(impl, jax.default_backend()) != 'xla':
+      raise ValueError(f'attention impl {impl!r} cannot divide the sequence over {context_axes}; use impl="xla"')
+    attend = functools.partial(_attend_part, context_axes, tiles)
   # check_vma=False: the loops of the kernel start from zeros, which the check would want marked per device.
   return jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,
                        check_vma=False)(q_BTNH, k_BSKH, v_BSKH, layout)
+
+
+def _attend_part(axes, tiles, q_BTNH, k_BSKH, v_BSKH, layout):
+  """On one device: its own queries, everybody's keys."""
+  gather = lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True)
+  k, v, layout = jax.tree.map(gather, (k_BSKH, v_BSKH, layout))
+  if tiles is None:
+    tiles = tile_sizes.default('xla', jax.default_backend(), length=k.shape[1], head_dim=k.shape[3])
+  first = jax.lax.axis_index(axes) * q_BTNH.shape[1]
+  return xla.attention(q_BTNH, k, v, layout, tile_sizes.Tiles(*tiles), first_query=first)
 
 
 def _check_divides(mesh, axes, what, size):

@@ -50,7 +50,19 @@ def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, 
   Raises:
     ValueError: a dtype, a head width or tiles that the kernels do not know, or another GPU than Hopper.
   """
-  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+  return _attention(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret))[:, :q_BTNH.shape[1]]
+
+
+def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, interpret=None):
+  """(what `attention` returns, the logsumexp of each query's scores, float32 [B, T, N], 0 in padding). No gradients."""
+  T = q_BTNH.shape[1]
+  out, (*_, lse_BNT) = _forward(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret))
+  return out[:, :T], lse_BNT.swapaxes(1, 2)[:, :T] * math.log(2)
+
+
+def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret):
+  """The arguments of `_attention`, padded to whole tiles."""
+  H = q_BTNH.shape[3]
   if interpret is None and jax.default_backend() == 'gpu':
     _check_device(jax.devices()[0])
   if q_BTNH.dtype not in DTYPES or H not in HEAD_DIMS:
@@ -66,8 +78,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, 
   swap = lambda x: x.swapaxes(1, 2)
   lists = Lists(forward=schedule.list_tiles(*masks(tiles)), dq=schedule.list_tiles(*masks(narrow)),
                 dkv=schedule.list_tiles(*map(swap, masks(wide))))
-  how = _How(tiles.key, interpret)
-  return _attention(how, q, k, v, schedule.token_marks(layout), lists)[:, :T]
+  return _How(tiles.key, interpret), q, k, v, schedule.token_marks(layout), lists
 
 
 def _check_device(device):

@@ -9,6 +9,11 @@ MASKED = -1e30   # finite, so that a row without any visible key makes no NaN
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout):
+  """The first of what `attention_and_lse` returns."""
+  return attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout)[0]
+
+
+def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout):
   """Softmax attention over the keys that `blocks.may_attend` allows; T == S.
 
   Args:
@@ -17,7 +22,8 @@ def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout):
     layout: BlockLayout of [B, T] arrays.
 
   Returns:
-    [B, T, N, H] in q's dtype. The output of a padding row is exactly zero, and so are its gradients.
+    ([B, T, N, H] in q's dtype, the logsumexp of each query's scores, float32 [B, T, N]). The output of a padding row is
+    exactly zero, and so are its gradients; its logsumexp is -inf.
   """
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
@@ -25,7 +31,9 @@ def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout):
   q = q.reshape(B, T, K, N // K, H)
   allowed = blocks.may_attend(layout)[:, None, None]
   scores = jnp.einsum('btkgh,bskh->bkgts', q, k, precision='highest') * H ** -0.5
-  weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
+  scores = jnp.where(allowed, scores, MASKED)
+  weights = jax.nn.softmax(scores, axis=-1)
   weights = jnp.where(allowed, weights, 0)
   out = jnp.einsum('bkgts,bskh->btkgh', weights, v, precision='highest')
-  return out.reshape(B, T, N, H).astype(q_BTNH.dtype)
+  lse = jax.nn.logsumexp(scores, axis=-1, where=allowed)
+  return out.reshape(B, T, N, H).astype(q_BTNH.dtype), jnp.moveaxis(lse, 3, 1).reshape(B, T, N)

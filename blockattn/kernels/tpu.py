@@ -45,6 +45,20 @@ def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, 
     ValueError: the tiles are no multiples of 128, or so small that the list of work does not fit into scalar memory; or
       heads are wider than 128 and no multiple of it.
   """
+  out = _attention(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret))
+  return out.swapaxes(1, 2)[:, :q_BTNH.shape[1]]
+
+
+def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, interpret=False):
+  """(what `attention` returns, the logsumexp of each query's scores, float32 [B, T, N], 0 in padding). No gradients."""
+  T = q_BTNH.shape[1]
+  out, (*_, lse) = _forward(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret))
+  lse = lse.reshape(*out.shape[:3]) * math.log(2)
+  return out.swapaxes(1, 2)[:, :T], lse.swapaxes(1, 2)[:, :T]
+
+
+def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret):
+  """The arguments of `_attention`, padded to whole tiles, heads before tokens."""
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   if H > _LANES and H % _LANES:
     raise ValueError(f'head_dim {H}: on a TPU it must be at most {_LANES} or a multiple of it; use impl="xla"')
@@ -53,8 +67,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, 
   q, k, v = (schedule.pad_tokens(x, tiles, axis=1).swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
   touched, full = schedule.tile_masks(layout, tiles)
   _check_list(touched.shape, tiles)
-  work = schedule.list_work(touched, full)
-  return _attention(tiles, interpret, q, k, v, schedule.token_marks(layout), work).swapaxes(1, 2)[:, :T]
+  return tiles, interpret, q, k, v, schedule.token_marks(layout), schedule.list_work(touched, full)
 
 
 def _check_list(shape, tiles):
@@ -145,14 +158,19 @@ def _visit(grid, owner, other, columns_MXL, rows_MX, body):
 
   The marks of the owner, whose tokens are the rows of the scores, are given as columns; those of the other side as rows.
   """
-  partial = (other[pl.program_id(1)] & schedule.PARTIAL) != 0
-  pl.when(partial)(lambda: body(functools.partial(_mask, grid, owner, other, columns_MXL, rows_MX)))
-  pl.when(jnp.logical_not(partial))(lambda: body(lambda scores: scores))
-
-
-def _mask(grid, owner, other, columns_MXL, rows_MX, scores):
   _, i, j = grid.tile_numbers(pl.program_id(1), owner, other)
-  offset = j * grid.tiles.key - i * grid.tiles.query
+  mask = functools.partial(_mask, grid, j * grid.tiles.key - i * grid.tiles.query, columns_MXL, rows_MX)
+  partial = (other[pl.program_id(1)] & schedule.PARTIAL) != 0
+  _choose(partial, lambda: body(mask), lambda: body(lambda scores: scores))
+
+
+def _choose(partial, masked, whole):
+  pl.when(partial)(masked)
+  pl.when(jnp.logical_not(partial))(whole)
+
+
+def _mask(grid, offset, columns_MXL, rows_MX, scores):
+  """offset: the tile's first key from its first query, in tokens."""
   down, across = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in (0, 1))
   pairs = [(_wide(columns_MXL[m], scores.shape[1]), rows_MX[m:m + 1]) for m in range(schedule.MARKS)]
   if grid.owner_is_query:
@@ -200,7 +218,7 @@ def _forward_kernel(grid, owner, other, q, k, v, q_marks, k_marks, out, lse, acc
     peak_TL[...] = peak
     acc_TH[...] = acc_TH[...] * _wide(decay, grid.H) + _dot(weights_TS.astype(v.dtype), v[...], 1, 0)
 
-  _visit(grid, owner, other, marks_MTL, k_marks, body=body)
+  _visit(grid, owner, other, marks_MTL, k_marks, body)
 
   @pl.when(_is_last(other))
   def _():
@@ -237,7 +255,7 @@ def _dq_kernel(grid, owner, other, q, k, v, grad, lse, mean, q_marks, k_marks, d
     slopes_TS = weights_TS * (_dot(grad[...], v[...], 1, 1) - _wide(mean_TL[...], grid.tiles.key))
     acc_TH[...] += _dot(slopes_TS.astype(k.dtype), k[...], 1, 0)
 
-  _visit(grid, owner, other, marks_MTL, k_marks, body=body)
+  _visit(grid, owner, other, marks_MTL, k_marks, body)
 
   @pl.when(_is_last(other))
   def _():
@@ -258,7 +276,7 @@ def _dkv_kernel(grid, owner, other, q, k, v, grad, lse, mean, q_marks, k_marks, 
     slopes_ST = weights_ST * (_dot(v[...], grad[...], 1, 1) - mean[...])
     dk_acc_SH[...] += _dot(slopes_ST.astype(q.dtype), q[...], 1, 0)
 
-  _visit(grid, owner, other, marks_MSL, q_marks, body=body)
+  _visit(grid, owner, other, marks_MSL, q_marks, body)
 
   @pl.when(_is_last(other) & (pl.program_id(2) == grid.share - 1))
   def _():

@@ -19,28 +19,59 @@ from blockattn.kernels.reference import MASKED
 from blockattn.kernels.tiles import Tiles
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles):
-  """Softmax attention over the keys that `blocks.may_attend` allows; T == S.
+def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, first_query=None):
+  """Softmax attention over the keys that `blocks.may_attend` allows.
 
   Args:
-    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked.
-    layout: BlockLayout of [B, T] arrays.
+    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked, but for T, which may be less than S.
+    layout: BlockLayout of [B, S] arrays.
     tiles: tile sizes; cut down to T where they are larger.
+    first_query: int32, traced or not, where in the row the T queries stand, if they are a part of it; it and T are
+      multiples of the query tile, and S of both.
 
   Returns:
     [B, T, N, H] in q's dtype.
   """
+  if first_query is not None:
+    return _attention(*_prepare_part(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query))
+  return _attention(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles))[:, :q_BTNH.shape[1]]
+
+
+def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles):
+  """(what `attention` returns, the logsumexp of each query's scores, float32 [B, T, N], 0 in padding). No gradients."""
   T = q_BTNH.shape[1]
-  tiles = schedule.clamp_tiles(tiles, T)
+  tiles, *arrays = _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles)
+  out, (*_, logsumexp) = _forward(tiles, *arrays)
+  return out[:, :T], _from_query_tiles(logsumexp[..., None], out.shape[1], tiles.query)[:, :T, :, 0]
+
+
+def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles):
+  """The arguments of `_attention`, padded to whole tiles."""
+  tiles = schedule.clamp_tiles(tiles, q_BTNH.shape[1])
   layout = schedule.pad_layout(layout, tiles)
   q, k, v = (schedule.pad_tokens(x, tiles, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
   visits = schedule.list_visits(*schedule.tile_masks(layout, tiles))
-  return _attention(tiles, q, k, v, schedule.token_marks(layout), visits)[:, :T]
+  return tiles, q, k, v, schedule.token_marks(layout), visits, jnp.int32(0)
+
+
+def _prepare_part(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query):
+  """The arguments of `_attention` for some of a row's queries."""
+  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  tiles = schedule.clamp_tiles(tiles, T)
+  if T % tiles.query or S % max(tiles):
+    raise ValueError(f'{T} of {S} tokens: a part of a row must be a multiple of the query tile {tiles.query}, and the row '
+                     f'of {max(tiles)}; choose tiles that divide them')
+  first = jnp.asarray(first_query, jnp.int32)
+  visits = schedule.list_visits(*schedule.tile_masks(layout, tiles))
+  visits = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first // tiles.query, T // tiles.query, axis=1), visits)
+  query_marks, key_marks = schedule.token_marks(layout)
+  marks = lax.dynamic_slice_in_dim(query_marks, first, T, axis=2), key_marks
+  return tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits):
-  return _forward(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits)[0]
+def _attention(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query):
+  return _forward(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query)[0]
 
 
 def _dot(x, y, contract_x, contract_y):
@@ -62,14 +93,14 @@ def _from_query_tiles(x_IKMH, length, tile):
   return x.reshape(-1, length, K * (M // tile), H)
 
 
-def _steps(tiles, marks, visits):
+def _steps(tiles, marks, visits, first_query):
   """(row, first query, query marks, visits) of every step: a pytree with a leading axis I."""
   B, _, T = marks[0].shape
   n = T // tiles.query
   query_marks = marks[0].reshape(B, schedule.MARKS, n, tiles.query, 1).swapaxes(1, 2)
   flat = lambda x: x.reshape(B * n, *x.shape[2:])
   step = jnp.arange(B * n)
-  return step // n, step % n * tiles.query, flat(query_marks), jax.tree.map(flat, visits)
+  return step // n, first_query + step % n * tiles.query, flat(query_marks), jax.tree.map(flat, visits)
 
 
 def _keys(x_BKSH, row, start, tiles):
@@ -108,7 +139,7 @@ def _scores(tiles, q_KMH, k_KSH, mask):
   return jnp.where(allowed[None], scores_KMS, MASKED)
 
 
-def _forward(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits):
+def _forward(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query):
   T = q_BTNH.shape[1]
   H = q_BTNH.shape[3]
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
@@ -138,17 +169,17 @@ def _forward(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits):
     return None, (out, jnp.where(seen, peak + jnp.log(total), 0))
 
   q_IKMH = _query_tiles(q_BTNH, k_BSKH.shape[2], tiles.query)
-  _, (out, logsumexp) = lax.scan(query_tile, None, (q_IKMH, _steps(tiles, marks, visits)))
+  _, (out, logsumexp) = lax.scan(query_tile, None, (q_IKMH, _steps(tiles, marks, visits, first_query)))
   out_BTNH = _from_query_tiles(out, T, tiles.query)
-  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, marks, visits, out_BTNH, logsumexp)
+  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query, out_BTNH, logsumexp)
 
 
 def _backward(tiles, saved, grad_BTNH):
   """One pass over the same visits. Gradients of keys and values are summed transposed, [B, K, H, S]: as a matmul with
   the small side transposed they cost XLA's CPU backend half of what the direct form costs."""
-  q_BTNH, k_BSKH, v_BSKH, marks, visits, out_BTNH, logsumexp = saved
-  B, T, _, H = q_BTNH.shape
-  K = k_BSKH.shape[2]
+  q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query, out_BTNH, logsumexp = saved
+  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+  B, S, K, _ = k_BSKH.shape
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   by_tile = functools.partial(_query_tiles, heads=K, tile=tiles.query)
   # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts
@@ -172,11 +203,11 @@ def _backward(tiles, saved, grad_BTNH):
     dq, *carry = _visit(key_tile, listed, (jnp.zeros(q_KMH.shape, jnp.float32), *carry))
     return tuple(carry), (dq * H ** -0.5).astype(dtype)
 
-  zeros = jnp.zeros((B, K, H, T), jnp.float32)
-  inputs = (by_tile(q_BTNH), by_tile(grad_BTNH), logsumexp, by_tile(mean), _steps(tiles, marks, visits))
+  zeros = jnp.zeros((B, K, H, S), jnp.float32)
+  inputs = (by_tile(q_BTNH), by_tile(grad_BTNH), logsumexp, by_tile(mean), _steps(tiles, marks, visits, first_query))
   (dk, dv), dq = lax.scan(query_tile, (zeros, zeros), inputs)
   dk, dv = (jnp.moveaxis(x, 3, 1).astype(q_BTNH.dtype) for x in (dk * H ** -0.5, dv))
-  return _from_query_tiles(dq, T, tiles.query), dk, dv, None, None
+  return _from_query_tiles(dq, T, tiles.query), dk, dv, None, None, None
 
 
 _attention.defvjp(_forward, _backward)

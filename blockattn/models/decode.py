@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from blockattn.kernels import api
+from blockattn.kernels import api, append
 from blockattn.models import transformer
 
 
@@ -78,7 +78,7 @@ def extend(params, tokens, cache: Cache, cfg, compute):
     stored = []
     def attend(q, k, v):
       stored[:] = [k_cache.at[:, slot].set(k[:, 0]), v_cache.at[:, slot].set(v[:, 0])]
-      return _attend_to_cache(q, *stored, visible)
+      return append.attend_cached(q, *stored, visible)[0].astype(q.dtype)
     x_B1D, _ = transformer.decoder_layer(x_B1D, transformer.cast(weights, compute), angles, cfg, compute, attend)
     return x_B1D, tuple(stored)
 
@@ -86,16 +86,6 @@ def extend(params, tokens, cache: Cache, cfg, compute):
   x_B1D, (k, v) = jax.lax.scan(layer, x_B1D, (params['layers'], cache.k, cache.v))
   cache = Cache(k=k, v=v, visible=visible, position=cache.position + 1, used=slot + 1)
   return transformer.final_norm(params, x_B1D, cfg)[:, 0], cache
-
-
-def _attend_to_cache(q_B1NH, k_BSKH, v_BSKH, visible_BS):
-  B, _, N, H = q_B1NH.shape
-  K = k_BSKH.shape[2]
-  q = q_B1NH.reshape(B, K, N // K, H).astype(jnp.float32)
-  scores = jnp.einsum('bkgh,bskh->bkgs', q, k_BSKH.astype(jnp.float32)) * H ** -0.5
-  weights = jax.nn.softmax(jnp.where(visible_BS[:, None, None], scores, -jnp.inf), axis=-1)
-  out = jnp.einsum('bkgs,bskh->bkgh', weights, v_BSKH.astype(jnp.float32))
-  return out.reshape(B, 1, N, H).astype(q_B1NH.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'length', 'vocab'))
