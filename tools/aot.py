@@ -231,7 +231,9 @@ def main(argv=None) -> int:
 
 
 def _text(result):
-  lines = ['{target}, jax {jax}, tiles {tiles}, {temporary_bytes} bytes of temporaries'.format(**result)]
+  lines = ['{target}, jax {jax}, tiles {tiles}'.format(**result)]
+  if result['temporary_bytes'] is not None:
+    lines[0] += f', {result["temporary_bytes"] / 2 ** 20:.0f} MiB of temporaries'
   for kernel, figures in result['kernels'].items():
     say = lambda d: ', '.join(f'{k} {v}' for k, v in d.items())
     parts = (f'{k}: {say(v)}' if isinstance(v, dict) else f'{k} {v}' for k, v in figures.items())
