@@ -73,14 +73,18 @@ def _timed(call, samples):
   return times
 
 
+def allowed_pairs(lengths: list[int]) -> int:
+  """Pairs of tokens that may attend in one prompt of these blocks, the last one a reader."""
+  *context, last = lengths
+  return sum(n * (n + 1) // 2 for n in context) + last * (2 * sum(lengths) - last + 1) // 2
+
+
 def measure(case, args, take_turns, peak) -> list[dict]:
   """A row per mode and peer: {'mode', 'peer', 'ms', 'tflops', 'percent', 'ratio'} or {'mode', 'peer', 'skipped'}."""
   random = np.random.default_rng(0)
   shapes = [(1, case.length, heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
   arrays = [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
-  lengths = np.array(case.lengths())
-  pairs = int((lengths[:-1] * (lengths[:-1] + 1) // 2).sum() + lengths[-1] * (2 * case.length - lengths[-1] + 1) // 2)
-  useful = 4 * case.head_dim * case.heads * pairs
+  useful = 4 * case.head_dim * case.heads * allowed_pairs(case.lengths())
   rows = []
   for mode, factor in (('forward', 1), ('forward+backward', 1 + _BACKWARD)):
     calls, skipped = {}, {}

@@ -19,7 +19,6 @@ Tiles of unequal size are put together from granules, squares of the smaller siz
 [B, T / granule, T / granule] per tile, nothing else.
 """
 
-
 import flax.struct
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,25 @@
+"""The parts of the measuring tools that can be wrong without a clock."""
+
+import numpy as np
+import pytest
+
+from blockattn import blocks
+from tools import bench, bench_gpu, tune
+
+
+@pytest.mark.parametrize('lengths', [[7], [1, 1], [5, 3, 9], [16, 16, 16, 2]])
+def test_allowed_pairs_are_those_of_the_mask(lengths):
+  mask = np.asarray(blocks.may_attend(blocks.from_lengths([[lengths]], sum(lengths))))
+  assert bench_gpu.allowed_pairs(lengths) == mask.sum()
+
+
+def test_a_case_has_the_blocks_that_it_says():
+  lengths = bench.Case(4096, 8, 64).lengths()
+  assert len(lengths) == 8 and sum(lengths) == 4096 and lengths[-1] == 512 and min(lengths) > 0
+
+
+def test_tuning_tries_every_size_that_fits_and_sorts_them(monkeypatch):
+  monkeypatch.setitem(tune.CANDIDATES, 'xla', [(16, 16), (32, 16), (48, 32), (256, 256)])
+  times = tune.tune('xla', 64, 32, (2, 1, 8), 'float32', samples=2)
+  assert set(times) == {(16, 16), (32, 16)}   # sizes that do not nest, and sizes beyond the row, are left out
+  assert list(times.values()) == sorted(times.values())
