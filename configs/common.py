@@ -49,7 +49,7 @@ def base():
 
   config.compute = ml_collections.ConfigDict()        # of transformer.Compute
   config.compute.dtype = 'float32'
-  config.compute.impl = 'auto'     # attention: the platform's fastest; or reference, xla, tpu
+  config.compute.impl = 'auto'     # attention: reference, xla, tpu, gpu; auto: see kernels.api
   config.compute.tiles = ()        # (query tile, key tile); empty: by device
   config.compute.remat = 'none'    # none, dots, full
 

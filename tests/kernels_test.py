@@ -1,6 +1,7 @@
 """One suite for every implementation of block attention: the float32 reference says what is right."""
 
 import functools
+import re
 import types
 
 import jax
@@ -183,6 +184,21 @@ def test_inside_a_layer_scan_with_remat():
 
   expected = gradients('reference', q, k, v)
   np.testing.assert_allclose(gradients('xla', q, k, v), expected, rtol=0, atol=3 * tolerance('float32', expected))
+
+
+def test_the_schedule_is_computed_once_for_all_layers():
+  """The compiler moves it out of the loop over layers, so that nobody has to compute it beforehand and hand it down."""
+  length = 256
+  layout = blocks.from_lengths([[[100, 156]], [[256]]], length)
+  inputs = [jax.ShapeDtypeStruct((2, length, heads, H), jnp.float32) for heads in (N, K, K)]
+
+  def loss(q, k, v, layout):
+    layer = lambda x, _: (x + api.block_attention(x, k, v, layout, impl='xla', tiles=(64, 64)), None)
+    return jax.lax.scan(layer, q, None, length=3)[0].sum()
+
+  program = jax.jit(jax.grad(loss)).lower(*inputs, jax.tree.map(jnp.asarray, layout)).compile().as_text()
+  sorting = [part for part in re.split(r'\n(?=%|ENTRY)', program) if ' sort(' in part]   # one part per computation
+  assert len(sorting) == 1 and sorting[0].startswith('ENTRY')
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason='needs four devices')
