@@ -22,7 +22,7 @@ tile_masks = jax.jit(schedule.tile_masks, static_argnums=1)
 list_visits = jax.jit(schedule.list_visits)
 list_work = jax.jit(schedule.list_work)
 list_tiles = jax.jit(schedule.list_tiles)
-visited_masks = jax.jit(schedule.visited_masks)
+visited_tiles = jax.jit(schedule.visited_tiles)
 
 
 @jax.jit
@@ -115,7 +115,8 @@ def test_work_lists_hold_each_tile_once_and_every_owner(tiles, layout):
 @several
 @given(layout=layout_cases.layouts(ROWS, LENGTH))
 def test_tile_lists_say_what_the_masks_say(layout):
-  visited, full = map(np.asarray, visited_masks(*tile_masks(layout, TILES[1])))
+  touched, full = map(np.asarray, tile_masks(layout, TILES[1]))
+  visited = np.asarray(visited_tiles(touched))
   assert visited.any(axis=1).all() and visited.any(axis=2).all()
   for axes in ((0, 1, 2), (0, 2, 1)):
     visit, whole = (x.transpose(axes).reshape(-1, x.transpose(axes).shape[2]) for x in (visited, full))

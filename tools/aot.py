@@ -64,22 +64,22 @@ def _compile(options, body):
 
   target = options.targets[0]
   if target in TPUS:
-    topology, platform, attention = topologies.get_topology_desc(platform='tpu', topology_name=TPUS[target]), 'tpu', tpu
+    topology = topologies.get_topology_desc(platform='tpu', topology_name=TPUS[target])
+    platform, impl, attention = 'tpu', 'tpu', tpu
     if body in BODIES:   # one of the two bodies alone, to count its bundles
       tpu._choose = lambda _, masked, whole: whole() if body == 'full' else masked()
   else:
     topology = topologies.get_topology_desc(platform='cuda', topology_name='', target_config=H200, topology='1x1x1')
-    platform, attention = 'cuda', gpu
+    platform, impl, attention = 'cuda', 'gpu', gpu
   device = topology.devices[0]
   N, K, H = options.shape
-  sizes = options.tiles or tile_sizes.default(*(('tpu', 'tpu') if target in TPUS else ('gpu', 'gpu')), options.length, H)
+  sizes = options.tiles or tile_sizes.default(impl, impl, options.length, H)   # an implementation's name is its platform's
   abstract = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
   layout = jax.tree.map(lambda x: abstract((options.rows, options.length), x.dtype), blocks.from_lengths([[[8]]], 8))
   q, k = (abstract((options.rows, options.length, heads, H), jnp.dtype(options.dtype)) for heads in (N, K))
 
   if body == 'peer':
-    run, inputs = _splash(options, sizes), [abstract((x.shape[2], x.shape[1], H), x.dtype) for x in (q, k, k)]
-    forward = lambda *inputs: run(*inputs)
+    forward, inputs = _splash(options, sizes), [abstract((x.shape[2], x.shape[1], H), x.dtype) for x in (q, k, k)]
   else:
     forward = lambda q, k, v, layout: attention.attention(q, k, v, layout, tile_sizes.Tiles(*sizes))
     inputs = [q, k, k, layout]

@@ -15,6 +15,7 @@ import inspect
 import math
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -73,7 +74,11 @@ def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret):
   whole = Tiles(tiles.query, max(tiles))
   layout = schedule.pad_layout(layout, whole)
   q, k, v = (schedule.pad_tokens(x, whole, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
-  masks = lambda tiles: schedule.visited_masks(*schedule.tile_masks(layout, tiles))
+
+  def masks(tiles):
+    touched, full = schedule.tile_masks(layout, tiles)
+    return schedule.visited_tiles(touched), full
+
   narrow, wide = Tiles(tiles.query, _ROWS), Tiles(_ROWS, tiles.query)
   swap = lambda x: x.swapaxes(1, 2)
   lists = Lists(forward=schedule.list_tiles(*masks(tiles)), dq=schedule.list_tiles(*masks(narrow)),
@@ -94,8 +99,7 @@ class _How:
   interpret: Any
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=['forward', 'dq', 'dkv'], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Lists:
   """schedule.TileLists of the three kernels."""
   forward: schedule.TileLists
@@ -164,7 +168,7 @@ def _columns(x_S, rows):
 
 
 def _allowed(row_marks, column_marks, row_start, column_start, rows_are_queries):
-  """The mask [T, S] of a warpgroup's tile. row_marks: [T] values; column_marks: references [S] to global memory."""
+  """The mask [T, S] of a warpgroup's tile. row_marks: [T] values; column_marks: references [S] to memory."""
   shape = row_marks[0].shape[0], column_marks[0].shape[0]
   at = lambda axis, start: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_SCORES) + start
   row, column = at(0, row_start), at(1, column_start)
@@ -174,6 +178,12 @@ def _allowed(row_marks, column_marks, row_start, column_start, rows_are_queries)
   else:
     reached, causal = [key >= query for key, query in pairs], row <= column
   return functools.reduce(jnp.logical_or, reached) & causal
+
+
+def _walk(block, step, carry, share=1):
+  """Runs `step(n, carry, masked)` over the block's list, each tile `share` times: those that need the mask stand first."""
+  carry = lax.fori_loop(0, block.partial * share, functools.partial(step, masked=True), carry)
+  return lax.fori_loop(block.partial * share, block.total * share, functools.partial(step, masked=False), carry)
 
 
 class _Block:
@@ -189,6 +199,10 @@ class _Block:
   def other(self, n):
     """The n-th tile of the list."""
     return self._index[self._owner, n]
+
+  def key_tile(self, n, size, share):
+    """Where in the keys the n-th tile is, for a block of queries whose head shares its keys with `share` heads."""
+    return self.row, pl.ds(self.other(n) * size, size), lax.div(self.head, jnp.int32(share))
 
   def rows(self, warpgroup):
     """The first of a warpgroup's rows."""
@@ -299,9 +313,7 @@ def _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
         return acc_TH, new_peak, total_T
 
       nothing = plgpu.layout_cast(jnp.full((_ROWS,), MASKED, jnp.float32), _PER_ROW)
-      carry = _zeros((_ROWS, H)), nothing, _zeros((_ROWS,))
-      carry = lax.fori_loop(0, block.partial, functools.partial(step, masked=True), carry)
-      acc_TH, peak_T, total_T = lax.fori_loop(block.partial, block.total, functools.partial(step, masked=False), carry)
+      acc_TH, peak_T, total_T = _walk(block, step, (_zeros((_ROWS, H)), nothing, _zeros((_ROWS,))))
       pl.when(block.warpgroup == 0)(pass_turn)
       seen = peak_T > MASKED / 2
       total_T = jnp.where(seen, total_T, 1.0)
@@ -314,10 +326,8 @@ def _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
 
     @pl.when(block.warpgroup == _COMPUTE)
     def _():
-      key_head = lax.div(block.head, jnp.int32(share))
-
       def copies(n, slot):
-        at = block.row, pl.ds(block.other(n) * S, S), key_head
+        at = block.key_tile(n, S, share)
         return [[(k.at[at], k_s.at[slot])], [(v.at[at], v_s.at[slot])]]
       _stream(how, block.total, stages, copies, (k_ready, v_ready), (k_free, v_free))
 
@@ -362,8 +372,7 @@ def _dq(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH)
         plgpu.barrier_arrive(free.at[slot])
         return acc_TH
 
-      acc_TH = lax.fori_loop(0, block.partial, functools.partial(step, masked=True), _zeros((_ROWS, H)))
-      acc_TH = lax.fori_loop(block.partial, block.total, functools.partial(step, masked=False), acc_TH)
+      acc_TH = _walk(block, step, _zeros((_ROWS, H)))
       mine[...] = (acc_TH * H ** -0.5).astype(dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(mine, dq.at[block.row, own_rows, block.head])
@@ -371,10 +380,8 @@ def _dq(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH)
 
     @pl.when(block.warpgroup == _COMPUTE)
     def _():
-      key_head = lax.div(block.head, jnp.int32(share))
-
       def copies(n, slot):
-        at = block.row, pl.ds(block.other(n) * S, S), key_head
+        at = block.key_tile(n, S, share)
         return [[(k.at[at], k_s.at[slot]), (v.at[at], v_s.at[slot])]]
       _stream(how, block.total, stages, copies, (ready,), (free,))
 
@@ -426,11 +433,9 @@ def _dkv(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH
         plgpu.barrier_arrive(free.at[slot])
         return dk_TH, dv_TH
 
-      carry = _zeros((_ROWS, H)), _zeros((_ROWS, H))
-      carry = lax.fori_loop(0, block.partial * share, functools.partial(step, masked=True), carry)
-      carry = lax.fori_loop(block.partial * share, block.total * share, functools.partial(step, masked=False), carry)
-      my_k[...] = (carry[0] * H ** -0.5).astype(dtype)
-      my_v[...] = carry[1].astype(dtype)
+      dk_TH, dv_TH = _walk(block, step, (_zeros((_ROWS, H)), _zeros((_ROWS, H))), share)
+      my_k[...] = (dk_TH * H ** -0.5).astype(dtype)
+      my_v[...] = dv_TH.astype(dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(my_k, dk.at[block.row, own_rows, block.head])
       plgpu.copy_smem_to_gmem(my_v, dv.at[block.row, own_rows, block.head])

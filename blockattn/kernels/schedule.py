@@ -220,8 +220,8 @@ def most_visits(n: int, m: int) -> int:
   return sum(-(-(i + 1) * m // n) for i in range(n))
 
 
-def visited_masks(touched, full):
-  """(visited, full): the masks of `tile_masks`, with at least one visit for every tile of either side.
+def visited_tiles(touched):
+  """The first mask of `tile_masks` with at least one visit for every tile of either side.
 
   A kernel that writes a tile of its output at the tile's visits then writes all of it. What is added lies on the diagonal,
   where the mask then allows nothing.
@@ -231,19 +231,19 @@ def visited_masks(touched, full):
   ends = lambda size: index(size) + max(n, m) // size
   diagonal = (index(n)[:, None] < ends(m)) & (index(m) < ends(n)[:, None])
   lonely = ~touched.any(axis=2)[:, :, None] | ~touched.any(axis=1)[:, None, :]
-  return touched | (diagonal & lonely), full
+  return touched | (diagonal & lonely)
 
 
 def list_work(touched, full) -> Work:
   """The work of all rows, from the masks of `tile_masks`."""
-  visited, full = visited_masks(touched, full)
+  visited = visited_tiles(touched)
   swap = lambda x: x.swapaxes(1, 2)
   most = most_visits(*touched.shape[1:])
   return Work(by_query=_flat_list(visited, full, most), by_key=_flat_list(swap(visited), swap(full), most))
 
 
 def list_tiles(visited, full) -> TileLists:
-  """One list per tile of the masks' second axis, from the masks of `visited_masks`; swap their axes for the other side."""
+  """One list per tile of the masks' second axis, from `visited_tiles` and `full`; swap their axes for the other side."""
   flat = lambda x: x.reshape(-1, x.shape[2])
   visited, full = flat(visited), flat(full)
   total = visited.sum(axis=1, dtype=jnp.int32)
