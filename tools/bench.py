@@ -102,7 +102,7 @@ def _jitted(attend):
   return jax.jit(attend), jax.jit(both)
 
 
-def _jax_calls(attend, inputs, context):
+def jax_calls(attend, inputs, context):
   forward, both = _jitted(attend)
   q, k, v, grad, context = jax.tree.map(jnp.asarray, (inputs.q, inputs.k, inputs.v, inputs.grad, context))
   return {'forward': lambda: jax.block_until_ready(forward(q, k, v, context)),
@@ -118,11 +118,11 @@ def _ours(q, k, v, layout):
 
 
 def ours(inputs):
-  return _jax_calls(_ours, inputs, inputs.layout)
+  return jax_calls(_ours, inputs, inputs.layout)
 
 
 def full_causal(inputs):
-  return _jax_calls(_ours, inputs, blocks.as_one_block(inputs.layout))
+  return jax_calls(_ours, inputs, blocks.as_one_block(inputs.layout))
 
 
 def _dense(q, k, v, mask):
@@ -130,7 +130,7 @@ def _dense(q, k, v, mask):
 
 
 def jax_dense(inputs):
-  return _jax_calls(_dense, inputs, inputs.mask()[None, None])
+  return jax_calls(_dense, inputs, inputs.mask()[None, None])
 
 
 def _torch_calls(attend, inputs):

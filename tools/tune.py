@@ -7,14 +7,14 @@ Forward and backward together, in turn, the minimum of the samples. A size that 
 """
 
 import argparse
-import time
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from blockattn import blocks
 from blockattn.kernels import api
+from tools import bench
 
 CANDIDATES = {'xla': [(q, k) for q in (64, 128, 256, 512) for k in (64, 128, 256, 512)],
               'tpu': [(q, k) for q in (128, 256, 512, 1024) for k in (128, 256, 512, 1024)],
@@ -24,36 +24,25 @@ CANDIDATES = {'xla': [(q, k) for q in (64, 128, 256, 512) for k in (64, 128, 256
 def tune(impl: str, length: int, block: int, shape, dtype: str, samples: int) -> dict[tuple[int, int], float]:
   """{tiles: milliseconds of a forward and backward pass} over the sizes that work, fastest first."""
   heads, kv_heads, head_dim = shape
-  random = np.random.default_rng(0)
-  sizes = random.uniform(0.5, 1.5, max(1, length // block))
-  lengths = np.diff(np.round(np.cumsum(sizes) / sizes.sum() * length).astype(int), prepend=0)
-  layout = blocks.from_lengths([[lengths[lengths > 0].tolist()]], length)
-  q, k, v, grad = (jnp.asarray(random.standard_normal((1, length, n, head_dim)), dtype)
-                   for n in (heads, kv_heads, kv_heads, heads))
-  runs = {}
+  inputs = bench.make_inputs(bench.Case(length, max(1, length // block), head_dim, heads, kv_heads, last=min(block, length)))
+  inputs = dataclasses.replace(inputs, **{name: getattr(inputs, name).astype(jnp.dtype(dtype)) for name in 'qkv'},
+                               grad=inputs.grad.astype(jnp.dtype(dtype)))
+  calls = {}
   for tiles in CANDIDATES[impl]:
     if max(tiles) <= length:
-      run = _forward_and_backward(impl, tiles)
+      attend = functools.partial(_attend, impl, tiles)
       try:
-        jax.block_until_ready(run(q, k, v, grad, layout))
-        runs[tiles] = run
+        call = bench.jax_calls(attend, inputs, inputs.layout)['forward+backward']
+        call()
+        calls[tiles] = call
       except (ValueError, jax.errors.JaxRuntimeError) as error:
         print(f'# {tiles}: {str(error).splitlines()[0][:100]}', flush=True)
-  best = dict.fromkeys(runs, float('inf'))
-  for _ in range(samples):
-    for tiles, run in runs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run(q, k, v, grad, layout))
-      best[tiles] = min(best[tiles], 1e3 * (time.perf_counter() - start))
-  return dict(sorted(best.items(), key=lambda item: item[1]))
+  times = bench.take_turns(calls, samples, seconds=float('inf'))
+  return dict(sorted(((tiles, 1e3 * min(seconds)) for tiles, seconds in times.items()), key=lambda item: item[1]))
 
 
-def _forward_and_backward(impl, tiles):
-  @jax.jit
-  def run(q, k, v, grad, layout):
-    out, pull = jax.vjp(lambda q, k, v: api.block_attention(q, k, v, layout, impl=impl, tiles=tiles), q, k, v)
-    return out, pull(grad)
-  return run
+def _attend(impl, tiles, q, k, v, layout):
+  return api.block_attention(q, k, v, layout, impl=impl, tiles=tiles)
 
 
 def main(argv=None) -> None:
