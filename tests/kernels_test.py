@@ -13,7 +13,7 @@ from hypothesis import example, given, settings, strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from blockattn import blocks
-from blockattn.kernels import api, gpu, tpu
+from blockattn.kernels import api, gpu, schedule, tpu, xla
 from blockattn.kernels.tiles import Tiles
 
 B, T, N, K, H = 2, 44, 4, 2, 16   # T is not a multiple of any tile
@@ -244,6 +244,33 @@ def divided():
   return run
 
 
+@pytest.mark.parametrize('impl', ['xla', 'tpu'])
+@several
+@given(layout=layout_cases.layouts(B, 64))
+def test_parts_of_the_queries_make_up_the_whole(impl, layout):
+  """What each device of a divided sequence computes: its queries' outputs and gradients, and its share of the keys'."""
+  inputs = arrays(length=64)
+  parts = [part_of(impl)(first, layout, *inputs) for first in (0, 16, 32, 48)]
+  out, dq = (np.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
+  dk, dv = (sum(part[i] for part in parts) for i in (2, 3))
+  expected = compiled('reference', None, 'float32')(layout, *inputs)
+  for name, result, wanted in zip(('output', 'dq', 'dk', 'dv'), (out, dq, dk, dv), expected):
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('float32', wanted), err_msg=name)
+
+
+@functools.cache
+def part_of(impl):
+  """f(first, layout, q, k, v, grad) for the 16 queries from `first` on."""
+  attend = xla.attention if impl == 'xla' else functools.partial(tpu.attention, interpret=jax.default_backend() != 'tpu')
+
+  @jax.jit
+  def run(first, layout, q, k, v, grad):
+    q, grad = (jax.lax.dynamic_slice_in_dim(x, first, 16, axis=1) for x in (q, grad))
+    out, pull = jax.vjp(lambda *x: attend(*x, layout, Tiles(8, 16), first_query=first), q, k, v)
+    return out, *pull(grad)
+  return run
+
+
 @pytest.mark.skipif(jax.device_count() < 4, reason='needs four devices')
 def test_what_cannot_be_divided_over_the_sequence_is_refused():
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ('context',))
@@ -274,8 +301,9 @@ gpu_layouts = {
 
 
 @pytest.mark.skipif(not hasattr(plgpu, 'InterpretGPUParams'), reason='this jax has no public interpreter for GPU kernels')
-@pytest.mark.parametrize('name', gpu_layouts)
-def test_gpu_kernels_in_the_interpreter(name):
+@pytest.mark.parametrize('name, cut', [*((name, schedule.Cut()) for name in gpu_layouts),
+                                       ('every kind of block', schedule.Cut(owners=1, pieces=3))])
+def test_gpu_kernels_in_the_interpreter(name, cut):
   """Lists, copies, barriers and arithmetic; matrix products are plain ones there."""
   length, heads, shared, width = 250, 2, 1, 64
   random = np.random.default_rng(1)
@@ -287,9 +315,33 @@ def test_gpu_kernels_in_the_interpreter(name):
     return [np.asarray(x, np.float32) for x in (out, *pull(jnp.asarray(grad, dtype)))]
 
   # Tile sizes that differ between the passes, and more visits than there are buffers.
-  kernels = jax.jit(lambda *x: gpu.attention(*x, layout, Tiles(128, 64), interpret=plgpu.InterpretGPUParams()))
+  kernels = jax.jit(lambda *x: gpu.attention(*x, layout, Tiles(128, 64), cut=cut, interpret=plgpu.InterpretGPUParams()))
   expected = run(lambda *x: api.block_attention(*x, layout, impl='reference'), jnp.float32)
   for part, result, wanted in zip(('output', 'dq', 'dk', 'dv'), run(kernels, jnp.bfloat16), expected):
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('bfloat16', wanted), err_msg=part)
+
+
+@pytest.mark.skipif(not hasattr(plgpu, 'InterpretGPUParams'), reason='this jax has no public interpreter for GPU kernels')
+def test_a_part_of_the_queries_in_the_gpu_interpreter():
+  """The second of three tiles, its keys in more pieces than it has tiles of keys."""
+  length, first, width = 384, 128, 64
+  random = np.random.default_rng(1)
+  q, k, v = (random.normal(size=(1, length, heads, width)).astype('bfloat16') for heads in (2, 1, 1))
+  grad = np.zeros((1, length, 2, width), 'bfloat16')
+  grad[:, first:first + 128] = random.normal(size=(1, 128, 2, width))
+  layout = gpu_layouts['every kind of block'](length)
+
+  def run(attend, q, grad, dtype):
+    out, pull = jax.vjp(attend, *(jnp.asarray(x, dtype) for x in (q, k, v)))
+    return [np.asarray(x, np.float32) for x in (out, *pull(jnp.asarray(grad, dtype)))]
+
+  kernels = jax.jit(lambda *x: gpu.attention(*x, layout, Tiles(128, 64), first_query=first, cut=schedule.Cut(1, 5),
+                                             interpret=plgpu.InterpretGPUParams()))
+  own = slice(first, first + 128)
+  results = run(kernels, q[:, own], grad[:, own], jnp.bfloat16)
+  expected = run(lambda *x: api.block_attention(*x, layout, impl='reference'), q, grad, jnp.float32)
+  expected[:2] = (x[:, own] for x in expected[:2])
+  for part, result, wanted in zip(('output', 'dq', 'dk', 'dv'), results, expected):
     np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('bfloat16', wanted), err_msg=part)
 
 

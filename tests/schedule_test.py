@@ -128,6 +128,45 @@ def test_tile_lists_say_what_the_masks_say(layout):
       np.testing.assert_array_equal(lists.index[owner, partial:total], np.flatnonzero(whole[owner]))
 
 
+@pytest.mark.parametrize('cut', [schedule.Cut(), schedule.Cut(1, 4), schedule.Cut(3, 2)], ids=str)
+@several
+@given(layout=layout_cases.layouts(ROWS, LENGTH))
+def test_pieces_make_up_the_lists(cut, layout):
+  """Every entry of every list once, and the longest lists are those that are cut."""
+  touched, full = tile_masks(layout, TILES[1])
+  lists = list_tiles(visited_tiles(touched), full)
+  pieces = [tuple(map(int, schedule.piece(n, lists.order, lists.total, cut))) for n in range(len(lists.order) + cut.spare)]
+  entries = sorted((owner, i) for owner, first, count in pieces for i in range(first, first + count))
+  assert entries == [(owner, i) for owner, total in enumerate(lists.total.tolist()) for i in range(total)]
+  longest = np.repeat(lists.order[:cut.owners], cut.pieces).tolist()
+  assert [owner for owner, _, _ in pieces[:len(longest)]] == longest
+
+
+@functools.partial(jax.jit, static_argnames='count')
+def work_of_part(touched, full, first, count):
+  return schedule.list_work(touched, full, (first, count))
+
+
+@pytest.mark.parametrize('tiles', TILES[:3], ids=str)
+@several
+@given(layout=layout_cases.layouts(ROWS, LENGTH))
+def test_work_of_a_part_of_the_queries(tiles, layout):
+  """By query the part's rows of the masks, by key every key once."""
+  touched, full = map(np.asarray, tile_masks(layout, tiles))
+  n, m = touched.shape[1] // 2, touched.shape[2]
+  work = work_of_part(touched, full, n, n)
+  visited = np.asarray(visited_tiles(touched))[:, n:]
+  for listed, per_row, axes in ((work.by_query, n, (0, 1, 2)), (work.by_key, m, (0, 2, 1))):
+    owner, other = (np.asarray(x)[:int(listed.count)] for x in (listed.owner, listed.other))
+    found = np.zeros(visited.transpose(axes).shape, bool)
+    found[owner // per_row, owner % per_row, other >> schedule.FLAG_BITS] = True
+    assert found.sum() == len(owner) and set(owner) == set(range(ROWS * per_row))
+    extra = found.transpose(axes) & ~visited   # keys that nobody visits, listed at the first query tile
+    assert (found.transpose(axes) | ~visited).all()
+    assert not extra[:, 1:].any() and not (extra[:, 0] & visited.any(axis=1)).any()
+  assert int(work.by_query.count) == visited.sum()
+
+
 def test_boundaries_are_traced():
   count = functools.partial(jax.jit(lambda layout: schedule.tile_masks(layout, TILES[0])[0].sum()))
   one, many = count(packed([[64]], [[64]])), count(packed([[8] * 8], [[8] * 8]))

@@ -11,6 +11,7 @@ from blockattn.kernels import gpu, reference, tiles as tile_sizes, tpu, xla
 
 IMPLS = ('reference', 'xla', 'tpu', 'gpu')
 _HOME = {'tpu': 'tpu', 'gpu': 'gpu'}   # implementations that run on one platform only
+_MODULES = {'xla': xla, 'tpu': tpu, 'gpu': gpu}
 _FASTEST = {'tpu': 'tpu'}              # what 'auto' means; 'gpu' is left out until it has been run on a GPU
 
 
@@ -65,14 +66,16 @@ def block_attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
 def _implementation(function, q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles):
   """`function` of the module that `impl` means, with its tiles; the arguments are checked."""
   check_arguments(q_BTNH, k_BSKH, v_BSKH, layout)
-  platform = jax.default_backend()
-  impl = resolve(impl, platform)
+  impl = resolve(impl, jax.default_backend())
   if impl == 'reference':
     return getattr(reference, function)
+  return functools.partial(getattr(_MODULES[impl], function), tiles=_tiles(tiles, impl, q_BTNH))
+
+
+def _tiles(tiles, impl, x_BTNH):
   if tiles is None:
-    tiles = tile_sizes.default(impl, platform, length=q_BTNH.shape[1], head_dim=q_BTNH.shape[3])
-  module = {'xla': xla, 'tpu': tpu, 'gpu': gpu}[impl]
-  return functools.partial(getattr(module, function), tiles=tile_sizes.Tiles(*tiles))
+    tiles = tile_sizes.default(impl, jax.default_backend(), length=x_BTNH.shape[1], head_dim=x_BTNH.shape[3])
+  return tile_sizes.Tiles(*tiles)
 
 
 def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, mesh: Mesh, *,
@@ -89,7 +92,7 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
     mesh: the mesh; axes that are in none of the next three hold copies.
     batch_axes: mesh axes that divide B.
     head_axes: mesh axes that divide both N and K.
-    context_axes: mesh axes that divide T, into multiples of the tiles; for impl 'xla' only.
+    context_axes: mesh axes that divide T, into multiples of the tiles; not for impl 'reference'.
 
   Raises:
     ValueError: as `block_attention`, or an axis does not divide its dimension.
@@ -103,22 +106,21 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
   tokens = PartitionSpec(batch_axes or None, context_axes or None)
   attend = lambda q, k, v, part: block_attention(q, k, v, part, impl=impl, tiles=tiles)
   if context_axes:
-    if resolve(impl, jax.default_backend()) != 'xla':
+    impl = resolve(impl, jax.default_backend())
+    if impl == 'reference':
       raise ValueError(f'attention impl {impl!r} cannot divide the sequence over {context_axes}; use impl="xla"')
-    attend = functools.partial(_attend_part, context_axes, tiles)
+    attend = functools.partial(_attend_part, context_axes, impl, tiles)
   # check_vma=False: the loops of the kernel start from zeros, which the check would want marked per device.
   return jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,
                        check_vma=False)(q_BTNH, k_BSKH, v_BSKH, layout)
 
 
-def _attend_part(axes, tiles, q_BTNH, k_BSKH, v_BSKH, layout):
+def _attend_part(axes, impl, tiles, q_BTNH, k_BSKH, v_BSKH, layout):
   """On one device: its own queries, everybody's keys."""
   gather = lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True)
   k, v, layout = jax.tree.map(gather, (k_BSKH, v_BSKH, layout))
-  if tiles is None:
-    tiles = tile_sizes.default('xla', jax.default_backend(), length=k.shape[1], head_dim=k.shape[3])
   first = jax.lax.axis_index(axes) * q_BTNH.shape[1]
-  return xla.attention(q_BTNH, k, v, layout, tile_sizes.Tiles(*tiles), first_query=first)
+  return _MODULES[impl].attention(q_BTNH, k, v, layout, _tiles(tiles, impl, k), first_query=first)
 
 
 def _check_divides(mesh, axes, what, size):

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from blockattn import blocks
-from blockattn.kernels import schedule
+from blockattn.kernels import append, schedule
 from blockattn.kernels.reference import MASKED
 from blockattn.kernels.tiles import Tiles
 
@@ -32,36 +32,42 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 _ROWS = 64       # of a warpgroup: what one wgmma instruction multiplies
 _COMPUTE = 2     # warpgroups that compute; one more copies
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 24, 240   # per thread; 128 * (24 + 2 * 240) fit into the 65,536 of a multiprocessor
+_MULTIPROCESSORS = 132   # of an H100 SXM and an H200
 _SCORES = plgpu.Layout.WGMMA
 _PER_ROW, _PER_COLUMN = _SCORES.reduce(1), _SCORES.reduce(0)
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, interpret=None):
-  """Softmax attention over the keys that `blocks.may_attend` allows; T == S.
+def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, first_query=None, cut=None, interpret=None):
+  """Softmax attention over the keys that `blocks.may_attend` allows.
 
   Args:
-    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked.
-    layout: BlockLayout of [B, T] arrays.
+    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked, but for T, which may be less than S.
+    layout: BlockLayout of [B, S] arrays.
     tiles: (128, key tile) of the forward pass; the backward pass takes tiles of 128 by 64.
+    first_query: int32, traced or not, where in the row the T queries stand, if they are a part of it; it and T are
+      multiples of 128, and S of the key tile too.
+    cut: schedule.Cut, how the keys of a row's readers are divided over thread blocks; by default `_cut`.
     interpret: parameters of Pallas' GPU interpreter, to run the kernels on any platform.
 
   Returns:
     [B, T, N, H] in q's dtype.
 
   Raises:
-    ValueError: a dtype, a head width or tiles that the kernels do not know, or another GPU than Hopper.
+    ValueError: a dtype, a head width or tiles that the kernels do not know, a part that they do not divide, or another
+      GPU than Hopper.
   """
-  return _attention(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret))[:, :q_BTNH.shape[1]]
+  prepared = _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query, cut, interpret)
+  return _attention(*prepared)[:, :q_BTNH.shape[1]]
 
 
 def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, interpret=None):
   """(what `attention` returns, the logsumexp of each query's scores, float32 [B, T, N], 0 in padding). No gradients."""
   T = q_BTNH.shape[1]
-  out, (*_, lse_BNT) = _forward(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret))
+  out, (*_, lse_BNT) = _forward(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, None, None, interpret))
   return out[:, :T], lse_BNT.swapaxes(1, 2)[:, :T] * math.log(2)
 
 
-def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret):
+def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query, cut, interpret):
   """The arguments of `_attention`, padded to whole tiles."""
   H = q_BTNH.shape[3]
   if interpret is None and jax.default_backend() == 'gpu':
@@ -71,19 +77,43 @@ def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret):
                      f'{" or ".join(map(str, HEAD_DIMS))}; use impl="xla"')
   if tiles.query != _COMPUTE * _ROWS or tiles.key % _ROWS:
     raise ValueError(f'tiles {tuple(tiles)}: the GPU kernels take {_COMPUTE * _ROWS} queries by a multiple of {_ROWS} keys')
-  whole = Tiles(tiles.query, max(tiles))
-  layout = schedule.pad_layout(layout, whole)
-  q, k, v = (schedule.pad_tokens(x, whole, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
+  whole, length = Tiles(tiles.query, max(tiles)), q_BTNH.shape[1]
+  part, marks_part = None, None
+  first = jnp.asarray(0 if first_query is None else first_query, jnp.int32)
+  if first_query is None:
+    layout = schedule.pad_layout(layout, whole)
+    q_BTNH, k_BSKH, v_BSKH = (schedule.pad_tokens(x, whole, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
+  else:
+    schedule.check_part(length, k_BSKH.shape[1], whole)
+    part, marks_part = (first // tiles.query, length // tiles.query), (first, length)
+  query_marks, key_marks = schedule.token_marks(layout)
+  marks = schedule.part_of(query_marks, marks_part, axis=2), key_marks
+  cut = _cut(*q_BTNH.shape[:3], k_BSKH.shape[1]) if cut is None else cut
+  return _How(tiles.key, cut, interpret), q_BTNH, k_BSKH, v_BSKH, marks, _lists(layout, tiles, part, first)
 
-  def masks(tiles):
+
+def _lists(layout, tiles, part, first_query):
+  def masks(tiles, part):
     touched, full = schedule.tile_masks(layout, tiles)
-    return schedule.visited_tiles(touched), full
+    return schedule.part_of(schedule.visited_tiles(touched), part), schedule.part_of(full, part)
+
+  def masks_by_key(tiles, part):
+    visited, full = masks(tiles, part)
+    return schedule.with_every_key(visited).swapaxes(1, 2), full.swapaxes(1, 2)
 
   narrow, wide = Tiles(tiles.query, _ROWS), Tiles(_ROWS, tiles.query)
-  swap = lambda x: x.swapaxes(1, 2)
-  lists = Lists(forward=schedule.list_tiles(*masks(tiles)), dq=schedule.list_tiles(*masks(narrow)),
-                dkv=schedule.list_tiles(*map(swap, masks(wide))))
-  return _How(tiles.key, interpret), q, k, v, schedule.token_marks(layout), lists
+  of_rows = None if part is None else (part[0] * _COMPUTE, part[1] * _COMPUTE)   # the part in tiles of _ROWS queries
+  return Lists(forward=schedule.list_tiles(*masks(tiles, part)), dq=schedule.list_tiles(*masks(narrow, part)),
+               dkv=schedule.list_tiles(*masks_by_key(wide, of_rows)), first_query=first_query[None])
+
+
+def _cut(rows, queries, heads, keys) -> schedule.Cut:
+  """Pieces for the query tiles of each row's last 512 tokens, so many that two fall to each multiprocessor if these tiles
+  read everything, and that a piece then still has eight tiles of keys."""
+  tile = _COMPUTE * _ROWS
+  owners = rows * min(4, queries // tile)
+  pieces = min(2 * _MULTIPROCESSORS // max(owners * heads, 1), keys // tile // 8)
+  return schedule.Cut(owners, pieces) if pieces > 1 else schedule.Cut()
 
 
 def _check_device(device):
@@ -96,15 +126,17 @@ def _check_device(device):
 class _How:
   """What the kernels are specialised to, beside shapes."""
   key_tile: int
+  cut: schedule.Cut
   interpret: Any
 
 
 @flax.struct.dataclass
 class Lists:
-  """schedule.TileLists of the three kernels."""
+  """schedule.TileLists of the three kernels, and the index in the row of the first query, int32 [1]."""
   forward: schedule.TileLists
   dq: schedule.TileLists
   dkv: schedule.TileLists
+  first_query: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -187,18 +219,20 @@ def _walk(block, step, carry, share=1):
 
 
 class _Block:
-  """What a thread block owns: batch row, head, tile, and its list of tiles of the other side."""
+  """What a thread block owns: batch row, head, tile, and a piece of its list of tiles of the other side."""
 
-  def __init__(self, lists, per_row):
-    owner = lists.order[lax.axis_index('tile')]
+  def __init__(self, lists, per_row, cut):
+    n = lax.axis_index('tile')
+    owner, self._first, self.total = schedule.piece(n, lists.order, lists.total, cut)
     self.head, self.warpgroup = lax.axis_index('head'), lax.axis_index('warpgroup')
     self.row, self.tile = lax.div(owner, jnp.int32(per_row)), lax.rem(owner, jnp.int32(per_row))
-    self.partial, self.total = lists.partial[owner], lists.total[owner]
+    self.partial = lax.clamp(jnp.int32(0), lists.partial[owner] - self._first, self.total)
     self._index, self._owner = lists.index, owner
+    self.is_piece, self.nth = n < cut.owners * cut.pieces, n   # of a list that is cut
 
   def other(self, n):
-    """The n-th tile of the list."""
-    return self._index[self._owner, n]
+    """The n-th tile of the piece."""
+    return self._index[self._owner, self._first + n]
 
   def key_tile(self, n, size, share):
     """Where in the keys the n-th tile is, for a block of queries whose head shares its keys with `share` heads."""
@@ -208,17 +242,26 @@ class _Block:
     """The first of a warpgroup's rows."""
     return (self.tile * _COMPUTE + warpgroup) * _ROWS
 
+  def write(self, whole, piece):
+    """Calls `whole()`, or for a piece of a list `piece(rows)`, rows of the tile; `piece` is None if no list is cut."""
+    if piece is None:
+      whole()
+      return
+    pl.when(jnp.logical_not(self.is_piece))(whole)
+    pl.when(self.is_piece)(lambda: piece(pl.ds(self.warpgroup * _ROWS, _ROWS)))
 
-def _call(how, kernel, name, outputs, inputs, lists, heads, scratch):
-  """Runs `kernel(lists, *inputs, *outputs, *scratch)` for every head and tile."""
+
+def _call(how, kernel, name, outputs, inputs, lists, heads, scratch, cut):
+  """Runs `kernel(lists, *inputs, outputs, *scratch)` for every head and every piece of the lists."""
   def entry(index, partial, total, order, *refs):
-    kernel(schedule.TileLists(index, partial, total, order), *refs)
+    first, last = len(inputs), len(inputs) + len(outputs)
+    kernel(schedule.TileLists(index, partial, total, order), *refs[:first], refs[first:last], *refs[last:])
 
   entry.__name__ = name   # what profilers show
   more = {} if how.interpret is None else {'interpret': how.interpret}
   run = plgpu.kernel(
       entry, out_type=outputs, scratch_types=scratch, num_threads=_COMPUTE + 1, thread_name='warpgroup',
-      grid=(lists.order.shape[0], heads), grid_names=('tile', 'head'),   # heads vary fastest
+      grid=(lists.order.shape[0] + cut.spare, heads), grid_names=('tile', 'head'),   # heads vary fastest
       compiler_params=plgpu.CompilerParams(approx_math=True), **more)
   return run(lists.index, lists.partial, lists.total, lists.order, *inputs)
 
@@ -257,14 +300,37 @@ def _stream(how, count, stages, copies, ready, free):
         plgpu.barrier_wait(is_free.at[lax.rem(n, jnp.int32(stages))])
 
 
+def _piece_shape(how, like):
+  """Of the results of the pieces of the lists that are cut, for a result [B, T, N, H]."""
+  return jax.ShapeDtypeStruct((how.cut.owners * how.cut.pieces, _COMPUTE * _ROWS, *like.shape[2:]), like.dtype)
+
+
+def _own_tiles(how, lists, x_BTNH):
+  """(x as tiles, the numbers of those whose lists are cut)."""
+  return x_BTNH.reshape(-1, _COMPUTE * _ROWS, *x_BTNH.shape[2:]), lists.order[:how.cut.owners]
+
+
+def _merge_forward(how, lists, out_BTNH, lse_BNT, out_pieces, lse_pieces):
+  """Puts the results of the pieces in their places."""
+  cut, (B, N, T) = how.cut, lse_BNT.shape
+  parts = lambda x: x.reshape(cut.owners, cut.pieces, *x.shape[1:]).swapaxes(0, 1)
+  out, lse = append.merge(parts(out_pieces), parts(lse_pieces).swapaxes(2, 3) * math.log(2))
+  lse = jnp.where(lse > MASKED / 2, lse / math.log(2), 0)
+  tiles, owners = _own_tiles(how, lists, out_BTNH)
+  per_row = T // tiles.shape[1]
+  lse_BNIT = lse_BNT.reshape(B, N, per_row, -1).at[owners // per_row, :, owners % per_row].set(lse.swapaxes(1, 2))
+  return tiles.at[owners].set(out.astype(tiles.dtype)).reshape(out_BTNH.shape), lse_BNIT.reshape(lse_BNT.shape)
+
+
 def _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
   B, T, N, H = q_BTNH.shape
   share, dtype, S = N // k_BSKH.shape[2], q_BTNH.dtype, how.key_tile
   stages, scale = 2, H ** -0.5 * math.log2(math.e)
 
-  def kernel(lists, q, k, v, q_marks, k_marks, out, lse, q_s, k_s, v_s, lse_s, q_ready, k_ready, v_ready, k_free, v_free,
-             turn):
-    block = _Block(lists, per_row=T // (_COMPUTE * _ROWS))
+  def kernel(lists, first_query, q, k, v, q_marks, k_marks, outputs, q_s, k_s, v_s, lse_s, q_ready, k_ready, v_ready, k_free,
+             v_free, turn):
+    block = _Block(lists, T // (_COMPUTE * _ROWS), how.cut)
+    out, lse, *pieces = outputs
     slot_of = lambda n: lax.rem(n, jnp.int32(stages))
 
     def pass_turn():
@@ -279,7 +345,8 @@ def _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
       plgpu.copy_gmem_to_smem(q.at[block.row, own_rows, block.head], mine, q_ready.at[block.warpgroup])
       own_marks = [_load(q_marks.at[block.row, m, own_rows], _PER_ROW) for m in range(schedule.MARKS)]
       plgpu.barrier_wait(q_ready.at[block.warpgroup])
-      plgpu.barrier_wait(k_ready.at[0])
+      pl.when(block.total > 0)(lambda: plgpu.barrier_wait(k_ready.at[0]))
+      first_row = first_query[0] + start
       pl.when(block.warpgroup == 1)(pass_turn)   # one warpgroup multiplies while the other takes exponentials
 
       def step(n, carry, masked):
@@ -290,7 +357,7 @@ def _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
         plgpu.barrier_arrive(k_free.at[slot])
         if masked:
           keys = [k_marks.at[block.row, m, pl.ds(tile_start, S)] for m in range(schedule.MARKS)]
-          scores_TS = jnp.where(_allowed(own_marks, keys, start, tile_start, True), scores_TS, MASKED)
+          scores_TS = jnp.where(_allowed(own_marks, keys, first_row, tile_start, True), scores_TS, MASKED)
         new_peak = jnp.maximum(peak_T, scores_TS.max(axis=1))
         # A query that has seen nothing so far has peak MASKED and weights of 1; its first real key makes `decay` zero.
         decay = jnp.exp2(peak_T - new_peak)
@@ -318,10 +385,22 @@ def _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
       seen = peak_T > MASKED / 2
       total_T = jnp.where(seen, total_T, 1.0)
       mine[...] = (acc_TH * _rows(jnp.where(seen, 1 / total_T, 0.0), H)).astype(dtype)
-      lse_s[block.warpgroup, :] = jnp.where(seen, peak_T + jnp.log(total_T) * math.log2(math.e), 0.0)
+      # A piece that saw nothing must weigh nothing when it is merged; in padding the backward pass wants 0.
+      unseen = jnp.where(block.is_piece, jnp.float32(MASKED), jnp.float32(0))
+      lse_s[block.warpgroup, :] = jnp.where(seen, peak_T + jnp.log(total_T) * math.log2(math.e), unseen)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(mine, out.at[block.row, own_rows, block.head])
-      plgpu.copy_smem_to_gmem(lse_s.at[block.warpgroup], lse.at[block.row, block.head, own_rows])
+
+      def write(to, lse_to):
+        plgpu.copy_smem_to_gmem(mine, to)
+        plgpu.copy_smem_to_gmem(lse_s.at[block.warpgroup], lse_to)
+
+      def whole():
+        write(out.at[block.row, own_rows, block.head], lse.at[block.row, block.head, own_rows])
+
+      def piece(rows):
+        write(pieces[0].at[block.nth, rows, block.head], pieces[1].at[block.nth, block.head, rows])
+
+      block.write(whole, piece if pieces else None)
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(block.warpgroup == _COMPUTE)
@@ -332,11 +411,16 @@ def _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
       _stream(how, block.total, stages, copies, (k_ready, v_ready), (k_free, v_free))
 
   outputs = [jax.ShapeDtypeStruct(q_BTNH.shape, dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)]
+  if how.cut.spare:
+    pieces = _piece_shape(how, q_BTNH)
+    outputs += [pieces, jax.ShapeDtypeStruct((pieces.shape[0], N, pieces.shape[1]), jnp.float32)]
   scratch = [_tile_memory(_COMPUTE, _ROWS, H, dtype), _tile_memory(stages, S, H, dtype), _tile_memory(stages, S, H, dtype),
              plgpu.SMEM((_COMPUTE, _ROWS), jnp.float32), _barriers(1, _COMPUTE), _barriers(1, stages), _barriers(1, stages),
              _barriers(_COMPUTE, stages), _barriers(_COMPUTE, stages), _barriers(_COMPUTE, 1)]
-  out, lse = _call(how, kernel, 'block_attention_forward', outputs, (q_BTNH, k_BSKH, v_BSKH, *marks), lists.forward, N,
-                   scratch)
+  inputs = lists.first_query, q_BTNH, k_BSKH, v_BSKH, *marks
+  out, lse, *pieces = _call(how, kernel, 'block_attention_forward', outputs, inputs, lists.forward, N, scratch, how.cut)
+  if pieces:
+    out, lse = _merge_forward(how, lists.forward, out, lse, *pieces)
   return out, (q_BTNH, k_BSKH, v_BSKH, marks, lists, out, lse)
 
 
@@ -345,8 +429,10 @@ def _dq(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH)
   share, dtype, S = N // k_BSKH.shape[2], q_BTNH.dtype, _ROWS
   stages, scale = 3, H ** -0.5 * math.log2(math.e)
 
-  def kernel(lists, q, k, v, grad, lse, mean, q_marks, k_marks, dq, q_s, grad_s, k_s, v_s, own_ready, ready, free):
-    block = _Block(lists, per_row=T // (_COMPUTE * _ROWS))
+  def kernel(lists, first_query, q, k, v, grad, lse, mean, q_marks, k_marks, outputs, q_s, grad_s, k_s, v_s, own_ready,
+             ready, free):
+    block = _Block(lists, T // (_COMPUTE * _ROWS), how.cut)
+    dq, *pieces = outputs
 
     @pl.when(block.warpgroup < _COMPUTE)
     def _():
@@ -357,6 +443,7 @@ def _dq(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH)
       plgpu.copy_gmem_to_smem(grad.at[block.row, own_rows, block.head], my_grad, is_ready)
       own_marks = [_load(q_marks.at[block.row, m, own_rows], _PER_ROW) for m in range(schedule.MARKS)]
       lse_T, mean_T = (_load(x.at[block.row, block.head, own_rows], _PER_ROW) for x in (lse, mean))
+      first_row = first_query[0] + start
       plgpu.barrier_wait(is_ready)
 
       def step(n, acc_TH, masked):
@@ -365,7 +452,7 @@ def _dq(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH)
         scores_TS = _product_transposed(how, mine, k_s.at[slot], (_ROWS, S)) * scale
         if masked:
           keys = [k_marks.at[block.row, m, pl.ds(tile_start, S)] for m in range(schedule.MARKS)]
-          scores_TS = jnp.where(_allowed(own_marks, keys, start, tile_start, True), scores_TS, MASKED)
+          scores_TS = jnp.where(_allowed(own_marks, keys, first_row, tile_start, True), scores_TS, MASKED)
         weights_TS = jnp.exp2(scores_TS - _rows(lse_T, S))
         slopes_TS = weights_TS * (_product_transposed(how, my_grad, v_s.at[slot], (_ROWS, S)) - _rows(mean_T, S))
         acc_TH = _add_product(how, acc_TH, slopes_TS.astype(dtype), k_s.at[slot])
@@ -375,7 +462,9 @@ def _dq(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH)
       acc_TH = _walk(block, step, _zeros((_ROWS, H)))
       mine[...] = (acc_TH * H ** -0.5).astype(dtype)
       plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(mine, dq.at[block.row, own_rows, block.head])
+      write = functools.partial(plgpu.copy_smem_to_gmem, mine)
+      piece = lambda rows: write(pieces[0].at[block.nth, rows, block.head])
+      block.write(lambda: write(dq.at[block.row, own_rows, block.head]), piece if pieces else None)
       plgpu.wait_smem_to_gmem(0)
 
     @pl.when(block.warpgroup == _COMPUTE)
@@ -387,21 +476,28 @@ def _dq(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH)
 
   own, streamed = _tile_memory(_COMPUTE, _ROWS, H, dtype), _tile_memory(stages, S, H, dtype)
   scratch = [own, own, streamed, streamed, _barriers(2, _COMPUTE), _barriers(2, stages), _barriers(_COMPUTE, stages)]
-  inputs = q_BTNH, k_BSKH, v_BSKH, grad_BTNH, lse_BNT, mean_BNT, *marks
-  return _call(how, kernel, 'block_attention_dq', [jax.ShapeDtypeStruct(q_BTNH.shape, dtype)], inputs, lists.dq, N,
-               scratch)[0]
+  inputs = lists.first_query, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, lse_BNT, mean_BNT, *marks
+  outputs = [jax.ShapeDtypeStruct(q_BTNH.shape, dtype)] + ([_piece_shape(how, q_BTNH)] if how.cut.spare else [])
+  dq_BTNH, *pieces = _call(how, kernel, 'block_attention_dq', outputs, inputs, lists.dq, N, scratch, how.cut)
+  if pieces:
+    tiles, owners = _own_tiles(how, lists.dq, dq_BTNH)
+    whole = pieces[0].reshape(how.cut.owners, how.cut.pieces, *tiles.shape[1:]).sum(axis=1, dtype=jnp.float32)
+    dq_BTNH = tiles.at[owners].set(whole.astype(dtype)).reshape(dq_BTNH.shape)
+  return dq_BTNH
 
 
 def _dkv(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH):
   """Scores are keys by queries here, so that both sums over queries have their left side in registers."""
-  T, N, H = q_BTNH.shape[1:]
-  K, dtype, Q = k_BSKH.shape[2], q_BTNH.dtype, _ROWS
+  N, H = q_BTNH.shape[2:]
+  S, K = k_BSKH.shape[1:3]
+  dtype, Q = q_BTNH.dtype, _ROWS
   share = N // K
   stages, scale = 2, H ** -0.5 * math.log2(math.e)
 
-  def kernel(lists, q, k, v, grad, lse, mean, q_marks, k_marks, dk, dv, k_s, v_s, q_s, grad_s, lse_s, mean_s,
+  def kernel(lists, first_query, q, k, v, grad, lse, mean, q_marks, k_marks, outputs, k_s, v_s, q_s, grad_s, lse_s, mean_s,
              marks_s, own_ready, ready, free):
-    block = _Block(lists, per_row=T // (_COMPUTE * _ROWS))
+    block = _Block(lists, S // (_COMPUTE * _ROWS), schedule.Cut())
+    dk, dv = outputs
     # The query heads that share a key head are steps of their own.
     tile_of = lambda n: block.other(lax.div(n, jnp.int32(share)))
     head_of = lambda n: block.head * share + lax.rem(n, jnp.int32(share))
@@ -413,6 +509,7 @@ def _dkv(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH
       own_rows, is_ready = pl.ds(start, _ROWS), own_ready.at[block.warpgroup]
       plgpu.copy_gmem_to_smem(k.at[block.row, own_rows, block.head], my_k, is_ready)
       plgpu.copy_gmem_to_smem(v.at[block.row, own_rows, block.head], my_v, is_ready)
+      first_row = start - first_query[0]   # counted from the first query
       plgpu.barrier_wait(is_ready)
 
       def step(n, carry, masked):
@@ -424,7 +521,7 @@ def _dkv(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH
           # Not before the loop: every register is taken by the two sums.
           own_marks = [_load(k_marks.at[block.row, m, own_rows], _PER_ROW) for m in range(schedule.MARKS)]
           queries = [marks_s.at[slot, m] for m in range(schedule.MARKS)]
-          scores_TS = jnp.where(_allowed(own_marks, queries, start, tile_start, False), scores_TS, MASKED)
+          scores_TS = jnp.where(_allowed(own_marks, queries, first_row, tile_start, False), scores_TS, MASKED)
         weights_TS = jnp.exp2(scores_TS - _columns(_load(lse_s.at[slot], _PER_COLUMN), _ROWS))
         dv_TH = _add_product(how, dv_TH, weights_TS.astype(dtype), grad_s.at[slot])
         slopes_TS = _product_transposed(how, my_v, grad_s.at[slot], (_ROWS, Q))
@@ -455,9 +552,9 @@ def _dkv(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH
   scratch = [own, own, streamed, streamed, per_query, per_query, plgpu.SMEM((stages, schedule.MARKS, Q), jnp.int32),
              _barriers(2, _COMPUTE), _barriers(4 + schedule.MARKS, stages),
              _barriers(_COMPUTE, stages)]
-  inputs = q_BTNH, k_BSKH, v_BSKH, grad_BTNH, lse_BNT, mean_BNT, *marks
+  inputs = lists.first_query, q_BTNH, k_BSKH, v_BSKH, grad_BTNH, lse_BNT, mean_BNT, *marks
   return _call(how, kernel, 'block_attention_dkv', [jax.ShapeDtypeStruct(k_BSKH.shape, dtype)] * 2, inputs, lists.dkv, K,
-               scratch)
+               scratch, schedule.Cut())
 
 
 def _backward(how, saved, grad_BTNH):

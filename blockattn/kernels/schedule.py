@@ -19,9 +19,12 @@ Tiles of unequal size are put together from granules, squares of the smaller siz
 [B, T / granule, T / granule] per tile, nothing else.
 """
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from blockattn import blocks
 from blockattn.kernels.tiles import Tiles
@@ -71,6 +74,23 @@ class TileLists:
   partial: jax.Array
   total: jax.Array
   order: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """How the longest lists of a TileLists are cut into pieces that can be worked on at the same time (split-K).
+
+  Attributes:
+    owners: how many lists, from the front of `order`.
+    pieces: of each.
+  """
+  owners: int = 0
+  pieces: int = 1
+
+  @property
+  def spare(self) -> int:
+    """Pieces beyond one per list."""
+    return self.owners * (self.pieces - 1)
 
 
 FLAG_BITS = 3
@@ -234,12 +254,34 @@ def visited_tiles(touched):
   return touched | (diagonal & lonely)
 
 
-def list_work(touched, full) -> Work:
-  """The work of all rows, from the masks of `tile_masks`."""
+def check_part(length: int, row: int, tiles: Tiles) -> None:
+  """Raises ValueError unless the `length` queries of a part are whole tiles, and the `row` tokens of the whole row too."""
+  if length % tiles.query or row % max(tiles):
+    raise ValueError(f'{length} of {row} tokens: a part of a row must be a multiple of the query tile {tiles.query}, and '
+                     f'the row of {max(tiles)}; choose tiles that divide them')
+
+
+def part_of(x, part, axis: int = 1):
+  """Of an axis over a row's query tiles, or queries, those of a part (first, how many); all of them if it is None."""
+  return x if part is None else lax.dynamic_slice_in_dim(x, *part, axis=axis)
+
+
+def with_every_key(visited):
+  """`visited` with keys that no query visits put on the list of the first query tile, which may see nothing of them."""
+  unseen = ~visited.any(axis=1)
+  return visited.at[:, 0].set(visited[:, 0] | unseen)
+
+
+def list_work(touched, full, part=None) -> Work:
+  """The work of all rows, from the masks of `tile_masks`; of a part of the query tiles, see `part_of`."""
   visited = visited_tiles(touched)
   swap = lambda x: x.swapaxes(1, 2)
   most = most_visits(*touched.shape[1:])
-  return Work(by_query=_flat_list(visited, full, most), by_key=_flat_list(swap(visited), swap(full), most))
+  if part is not None:
+    visited, full = part_of(visited, part), part_of(full, part)
+    most = visited.shape[1] * visited.shape[2]
+  by_key = _flat_list(swap(with_every_key(visited)), swap(full), most)
+  return Work(by_query=_flat_list(visited, full, most), by_key=by_key)
 
 
 def list_tiles(visited, full) -> TileLists:
@@ -251,6 +293,21 @@ def list_tiles(visited, full) -> TileLists:
   return TileLists(index=jnp.argsort(rank, axis=1, stable=True).astype(jnp.int32),
                    partial=total - full.sum(axis=1, dtype=jnp.int32), total=total,
                    order=jnp.argsort(-total, stable=True).astype(jnp.int32))
+
+
+def piece(n, order, total, cut: Cut):
+  """The n-th piece of a TileLists' work: (owner, first entry of its list, entries). Arrays may be references to memory.
+
+  The first `cut.owners * cut.pieces` are those of the lists that are cut, list by list.
+  """
+  if not cut.spare:
+    return order[n], jnp.int32(0), total[order[n]]
+  n = jnp.int32(n)
+  long = n < cut.owners * cut.pieces
+  owner = order[jnp.where(long, lax.div(n, jnp.int32(cut.pieces)), n - cut.spare)]
+  nth, pieces = jnp.where(long, lax.rem(n, jnp.int32(cut.pieces)), 0), jnp.where(long, jnp.int32(cut.pieces), 1)
+  first, stop = lax.div(total[owner] * nth, pieces), lax.div(total[owner] * (nth + 1), pieces)
+  return owner, first, stop - first
 
 
 def _flat_list(visited, full, most):

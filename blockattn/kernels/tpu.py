@@ -13,6 +13,7 @@ hold copies of one value, M the marks of a token (see schedule.py).
 
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,23 +30,25 @@ _LANES = 128
 _LIST_BYTES = 768 * 1024   # of the 1 MiB of scalar memory, for the two lists of work
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, interpret=False):
-  """Softmax attention over the keys that `blocks.may_attend` allows; T == S.
+def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, first_query=None, interpret=False):
+  """Softmax attention over the keys that `blocks.may_attend` allows.
 
   Args:
-    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked.
-    layout: BlockLayout of [B, T] arrays.
+    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked, but for T, which may be less than S.
+    layout: BlockLayout of [B, S] arrays.
     tiles: tile sizes, multiples of 128; cut down to T where they are larger.
+    first_query: int32, traced or not, where in the row the T queries stand, if they are a part of it; it and T are
+      multiples of the query tile, and S of both.
     interpret: run the kernels in Pallas' interpreter, on any platform and with tiles of any multiple of 8.
 
   Returns:
     [B, T, N, H] in q's dtype.
 
   Raises:
-    ValueError: the tiles are no multiples of 128, or so small that the list of work does not fit into scalar memory; or
-      heads are wider than 128 and no multiple of it.
+    ValueError: the tiles are no multiples of 128, do not divide the part, or are so small that the list of work does not
+      fit into scalar memory; or heads are wider than 128 and no multiple of it.
   """
-  out = _attention(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret))
+  out = _attention(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret, first_query))
   return out.swapaxes(1, 2)[:, :q_BTNH.shape[1]]
 
 
@@ -57,30 +60,38 @@ def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles:
   return out.swapaxes(1, 2)[:, :T], lse.swapaxes(1, 2)[:, :T]
 
 
-def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret):
+def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret, first_query=None):
   """The arguments of `_attention`, padded to whole tiles, heads before tokens."""
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   if H > _LANES and H % _LANES:
     raise ValueError(f'head_dim {H}: on a TPU it must be at most {_LANES} or a multiple of it; use impl="xla"')
   tiles = schedule.clamp_tiles(tiles, T, multiple=8 if interpret else _LANES)
-  layout = schedule.pad_layout(layout, tiles)
-  q, k, v = (schedule.pad_tokens(x, tiles, axis=1).swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH))
+  part, marks_part = None, None
+  first = jnp.asarray(0 if first_query is None else first_query, jnp.int32)
+  if first_query is None:
+    layout = schedule.pad_layout(layout, tiles)
+    q_BTNH, k_BSKH, v_BSKH = (schedule.pad_tokens(x, tiles, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
+  else:
+    schedule.check_part(T, k_BSKH.shape[1], tiles)
+    part, marks_part = (first // tiles.query, T // tiles.query), (first, T)
   touched, full = schedule.tile_masks(layout, tiles)
-  _check_list(touched.shape, tiles)
-  return tiles, interpret, q, k, v, schedule.token_marks(layout), schedule.list_work(touched, full)
+  work = schedule.list_work(touched, full, part)
+  _check_list(work.by_query.owner.size, tiles, k_BSKH.shape)
+  query_marks, key_marks = schedule.token_marks(layout)
+  marks = schedule.part_of(query_marks, marks_part, axis=2), key_marks
+  return tiles, interpret, *(x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH)), marks, work, first[None]
 
 
-def _check_list(shape, tiles):
-  rows, n, m = shape
-  visits, room = rows * schedule.most_visits(n, m), _LIST_BYTES // 8
+def _check_list(visits, tiles, shape):
+  room = _LIST_BYTES // 8
   if visits > room:
-    raise ValueError(f'tiles {tuple(tiles)} make up to {visits} visits possible in {rows} rows of {n * tiles.query} tokens; '
+    raise ValueError(f'tiles {tuple(tiles)} make up to {visits} visits possible in {shape[0]} rows of {shape[1]} tokens; '
                      f'the scalar memory of a TPU core holds {room}. Use larger tiles or fewer rows per device')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work):
-  return _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work)[0]
+def _attention(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work, first_query):
+  return _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work, first_query)[0]
 
 
 def _dot(x, y, contract_x, contract_y):
@@ -90,6 +101,13 @@ def _dot(x, y, contract_x, contract_y):
                          preferred_element_type=jnp.float32)
 
 
+class _Steps(NamedTuple):
+  """What lies in scalar memory: a schedule.WorkList, and the index in the row of the first query, [1]."""
+  owner: Any
+  other: Any
+  first_query: Any
+
+
 class _Grid:
   """The grid of one kernel, and where the tiles of each step lie.
 
@@ -97,14 +115,14 @@ class _Grid:
   `owner_is_query`: the steps are grouped by query tile, else by key tile.
   """
 
-  def __init__(self, tiles, q_shape, k_shape, work, owner_is_query):
+  def __init__(self, tiles, q_shape, k_shape, work, first_query, owner_is_query):
     self.tiles, self.owner_is_query = tiles, owner_is_query
     _, self.N, T, self.H = q_shape
-    self.K = k_shape[1]
+    _, self.K, S, _ = k_shape
     self.share = self.N // self.K
-    self.per_row = T // (tiles.query if owner_is_query else tiles.key)
-    self.work = work
-    self.grid = (self.N, work.count) if owner_is_query else (self.K, work.count, self.share)
+    self.per_row = T // tiles.query if owner_is_query else S // tiles.key
+    self.steps, self.count = _Steps(work.owner, work.other, first_query), work.count
+    self.grid = (self.N, self.count) if owner_is_query else (self.K, self.count, self.share)
 
   def _query_head(self, at):
     return at[0] if self.owner_is_query else at[0] * self.share + at[2]
@@ -112,17 +130,17 @@ class _Grid:
   def _key_head(self, at):
     return lax.div(at[0], jnp.int32(self.share)) if self.owner_is_query else at[0]
 
-  def tile_numbers(self, step, owner, other):
-    """(batch row, query tile, key tile) of a step, from the list in scalar memory."""
-    row = lax.div(owner[step], jnp.int32(self.per_row))
-    own, its = lax.rem(owner[step], jnp.int32(self.per_row)), lax.shift_right_logical(other[step], schedule.FLAG_BITS)
+  def tile_numbers(self, step, steps):
+    """(batch row, query tile, key tile) of a step."""
+    row, own = lax.div(steps.owner[step], jnp.int32(self.per_row)), lax.rem(steps.owner[step], jnp.int32(self.per_row))
+    its = lax.shift_right_logical(steps.other[step], schedule.FLAG_BITS)
     return (row, own, its) if self.owner_is_query else (row, its, own)
 
   def _spec(self, shape, place):
     """place: (row, query tile, key tile, query head, key head) -> block index."""
     def index(*args):
-      *at, owner, other = args
-      return place(*self.tile_numbers(at[1], owner, other), self._query_head(at), self._key_head(at))
+      at, steps = args[:-3], _Steps(*args[-3:])
+      return place(*self.tile_numbers(at[1], steps), self._query_head(at), self._key_head(at))
     return pl.BlockSpec(shape, index)
 
   def queries(self):
@@ -144,23 +162,25 @@ class _Grid:
   def call(self, kernel, name, inputs, out_shape, scratch, interpret):
     """inputs: (block spec, array) each; out_shape: (block spec, shape and dtype) each; scratch: (shape, dtype) each."""
     spec = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2, grid=self.grid, in_specs=[spec for spec, _ in inputs],
+        num_scalar_prefetch=3, grid=self.grid, in_specs=[spec for spec, _ in inputs],
         out_specs=[spec for spec, _ in out_shape], scratch_shapes=[pltpu.VMEM(*x) for x in scratch])
     semantics = ('parallel',) + ('arbitrary',) * (len(self.grid) - 1)   # heads may go to different cores
     return pl.pallas_call(
-        functools.partial(kernel, self), grid_spec=spec, out_shape=[shape for _, shape in out_shape], name=name,
+        lambda owner, other, first_query, *refs: kernel(self, _Steps(owner, other, first_query), *refs),
+        grid_spec=spec, out_shape=[shape for _, shape in out_shape], name=name,
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
-        interpret=interpret)(self.work.owner, self.work.other, *(x for _, x in inputs))
+        interpret=interpret)(*self.steps, *(x for _, x in inputs))
 
 
-def _visit(grid, owner, other, columns_MXL, rows_MX, body):
+def _visit(grid, steps, columns_MXL, rows_MX, body):
   """Calls `body(mask)` for this step's tile; `mask` replaces the scores that are not allowed.
 
   The marks of the owner, whose tokens are the rows of the scores, are given as columns; those of the other side as rows.
   """
-  _, i, j = grid.tile_numbers(pl.program_id(1), owner, other)
-  mask = functools.partial(_mask, grid, j * grid.tiles.key - i * grid.tiles.query, columns_MXL, rows_MX)
-  partial = (other[pl.program_id(1)] & schedule.PARTIAL) != 0
+  _, i, j = grid.tile_numbers(pl.program_id(1), steps)
+  offset = j * grid.tiles.key - i * grid.tiles.query - steps.first_query[0]
+  mask = functools.partial(_mask, grid, offset, columns_MXL, rows_MX)
+  partial = (steps.other[pl.program_id(1)] & schedule.PARTIAL) != 0
   _choose(partial, lambda: body(mask), lambda: body(lambda scores: scores))
 
 
@@ -192,16 +212,16 @@ def _wide(x_XL, width):
   return x_XL[:, :width] if width <= _LANES else jnp.tile(x_XL, (1, width // _LANES))
 
 
-def _is_first(other):
-  return (other[pl.program_id(1)] & schedule.FIRST) != 0
+def _is_first(steps):
+  return (steps.other[pl.program_id(1)] & schedule.FIRST) != 0
 
 
-def _is_last(other):
-  return (other[pl.program_id(1)] & schedule.LAST) != 0
+def _is_last(steps):
+  return (steps.other[pl.program_id(1)] & schedule.LAST) != 0
 
 
-def _forward_kernel(grid, owner, other, q, k, v, q_marks, k_marks, out, lse, acc_TH, peak_TL, total_TL, marks_MTL):
-  @pl.when(_is_first(other))
+def _forward_kernel(grid, steps, q, k, v, q_marks, k_marks, out, lse, acc_TH, peak_TL, total_TL, marks_MTL):
+  @pl.when(_is_first(steps))
   def _():
     acc_TH[...] = jnp.zeros_like(acc_TH)
     peak_TL[...] = jnp.full_like(peak_TL, MASKED)
@@ -218,9 +238,9 @@ def _forward_kernel(grid, owner, other, q, k, v, q_marks, k_marks, out, lse, acc
     peak_TL[...] = peak
     acc_TH[...] = acc_TH[...] * _wide(decay, grid.H) + _dot(weights_TS.astype(v.dtype), v[...], 1, 0)
 
-  _visit(grid, owner, other, marks_MTL, k_marks, body)
+  _visit(grid, steps, marks_MTL, k_marks, body)
 
-  @pl.when(_is_last(other))
+  @pl.when(_is_last(steps))
   def _():
     seen = peak_TL[...] > MASKED / 2
     total = jnp.where(seen, total_TL[...], 1)
@@ -228,10 +248,10 @@ def _forward_kernel(grid, owner, other, q, k, v, q_marks, k_marks, out, lse, acc
     lse[...] = jnp.where(seen, peak_TL[...] + jnp.log2(total), 0).T[:1]
 
 
-def _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work):
+def _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work, first_query):
   B, N, T, H = q_BNTH.shape
   q_BNTH = (q_BNTH.astype(jnp.float32) * (math.log2(math.e) * H ** -0.5)).astype(q_BNTH.dtype)
-  grid = _Grid(tiles, q_BNTH.shape, k_BKSH.shape, work.by_query, owner_is_query=True)
+  grid = _Grid(tiles, q_BNTH.shape, k_BKSH.shape, work.by_query, first_query, owner_is_query=True)
   inputs = [(grid.queries(), q_BNTH), (grid.keys(), k_BKSH), (grid.keys(), v_BKSH),
             (grid.query_marks(), marks[0]), (grid.key_marks(), marks[1])]
   outputs = [(grid.queries(), jax.ShapeDtypeStruct(q_BNTH.shape, q_BNTH.dtype)),
@@ -239,11 +259,11 @@ def _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work):
   per_query = ((tiles.query, _LANES), jnp.float32)
   scratch = [((tiles.query, H), jnp.float32), per_query, per_query, ((schedule.MARKS, tiles.query, _LANES), jnp.int32)]
   out, lse = grid.call(_forward_kernel, 'block_attention_forward', inputs, outputs, scratch, interpret)
-  return out, (q_BNTH, k_BKSH, v_BKSH, marks, work, out, lse)
+  return out, (q_BNTH, k_BKSH, v_BKSH, marks, work, first_query, out, lse)
 
 
-def _dq_kernel(grid, owner, other, q, k, v, grad, lse, mean, q_marks, k_marks, dq, acc_TH, lse_TL, mean_TL, marks_MTL):
-  @pl.when(_is_first(other))
+def _dq_kernel(grid, steps, q, k, v, grad, lse, mean, q_marks, k_marks, dq, acc_TH, lse_TL, mean_TL, marks_MTL):
+  @pl.when(_is_first(steps))
   def _():
     acc_TH[...] = jnp.zeros_like(acc_TH)
     lse_TL[...] = _columns(lse[...])[0]
@@ -255,16 +275,16 @@ def _dq_kernel(grid, owner, other, q, k, v, grad, lse, mean, q_marks, k_marks, d
     slopes_TS = weights_TS * (_dot(grad[...], v[...], 1, 1) - _wide(mean_TL[...], grid.tiles.key))
     acc_TH[...] += _dot(slopes_TS.astype(k.dtype), k[...], 1, 0)
 
-  _visit(grid, owner, other, marks_MTL, k_marks, body)
+  _visit(grid, steps, marks_MTL, k_marks, body)
 
-  @pl.when(_is_last(other))
+  @pl.when(_is_last(steps))
   def _():
     dq[...] = (acc_TH[...] * grid.H ** -0.5).astype(dq.dtype)
 
 
-def _dkv_kernel(grid, owner, other, q, k, v, grad, lse, mean, q_marks, k_marks, dk, dv, dk_acc_SH, dv_acc_SH, marks_MSL):
+def _dkv_kernel(grid, steps, q, k, v, grad, lse, mean, q_marks, k_marks, dk, dv, dk_acc_SH, dv_acc_SH, marks_MSL):
   """Scores are keys by queries here, so that both sums over queries are plain matmuls."""
-  @pl.when(_is_first(other) & (pl.program_id(2) == 0))
+  @pl.when(_is_first(steps) & (pl.program_id(2) == 0))
   def _():
     dk_acc_SH[...] = jnp.zeros_like(dk_acc_SH)
     dv_acc_SH[...] = jnp.zeros_like(dv_acc_SH)
@@ -276,16 +296,16 @@ def _dkv_kernel(grid, owner, other, q, k, v, grad, lse, mean, q_marks, k_marks, 
     slopes_ST = weights_ST * (_dot(v[...], grad[...], 1, 1) - mean[...])
     dk_acc_SH[...] += _dot(slopes_ST.astype(q.dtype), q[...], 1, 0)
 
-  _visit(grid, owner, other, marks_MSL, q_marks, body)
+  _visit(grid, steps, marks_MSL, q_marks, body)
 
-  @pl.when(_is_last(other) & (pl.program_id(2) == grid.share - 1))
+  @pl.when(_is_last(steps) & (pl.program_id(2) == grid.share - 1))
   def _():
     dk[...] = (dk_acc_SH[...] * math.log(2)).astype(dk.dtype)   # q holds log2(e) / sqrt(H) already
     dv[...] = dv_acc_SH[...].astype(dv.dtype)
 
 
 def _backward(tiles, interpret, saved, grad_BNTH):
-  q_BNTH, k_BKSH, v_BKSH, marks, work, out_BNTH, lse = saved
+  q_BNTH, k_BKSH, v_BKSH, marks, work, first_query, out_BNTH, lse = saved
   H = q_BNTH.shape[3]
   # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts
   mean = jnp.sum(out_BNTH.astype(jnp.float32) * grad_BNTH.astype(jnp.float32), axis=-1).reshape(lse.shape)
@@ -295,16 +315,16 @@ def _backward(tiles, interpret, saved, grad_BNTH):
     return [(grid.queries(), q_BNTH), (grid.keys(), k_BKSH), (grid.keys(), v_BKSH), (grid.queries(), grad_BNTH),
             (grid.per_query(), lse), (grid.per_query(), mean), (grid.query_marks(), marks[0]), (grid.key_marks(), marks[1])]
 
-  grid = _Grid(tiles, q_BNTH.shape, k_BKSH.shape, work.by_query, owner_is_query=True)
+  grid = _Grid(tiles, q_BNTH.shape, k_BKSH.shape, work.by_query, first_query, owner_is_query=True)
   per_query = ((tiles.query, _LANES), jnp.float32)
   scratch = [((tiles.query, H), jnp.float32), per_query, per_query, ((schedule.MARKS, tiles.query, _LANES), jnp.int32)]
   dq, = grid.call(_dq_kernel, 'block_attention_dq', inputs(grid), [(grid.queries(), like(q_BNTH))], scratch, interpret)
 
-  grid = _Grid(tiles, q_BNTH.shape, k_BKSH.shape, work.by_key, owner_is_query=False)
+  grid = _Grid(tiles, q_BNTH.shape, k_BKSH.shape, work.by_key, first_query, owner_is_query=False)
   scratch = [((tiles.key, H), jnp.float32)] * 2 + [((schedule.MARKS, tiles.key, _LANES), jnp.int32)]
   outputs = [(grid.keys(), like(k_BKSH)), (grid.keys(), like(v_BKSH))]
   dk, dv = grid.call(_dkv_kernel, 'block_attention_dkv', inputs(grid), outputs, scratch, interpret)
-  return dq, dk, dv, None, None
+  return dq, dk, dv, None, None, None
 
 
 _attention.defvjp(_forward, _backward)

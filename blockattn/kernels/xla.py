@@ -56,16 +56,14 @@ def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles):
 
 def _prepare_part(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query):
   """The arguments of `_attention` for some of a row's queries."""
-  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
+  T = q_BTNH.shape[1]
   tiles = schedule.clamp_tiles(tiles, T)
-  if T % tiles.query or S % max(tiles):
-    raise ValueError(f'{T} of {S} tokens: a part of a row must be a multiple of the query tile {tiles.query}, and the row '
-                     f'of {max(tiles)}; choose tiles that divide them')
+  schedule.check_part(T, k_BSKH.shape[1], tiles)
   first = jnp.asarray(first_query, jnp.int32)
-  visits = schedule.list_visits(*schedule.tile_masks(layout, tiles))
-  visits = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first // tiles.query, T // tiles.query, axis=1), visits)
+  visits = schedule.list_visits(*(schedule.part_of(mask, (first // tiles.query, T // tiles.query))
+                                  for mask in schedule.tile_masks(layout, tiles)))
   query_marks, key_marks = schedule.token_marks(layout)
-  marks = lax.dynamic_slice_in_dim(query_marks, first, T, axis=2), key_marks
+  marks = schedule.part_of(query_marks, (first, T), axis=2), key_marks
   return tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first
 
 
