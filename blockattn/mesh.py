@@ -4,8 +4,10 @@ Every array axis has a logical name ('batch', 'mlp', ...). A rules table, which 
 names to mesh axes. One device is the 1 x 1 x 1 mesh: there is no second code path.
 """
 
+import contextlib
 import dataclasses
 import math
+import os
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from blockattn import tree
 
+_DEVICE_COUNT_FLAG = 'xla_force_host_platform_device_count'
 AXES = ('data', 'fsdp', 'tensor')
 
 # Logical axes of parameters and activations. 'embed' is the model width D of a parameter; activations keep it whole.
@@ -61,6 +64,22 @@ def mesh_sizes(shape: dict[str, int], devices: int) -> tuple[int, ...]:
     raise ValueError(f'mesh {_describe(sizes)} needs {math.prod(sizes)} devices, here are {devices}; '
                      'change config.mesh (one axis may be -1: all that is left)')
   return tuple(sizes)
+
+
+def use_cpu_cores(rows: int) -> None:
+  """Makes a CPU device of every core that this process may use, as many as divide `rows`, the rows of a batch.
+
+  XLA runs a loop, such as that over the tiles of block attention, on one core of a CPU device; a mesh over one device
+  per core has them all at work. To be called before the first computation. Nothing is done after it, where the user has
+  chosen a number (JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count), or in a run of several processes.
+  """
+  chosen = jax.config.jax_num_cpu_devices != -1 or _DEVICE_COUNT_FLAG in os.environ.get('XLA_FLAGS', '')
+  if chosen or jax.distributed.is_initialized():
+    return
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  devices = max(n for n in range(1, cores + 1) if rows % n == 0)
+  with contextlib.suppress(RuntimeError):   # the devices exist already
+    jax.config.update('jax_num_cpu_devices', devices)
 
 
 def _describe(sizes):

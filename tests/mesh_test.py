@@ -1,5 +1,9 @@
 """The mesh, the rules that place arrays on it, and batches on it."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -115,3 +119,16 @@ def test_rows_that_cannot_be_cut():
 
 def test_a_placement_is_hashable():
   assert hash(place(data=8)) == hash(place(data=8)) and place(data=8) == place(data=8) != place(fsdp=8)
+
+
+@pytest.mark.parametrize('env, before, devices', [
+    ({}, '', 3), ({'JAX_NUM_CPU_DEVICES': '2'}, '', 2), ({'XLA_FLAGS': '--xla_force_host_platform_device_count=5'}, '', 5),
+    ({}, 'jax.devices()', 1)])
+def test_a_device_for_every_core_that_divides_the_batch(env, before, devices):
+  """In a process of its own, with four cores and batches of six rows; what the user chose stays."""
+  script = ('import os, jax; from blockattn import mesh; os.sched_getaffinity = lambda _: {0, 1, 2, 3}; ' + before +
+            '\nmesh.use_cpu_cores(6); print(jax.device_count())')
+  kept = {key: value for key, value in os.environ.items() if key not in ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')}
+  done = subprocess.run([sys.executable, '-c', script], env=kept | {'JAX_PLATFORMS': 'cpu'} | env, capture_output=True,
+                        text=True, check=True)
+  assert int(done.stdout) == devices

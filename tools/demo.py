@@ -42,6 +42,7 @@ def run(workdir, docs: int, steps: int | None, console):
     seconds[name] = round(time.perf_counter() - start, 1)
 
   config, baseline = tiny.get_config(), tiny.get_config('baseline')
+  setup.use_cpu_cores(config)
   if steps is not None:
     config.steps = baseline.steps = steps
     config.optim.warmup = baseline.optim.warmup = min(config.optim.warmup, steps // 2)

@@ -24,6 +24,12 @@ def placement(config) -> mesh_lib.Placement:
   return mesh_lib.Placement(mesh_lib.make_mesh(dict(config.mesh)), rules)
 
 
+def use_cpu_cores(config) -> None:
+  """One CPU device per core, where the mesh is left to divide a batch over all devices; before the first computation."""
+  if sorted(dict(config.mesh).values()) == [-1, 1, 1] and config.batch > 0 and config.accumulate > 0:
+    mesh_lib.use_cpu_cores(max(1, config.batch // config.accumulate))
+
+
 def compute(config, place, **overrides) -> transformer.Compute:
   """config.compute with the attention implementation resolved, once."""
   options = dict(config.compute) | overrides
@@ -178,7 +184,7 @@ def check_batch(config, place):
 def check_section(config, name):
   """Raises ValueError if the config lacks the keys of the trainer `name`: it was written for another one."""
   if name not in config:
-    others = [key for key in ('distill', 'finetune') if key in config]
+    others = [key for key in ('distill', 'finetune', 'segment') if key in config]
     hint = f'; it is for blockattn.train.{others[0]}' if others else f': call common.add_{name} in its get_config'
     raise ValueError(f'the config has no keys config.{name}{hint}')
 
@@ -202,6 +208,7 @@ def main(run):
       raise app.UsageError(f'unexpected arguments: {argv[1:]}')
     quiet_libraries()
     try:
+      use_cpu_cores(config.value)
       run(config.value, workdir.value)
     except (ValueError, FileNotFoundError, loop.NotFinite) as error:
       if not _is_ours(error):
