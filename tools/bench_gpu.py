@@ -122,6 +122,7 @@ def peers(args):
   """(case, arrays, mode) -> call, by name. Every call waits for its result."""
   return {OURS: lambda *x: _jax_call(lambda q, k, v, layout: _ours(args, q, k, v, layout), *x),
           'cuDNN causal (jax)': lambda *x: _jax_call(_cudnn_causal, *x),
+          'Pallas causal (jax)': lambda *x: _jax_call(_pallas_causal, *x, dtype=jnp.float16),
           'torch flex': _torch_flex, 'torch SDPA causal': _torch_causal}
 
 
@@ -134,9 +135,17 @@ def _cudnn_causal(q, k, v, layout):
   return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='cudnn')
 
 
-def _jax_call(attend, case, arrays, mode):
+def _pallas_causal(q, k, v, layout):
+  """JAX's own Mosaic GPU kernel, with tiles that its file tries; it takes float16 only and has no causal
+  backward pass."""
+  from jax.experimental.pallas.ops.gpu import attention_mgpu
+  config = attention_mgpu.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
+  return attention_mgpu.attention(q, k, v, config)
+
+
+def _jax_call(attend, case, arrays, mode, dtype=jnp.bfloat16):
   layout = jax.tree.map(jnp.asarray, blocks.from_lengths([[case.lengths()]], case.length))
-  q, k, v, grad = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
+  q, k, v, grad = (jnp.asarray(x, dtype) for x in arrays)
   if mode == 'forward':
     forward = jax.jit(attend)
     return lambda: jax.block_until_ready(forward(q, k, v, layout))
