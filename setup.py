@@ -9,6 +9,22 @@ TEST = [
     'pytest-xdist>=3.6',
     'hypothesis>=6.100',
 ]
+# Other people's splitters and measures: what the segmenter is compared with, and what it is plugged into.
+TEXT = [
+    'langchain-text-splitters>=1.1',
+    'llama-index-core>=0.14',
+    'chonkie>=1.7',
+    'semchunk>=4.1',
+    'nltk>=3.10',
+    'segeval>=2.0.11',
+]
+SEMANTICSEG = [
+    'tensorflow-datasets>=4.9.10',
+    'importlib_resources',   # which it does not ask for
+    'datasketch>=2.0',
+    'tree-sitter>=0.25',
+    'tree-sitter-language-pack<1',   # later ones fetch their grammars when they are first used
+]
 
 setuptools.setup(
     name='blockattn',
@@ -30,6 +46,8 @@ setuptools.setup(
         'safetensors',
         'ml-collections>=1.1',
         'ml_dtypes',
+        'httpx',            # what transformers downloads with
+        'markdown-it-py',   # what rich reads Markdown with
         'numpy',
         'rich',
         'tensorboardX',
@@ -45,8 +63,11 @@ setuptools.setup(
             'jax==0.11.2; python_version >= "3.12"',
             'nvidia-cuda-nvcc>=13,<14', 'nvidia-nvvm>=13,<14', 'nvidia-cuda-runtime>=13,<14', 'nvidia-nvjitlink>=13,<14',
         ],
+        'text': TEXT,
+        'semanticseg': SEMANTICSEG,
+        'beam': ['apache-beam>=2.77'],   # for corpora that one process is too slow for; heavy, and it pins protobuf
         'log': ['wandb'],
         'test': TEST,
-        'dev': TEST + ['ruff>=0.9'],
+        'dev': TEST + TEXT + SEMANTICSEG + ['ruff>=0.9'],
     },
 )

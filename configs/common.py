@@ -83,6 +83,12 @@ def base():
   config.data.strict = False       # stop at the first malformed line instead of counting it
   config.data.too_long = 'drop'    # or 'cut': leave out context blocks without the answer
   config.data.cache = '.cache/blockattn'   # encoded documents
+  config.data.segmenter = ''       # cuts new blocks: a folder, a hub name, or 'tiny', the embedded one; empty: those given
+  config.data.segment = ml_collections.ConfigDict()
+  config.data.segment.target = 0   # wanted length of a block in the segmenter's tokens; 0: where the text has one
+  config.data.segment.minimum = 0  # bounds of a block's length; 0: see inference/granularity.py
+  config.data.segment.maximum = 0
+  config.data.segment.pages = 1.0  # kind 'pages': share of the pages that it cuts
   config.data.pages = ml_collections.ConfigDict()     # of stdlib.PageStyle
   config.data.pages.members = (2, 4)
   config.data.pages.questions = (1, 1)
@@ -120,3 +126,30 @@ def add_finetune(config):
     config.finetune.text_weight = 0.0         # of every text token
     config.finetune.prompt_weight = 0.0       # more, on the last block's tokens in front of the answer
     config.finetune.answer_weight = 1.0       # more, on answer tokens
+
+
+def add_segment(config):
+  """Keys of blockattn.train.segment."""
+  with config.unlocked():
+    config.segment = ml_collections.ConfigDict()
+    config.segment.markers = 'text'           # text, token, none, pooled: see data/markers.py
+    config.segment.head = 1024                # tokens that are read of a long unit: the first,
+    config.segment.tail = 256                 # and the last
+    config.segment.inner = 0                  # the first of a unit that does not begin a line; 0: head
+    config.segment.middle = 0                 # of what lies between, so many tokens spread over it (pooled)
+    config.segment.ahead = 1                  # units behind a candidate that are read before it is decided on
+    config.segment.cut_weight = 1.0           # of a cut in the loss
+    config.segment.eval_files = ()            # validation documents
+    config.segment.eval_every = 200           # steps between two measurements of F1; 0: never
+    config.segment.eval_rows = 16             # rows of every category, and as many without hints
+    config.segment.export_dtype = 'bfloat16'  # of the best parameters, in WORKDIR/best
+    config.segment.draw = ml_collections.ConfigDict()   # of segment_pipeline.DrawOptions
+    config.segment.draw.temperature = 4.0
+    config.segment.draw.variants = 4
+    config.segment.draw.bare = 0.4
+    config.segment.draw.hints = 0.3
+    config.segment.draw.variation = 0.3
+    config.segment.draw.short = 0.2
+    config.segment.draw.join = 0.5
+    config.segment.draw.drop = 0.1
+    config.segment.draw.tolerance = 0

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from blockattn.train import distill, finetune, setup
+from blockattn.train import distill, finetune, segment, setup
 from configs import common
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -38,8 +38,9 @@ def test_a_config_parses(name, arg):
   """It becomes the options of its trainer, and JSON."""
   config = module(name).get_config(arg)
   assert json.loads(config.to_json_best_effort())['seed'] == config.seed
-  assert config.is_locked and config.distill.is_locked if 'distill' in config else config.finetune.is_locked
-  trainer = distill if 'distill' in config else finetune
+  trainers = {'distill': distill, 'finetune': finetune, 'segment': segment}
+  part, trainer = next((part, trainer) for part, trainer in trainers.items() if part in config)
+  assert config.is_locked and config[part].is_locked
   assert trainer.options_of(config).accumulate == config.accumulate
   setup.optim_config(config)
   setup.loop_config(config, name)

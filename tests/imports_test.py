@@ -19,7 +19,8 @@ LEVELS = (
 LEVEL = {place: level for level, places in enumerate(LEVELS) for place in places}
 
 # Libraries that some machines lack, and the only places of the package that may ask for them.
-GUESTS = {'grain': ('data', 'train', 'checkpoint'), 'tensorflow_datasets': ('data',), 'ml_collections': ('train',)}
+GUESTS = {'grain': ('data', 'train', 'checkpoint'), 'ml_collections': ('train',),
+          **dict.fromkeys(('tensorflow_datasets', 'apache_beam', 'datasketch', 'tree_sitter'), ('data',))}
 # These must import on a machine without any of them, whatever they import themselves.
 PORTABLE = ('blocks', 'mesh', 'tree', 'metrics', 'checkpoint', 'kernels', 'models', 'inference')
 

@@ -27,6 +27,7 @@ from configs import tiny
 from tools import evaluate, report
 
 QUESTIONS = 3
+SEGMENTED = 4   # pages in the report
 MODELS = ('teacher_full', 'student_block_before', 'student_block_after', 'block_finetuned')
 
 
@@ -50,6 +51,7 @@ def run(workdir, docs: int, steps: int | None, console):
     containers = stdlib.read_containers()
     console.print(f'{len(containers)} classes and modules, {sum(len(c.members) for c in containers)} members; '
                   f'{len(stdlib.split_containers(containers, "test"))} of them are held out for the evaluation')
+    write_segmented(workdir, config)
   with part('distill', f'Distilling: the teacher reads whole pages, the student one block at a time ({config.steps} steps)'):
     cfg, student, options = distill.run(config, workdir)
   with part('finetune', 'The baseline: block fine-tuning on the same batches'):
@@ -116,6 +118,15 @@ def write_examples(workdir, examples, options, page):
           for i, example in enumerate(examples[:20])]
   text = ''.join(json.dumps(row) + '\n' for row in rows)
   (workdir / 'examples.jsonl').write_text(text)
+
+
+def write_segmented(workdir, config):
+  """segmented.jsonl for the report: some of the training pages that the segmenter cuts."""
+  source = setup.pages(config.data, setup.tokenizer(config), split='train')
+  chosen = [i for i in range(1000) if source.is_cut(i)][:SEGMENTED]
+  rows = [{'id': f'page {i}', 'blocks': list(source.cut_examples([i])[0].blocks)} for i in chosen]
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / 'segmented.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def _read_lines(path):

@@ -140,7 +140,7 @@ def page_docs(tokenizer, limit: int, *, split: str = 'test', data=None):
   The pages of numbers 0, 1, ... depend on the style in `data` alone: a config.data, by default that of configs/common.
   """
   source = setup.pages(common.base().data if data is None else data, tokenizer, split=split,
-                       renamed=0.0, questions=(1, 1), seed=1)
+                       own_blocks=True, renamed=0.0, questions=(1, 1), seed=1)
   return source.pages(range(limit)), [source.example(i) for i in range(limit)]
 
 

@@ -33,12 +33,15 @@ def _arguments(argv):
   parser.add_argument('--too-long', choices=encode.TOO_LONG, default='drop', help='documents longer than a row: leave '
                       'them out, or cut context blocks without the answer (default: %(default)s)')
   parser.add_argument('--chat', action='store_true', help="wrap prompts into the tokenizer's chat template")
+  parser.add_argument('--segmenter', default='', help="cut new blocks: a segmenter's folder or hub name, or 'tiny'; "
+                      'for the cache of a run with config.data.segmenter (default: the blocks that are given)')
+  parser.add_argument('--target', type=int, help="wanted length of a block in the segmenter's tokens")
   parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
   parser.add_argument('--cache', help='folder that keeps the encoded documents')
   return parser.parse_args(argv)
 
 
-def prepare_files(files, tokenizer, options, cache, *, strict, console):
+def prepare_files(files, tokenizer, options, cache, *, strict, console, cutter=None):
   """Encodes the files behind a progress bar: a list of (file, DocStore, seconds)."""
   encoder = encode.Encoder(tokenizer, bos=options.bos)
   columns = (*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn())
@@ -49,11 +52,19 @@ def prepare_files(files, tokenizer, options, cache, *, strict, console):
       start = time.perf_counter()
       bar.update(whole, description=os.path.basename(file))
       progress = lambda _, read, done=done: bar.update(whole, completed=done + read)
-      store = pipeline.open_store(file, tokenizer, encoder, options, cache, strict=strict, progress=progress)
+      store = pipeline.open_store(file, tokenizer, encoder, options, cache, strict=strict, progress=progress,
+                                  cutter=cutter)
       prepared.append((file, store, time.perf_counter() - start))
       done += os.path.getsize(file)
       bar.update(whole, completed=done)
   return prepared
+
+
+def _cutter(args):
+  if not args.segmenter:
+    return None
+  from blockattn.inference import cutter, granularity
+  return cutter.Cutter(args.segmenter, granularity.wanted(target=args.target))
 
 
 def _row(name, report, sizes, counts, seconds, options):
@@ -102,7 +113,8 @@ def main(argv=None) -> int:
     tokenizer = encode.load_tokenizer(args.tokenizer)
     with contextlib.ExitStack() as stack:
       cache = args.cache or stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
-      prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=args.strict, console=err)
+      prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=args.strict, console=err,
+                               cutter=_cutter(args))
       table, report = make_table(prepared, options)
       out.print(table)
       _print_problems(report, out)

@@ -7,6 +7,7 @@ Every part comes from a file of the workdir and is left out where the file is ab
   summary.json           {model: {"exact_match", "f1", "substring" (0 to 1), "ce", "kl" (nats), "n"}, ...,
                          "seconds": {part: seconds}, any other facts}; others are compared with the model `teacher_full`
   layout.json            {"lengths": [tokens per block], "mask": ["1..", "11.", ...]}: who attends to whom in one row
+  segmented.jsonl        a line per text: {"id": str, "blocks": [str]}, as a segmenter cut it
   examples.jsonl         a line per example: {"blocks": [str], "prompt": str, "response": str, "answers": {model: str}}
 """
 
@@ -51,11 +52,11 @@ def render(workdir: str | os.PathLike) -> pathlib.Path:
   workdir = pathlib.Path(workdir)
   if not workdir.is_dir():
     raise FileNotFoundError(f'no folder {workdir}; name the workdir of a run')
-  parts = (summary_part, curves_part, mask_part, examples_part, config_part)
+  parts = (summary_part, curves_part, mask_part, segmented_part, examples_part, config_part)
   sections = [section for section in (part(workdir) for part in parts) if section]
   if not sections:
     raise FileNotFoundError(f'{workdir} holds nothing to report: expected at least one of metrics.jsonl, summary.json, '
-                            'layout.json, examples.jsonl, config.json, as a run leaves them in its workdir')
+                            'layout.json, segmented.jsonl, examples.jsonl, config.json, as a run leaves them in its workdir')
   path = workdir / 'report.html'
   temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
   temporary.write_text(_page(workdir, sections), encoding='utf-8')
@@ -359,15 +360,36 @@ def _edges(lengths: Sequence[int], factor: int, size: int) -> str:
 
 # Examples.
 
-def examples_part(workdir: pathlib.Path) -> str:
-  path = workdir / 'examples.jsonl'
+def segmented_part(workdir: pathlib.Path) -> str:
+  shown, count = _articles(workdir / 'segmented.jsonl', segmented)
+  note = 'Plain text, with the blocks that the segmenter cut it into in alternating colours.'
+  return section('Blocks from the segmenter', f'<p class="soft">{count}{note}</p>', *shown) if shown else ''
+
+
+def segmented(value: dict[str, Any], place: str) -> str:
+  _need(value, ('id', 'blocks'), place)
+  count = f'{esc(value["id"])}: {len(value["blocks"])} blocks'
+  return (f'<article class="example"><p class="soft">{count}</p>'
+          f'<div class="text" tabindex="0">{coloured(value["blocks"])}</div></article>')
+
+
+def coloured(blocks: Sequence[str]) -> str:
+  return ''.join(f'<span class="t{i % 2}">{esc(text)}</span>' for i, text in enumerate(_clip(blocks)))
+
+
+def _articles(path, article):
+  """(`article(object, place)` of the first lines of a file, a note if it has more); ([], '') without the file."""
   if not path.exists():
-    return ''
+    return [], ''
   lines = [(i, line) for i, line in enumerate(path.read_text(encoding='utf-8').splitlines(), start=1) if line.strip()]
-  shown = [example(_parse_object(line, f'{path}:{i}'), f'{path}:{i}') for i, line in lines[:MAX_EXAMPLES]]
+  shown = [article(_parse_object(line, f'{path}:{i}'), f'{path}:{i}') for i, line in lines[:MAX_EXAMPLES]]
+  return shown, f'The first {MAX_EXAMPLES} of {len(lines)}. ' if len(lines) > MAX_EXAMPLES else ''
+
+
+def examples_part(workdir: pathlib.Path) -> str:
+  shown, count = _articles(workdir / 'examples.jsonl', example)
   if not shown:
     return ''
-  count = f'The first {MAX_EXAMPLES} of {len(lines)}. ' if len(lines) > MAX_EXAMPLES else ''
   note = ('Context blocks in alternating colours, then the last block, which reads them all. An answer is right if it '
           'equals the expected one, up to case and spaces around it.')
   return section('Examples', f'<p class="soft">{count}{note}</p>', *shown)
@@ -375,14 +397,14 @@ def examples_part(workdir: pathlib.Path) -> str:
 
 def example(value: dict[str, Any], place: str) -> str:
   _need(value, ('blocks', 'prompt', 'response', 'answers'), place)
-  blocks = ''.join(f'<span class="t{i % 2}">{esc(text)}</span>' for i, text in enumerate(_clip(value['blocks'])))
   prompt = f'<span class="prompt">{esc(value["prompt"])}</span>'
   rows = [['<td>Expected answer</td>', f'<td class="answer">{esc(value["response"])}</td>', '<td></td>']]
   for model, answer in value['answers'].items():
     mark = '<td class="good">✓ right</td>' if _same(answer, value['response']) else '<td class="bad">✗ wrong</td>'
     rows.append([f'<td>{esc(model_name(model))}</td>', f'<td class="answer">{esc(answer)}</td>', mark])
   answers = table((), rows, css='answers')
-  return f'<article class="example"><div class="text" tabindex="0">{blocks}{prompt}</div>{answers}</article>'
+  text = coloured(value['blocks']) + prompt
+  return f'<article class="example"><div class="text" tabindex="0">{text}</div>{answers}</article>'
 
 
 def _same(answer: str, expected: str) -> bool:

@@ -15,6 +15,7 @@ epoch, fewer than a batch, are dropped, or filled up with rows of padding: see `
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -31,9 +32,11 @@ from blockattn.data import encode, packing, stdlib, text as text_lib
 
 REMAINDERS = ('drop', 'pad')
 _FORMAT = 2            # of the cache; part of every key
+_CUT_SEED = 7
 _PROBED_PAGES = 64     # pages from which PageRows guesses how many fill a row
 _ARRAYS = {'tokens': np.int32, 'ends': np.int64, 'lengths': np.int32, 'gold': bool, 'block_ends': np.int64,
            'answers': np.int32}
+_CUT_AT_A_TIME = 64    # examples that a cutter is given together
 _log = logging.getLogger(__name__)
 
 
@@ -150,17 +153,37 @@ def _write_store(docs, report, folder):
   (folder / 'meta.json').write_text(json.dumps({'docs': count, 'bytes': sizes, 'report': report.to_json()}))
 
 
-def store_key(file: str, encoder_print: str, options: FileOptions) -> str:
-  """The cache's key: a hash of the file's bytes and compression, the tokenizer and the options."""
+class Cutter(Protocol):
+  """Cuts texts into blocks, in place of those that are given.
+
+  Attributes:
+    fingerprint: of everything that decides the cuts; part of the cache's key.
+  """
+  fingerprint: str
+
+  def __call__(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+    """The cuts of each text: strictly increasing character offsets."""
+
+
+def _recut_all(examples, cutter):
+  """The examples with the contexts cut by `cutter`, some at a time."""
+  while some := list(itertools.islice(examples, _CUT_AT_A_TIME)):
+    cuts = cutter([''.join(example.blocks) for example in some])
+    yield from (text_lib.recut(example, own) for example, own in zip(some, cuts, strict=True))
+
+
+def store_key(file: str, encoder_print: str, options: FileOptions, cutter: Cutter | None = None) -> str:
+  """The cache's key: a hash of the file's bytes and compression, the tokenizer, the options and the cutter."""
   with open(file, 'rb') as stream:
     content = hashlib.file_digest(stream, 'sha256').hexdigest()
   decisive = dataclasses.replace(options, shared_first=False, window=0)
-  facts = (_FORMAT, file.endswith('.gz'), content, encoder_print, decisive)
+  facts = (_FORMAT, file.endswith('.gz'), content, encoder_print, decisive, *([cutter.fingerprint] if cutter else []))
   return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
 def open_store(file: str, tokenizer: Any, encoder: encode.Encoder, options: FileOptions, cache: str | os.PathLike, *,
-               strict: bool = False, progress: Callable[[str, int], None] | None = None) -> DocStore:
+               strict: bool = False, progress: Callable[[str, int], None] | None = None,
+               cutter: Cutter | None = None) -> DocStore:
   """The encoded documents of a file, from the cache if it has them, else encoded and put there.
 
   The store is written under another name and renamed when it is whole; of several processes that write the same one,
@@ -169,10 +192,10 @@ def open_store(file: str, tokenizer: Any, encoder: encode.Encoder, options: File
   Raises:
     text.BadLineError: `strict`, and the file has a malformed line.
   """
-  folder = pathlib.Path(cache) / store_key(file, encoder.fingerprint, options)
+  folder = pathlib.Path(cache) / store_key(file, encoder.fingerprint, options, cutter)
   store = _load_store(folder, file)
   if store is None:
-    _build_store(folder, file, tokenizer, encoder, options, strict, progress)
+    _build_store(folder, file, tokenizer, encoder, options, strict, progress, cutter)
     store = DocStore(folder, file, built=True)
   if strict and store.report.listed:
     raise text_lib.BadLineError(store.report.listed[0])
@@ -190,11 +213,13 @@ def _load_store(folder, file):
     return None
 
 
-def _build_store(folder, file, tokenizer, encoder, options, strict, progress):
+def _build_store(folder, file, tokenizer, encoder, options, strict, progress, cutter):
   folder.parent.mkdir(parents=True, exist_ok=True)
   report = text_lib.Report()
   examples = text_lib.read_examples(file, report=report, strict=strict, chat=options.chat, template=options.template,
                                     tokenizer=tokenizer, progress=progress)
+  if cutter is not None:
+    examples = _recut_all(examples, cutter)
   docs = encode.encode_examples(examples, encoder, length=options.length, max_blocks=options.max_blocks,
                                 too_long=options.too_long, block_tokens=options.block_tokens, report=report)
   work = pathlib.Path(tempfile.mkdtemp(prefix=f'{folder.name}.tmp-', dir=folder.parent))
@@ -219,6 +244,7 @@ class FileRows:
     cache: folder for encoded documents, made if absent. Each file is cached on its own.
     strict: raise at the first malformed line.
     progress: called with (file, bytes of it read so far) while a file is encoded.
+    cutter: cuts the contexts, in place of the blocks that are given; None: these.
 
   Attributes:
     files, stores: the files in order, and their `DocStore`s.
@@ -232,12 +258,12 @@ class FileRows:
 
   def __init__(self, files: str | Sequence[str], tokenizer: Any, options: FileOptions, cache: str | os.PathLike, *,
                strict: bool = False, progress: Callable[[str, int], None] | None = None,
-               encoder: encode.Encoder | None = None):
+               encoder: encode.Encoder | None = None, cutter: Cutter | None = None):
     encoder = encoder or encode.Encoder(tokenizer, bos=options.bos)
     self.options = options
     self.length = options.length
     self.files = text_lib.find_files(files)
-    self.stores = [open_store(file, tokenizer, encoder, options, cache, strict=strict, progress=progress)
+    self.stores = [open_store(file, tokenizer, encoder, options, cache, strict=strict, progress=progress, cutter=cutter)
                    for file in self.files]
     self.report = sum((store.report for store in self.stores), text_lib.Report())
     self.sizes = np.concatenate([store.sizes for store in self.stores])
@@ -278,6 +304,7 @@ class PageRows:
     pages_per_row: K; None to guess it from some pages' lengths.
     block_tokens: 0 for the pages' own blocks, else blocks of so many tokens, see `encode.recut`.
     shared_first: see `packing.pack_row`.
+    cutter, cut_share: cuts this share of the pages, drawn by their numbers, in place of their own blocks.
 
   Raises:
     ValueError: the row is so short, or the bound on blocks so low, that no page fits.
@@ -285,7 +312,9 @@ class PageRows:
 
   def __init__(self, containers: Sequence[stdlib.Container], style: stdlib.PageStyle, tokenizer: Any, *, length: int,
                max_blocks: int = 384, rows: int = 1_000_000, first_page: int = 0, pages_per_row: int | None = None,
-               block_tokens: int = 0, shared_first: bool = False, encoder: encode.Encoder | None = None):
+               block_tokens: int = 0, shared_first: bool = False, encoder: encode.Encoder | None = None,
+               cutter: Cutter | None = None, cut_share: float = 0.0):
+    self._cutter, self._cut_share = cutter, cut_share if cutter else 0.0
     self.length, self.max_blocks, self.shared_first = length, max_blocks, shared_first
     self.block_tokens = block_tokens
     self._containers, self._style, self._rows, self._first = tuple(containers), style, rows, first_page
@@ -306,9 +335,21 @@ class PageRows:
 
   def pages(self, numbers: Sequence[int]) -> list[encode.EncodedDoc]:
     """The encoded pages of these numbers."""
-    drawn = [self.example(i) for i in numbers]
+    drawn = self.cut_examples(numbers)
     cut = lambda parts: encode.recut(parts, self.block_tokens) if self.block_tokens else parts
     return [encode.fit(cut(parts))[0] for parts in self._encoder.parts(drawn)]
+
+  def cut_examples(self, numbers: Sequence[int]) -> list[text_lib.Example]:
+    """The pages of these numbers as text, the share of the cutter in its blocks."""
+    drawn = [self.example(i) for i in numbers]
+    chosen = [i for i, number in enumerate(numbers) if self.is_cut(number)]
+    for i, example in zip(chosen, _recut_all(iter([drawn[i] for i in chosen]), self._cutter)):
+      drawn[i] = example
+    return drawn
+
+  def is_cut(self, number: int) -> bool:
+    """Whether the cutter makes the blocks of page `number`."""
+    return self._cut_share > 0 and np.random.default_rng([_CUT_SEED, number]).random() < self._cut_share
 
   def example(self, number: int) -> text_lib.Example:
     """Page `number` as text."""

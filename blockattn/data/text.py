@@ -24,6 +24,7 @@ import collections
 import dataclasses
 import glob
 import gzip
+import itertools
 import json
 import pathlib
 import re
@@ -58,6 +59,29 @@ class Example:
   answers: tuple[str, ...] = ()
   gold: tuple[int, ...] | None = None
   template: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+
+def recut(example: Example, cuts: Sequence[int]) -> Example:
+  """The same context in other blocks.
+
+  Args:
+    cuts: offsets into the joined context, strictly increasing; those inside of a chat template's text, and those
+      outside of the context, are left out.
+
+  Returns:
+    The example with its context cut there. A new block is gold if it holds some of a gold one.
+  """
+  whole = ''.join(example.blocks)
+  starts = [0, *itertools.accumulate(map(len, example.blocks))]
+  parts = example.template or [()] * (len(example.blocks) + 2)
+  ranges = [(start + a, start + b) for start, own in zip(starts, parts[:-2]) for a, b in own]
+  kept = [cut for cut in cuts if 0 < cut < len(whole) and not any(a < cut < b for a, b in ranges)]
+  spans = list(itertools.pairwise([0, *kept, len(whole)])) if whole else []
+  clipped = lambda a, b: tuple((max(x, a) - a, min(y, b) - a) for x, y in ranges if x < b and y > a)
+  gold = example.gold and tuple(i for i, (a, b) in enumerate(spans)
+                                if any(starts[g] < b and starts[g + 1] > a for g in example.gold))
+  template = (*(clipped(a, b) for a, b in spans), *parts[-2:]) if example.template else ()
+  return dataclasses.replace(example, blocks=tuple(whole[a:b] for a, b in spans), gold=gold, template=template)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +231,7 @@ def read_examples(files: str | pathlib.Path | Sequence[str | pathlib.Path], *, r
   template = template or (CHAT if chat else PLAIN)
   report = Report() if report is None else report
   for file in find_files(files):
-    for number, line in _lines(file, progress):
+    for number, line in numbered_lines(file, progress):
       report.lines += 1
       try:
         example = parse_line(line, where=f'{file}:{number}', chat=chat, template=template, tokenizer=tokenizer)
@@ -221,7 +245,7 @@ def read_examples(files: str | pathlib.Path | Sequence[str | pathlib.Path], *, r
       yield example
 
 
-def _lines(file, progress):
+def numbered_lines(file: str, progress: Callable[[str, int], None] | None = None) -> Iterator[tuple[int, bytes]]:
   """(number from 1, bytes) of every line that is not blank."""
   with open(file, 'rb') as raw:
     stream = gzip.GzipFile(fileobj=raw) if file.endswith('.gz') else raw
@@ -250,21 +274,22 @@ def parse_line(line: bytes | str, *, where: str, chat: bool = False, template: Q
     Malformed: the line is no example.
     ValueError: a chat template is needed and there is none.
   """
-  record = _load(line)
+  record = load_object(line)
   forms = [form for form in ('passages', 'blocks', 'messages') if form in record]
   if len(forms) != 1:
     raise Malformed('unknown form', 'a line has exactly one of the keys "passages", "blocks", "messages"'
                     + (f', not {forms}' if forms else f'; it has {sorted(record)[:8]}'))
   name = record.get('id')
   name = str(name) if isinstance(name, str | int) and str(name).strip() else where
-  _check_text(name, 'id')
+  check_text(name, 'id')
   if forms == ['messages']:
     return _from_messages(record, name, tokenizer)
   example = _from_passages(record, name, template) if forms == ['passages'] else _from_blocks(record, name)
   return wrap_in_turn(example, tokenizer) if chat else example
 
 
-def _load(line):
+def load_object(line: bytes | str) -> dict:
+  """The JSON object of a line, or Malformed."""
   try:
     text = line.decode() if isinstance(line, bytes) else line
   except UnicodeDecodeError as error:
@@ -280,7 +305,8 @@ def _load(line):
   return record
 
 
-def _get(record, key, kind, what=None):
+def get_value(record: dict, key: str, kind: type, what: str | None = None) -> Any:
+  """The value of a key, which must be there and of this type, or Malformed; `what` names it in the message."""
   what = what or f'"{key}"'
   if key not in record:
     raise Malformed('missing key', what)
@@ -289,7 +315,7 @@ def _get(record, key, kind, what=None):
   return record[key]
 
 
-def _check_text(value, what, empty=None):
+def check_text(value: Any, what: str, empty: str | None = None) -> str:
   """The value if it is text that a tokenizer can take; `empty` is the reason to give if it is blank."""
   if not isinstance(value, str):
     raise Malformed('wrong type', f'{what} is {type(value).__name__}, not str')
@@ -304,15 +330,16 @@ def _check_text(value, what, empty=None):
   return value
 
 
-def _text(record, key, what=None, empty='empty text'):
-  return _check_text(_get(record, key, str, what), what or f'"{key}"', empty)
+def get_text(record: dict, key: str, what: str | None = None, empty: str | None = 'empty text') -> str:
+  """The text of a key, or Malformed, see `check_text`."""
+  return check_text(get_value(record, key, str, what), what or f'"{key}"', empty)
 
 
 def _answers(record):
-  answers = _get(record, 'answers', list)
+  answers = get_value(record, 'answers', list)
   if not answers:
     raise Malformed('empty answers', 'the list is empty')
-  return tuple(_check_text(answer, f'"answers"[{i}]', 'empty answers') for i, answer in enumerate(answers))
+  return tuple(check_text(answer, f'"answers"[{i}]', 'empty answers') for i, answer in enumerate(answers))
 
 
 def _gold(record, count):
@@ -325,31 +352,31 @@ def _gold(record, count):
 
 
 def _from_passages(record, name, template):
-  passages = _get(record, 'passages', list)
+  passages = get_value(record, 'passages', list)
   if not passages:
     raise Malformed('empty blocks', '"passages" is empty')
   blocks = []
   for i, passage in enumerate(passages):
     if not isinstance(passage, dict):
       raise Malformed('wrong type', f'"passages"[{i}] is {type(passage).__name__}, not dict')
-    title = _text(passage, 'title', f'"passages"[{i}]["title"]', empty=None)
-    text = _text(passage, 'text', f'"passages"[{i}]["text"]', empty='empty blocks')
+    title = get_text(passage, 'title', f'"passages"[{i}]["title"]', empty=None)
+    text = get_text(passage, 'text', f'"passages"[{i}]["text"]', empty='empty blocks')
     blocks.append((template.passage if title.strip() else template.untitled).format(title=title, text=text))
-  question = _text(record, 'question')
+  question = get_text(record, 'question')
   answers = _answers(record)
   return Example(tuple(blocks), template.question.format(question=question),
                  template.response.format(answer=answers[0]), name, answers, _gold(record, len(blocks)))
 
 
 def _from_blocks(record, name):
-  blocks = _get(record, 'blocks', list)
+  blocks = get_value(record, 'blocks', list)
   if not blocks:
     raise Malformed('empty blocks', '"blocks" is empty')
   for i, block in enumerate(blocks):
-    _check_text(block, f'"blocks"[{i}]', 'empty blocks')
-  response = _text(record, 'response', empty='empty answers')
+    check_text(block, f'"blocks"[{i}]', 'empty blocks')
+  response = get_text(record, 'response', empty='empty answers')
   answers = _answers(record) if 'answers' in record else (response.strip(),)
-  return Example(tuple(blocks), _text(record, 'prompt'), response, name, answers, _gold(record, len(blocks)))
+  return Example(tuple(blocks), get_text(record, 'prompt'), response, name, answers, _gold(record, len(blocks)))
 
 
 # Chat templates. A template is a program over the messages, so what it writes around a message can only be found by
@@ -470,7 +497,7 @@ def _trim(texts, whole, content):
 
 
 def _from_messages(record, name, tokenizer):
-  messages = _checked_messages(_get(record, 'messages', list))
+  messages = _checked_messages(get_value(record, 'messages', list))
   _need_chat_template(tokenizer, f'{name}: a line with "messages"')
   roles = [message['role'] for message in messages]
   if 'assistant' not in roles:
@@ -493,15 +520,15 @@ def _checked_messages(messages):
     what = f'"messages"[{i}]'
     if not isinstance(message, dict):
       raise Malformed('wrong type', f'{what} is {type(message).__name__}, not dict')
-    role = _text(message, 'role', f'{what}["role"]')
+    role = get_text(message, 'role', f'{what}["role"]')
     if role not in ROLES:
       raise Malformed('unknown role', f'{what}: {role!r} is none of {", ".join(ROLES)}')
     if message.get('tool_calls'):
       raise Malformed('tool calls', f'{what} calls tools, which is not supported')
     empty = 'empty answers' if role == 'assistant' else 'empty blocks'
-    checked.append({'role': role, 'content': _text(message, 'content', f'{what}["content"]', empty)})
+    checked.append({'role': role, 'content': get_text(message, 'content', f'{what}["content"]', empty)})
     if message.get('reasoning_content') is not None:
-      checked[-1]['reasoning_content'] = _text(message, 'reasoning_content', f'{what}["reasoning_content"]', empty=None)
+      checked[-1]['reasoning_content'] = get_text(message, 'reasoning_content', f'{what}["reasoning_content"]', empty=None)
   return checked
 
 

@@ -13,6 +13,7 @@ from blockattn.hf import files
 from blockattn.models.transformer import Llama3Rope, ModelConfig
 
 ARCHITECTURES = {'qwen3': 'Qwen3ForCausalLM', 'llama': 'LlamaForCausalLM'}
+CLASSIFIERS = {'qwen3': 'Qwen3ForTokenClassification', 'llama': 'LlamaForTokenClassification'}
 
 # Key -> the values that change nothing, and what to tell whoever has another one.
 HARMLESS = {
@@ -81,7 +82,22 @@ def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
       mlp=need('intermediate_size'), norm_eps=need('rms_norm_eps', float), rope_theta=theta, rope_scaling=scaling,
       qk_norm=family == 'qwen3', attention_bias=_flag(raw, 'attention_bias', where),
       mlp_bias=family == 'llama' and _flag(raw, 'mlp_bias', where), tied=_flag(raw, 'tie_word_embeddings', where),
-      max_positions=need('max_position_embeddings'))
+      max_positions=need('max_position_embeddings'), labels=_labels(raw, family, where),
+      unit_tokens=need('unit_tokens') if raw.get('unit_tokens') is not None else 0)
+
+
+def _labels(raw, family, where):
+  """Classes of a token-classification head, 0 for a language model. transformers says two if the file says nothing."""
+  if CLASSIFIERS[family] not in (raw.get('architectures') or ()):
+    return 0
+  if raw.get('id2label') is not None:
+    return len(_require(raw, 'id2label', dict, where))
+  return 2 if raw.get('num_labels') is None else _require(raw, 'num_labels', int, where)
+
+
+def architecture(cfg: ModelConfig) -> str:
+  """The Hugging Face class of this architecture."""
+  return (CLASSIFIERS if cfg.labels else ARCHITECTURES)[cfg.family]
 
 
 def to_dict(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
@@ -98,13 +114,18 @@ def to_dict(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
   """
   check_exportable(cfg)
   out = {
-      'architectures': [ARCHITECTURES[cfg.family]], 'model_type': cfg.family, 'dtype': dtype, 'torch_dtype': dtype,
+      'architectures': [architecture(cfg)], 'model_type': cfg.family, 'dtype': dtype, 'torch_dtype': dtype,
       'vocab_size': cfg.vocab + cfg.learned_sinks, 'hidden_size': cfg.width, 'num_hidden_layers': cfg.layers,
       'num_attention_heads': cfg.heads, 'num_key_value_heads': cfg.kv_heads, 'head_dim': cfg.head_dim,
       'intermediate_size': cfg.mlp, 'hidden_act': 'silu', 'rms_norm_eps': cfg.norm_eps,
       'max_position_embeddings': cfg.max_positions, 'attention_bias': cfg.attention_bias, 'attention_dropout': 0.0,
       'tie_word_embeddings': cfg.tied, 'initializer_range': 0.02, 'use_cache': True, **_rope_to_dict(cfg),
       **{key: token_ids[key] for key in files.TOKEN_IDS}}
+  if cfg.labels:
+    names = {i: f'LABEL_{i}' for i in range(cfg.labels)}
+    out |= {'id2label': {str(i): name for i, name in names.items()}, 'label2id': {name: i for i, name in names.items()}}
+  if cfg.unit_tokens:
+    out['unit_tokens'] = cfg.unit_tokens
   if cfg.family == 'llama':
     return out | {'mlp_bias': cfg.mlp_bias}
   return out | {'use_sliding_window': False, 'sliding_window': None, 'max_window_layers': cfg.layers}

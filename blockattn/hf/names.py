@@ -41,6 +41,9 @@ TABLE = (
     (LAYER + 'mlp.down_proj.bias', 'layers/down_bias', 'D', 'D'),
     ('model.norm.weight', 'final_norm', 'D', 'D'),
     (HEAD, 'head', 'VD', 'V D'),
+    ('units.weight', 'units', 'PDE', 'P D E'),     # ours: transformers reads such a model by inputs_embeds
+    ('score.weight', 'score', 'CD', 'C D'),        # of token classification, C classes
+    ('score.bias', 'score_bias', 'C', 'C'),
 )
 
 

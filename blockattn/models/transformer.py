@@ -46,6 +46,8 @@ class ModelConfig:
   tied: bool = False                # the head is the embedding
   max_positions: int = 4096
   learned_sinks: int = 0            # extra embedding rows for the token ids V, V + 1, ...
+  labels: int = 0                   # a head of so many classes in place of the output matrix; 0: a language model
+  unit_tokens: int = 0              # P, tokens that are read side by side at one position; 0: a position is one token
 
   def __post_init__(self):
     if self.family not in ('qwen3', 'llama'):
@@ -98,7 +100,12 @@ def spec(cfg: ModelConfig):
                'down_bias': stacked((D,), ('width',))}
   specs = {'embed': ParamSpec((V, D), ('vocab', 'embed'), std=reads if cfg.tied else 1.0),
            'layers': layers, 'final_norm': ParamSpec((D,), ('width',), fill=1.0)}
-  if not cfg.tied:
+  if cfg.unit_tokens:
+    specs['units'] = ParamSpec((cfg.unit_tokens, D, D), (None, 'embed', 'width'), std=(cfg.unit_tokens * D) ** -0.5)
+  if cfg.labels:
+    specs['score'] = ParamSpec((cfg.labels, D), (None, 'embed'), std=reads)
+    specs['score_bias'] = ParamSpec((cfg.labels,), (None,))
+  elif not cfg.tied:
     specs['head'] = ParamSpec((V, D), ('vocab', 'embed'), std=reads)
   if cfg.learned_sinks:
     specs['sinks'] = ParamSpec((cfg.learned_sinks, D), (None, 'width'), std=reads if cfg.tied else 1.0)
@@ -110,7 +117,7 @@ def apply(params, tokens, layout, cfg: ModelConfig, compute: Compute):
 
   Args:
     params: tree of `spec(cfg)`, in any float dtype; used in compute.dtype.
-    tokens: int32 [B, T].
+    tokens: int32 [B, T], or [B, T, P] if cfg.unit_tokens.
     layout: BlockLayout [B, T].
     cfg: ModelConfig.
     compute: Compute.
@@ -220,7 +227,8 @@ def embed(params, tokens, cfg, compute):
   table = params['embed']
   if cfg.learned_sinks:
     table = jnp.concatenate([table, params['sinks'].astype(table.dtype)])
-  return jnp.take(table, tokens, axis=0).astype(compute.dtype)
+  x = jnp.take(table, tokens, axis=0).astype(compute.dtype)
+  return dense(x, params['units'].astype(compute.dtype), contract=2) if cfg.unit_tokens else x
 
 
 def constrain(x_BTD, compute):

@@ -101,7 +101,8 @@ def accumulate(sums_and_grads, params, batch, parts: int):
   return jax.lax.scan(add, zeros, (jnp.arange(parts), slices))[0]
 
 
-def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put_batch, meta: dict) -> TrainState:
+def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put_batch, meta: dict,
+        watch=None) -> TrainState:
   """Trains until config.steps, from the newest checkpoint in the workdir if there is one.
 
   Metrics are fetched one step late, so that the device never waits for the host.
@@ -112,6 +113,7 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
     batches: iterator with `get_state() -> dict` and `set_state(dict)`; one item per step.
     put_batch: host batch -> device batch.
     meta: JSON saved with every checkpoint: what the model is.
+    watch: (step, state) -> scalars to write at this step, {} for nothing; called after every step, and may evaluate.
 
   Returns:
     The state after the last step.
@@ -130,6 +132,8 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
         state, values = step_fn(state, put_batch(next(batches)))
         step += 1
         report.queue(step, values)
+        if watch is not None and (seen := watch(step, state)):
+          writer.write(step, seen)
         last = step == config.steps
         if last or terminated() or step % config.save_every == 0:
           report.flush()   # raises before a state that is not finite could be saved

@@ -13,6 +13,7 @@ from flax import traverse_util
 from blockattn import blocks, mesh as mesh_lib, optim, tree
 from blockattn.data import encode, pipeline, stdlib
 from blockattn.hf import convert
+from blockattn.inference import cutter as segment_cutter, granularity
 from blockattn.kernels import api
 from blockattn.models import sizes, spec, transformer
 from blockattn.train import loop
@@ -149,19 +150,37 @@ def rows(config, tokenizer):
     raise ValueError('config.data.files is empty: give JSON lines files, e.g. --config.data.files=train.jsonl,more/')
   options = pipeline.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long, chat=data.chat,
                                  block_tokens=data.block_tokens)
-  source = pipeline.FileRows(list(data.files), tokenizer, options, data.cache, strict=data.strict)
+  source = pipeline.FileRows(list(data.files), tokenizer, options, data.cache, strict=data.strict, cutter=cutter(data))
   if jax.process_index() == 0 and source.report.docs < source.report.lines:
     print(source.report.summary())
   return source
 
 
-def pages(data, tokenizer, *, split: str, **style):
-  """Pages of Python's standard library, of the containers of a split; `style` replaces fields."""
+def cutter(data):
+  """What cuts contexts in place of the given blocks, None if config.data.segmenter is empty.
+
+  Raises:
+    ValueError: the bounds contradict each other, or blocks of a fixed length are asked for too.
+  """
+  if not data.segmenter:
+    return None
+  if data.block_tokens:
+    raise ValueError(f'config.data.block_tokens={data.block_tokens} and config.data.segmenter={data.segmenter!r} both '
+                     'say where blocks end; leave one of them out')
+  asked = {name: data.segment[name] or None for name in ('target', 'minimum', 'maximum')}
+  place = mesh_lib.Placement(mesh_lib.make_mesh({'data': -1}, jax.local_devices()))   # each process cuts its own texts
+  return segment_cutter.Cutter(data.segmenter, granularity.wanted(**asked), place)
+
+
+def pages(data, tokenizer, *, split: str, own_blocks: bool = False, **style):
+  """Pages of Python's standard library, of the containers of a split; `style` replaces fields. `own_blocks`: no segmenter
+  cuts any of them."""
   containers = stdlib.split_containers(stdlib.read_containers(), split)
   page_style = stdlib.PageStyle(**{name: tuple(v) if isinstance(v, (list, tuple)) else v
                                    for name, v in (dict(data.pages) | style).items()})
   return pipeline.PageRows(containers, page_style, tokenizer, length=data.length, max_blocks=data.max_blocks,
-                           block_tokens=data.block_tokens)
+                           block_tokens=data.block_tokens, cutter=None if own_blocks else cutter(data),
+                           cut_share=data.segment.pages)
 
 
 def batches(config, source):

@@ -1,0 +1,298 @@
+r"""Where a text may be cut, and what a segmenter reads of it: candidates, and the tokens of a text with its markers.
+
+A separator regex proposes the candidates: after each run of line ends, and behind the end of a sentence. They divide
+a text into units, text[c_i:c_{i+1}] with c_0 = 0; candidate i stands in front of unit i. What the model reads is the
+units in order with a marker in front of each and one at the end:
+
+    <cut 0> unit 0 <cut 1> unit 1 ... <cut m> unit m <cut m+1>
+
+The decision on candidate i is read at marker i + 1, where a causal model has seen the unit behind the candidate. Marker
+0 stands in front of the text and marker m + 1 behind it; neither is a candidate.
+
+Styles:
+  text: a marker is the words `<cut i>`, tokenised like any other; the decision is read at its last token.
+  token: a marker is one special token.
+  none: no marker; the decision is read at the last token of the unit.
+  pooled: no marker, and a unit is one position of the model, which reads its tokens side by side: the last token of the
+    unit before it, its first tokens, how many are left out, some of these, its last tokens. Tens of thousands of
+    characters are then a few hundred positions, and a decision may wait for further units behind the candidate (`ahead`).
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+STYLES = ('text', 'token', 'none', 'pooled')
+CUT_TOKEN = '<|cut|>'
+GAP_TOKENS = ('<|gap_1|>', '<|gap_2|>', '<|gap_3|>', '<|gap_4|>')   # 1-7, 8-31, 32-127, more tokens left out
+
+_BLANKS, _LINE_ENDS = ' \t', '\n\r\v\f\x85\u2028\u2029'
+_LINE_END = r'(?:\r\n|[\n\r\v\f\x85\u2028\u2029])'
+_CLOSING = r'["\'”’»›)\]}*_」』】）》〉]'
+# No branch looks at a character more than a few times: a megabyte of dots or blanks stays linear.
+SEPARATORS = (
+    rf'{_LINE_END}(?:[^\S\n\r\v\f\x85\u2028\u2029]*+{_LINE_END})*+'                     # line ends, blank lines
+    rf'|(?:(?<=[.!?…।॥؟۔։።])|(?<=[.!?…।॥؟۔։።]{_CLOSING})|(?<=[.!?…।॥؟۔։።]{_CLOSING}{{2}}))'   # a sentence's end and
+    r'[^\S\n\r\v\f\x85\u2028\u2029]++(?![\n\r\v\f\x85\u2028\u2029])'                    # the white space behind it
+    rf'|(?<=[。！？｡]){_CLOSING}*+[^\S\n\r\v\f\x85\u2028\u2029]*+(?![。！？｡…\n\r\v\f\x85\u2028\u2029])')
+
+
+def candidates(text: str, separators: str = SEPARATORS) -> np.ndarray:
+  """Places where the text may be cut: the ends of all separators.
+
+  Args:
+    text: any text.
+    separators: a regular expression; a match may be empty.
+
+  Returns:
+    int64 [m], strictly increasing offsets c with 0 < c < len(text).
+  """
+  ends = {match.end() for match in re.finditer(separators, text)}
+  return np.array(sorted(ends - {0, len(text)}), np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadOptions:
+  """How a text becomes tokens.
+
+  Attributes:
+    style: of the markers, see the module's docstring.
+    head, tail: a unit of more tokens is read as its first `head` and its last `tail` tokens, which makes long prose
+      cheap and lets a window hold more text. Between them stands one of GAP_TOKENS, if the tokenizer has them, that
+      says how many are left out. The text style reads no gaps: what is left out is simply missing.
+    inner: the head of a unit that does not begin a line; 0: as of any other.
+    middle: of the tokens that are left out so many, evenly spaced, are read after all; in the pooled style only.
+    ahead: units behind a candidate that are read before it is decided on; more than 1 in the pooled style only.
+    separators: the regular expression of the candidates.
+  """
+  style: str = 'text'
+  head: int = 1024
+  tail: int = 256
+  inner: int = 0
+  middle: int = 0
+  ahead: int = 1
+  separators: str = SEPARATORS
+
+  def __post_init__(self):
+    if self.style not in STYLES:
+      raise ValueError(f'marker style {self.style!r}; choose one of {", ".join(STYLES)}')
+    if self.head < 1 or self.tail < 1 or self.inner < 0:
+      raise ValueError(f'units of head={self.head}, tail={self.tail}, inner={self.inner} tokens: a unit is read as one '
+                       'token of its head and one of its tail at least')
+    if self.middle < 0 or (self.middle and self.style != 'pooled'):
+      raise ValueError(f'middle={self.middle} with marker style {self.style!r}; only pooled units have a middle')
+    if self.ahead < 1 or (self.ahead > 1 and self.style != 'pooled'):
+      raise ValueError(f'ahead={self.ahead} with marker style {self.style!r}; a decision is read at the next marker '
+                       '(ahead=1), or, in the pooled style, some units later')
+    re.compile(self.separators)
+
+  @property
+  def longest(self) -> int:
+    """Most positions of a unit."""
+    return 1 if self.style == 'pooled' else max(self.head, self.inner) + self.tail + 1
+
+  @property
+  def unit_tokens(self) -> int:
+    """Tokens of a position, 0 where a position is one token."""
+    return 1 + self.head + 1 + self.middle + self.tail if self.style == 'pooled' else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+  """The units of a text as the model reads them.
+
+  Attributes:
+    ids: the tokens of each unit: int32 arrays of different lengths, or, in the pooled style, one integer array [n, P].
+    texts: for each unit what stands in `ids`; () but in the text style.
+    sizes: positions of each unit, int64.
+    counts: tokens of each whole unit, int64.
+  """
+  ids: Sequence[np.ndarray] | np.ndarray
+  texts: tuple[str, ...]
+  sizes: np.ndarray
+  counts: np.ndarray
+
+  def __len__(self):
+    return len(self.ids)
+
+  def __getitem__(self, part: slice) -> 'Units':
+    return Units(self.ids[part], self.texts[part], self.sizes[part], self.counts[part])
+
+  def __add__(self, other: 'Units') -> 'Units':
+    """The units of both, one text behind the other."""
+    pooled = isinstance(self.ids, np.ndarray)
+    ids = np.concatenate([self.ids, other.ids]) if pooled else (*self.ids, *other.ids)
+    return Units(ids, self.texts + other.texts, np.concatenate([self.sizes, other.sizes]),
+                 np.concatenate([self.counts, other.counts]))
+
+
+class Reader:
+  """Turns units into tokens.
+
+  Args:
+    tokenizer: a `tokenizers.Tokenizer`. Text that looks like a special token is read as text.
+    options: `ReadOptions`.
+
+  Raises:
+    ValueError: the style is 'token' and the tokenizer has no CUT_TOKEN.
+  """
+
+  def __init__(self, tokenizer, options: ReadOptions):
+    self.options = options
+    self._tokenizer = tokenizer
+    self._tokenizer.encode_special_tokens = True
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+    self._gaps = [tokenizer.token_to_id(token) for token in GAP_TOKENS]
+    self._cut = tokenizer.token_to_id(CUT_TOKEN)
+    if options.style == 'token' and self._cut is None:
+      raise ValueError(f'the tokenizer has no token {CUT_TOKEN}: add it, or use the marker style text or none')
+    self._marker_ends = np.zeros(1, np.int64)   # tokens of the first n markers
+
+  def units(self, texts: Sequence[str]) -> Units:
+    """The units of one text, in order; `texts` are none of them empty."""
+    encodings = self._encode([_encodable(text) for text in texts])
+    counts = np.array([max(1, len(e)) for e in encodings], np.int64)
+    all_ids = [e.ids or [0] for e in encodings]   # some normalizers leave nothing of a unit
+    if self.options.style == 'pooled':
+      return Units(self._pool(all_ids), (), np.ones(len(texts), np.int64), counts)
+    heads = [self._head(before) for before in ('\n', *texts[:-1])]
+    ids = tuple(self._shorten(own, head) for own, head in zip(all_ids, heads, strict=True))
+    kept = ()
+    if self.options.style == 'text':
+      kept = tuple(self._shorten_text(text, e, head) for text, e, head in zip(texts, encodings, heads, strict=True))
+    return Units(ids, kept, np.array([len(i) for i in ids], np.int64), counts)
+
+  def token_ends(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """For each text the ends of its tokens, int64 character offsets; several tokens of one character end alike."""
+    encodings = self._encode([_encodable(text) for text in texts])
+    return [np.array([end for _, end in encoding.offsets], np.int64) for encoding in encodings]
+
+  def alone(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """For each text the tokens of it as a unit of its own, in front of which and behind which nothing stands."""
+    units = self.units(texts)
+    if self.options.style == 'pooled':
+      units.ids[:, 0] = 0
+    return [self.read(units, i, i + 1)[0] for i in range(len(units))]
+
+  def fit(self, units: Units, first: int, room: int) -> int:
+    """The end of the longest run of units from `first` on that takes at most `room` positions.
+
+    Raises:
+      ValueError: not even one unit fits.
+    """
+    sizes = units.sizes[first:first + room]   # a unit is one position at least
+    self._need_markers(len(sizes) + 1)
+    cost = np.cumsum(sizes) + self._marker_ends[2:len(sizes) + 2] + self.options.ahead - 1
+    count = int(np.searchsorted(cost, room, side='right'))
+    if count == 0:
+      raise ValueError(f'a window of {room} tokens is too short for a unit of {units.sizes[first]}: make windows longer, '
+                       'or units shorter')
+    return first + count
+
+  def read(self, units: Units, first: int, stop: int, ended: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """What the model reads of units first ... stop - 1, whose markers count from 0.
+
+    Args:
+      ended: the text ends behind the last unit, so that decisions need not wait for further ones.
+
+    Returns:
+      (tokens int32 [n], or [n, P] in the pooled style; read int64 [m]): `read[k]` is the position at which the decision
+      on the candidate in front of unit first + k is read: the last token of the marker behind that unit, or of the unit
+      itself. m is stop - first, less the units that an earlier end leaves undecided.
+    """
+    if self.options.style == 'text':
+      return self._read_text(units.texts[first:stop])
+    ids, sizes, wait = units.ids[first:stop], units.sizes[first:stop], self.options.ahead - 1
+    if self.options.style == 'pooled':
+      ends = np.zeros((wait if ended else 0, self.options.unit_tokens), np.int32)
+      tokens = np.concatenate([ids.astype(np.int32), ends])
+      return tokens, np.arange(wait, len(tokens), dtype=np.int64)
+    if self.options.style == 'none':
+      return np.concatenate(ids), np.cumsum(sizes) - 1
+    marker = np.array([self._cut], np.int32)
+    return np.concatenate([marker, *(part for i in ids for part in (i, marker))]), np.cumsum(sizes + 1)
+
+  def _read_text(self, texts):
+    parts, ends, length = ['<cut 0>'], [], len('<cut 0>')
+    for number, text in enumerate(texts, start=1):
+      parts += [text, f'<cut {number}>']
+      length += len(parts[-2]) + len(parts[-1])
+      ends.append(length)
+    encoding = self._tokenizer.encode(_encodable(''.join(parts)), add_special_tokens=False)
+    starts = np.array([start for start, _ in encoding.offsets], np.int64)
+    # A token that begins in front of a marker's end is its last one, even where it runs on into the text.
+    return np.array(encoding.ids, np.int32), np.searchsorted(starts, ends, side='left') - 1
+
+  def _need_markers(self, count):
+    """Makes room in the table of how many tokens the first n markers have."""
+    known = len(self._marker_ends) - 1
+    if count <= known:
+      return
+    if self.options.style == 'text':
+      new = [len(e) for e in self._encode([f'<cut {i}>' for i in range(known, 2 * count)])]
+    else:
+      new = [int(self.options.style == 'token')] * (2 * count - known)
+    self._marker_ends = np.concatenate([self._marker_ends, self._marker_ends[-1] + np.cumsum(new)])
+
+  def _encode(self, texts):
+    return self._tokenizer.encode_batch(texts, add_special_tokens=False)
+
+  def _pool(self, all_ids):
+    o = self.options
+    small = self._tokenizer.get_vocab_size() <= 1 << 16
+    out = np.zeros((len(all_ids), o.unit_tokens), np.uint16 if small else np.int32)
+    before = 0
+    for row, ids in zip(out, all_ids, strict=True):
+      first, last = ids[:o.head], ids[-o.tail:]
+      row[0], before = before, ids[-1]
+      row[1:1 + len(first)] = first
+      left_out = ids[o.head:max(o.head, len(ids) - o.tail)]
+      row[1 + o.head] = self._gap(len(left_out)) or 0
+      if left_out and o.middle:
+        row[2 + o.head:2 + o.head + o.middle] = _spread(left_out, o.middle)
+      row[len(row) - len(last):] = last
+    return out
+
+  def _gap(self, out):
+    """The token that says that `out` tokens are left out; None if none are, or if the tokenizer has no such token."""
+    return None if out <= 0 else self._gaps[min(max(out.bit_length() - 2, 1) // 2, 3)]
+
+  def _head(self, before):
+    """Tokens of the head of the unit behind `before`."""
+    begins_line = before.rstrip(_BLANKS)[-1:] in _LINE_ENDS or not self.options.inner
+    return self.options.head if begins_line else self.options.inner
+
+  def _shorten(self, ids, head):
+    if len(ids) <= head + self.options.tail:
+      return np.array(ids, np.int32)
+    gap = self._gap(len(ids) - head - self.options.tail)
+    return np.array(ids[:head] + ([] if gap is None else [gap]) + ids[-self.options.tail:], np.int32)
+
+  def _shorten_text(self, text, encoding, head):
+    if len(encoding) <= head + self.options.tail:
+      return text
+    return text[:encoding.offsets[head - 1][1]] + text[encoding.offsets[-self.options.tail][0]:]
+
+
+def _spread(ids, count):
+  """At most `count` of the ids, evenly spaced, filled up with zeros."""
+  if len(ids) > count:
+    ids = [ids[(2 * i + 1) * len(ids) // (2 * count)] for i in range(count)]
+  return ids + [0] * (count - len(ids))
+
+
+def split(text: str, cuts: Sequence[int]) -> list[str]:
+  """The parts of a text between neighbouring cuts."""
+  bounds = [0, *map(int, cuts), len(text)]
+  return [text[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+def _encodable(text):
+  """The text with each half surrogate, which UTF-8 cannot express, as one replacement character."""
+  return _SURROGATES.sub('\ufffd', text)
+
+
+_SURROGATES = re.compile('[\ud800-\udfff]')

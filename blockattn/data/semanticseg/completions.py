@@ -1,0 +1,213 @@
+"""Asking an OpenAI-compatible endpoint: POST {base URL}/chat/completions, with retries, waits and a deadline.
+
+httpx is what transformers' hub client asks with, so it is there; of the `openai` package one request would be used, and its
+own retries cannot be counted, timed or tested from here.
+"""
+
+import dataclasses
+import datetime
+import email.utils
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import httpx
+
+_LARGEST = 8 << 20   # bytes of a reply; indices need a few hundred
+_LATER = frozenset({408, 409, 425, 429})    # and all from 500
+_REFUSED = frozenset({301, 302, 307, 308, 401, 403, 404})   # URL, key, permission or model: no other request does better
+
+
+class Failed(RuntimeError):
+  """This request got no answer; the message says why."""
+
+
+class Refused(RuntimeError):
+  """The endpoint will answer no request of this kind; the message says why."""
+
+
+class _Again(Exception):
+  """One attempt failed and another may not; `wait` is what the server asks for, in seconds."""
+
+  def __init__(self, reason, wait=None):
+    super().__init__(reason)
+    self.wait = wait
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """What the model said.
+
+  Attributes:
+    text: the content of its message; '' if there is none.
+    finish: why it stopped, such as 'stop' or 'length'.
+    tokens_in, tokens_out: what the endpoint charges for; 0 if it does not say.
+  """
+  text: str
+  finish: str = 'stop'
+  tokens_in: int = 0
+  tokens_out: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """When to give up.
+
+  Attributes:
+    timeout: seconds for one attempt, from its start to the last byte of the reply.
+    attempts: of one request.
+    backoff: seconds before the second attempt, twice as long before every further one, half of it by chance.
+    longest_wait: seconds; a server that asks for more is not waited for, and no backoff is longer.
+  """
+  timeout: float = 120
+  attempts: int = 6
+  backoff: float = 1
+  longest_wait: float = 300
+
+  def __post_init__(self):
+    if self.timeout <= 0 or self.attempts < 1 or self.backoff < 0 or self.longest_wait < 0:
+      raise ValueError(f'{self}: timeout must be positive, attempts at least 1, the waits not negative')
+
+
+class Completions:
+  """An endpoint and a model; `ask` may be called from several threads. Close it, or use it as a context manager."""
+
+  def __init__(self, base_url: str, model: str, key: str = '', *, body: dict | None = None, limits: Limits = Limits(),
+               sleep: Callable[[float], object] | None = None):
+    """Args:
+      base_url: up to and without /chat/completions, such as https://api.openai.com/v1.
+      key: sent as a bearer token; '' sends none, which local servers are content with.
+      body: further keys of the request, such as {"temperature": 0}.
+      sleep: called with seconds to wait; None: really waits, until the endpoint is closed.
+
+    Raises:
+      ValueError: the URL or the key cannot be one.
+    """
+    try:
+      url = httpx.URL(base_url)
+    except httpx.InvalidURL as error:
+      raise ValueError(f'base URL {base_url!r}: {error}') from error
+    if url.scheme not in ('http', 'https') or not url.host:
+      raise ValueError(f'base URL {base_url!r}: it must start with http:// or https:// and name a host')
+    if not key.isascii() or not key.isprintable() or ' ' in key:
+      raise ValueError('the key holds white space, or characters that are not ASCII; it must be the key alone')
+    self.url = base_url.rstrip('/') + '/chat/completions'
+    self.body = {'model': model, **(body or {})}
+    self.limits = limits
+    self.closed = threading.Event()
+    self.sleep = sleep or self.closed.wait
+    self.client = httpx.Client(headers={'Authorization': f'Bearer {key}'} if key else {}, timeout=limits.timeout)
+    self.not_before = 0.   # monotonic time until which the server wants to be left alone, by all threads
+    self.lock = threading.Lock()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def close(self):
+    """Ends waits and requests of all threads; `ask` fails from now on."""
+    self.closed.set()
+    self.client.close()
+
+  def ask(self, messages: Sequence[dict]) -> Answer:
+    """The answer to a chat.
+
+    Args:
+      messages: of {"role", "content"}.
+
+    Raises:
+      Failed: none after all attempts, or the request itself is wrong (too long, say).
+      Refused: the key, the permission, the URL or the model is wrong.
+    """
+    for attempt in range(self.limits.attempts):
+      try:
+        self._wait_for_others()
+        if self.closed.is_set():
+          raise Failed('the endpoint was closed')
+        return self._attempt(messages)
+      except _Again as error:
+        if attempt + 1 == self.limits.attempts:
+          raise Failed(f'{error} (attempt {attempt + 1}, the last)') from error
+        self._wait(error, attempt)
+    raise AssertionError('no attempt')
+
+  def _wait_for_others(self):
+    with self.lock:
+      wait = self.not_before - time.monotonic()
+    if wait > 0:
+      self.sleep(wait)
+
+  def _wait(self, error, attempt):
+    backoff = min(self.limits.longest_wait, self.limits.backoff * 2 ** attempt) * random.uniform(.5, 1)
+    if error.wait is None:
+      self.sleep(backoff)
+      return
+    if error.wait > self.limits.longest_wait:
+      raise Failed(f'{error}, and asks to wait {error.wait:.0f} s, longer than {self.limits.longest_wait:.0f} s') from error
+    with self.lock:
+      self.not_before = max(self.not_before, time.monotonic() + error.wait)
+    self.sleep(error.wait)
+
+  def _attempt(self, messages):
+    deadline = time.monotonic() + self.limits.timeout
+    try:
+      with self.client.stream('POST', self.url, json={**self.body, 'messages': list(messages)}) as response:
+        data = bytearray()
+        for piece in response.iter_bytes():
+          data += piece
+          if time.monotonic() > deadline:
+            raise _Again(f'no whole reply within {self.limits.timeout} s')
+          if len(data) > _LARGEST:
+            raise _Again(f'a reply of more than {_LARGEST} bytes')
+    except httpx.TransportError as error:
+      raise _Again(f'{type(error).__name__}: {error}') from error
+    except httpx.DecodingError as error:
+      raise _Again(f'the reply cannot be decoded: {error}') from error
+    _check_status(response, bytes(data))
+    return _read_reply(bytes(data))
+
+
+def _check_status(response, data):
+  code = response.status_code
+  if code == 200:
+    return
+  reason = f'status {code}: {" ".join(data[:300].decode(errors="replace").split())}'
+  if code in _LATER or code >= 500:
+    raise _Again(reason, retry_after(response.headers.get('retry-after')))
+  if code in _REFUSED:
+    raise Refused(f'{reason}; check the key, the base URL and the name of the model')
+  raise Failed(reason)
+
+
+def retry_after(value: str | None) -> float | None:
+  """Seconds that a Retry-After header asks for, given as seconds or as a date; None if it says nothing of the kind."""
+  if value is None:
+    return None
+  try:
+    return max(0., float(value)) if float(value) < float('inf') else None
+  except ValueError:
+    pass
+  try:
+    then = email.utils.parsedate_to_datetime(value)
+  except ValueError:
+    return None
+  now = datetime.datetime.now(datetime.UTC)
+  return max(0., ((then if then.tzinfo else then.replace(tzinfo=datetime.UTC)) - now).total_seconds())
+
+
+def _read_reply(data):
+  try:
+    reply = json.loads(data)
+    choice = reply['choices'][0]
+    text, finish = choice['message']['content'], choice.get('finish_reason')
+  except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    raise _Again(f'the reply is no chat completion ({type(error).__name__}: {error})') from error
+  usage = reply.get('usage')
+  usage = usage if isinstance(usage, dict) else {}
+  counts = (usage.get(key) for key in ('prompt_tokens', 'completion_tokens'))
+  return Answer(text if isinstance(text, str) else '', str(finish or 'stop'),
+                *(count if isinstance(count, int) and count >= 0 else 0 for count in counts))

@@ -1,0 +1,196 @@
+"""A document that somebody cut into blocks: one JSON object a line.
+
+  {"id": "peps/pep-0008", "category": "specs", "source": "github.com/python/peps:peps/pep-0008.rst",
+   "license": "CC0-1.0", "blocks": ["Introduction\\n\\n", "Code lay-out\\n\\n", ...]}
+
+The text is the blocks joined, so a document cannot disagree with its cuts. Files are named {split}_{category}.jsonl or
+.jsonl.gz; a large one may come in parts, {split}_{category}-00001-of-00010.jsonl.gz. Other keys of a line are ignored.
+
+Reasons for which a line is refused, each counted on its own: 'bad JSON', 'invalid UTF-8', 'NUL character', 'not an
+object', 'missing key', 'wrong type', 'empty text' (of the id, category, source or licence: a row without a licence is
+not to be passed on), 'empty blocks' (none), 'empty block' (nothing but white space), 'other category' (than the file's
+name says), 'duplicate id' (within a split).
+"""
+
+import dataclasses
+import gzip
+import io
+import itertools
+import json
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+
+from blockattn.data import text as text_lib
+
+SPLITS = ('train', 'validation', 'test')
+KEYS = ('id', 'category', 'source', 'license', 'blocks')
+_NAME = re.compile(rf'({"|".join(SPLITS)})_([a-z0-9_]+?)(?:-\d+-of-\d+)?\.jsonl(?:\.gz)?')
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """A text and its blocks.
+
+  Attributes:
+    id: unique within a split.
+    category: the kind of text, such as 'books'.
+    source: where it is from.
+    license: under which it may be passed on.
+    blocks: pieces of the text, none of them blank.
+  """
+  id: str
+  category: str
+  source: str
+  license: str
+  blocks: tuple[str, ...]
+
+  @property
+  def text(self) -> str:
+    return ''.join(self.blocks)
+
+  @property
+  def cuts(self) -> tuple[int, ...]:
+    """Character offsets where one block ends and the next starts: len(blocks) - 1 of them, strictly increasing."""
+    return tuple(itertools.accumulate(map(len, self.blocks[:-1])))
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """A file of documents, of one split and one category, as its name says."""
+  path: str
+  split: str
+  category: str
+
+
+def name_of(path: str | os.PathLike) -> File:
+  """What a file's name says of it.
+
+  Raises:
+    ValueError: the name is not {split}_{category}.jsonl, or .jsonl.gz.
+  """
+  match = _NAME.fullmatch(os.path.basename(path))
+  if match is None:
+    raise ValueError(f'{path}: the name must be {{split}}_{{category}}.jsonl or .jsonl.gz, the split one of '
+                     f'{", ".join(SPLITS)}, the category of a-z, 0-9 and _')
+  return File(os.fspath(path), *match.groups())
+
+
+def find(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
+         categories: Sequence[str] | None = None) -> list[File]:
+  """The files that paths, folders and globs name, by category, split and path; those of some categories only if asked.
+
+  Raises:
+    FileNotFoundError: a pattern names nothing.
+    ValueError: a file's name says no split, or there is no file of a category.
+  """
+  files = [name_of(path) for path in text_lib.find_files(patterns)]
+  found = {file.category for file in files}
+  missing = sorted(set(categories or ()) - found)
+  if missing:
+    raise ValueError(f'no files of {", ".join(missing)} here; there are {", ".join(sorted(found))}')
+  kept = [file for file in files if not categories or file.category in categories]
+  return sorted(kept, key=lambda file: (file.category, SPLITS.index(file.split), file.path))
+
+
+def read(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: text_lib.Report | None = None, *,
+         strict: bool = False) -> Iterator[Document]:
+  """Reads documents, file by file, line by line.
+
+  Ids are compared within a split: files whose names say none are one split.
+
+  Args:
+    paths: see `text.find_files`.
+    report: counts lines, documents (`examples`) and bad lines as they are read.
+    strict: raise at the first bad line instead of counting it.
+
+  Raises:
+    BadLineError: a bad line, if `strict`.
+    ValueError: a file's compression is damaged.
+  """
+  return (document for _, _, document in read_numbered(paths, report, strict=strict))
+
+
+def read_numbered(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: text_lib.Report | None = None, *,
+                  strict: bool = False) -> Iterator[tuple[str, int, Document]]:
+  """As `read`, each document with its file and the number of its line, from 1."""
+  report = text_lib.Report() if report is None else report
+  seen = {}
+  for file in text_lib.find_files(paths):
+    match = _NAME.fullmatch(os.path.basename(file))
+    split, category = match.groups() if match else ('', None)
+    ids = seen.setdefault(split, {})
+    for number, line in text_lib.numbered_lines(file):
+      report.lines += 1
+      try:
+        document = parse(line)
+        if category not in (None, document.category):
+          raise text_lib.Malformed('other category', f'{document.category!r} in a file of {category!r}')
+        check_new(document, ids.setdefault(document.id, (file, number)), (file, number))
+      except text_lib.Malformed as error:
+        bad = text_lib.BadLine(file, number, error.reason, error.detail)
+        if strict:
+          raise text_lib.BadLineError(bad) from error
+        report.add_bad(bad)
+        continue
+      report.examples += 1
+      yield file, number, document
+
+
+def check_new(document: Document, first: tuple[str, int], here: tuple[str, int]):
+  """Refuses a document whose id was first seen at another (file, line) than here."""
+  if first != here:
+    raise text_lib.Malformed('duplicate id', f'{document.id!r} is also at {first[0]}:{first[1]}')
+
+
+def parse(line: bytes | str) -> Document:
+  """One line as a document.
+
+  Raises:
+    text.Malformed: the line is none; it has a reason and a detail.
+  """
+  record = text_lib.load_object(line)
+  values = [text_lib.get_text(record, key) for key in KEYS[:-1]]
+  blocks = text_lib.get_value(record, 'blocks', list)
+  if not blocks:
+    raise text_lib.Malformed('empty blocks', '"blocks" is empty')
+  return Document(*values, tuple(text_lib.check_text(block, f'"blocks"[{i}]', 'empty block')
+                                 for i, block in enumerate(blocks)))
+
+
+def to_line(document: Document) -> str:
+  """The document as one line of JSON, without its end."""
+  return json.dumps(dataclasses.asdict(document), ensure_ascii=False)
+
+
+def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
+  """Writes documents to a .jsonl or .jsonl.gz file, which appears when it is whole; returns how many there were.
+
+  The same documents give the same bytes: the compressed form holds neither a name nor a time.
+  """
+  path = pathlib.Path(path)
+  if not path.name.endswith(text_lib.SUFFIXES):
+    raise ValueError(f'{path}: the name must end in {" or ".join(text_lib.SUFFIXES)}')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+  try:
+    with os.fdopen(handle, 'wb') as raw:
+      count = _write_lines(raw, documents, compressed=path.name.endswith('.gz'))
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise
+  return count
+
+
+def _write_lines(raw, documents, *, compressed):
+  count = 0
+  binary = gzip.GzipFile(filename='', fileobj=raw, mode='wb', mtime=0) if compressed else raw
+  with io.TextIOWrapper(binary, encoding='utf-8', newline='\n') as stream:
+    for document in documents:
+      stream.write(to_line(document) + '\n')
+      count += 1
+  return count

@@ -1,0 +1,58 @@
+"""A segmenter as what cuts training data: texts to cuts, with a fingerprint of all that decides them."""
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from blockattn import mesh as mesh_lib
+from blockattn.hf import files
+from blockattn.inference import granularity, segmenter
+
+EMBEDDED = 'tiny'
+_VERSION = 1   # of the code: to be raised where the same weights cut otherwise than before
+
+
+class Cutter:
+  """Cuts texts with a segmenter, which is loaded when the first text is there.
+
+  Args:
+    name: folder or hub name; EMBEDDED: the segmenter that comes with the package.
+    wanted: how fine.
+    place: the devices that it runs on; by default all.
+
+  Attributes:
+    fingerprint: of the segmenter's files and of `wanted`.
+
+  Raises:
+    FileNotFoundError: no such folder.
+  """
+
+  def __init__(self, name: str, wanted: granularity.Granularity, place: mesh_lib.Placement | None = None):
+    assets = pathlib.Path(__file__).resolve().parents[1] / 'assets'
+    self._folder = assets / 'tiny_segmenter' if name == EMBEDDED else files.locate(name)
+    self._wanted, self._place = wanted, place
+    self.fingerprint = fingerprint(self._folder, wanted)
+
+  def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """The cuts of each text, strictly increasing character offsets."""
+    wanted = granularity.for_model(self._wanted, self._model)
+    scored = self._model.score(texts)
+    return [granularity.cuts_in_tokens(text, s.candidates, s.log_odds, s.tokens, wanted, self._model.token_ends)
+            for text, s in zip(texts, scored, strict=True)]
+
+  @functools.cached_property
+  def _model(self):
+    return segmenter.Segmenter.load(self._folder, place=self._place)
+
+
+def fingerprint(folder: pathlib.Path, wanted: granularity.Granularity) -> str:
+  """A hash of the bytes of the segmenter's files, cards apart, and of how fine it is to cut."""
+  digest = hashlib.sha256(repr((_VERSION, wanted)).encode())
+  for path in sorted(p for p in folder.iterdir() if p.suffix in ('.json', '.safetensors')):
+    digest.update(path.name.encode())
+    with open(path, 'rb') as stream:
+      digest.update(hashlib.file_digest(stream, 'sha256').digest())
+  return digest.hexdigest()[:32]

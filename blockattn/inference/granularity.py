@@ -1,0 +1,479 @@
+"""How fine a text is cut: from candidates and the log-odds of a cut there to cuts.
+
+Lengths are counted in tokens or in characters, whatever the caller gives: `lengths[i]` is the length of the text up to
+candidate i, `lengths[m]` that of the whole text. Three ways, see `Granularity`:
+
+  threshold  every candidate whose probability reaches it
+  depth      then, up to `depth` times, one more cut inside every block that is longer than a limit
+  bounds     the best sum of log-odds under hard bounds, with a soft target length, by dynamic programming
+
+Cuts never divide a line end of two characters or a surrogate pair; blocks are the text between neighbouring cuts.
+"""
+
+import collections
+import dataclasses
+import math
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+# What a cut costs, in nats, at a place that is no candidate: they are used only where the bounds leave no other way.
+SPACE_COST = 1e4    # behind white space
+INSIDE_COST = 1e6   # between any two characters
+MARK_COST = 1e7     # in front of a combining mark, or inside an emoji made of several
+MAX_LOG_ODDS = 50.0
+ROUNDS = 6   # of choosing cuts anew because a block has other tokens than the sum of its units
+
+_SPACES = np.array([9, 10, 11, 12, 13, 28, 29, 30, 31, 32, 133, 5760, *range(8192, 8199), *range(8200, 8203), 8232, 8233,
+                    8287, 12288], np.uint32)   # white space that may end a line, so not the no-break spaces
+_JOINER = 0x200d
+_SKIN_TONES = range(0x1f3fb, 0x1f400)
+
+# The ends of the tokens of each text, as character offsets into it: non-decreasing int64 [tokens], the last its length.
+TokenEnds = Callable[[Sequence[str]], Sequence[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Granularity:
+  """What the user wants.
+
+  With `depth`: see `cuts_by_depth`; `maximum` is its limit. Without, and without target and bounds: `threshold` alone.
+  Else the chain of blocks with the highest
+
+    sum over cuts of (log p/(1-p) - log threshold/(1-threshold))  -  weight * sum over blocks of |length/target - 1|
+
+  (no second sum without a target) among those whose blocks all have minimum <= length <= maximum, see `cuts_in_bounds`.
+
+  Attributes:
+    threshold: probability from which on a cut is wanted for its own sake, 0 to 1; None: 0.5, or what a model says.
+    depth: rounds of cutting again; 0: none.
+    target: wanted length of a block; None: no wish.
+    minimum: no block is shorter; None: a quarter of the target, or no bound without one.
+    maximum: no block is longer; None: twice the target, or no bound without one.
+    weight: what a block pays, in nats, for being nothing or twice as long as the target. 6 lets a better cut (log-odds
+      that are 3 above those of its neighbours) move the two blocks beside it by a quarter of the target.
+
+  Raises:
+    ValueError: a value is out of its range, the bounds and the target are not in order, or `depth` has a target.
+  """
+  threshold: float | None = None
+  depth: int = 0
+  target: int | None = None
+  minimum: int | None = None
+  maximum: int | None = None
+  weight: float = 6.0
+
+  def __post_init__(self):
+    if self.threshold is not None and not 0 <= self.threshold <= 1:
+      raise ValueError(f'threshold={self.threshold}: a probability from 0 to 1 is needed')
+    if self.depth < 0:
+      raise ValueError(f'depth={self.depth}: use 0 or more')
+    if self.depth and self.target is not None:
+      raise ValueError(f'depth={self.depth} and target={self.target}: choose one of the two')
+    for name in ('target', 'minimum', 'maximum'):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise ValueError(f'{name}={value}: a length of at least 1 is needed')
+    if not (math.isfinite(self.weight) and self.weight >= 0):
+      raise ValueError(f'weight={self.weight}: a finite number of at least 0 is needed')
+    named = [(name, getattr(self, name)) for name in ('minimum', 'target', 'maximum')]
+    named = [(name, value) for name, value in named if value is not None]
+    if [value for _, value in named] != sorted(value for _, value in named):
+      raise ValueError(', '.join(f'{name}={value}' for name, value in named)
+                       + ': needed are minimum <= target <= maximum')
+
+  @property
+  def log_odds(self) -> float:
+    """Of the threshold."""
+    return 0.0 if self.threshold is None else logit(self.threshold)
+
+  @property
+  def bounded(self) -> bool:
+    return self.depth == 0 and not (self.target is None and self.minimum is None and self.maximum is None)
+
+  def bounds(self, total: int) -> tuple[int, int]:
+    """(minimum, maximum) that a text of this length can keep.
+
+    Blocks of these bounds can make up the text if k * minimum <= total <= k * maximum for some number k of blocks. If
+    there is none, the maximum stands and the minimum is lowered as far as it must: to total // ceil(total / maximum).
+    """
+    minimum = self.minimum or min(max(1, (self.target or 0) // 4), self.maximum or math.inf)
+    maximum = self.maximum or max(2 * self.target if self.target else total, minimum, 1)
+    blocks = math.ceil(total / maximum)
+    return (minimum if blocks * minimum <= total else total // blocks), maximum
+
+
+def wanted(**wishes: float | None) -> Granularity:
+  """The granularity with these attributes; those that are None keep their defaults."""
+  return Granularity(**{name: value for name, value in wishes.items() if value is not None})
+
+
+def for_model(granularity: Granularity, model: Any) -> Granularity:
+  """With the model's own threshold, `model.options.threshold` in log-odds, if none is asked for."""
+  if granularity.threshold is not None:
+    return granularity
+  return dataclasses.replace(granularity, threshold=1 / (1 + math.exp(-model.options.threshold)))
+
+
+def blocks_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds) -> list[tuple[int, int]]:
+  """The (start, stop) of the blocks of a text.
+
+  Args:
+    text: the text.
+    scored: what a segmenter says of it: `candidates` int64 [m], `log_odds` [m], `tokens` int64 [m + 1].
+    granularity: lengths are in tokens.
+    token_ends: the segmenter's.
+  """
+  cuts = cuts_in_tokens(text, scored.candidates, scored.log_odds, scored.tokens, granularity, token_ends)
+  return to_blocks(cuts, len(text))
+
+
+def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, granularity: Granularity,
+                token_ends: TokenEnds | None = None) -> np.ndarray:
+  """The cuts of a text at the wanted granularity.
+
+  Args:
+    text: the text.
+    candidates: int64 [m], strictly increasing offsets, 0 < c < len(text).
+    log_odds: float [m], log p/(1-p) of a cut there; infinities are allowed.
+    lengths: int64 [m + 1], length of the text up to each candidate and of all of it.
+    granularity: see there.
+    token_ends: needed for bounds if lengths are not characters: the tokens of a piece of text.
+
+  Returns:
+    int64 offsets of the cuts, strictly increasing. Candidates all of them, unless bounds asked for others.
+
+  Raises:
+    ValueError: the arrays do not fit each other or the text.
+  """
+  candidates, log_odds, lengths = np.asarray(candidates, np.int64), np.asarray(log_odds), np.asarray(lengths, np.int64)
+  _check(text, candidates, log_odds, lengths)
+  if granularity.bounded:
+    return cuts_in_bounds(text, candidates, log_odds, lengths, granularity, token_ends)
+  wanted = log_odds >= granularity.log_odds
+  if granularity.depth:
+    wanted = cuts_by_depth(wanted, log_odds, lengths, depth=granularity.depth, limit=granularity.maximum or 0,
+                           minimum=granularity.minimum or 0)
+  return candidates[wanted]
+
+
+def cuts_in_tokens(text: str, candidates: np.ndarray, log_odds: np.ndarray, tokens: np.ndarray, granularity: Granularity,
+                   token_ends: TokenEnds) -> np.ndarray:
+  """`choose_cuts` with bounds that hold for the tokens of every block when it is tokenised alone.
+
+  A tokenizer makes of a block some tokens more or less than the sum of those of its units. Where that breaks a bound,
+  the bound is drawn tighter by as much, doubled in each round, and the cuts are chosen anew, at most ROUNDS times; the
+  maximum goes before the minimum.
+  """
+  cuts = choose_cuts(text, candidates, log_odds, tokens, granularity, token_ends)
+  if not granularity.bounded or not text:
+    return cuts
+  minimum, maximum = low, high = granularity.bounds(int(tokens[-1]))
+  found = []   # (tokens over the maximum, tokens under the minimum, round, cuts)
+  for step in range(ROUNDS):
+    counts = [len(ends) for ends in token_ends([text[a:b] for a, b in to_blocks(cuts, len(text))])]
+    over = max(max(counts) - maximum, 0)
+    under = max(minimum - min(counts), 0) if len(cuts) else 0
+    found.append((over, under, step, cuts))
+    if not over and not under:
+      break
+    high = max(high - (over << step), 1)
+    low = min(low + (under << step), high)
+    target = granularity.target and min(max(granularity.target, low), high)
+    tighter = dataclasses.replace(granularity, minimum=low, maximum=high, target=target)
+    cuts = choose_cuts(text, candidates, log_odds, tokens, tighter, token_ends)
+  return min(found, key=lambda entry: entry[:3])[-1]
+
+
+def _check(text, candidates, log_odds, lengths):
+  m = len(candidates)
+  if candidates.shape != (m,) or log_odds.shape != (m,) or lengths.shape != (m + 1,):
+    raise ValueError(f'candidates {candidates.shape}, log_odds {log_odds.shape}, lengths {lengths.shape}: expected '
+                     '[m], [m] and [m + 1]')
+  steps = np.diff(candidates, prepend=0, append=len(text))
+  if m and steps.min() < 1:
+    raise ValueError(f'candidates must be strictly increasing and inside the text of {len(text)} characters; '
+                     f'see number {int(np.argmin(steps))}')
+  if np.isnan(log_odds).any():
+    raise ValueError(f'log_odds: number {int(np.argmax(np.isnan(log_odds)))} is not a number')
+  if np.diff(lengths, prepend=0).min() < 0:
+    raise ValueError('lengths must not decrease: they count the text up to each candidate, then all of it')
+
+
+def to_blocks(cuts: Sequence[int], length: int) -> list[tuple[int, int]]:
+  """(start, stop) of each block of a text of this length; none if it is empty."""
+  edges = [0, *map(int, cuts), length]
+  return list(zip(edges[:-1], edges[1:])) if length else []
+
+
+def logit(p: float) -> float:
+  """log p/(1-p); infinite at 0 and 1."""
+  return math.log(p) - math.log1p(-p) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
+
+
+def cuts_by_depth(wanted: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, *, depth: int, limit: int,
+                  minimum: int) -> np.ndarray:
+  """Cuts again inside long blocks, up to `depth` times.
+
+  In each round every block longer than `limit` gets one more cut: at the candidate inside it with the highest log-odds,
+  of equal ones the one nearest to the block's middle, provided that both parts are at least `minimum` long. A block
+  without such a candidate stays. After all rounds a block may still be longer than `limit`. Every round keeps the cuts
+  before it, so depths are nested, and a block has at most 2^depth parts.
+
+  Args:
+    wanted: bool [m], the cuts of round 0.
+    log_odds: [m].
+    lengths: int64 [m + 1].
+    limit: 0 cuts every block again.
+
+  Returns:
+    bool [m].
+  """
+  wanted = wanted.copy()
+  for _ in range(depth):
+    edges = np.concatenate([[-1], np.flatnonzero(wanted), [len(wanted)]])   # candidate -1 is the start, m the end
+    at = np.concatenate([[0], lengths[edges[1:]]])
+    long = np.flatnonzero((np.diff(at) > limit) & (np.diff(edges) > 1))
+    new = [_best_inside(log_odds, lengths, edges[b] + 1, edges[b + 1], at[b], at[b + 1], minimum) for b in long]
+    new = [c for c in new if c is not None]
+    if not new:
+      break
+    wanted[new] = True
+  return wanted
+
+
+def _best_inside(log_odds, lengths, first, stop, start_length, stop_length, minimum):
+  """The best of the candidates first..stop-1 inside a block, or None."""
+  at = lengths[first:stop]
+  fits = (at - start_length >= minimum) & (stop_length - at >= minimum)
+  if not fits.any():
+    return None
+  odds = np.where(fits, log_odds[first:stop], -np.inf)
+  best = np.flatnonzero(fits & (odds == odds.max()))
+  return first + best[np.argmin(np.abs(2 * at[best] - start_length - stop_length))]
+
+
+# Hard bounds.
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """Where a cut may stand: offsets int64 [n], lengths up to there int64 [n], and the gain of cutting there float [n]."""
+  offsets: np.ndarray
+  lengths: np.ndarray
+  gains: np.ndarray
+
+  def __add__(self, other: 'Places') -> 'Places':
+    """Both, in order; at the same offset the higher gain counts."""
+    offsets, lengths, gains = (np.concatenate([getattr(self, name), getattr(other, name)])
+                               for name in ('offsets', 'lengths', 'gains'))
+    order = np.lexsort([-gains, offsets])
+    order = order[np.diff(offsets[order], prepend=-1) > 0]
+    return Places(offsets[order], lengths[order], gains[order])
+
+  def __getitem__(self, index) -> 'Places':
+    return Places(self.offsets[index], self.lengths[index], self.gains[index])
+
+
+def cuts_in_bounds(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray,
+                   granularity: Granularity, token_ends: TokenEnds | None = None) -> np.ndarray:
+  """The best cuts such that every block keeps the bounds, see `Granularity` for what is best.
+
+  The bounds are kept whatever the text is. If candidates alone cannot keep them, further places are offered, first
+  white space in the gaps between candidates that are too wide, then characters in what is still too wide, then all of
+  the text; a cut there costs so much that there are no more of them than needed. Exceptions, which no cuts could avoid:
+
+    - a text that is shorter than the minimum is one block; and where no number of blocks of these bounds gives the
+      text's length, the minimum is lowered to the highest that does (see `Granularity.bounds`);
+    - the minimum goes before the maximum does where a line end or a surrogate pair stands in the way of both;
+    - a character of more tokens than the maximum is a block of its own.
+
+  Arguments, result: see `choose_cuts`. Linear in the number of places offered: a second for a text of 10 MB.
+  """
+  total = int(lengths[-1])
+  if not total or len(text) < 2:
+    return np.zeros(0, np.int64)
+  shift = min(max(granularity.log_odds, -MAX_LOG_ODDS), MAX_LOG_ODDS)
+  gains = np.clip(log_odds.astype(np.float64), -MAX_LOG_ODDS, MAX_LOG_ODDS) - shift
+  offered = Places(candidates, lengths[:-1], gains)
+  for places, minimum, maximum in _offers(text, offered, total, granularity.bounds(total), token_ends):
+    target, weight = (granularity.target, granularity.weight) if granularity.target else (maximum, 0.0)
+    chain = best_chain([*places.lengths.tolist(), total], places.gains.tolist(), target=min(target, maximum),
+                       minimum=minimum, maximum=maximum, weight=weight)
+    if chain is not None:
+      return places.offsets[chain]
+  raise AssertionError('the last offer, every place and no minimum, always has a chain')
+
+
+def best_chain(lengths: Sequence[int], gains: Sequence[float], *, target: int, minimum: int, maximum: int,
+               weight: float) -> list[int] | None:
+  """The chain of cuts with the highest sum of gains less weight * sum over blocks of |length/target - 1|.
+
+  With L the lengths (0 at the start), the best value of a chain that ends with a cut at place j is
+    V[j] = gain[j] + max over i with minimum <= L[j] - L[i] <= maximum of V[i] - weight * |(L[j] - L[i])/target - 1|.
+  Short of the target the penalty falls with L[i], beyond it it rises: so the maximum is that of V[i] - s L[i] over one
+  sliding window and of V[i] + s L[i] over another, s = weight/target, and two queues of falling keys give both in
+  constant time a place. tools/segment_page.js has the same steps in the same order.
+
+  Args:
+    lengths: [n + 1], not decreasing: up to each place, then of all.
+    gains: [n].
+    target: between minimum and maximum.
+
+  Returns:
+    Indices of the chosen places, or None if no chain keeps the bounds.
+  """
+  at, slope, end = [0, *lengths], weight / target, len(gains) + 1
+  value, parent = [0.0] + [-math.inf] * end, [0] * (end + 1)
+  near, far = collections.deque(), collections.deque()   # (key, place): blocks up to the target, and longer ones
+  entered = moved = 0   # places before `entered` have been in `near`, those before `moved` have gone on to `far`
+  for j in range(1, end + 1):
+    here = at[j]
+    while entered < j and at[entered] <= here - minimum:
+      _push(near, value[entered] - slope * at[entered], entered)
+      entered += 1
+    while moved < entered and at[moved] < here - target:
+      _push(far, value[moved] + slope * at[moved], moved)
+      moved += 1
+    while near and near[0][1] < moved:
+      near.popleft()
+    while far and at[far[0][1]] < here - maximum:
+      far.popleft()
+    short = near[0][0] + slope * (here - target) if near else -math.inf
+    long = far[0][0] - slope * (here - target) if far else -math.inf
+    if max(short, long) > -math.inf:
+      i = (near if short >= long else far)[0][1]
+      parent[j] = i
+      value[j] = value[i] - slope * abs(here - at[i] - target) + (gains[j - 1] if j < end else 0.0)
+  return _walk_back(parent, end) if value[end] > -math.inf else None
+
+
+def _push(queue, key, place):
+  """Appends a place to a queue of falling keys: it makes those before it with a lower key useless."""
+  if key > -math.inf:
+    while queue and queue[-1][0] <= key:
+      queue.pop()
+    queue.append((key, place))
+
+
+def _walk_back(parent, end):
+  chain, j = [], parent[end]
+  while j:
+    chain.append(j - 1)
+    j = parent[j]
+  return chain[::-1]
+
+
+# Places that are no candidates.
+
+
+def _offers(text, candidates, total, bounds, token_ends) -> Iterator[tuple[Places, int, int]]:
+  """(places, minimum, maximum), ever more places; with the last there is always a chain."""
+  minimum, maximum = bounds
+  yield candidates, minimum, maximum
+  # Between places at most maximum - minimum apart a block can always end in its bounds.
+  places = with_forced(text, candidates, total, maximum - minimum, token_ends)
+  yield places, minimum, maximum
+  every = _inner_places(text, forced_places(text), _gaps(candidates, len(text), total, 0), token_ends)
+  yield places + _spaces(every) + _even(every, total, maximum), minimum, maximum
+  places = candidates + every
+  yield places, minimum, maximum
+  longest = int(np.diff(places.lengths, prepend=0, append=total).max())
+  yield places, max(minimum - longest, 0), maximum
+  yield places, 0, max(maximum, longest)
+
+
+def with_forced(text: str, places: Places, total: int, room: int, token_ends: TokenEnds | None) -> Places:
+  """The places, white space in the gaps between them longer than `room`, and characters in those that still are."""
+  gaps = _gaps(places, len(text), total, room)
+  if not len(gaps):
+    return places
+  forced = forced_places(text)
+  places += _spaces(_inner_places(text, forced, gaps, token_ends))
+  blobs = _inner_places(text, forced, _gaps(places, len(text), total, room), token_ends)
+  # Characters a quarter of the room apart are enough, and keep a megabyte of base64 quick.
+  return places + _thin(blobs[blobs.gains > -MARK_COST], max(1, room // 4))
+
+
+def _gaps(places, stop, total, room) -> np.ndarray:
+  """int64 [gaps, 4]: (start, stop, length at start, length at stop) between neighbouring places over `room` apart."""
+  offsets = np.concatenate([[0], places.offsets, [stop]])
+  lengths = np.concatenate([[0], places.lengths, [total]])
+  wide = np.diff(lengths) > room
+  return np.stack([offsets[:-1], offsets[1:], lengths[:-1], lengths[1:]], 1)[wide]
+
+
+def _spaces(places):
+  return places[places.gains >= -SPACE_COST]
+
+
+def _thin(places, step):
+  """The first place of each stretch of `step`."""
+  return places[np.diff(places.lengths // step, prepend=-1) > 0]
+
+
+def _even(places, total, maximum):
+  """The places next to those that cut the text into the fewest blocks of equal length."""
+  if not len(places.offsets):
+    return places
+  blocks = math.ceil(total / maximum)
+  wanted = np.arange(1, blocks, dtype=np.int64) * total // blocks
+  around = np.searchsorted(places.lengths, wanted)[:, None] + np.arange(-2, 3)
+  return places[np.unique(np.clip(around, 0, len(places.offsets) - 1))]
+
+
+def _inner_places(text, forced, gaps, token_ends) -> Places:
+  """Every place strictly inside the gaps where a cut may be forced; with tokens, white space and the ends of tokens."""
+  offsets, gains = forced
+  if not len(gaps):
+    return Places(offsets[:0], offsets[:0], gains[:0])
+  gap = np.searchsorted(gaps[:, 0], offsets, side='right') - 1
+  inside = (gap >= 0) & (offsets > gaps[gap, 0]) & (offsets < gaps[gap, 1])
+  offsets, gains, gap = offsets[inside], gains[inside], gap[inside]
+  start, _, low, high = gaps[gap].T
+  if token_ends is None:
+    if (gaps[:, 1] - gaps[:, 0] != gaps[:, 3] - gaps[:, 2]).any():
+      raise ValueError('lengths are not characters; bounds then need token_ends, to count inside a wide gap')
+    return Places(offsets, low + offsets - start, gains)
+  ends, first = _ends_in_text(text, gaps, token_ends)
+  done = np.searchsorted(ends, offsets, side='right')
+  at_end = (done > first[gap]) & (ends[done - 1] == offsets)
+  lengths = np.minimum(low + done - first[gap] + ~at_end, high)   # a divided token counts to the left
+  usable = at_end | (gains >= -SPACE_COST)
+  return Places(offsets[usable], lengths[usable], gains[usable])
+
+
+def _ends_in_text(text, gaps, token_ends):
+  """Ends of the tokens of all gaps, as offsets into the text, and how many stand before each gap."""
+  ends = token_ends([text[start:stop] for start, stop, _, _ in gaps.tolist()])
+  counts = np.array([len(e) for e in ends])
+  return np.concatenate(ends) + np.repeat(gaps[:, 0], counts), np.cumsum(counts) - counts
+
+
+def forced_places(piece: str) -> tuple[np.ndarray, np.ndarray]:
+  """Where a piece of text may be cut if it must be.
+
+  Returns:
+    Offsets int64 [n] between two characters, but not of \\r\\n or a surrogate pair; and their gains float [n]:
+    -SPACE_COST behind white space, -MARK_COST in front of a combining mark and inside joined characters such as flags,
+    else -INSIDE_COST.
+  """
+  codes = np.frombuffer(piece.encode('utf-32-le', 'surrogatepass'), np.uint32)
+  before, after = codes[:-1], codes[1:]
+  divided = (before == 13) & (after == 10)
+  divided |= (before >> 10 == 0xd800 >> 10) & (after >> 10 == 0xdc00 >> 10)
+  gains = np.where(np.isin(before, _SPACES) & ~np.isin(after, _SPACES), -SPACE_COST, -INSIDE_COST)
+  gains[_joined(before, after)] = -MARK_COST
+  offsets = np.flatnonzero(~divided) + 1
+  return offsets.astype(np.int64), gains[offsets - 1]
+
+
+def _joined(before, after):
+  """Whether two characters are one for the reader: marks, joiners, skin tones, pairs of regional letters."""
+  known = np.unique(after[after >= 0x300])
+  marks = [c for c in known.tolist()
+           if unicodedata.category(chr(c)).startswith('M') or c in _SKIN_TONES or c == _JOINER]
+  flag = lambda codes: (codes >= 0x1f1e6) & (codes <= 0x1f1ff)
+  return np.isin(after, np.array(marks, np.uint32)) | (before == _JOINER) | (flag(before) & flag(after))

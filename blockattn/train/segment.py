@@ -1,0 +1,263 @@
+"""Training of the segmenter: cross-entropy on the decisions, from documents whose cuts are known.
+
+`python -m blockattn.train.segment --config configs/segment_tiny.py --workdir runs/segmenter`
+
+Every `segment.eval_every` steps the F1 of exact cuts is measured on a fixed part of the validation files, as they are and
+with all surface hints removed, at the threshold that is best for both together. What scores best stands in
+`WORKDIR/best`, a Hugging Face folder that `blockattn.inference.segmenter` loads; its blockattn.json holds the threshold
+and the measures.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+
+from blockattn import optim
+from blockattn.data import markers, segment_pipeline
+from blockattn.data.semanticseg import hints, schema
+from blockattn.hf import config as hf_config, convert, files
+from blockattn.models import segmenter, spec
+from blockattn.train import loop, setup
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentOptions:
+  """
+  Attributes:
+    cut_weight: weight of a cut in the loss; 1 of a candidate that is none.
+    accumulate: slices that a batch is computed in.
+  """
+  cut_weight: float
+  accumulate: int
+
+  def __post_init__(self):
+    if self.cut_weight <= 0:
+      raise ValueError(f'config.segment.cut_weight={self.cut_weight}; give a number above 0')
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+  """Rows that are measured during training.
+
+  Attributes:
+    rows: as from `segment_pipeline.windows`.
+    names: for each row its category, with a mark for texts without hints.
+  """
+  rows: list
+  names: list
+
+
+def make_step(cfg, compute, options: SegmentOptions, optimizer, learning_rate):
+  """Jitted (state, batch) -> (state, metrics); the old state's buffers are reused."""
+  def sums_and_grads(params, batch, part):
+    del part
+    def loss(params):
+      logits = segmenter.apply(params, batch['tokens'], batch['layout'], cfg, compute)
+      sums = segmenter.loss_sums(logits, batch['labels'], options.cut_weight)
+      return sums['loss'], sums
+    grads, sums = jax.grad(loss, has_aux=True)(params)
+    return sums, grads
+
+  def step(state, batch):
+    sums, grads = loop.accumulate(sums_and_grads, state.params, batch, options.accumulate)
+    weight = jnp.maximum(sums['weight'], 1e-9)   # a batch without a candidate must not divide by zero
+    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    metrics = {'loss': sums['loss'] / weight, 'ce': sums['ce'] / jnp.maximum(sums['tokens'], 1),
+               'recall': sums['found'] / jnp.maximum(sums['cuts'], 1), 'candidates': sums['tokens'],
+               'grad_norm': optax.tree.norm(grads), 'lr': learning_rate(state.step)}
+    return loop.apply_gradients(state, optimizer, grads), metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def best_threshold(odds, labels, names) -> tuple[float, dict]:
+  """The threshold on the log-odds with the best macro F1.
+
+  Args:
+    odds: float [n], of all candidates.
+    labels: int [n], 1 for a cut.
+    names: str [n], the group of each.
+
+  Returns:
+    (threshold, {group: F1 there}); of equal thresholds the lowest.
+  """
+  grid = np.linspace(-6, 6, 97)
+  scores = {str(name): _f1_on_grid(odds[names == name], labels[names == name], grid) for name in np.unique(names)}
+  at = int(np.argmax(np.mean(list(scores.values()), axis=0)))
+  return float(grid[at]), {name: float(f1[at]) for name, f1 in scores.items()}
+
+
+def _f1_on_grid(odds, labels, grid):
+  above = lambda chosen: len(chosen) - np.searchsorted(np.sort(chosen), grid, side='right')
+  predicted, matched, gold = above(odds), above(odds[labels == 1]), int(np.sum(labels == 1))
+  return np.where(predicted + gold == 0, 1.0, 2 * matched / np.maximum(predicted + gold, 1))
+
+
+class Watch:
+  """Measures F1 on validation rows every few steps, and keeps the best parameters as a Hugging Face folder.
+
+  Args:
+    validation: `Validation`.
+    every: steps between two measurements, 0 for never.
+    steps: of the run; the last one is always measured.
+    batch: rows of a global batch.
+    predict: jitted (params, batch) -> log-odds [B, T], on every process.
+    put_batch: host batch -> device batch.
+    keep: (params, meta) -> None, called with what is best so far.
+    best: F1 of what is kept already.
+  """
+
+  def __init__(self, validation, *, every, steps, batch, predict, put_batch, keep, best=0.0):
+    self._validation, self._every, self._steps, self._batch = validation, every, steps, batch
+    self._predict, self._put_batch, self._keep, self.best = predict, put_batch, keep, best
+
+  def __call__(self, step, state) -> dict:
+    if not self._every or not self._validation.rows or (step % self._every and step != self._steps):
+      return {}
+    threshold, scores = self.measure(state.params)
+    plain, bare = (float(np.mean([f1 for name, f1 in scores.items() if name.endswith('*') is starred]))
+                   for starred in (False, True))
+    f1 = (plain + bare) / 2
+    if f1 > self.best:
+      self.best = f1
+      self._keep(state.params, {'step': step, 'threshold': threshold, 'f1': plain, 'f1_without_hints': bare})
+    return {'val_f1': plain, 'val_f1_without_hints': bare, 'val_threshold': threshold} | {
+        f'val_f1/{name.replace("*", "/without_hints")}': value for name, value in scores.items()}
+
+  def measure(self, params) -> tuple[float, dict]:
+    """(threshold, {category, or category* without hints: F1})."""
+    odds, labels, names = [], [], []
+    rows = self._validation.rows
+    share = self._batch // jax.process_count()
+    for start in range(0, len(rows), self._batch):
+      part = [rows[min(i, len(rows) - 1)] for i in range(start, start + self._batch)]   # the last batch is filled up
+      own = part[jax.process_index() * share:(jax.process_index() + 1) * share]
+      stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *own)
+      predicted = np.asarray(self._predict(params, self._put_batch(stacked)))
+      for i in range(min(self._batch, len(rows) - start)):
+        known = part[i]['labels'] >= 0
+        odds.append(predicted[i][known])
+        labels.append(part[i]['labels'][known])
+        names += [self._validation.names[start + i]] * int(known.sum())
+    return best_threshold(np.concatenate(odds), np.concatenate(labels), np.array(names))
+
+
+def reader_of(config, folder) -> markers.Reader:
+  s = config.segment
+  tokenizer = tokenizers.Tokenizer.from_file(str(pathlib.Path(folder) / 'tokenizer.json'))
+  return markers.Reader(tokenizer, markers.ReadOptions(style=s.markers, head=s.head, tail=s.tail, inner=s.inner,
+                                                     middle=s.middle, ahead=s.ahead))
+
+
+def read_validation(config, reader) -> Validation:
+  """The rows that are measured: as they are, and without hints; none if config.segment.eval_files is empty."""
+  s = config.segment
+  if not s.eval_files:
+    return Validation([], [])
+  documents = list(schema.read(list(s.eval_files)))
+  bare = [dataclasses.replace(d, blocks=hints.remove_hints(d.blocks, d.category))
+          for d in segment_pipeline.some(documents, s.eval_rows)]
+  make = functools.partial(segment_pipeline.validation_rows, reader=reader, length=config.data.length,
+                           per_category=s.eval_rows)
+  rows, names = make(documents)
+  bare_rows, bare_names = make(bare)
+  return Validation(rows + bare_rows, names + [name + '*' for name in bare_names])
+
+
+def load_model(config, place, reader):
+  """(ModelConfig, params) of config.model: a segmenter as it is, a language model with a new head, or random values.
+
+  Raises:
+    ValueError: the model at config.model.source reads units otherwise than config.segment says.
+  """
+  P = reader.options.unit_tokens
+  if not config.model.source:
+    cfg = segmenter.architecture(setup.architecture(config.model), P)
+    return cfg, setup.init_params(cfg, place, config.seed, config.model.dtype)
+  cfg, params = setup.load_model(config, place)
+  if cfg.unit_tokens != P:
+    raise ValueError(f'{config.model.source} reads {cfg.unit_tokens} tokens at a position, config.segment (markers, head, '
+                     f'tail) says {P}; make them agree')
+  if cfg.labels == segmenter.LABELS:
+    return cfg, params
+  cfg = segmenter.architecture(cfg)
+  shardings = spec.shardings(segmenter.spec(cfg), place.mesh, place.rules)
+  return cfg, jax.device_put(segmenter.from_backbone(params, cfg, jax.random.key(config.seed)), shardings)
+
+
+def run(config, workdir):
+  """Trains as the config says; returns (ModelConfig, params)."""
+  options = options_of(config)
+  place = setup.placement(config)
+  setup.check_batch(config, place)
+  optim_config, compute = setup.optim_config(config), setup.compute(config, place)
+  loop.save_run_facts(workdir, config)
+  source = files.locate(config.data.tokenizer or config.model.source)
+  reader = reader_of(config, source)
+  rows = segment_pipeline.DrawnRows(_documents(config), reader, draw_options(config), config.seed)
+  validation = read_validation(config, reader)
+  cfg, params = load_model(config, place, reader)
+  optimizer = optim.make_optimizer(optim_config)
+  step_fn = make_step(cfg, compute, options, optimizer, optim.learning_rate(optim_config))
+  best = pathlib.Path(workdir) / 'best'
+  keep = functools.partial(_keep, cfg=cfg, folder=best, source=source, config=config)
+  predict = jax.jit(lambda params, batch: segmenter.log_odds(segmenter.apply(
+      params, batch['tokens'], batch['layout'], cfg, compute)), out_shardings=place.replicated())
+  watch = Watch(validation, every=config.segment.eval_every, steps=config.steps, batch=config.batch, predict=predict,
+                put_batch=place.put_batch, keep=keep, best=_best_so_far(best))
+  meta = setup.model_meta(cfg, None, config.model.source or str(source), 'segment') | {'segmenter': read_meta(config)}
+  state = loop.run(step_fn, loop.init_state(params, optimizer), setup.batches(config, rows),
+                   setup.loop_config(config, 'segmenter'), workdir, put_batch=place.put_batch, meta=meta, watch=watch)
+  return cfg, state.params
+
+
+def options_of(config) -> SegmentOptions:
+  setup.check_section(config, 'segment')
+  return SegmentOptions(config.segment.cut_weight, config.accumulate)
+
+
+def _documents(config):
+  if not config.data.files:
+    raise ValueError('config.data.files is empty: give SemanticSeg files, e.g. --config.data.files="DATA/train_*.jsonl.gz"')
+  return list(schema.read(list(config.data.files), strict=config.data.strict))
+
+
+def draw_options(config) -> segment_pipeline.DrawOptions:
+  return segment_pipeline.DrawOptions(length=config.data.length, **dict(config.segment.draw))
+
+
+def read_meta(config) -> dict:
+  """What an exported segmenter says of how it reads a text."""
+  s = config.segment
+  return {'markers': s.markers, 'head': s.head, 'tail': s.tail, 'inner': s.inner, 'middle': s.middle,
+          'ahead': s.ahead, 'length': config.data.length}
+
+
+def _keep(params, measured, *, cfg, folder, source, config):
+  meta = {'kind': 'segment', 'segmenter': read_meta(config) | measured}
+  convert.save(params, cfg, folder, source=source, meta=meta, card=card(measured), dtype=config.segment.export_dtype,
+               overwrite=True)
+
+
+def card(measured) -> str:
+  """README.md of the best parameters of a run."""
+  return '\n'.join(['---', 'library_name: transformers', 'tags: [text-segmentation]', '---', '', '# Segmenter', '',
+                    *(f'- {key}: {value}' for key, value in measured.items()), ''])
+
+
+def _best_so_far(folder):
+  """The F1 that an interrupted run has kept already."""
+  if not (folder / files.META).exists():
+    return 0.0
+  kept = hf_config.read_meta(folder)['segmenter']
+  return (kept['f1'] + kept['f1_without_hints']) / 2
+
+
+if __name__ == '__main__':
+  setup.main(run)

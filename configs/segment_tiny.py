@@ -1,0 +1,44 @@
+"""The tiny segmenter: a Qwen3 of a few layers with a two-way head, which cuts any text on a CPU.
+
+    python -m tools.tiny_segmenter_tokenizer "$BLOCKATTN_DATA"/seg/train_*.jsonl.gz --out runs/tokenizer
+    python -m blockattn.train.segment --config configs/segment_tiny.py --workdir runs/tiny_segmenter \
+        --config.data.tokenizer=runs/tokenizer
+
+Reads the SemanticSeg files of the folder that BLOCKATTN_DATA names. A position of the model is a whole unit, a line or a
+sentence: its first 14 tokens, its last 3 and 6 from between, side by side. A row of 256 positions is some 15,000
+characters of text.
+"""
+
+import os
+
+from configs import common
+
+
+def get_config(arg=''):
+  arg = common.parse_arg(arg, steps=20000)
+  config = common.base()
+  data = os.path.join(os.environ.get('BLOCKATTN_DATA', 'data'), 'seg')
+  config.steps = arg.steps
+  config.batch = 16
+  config.save_every = 500
+  config.log_every = 20
+  config.model.fields = dict(family='qwen3', vocab=8192, width=192, layers=5, heads=6, kv_heads=2, head_dim=32, mlp=512,
+                             norm_eps=1e-6, rope_theta=10000.0, max_positions=4096, qk_norm=True, tied=True)
+  config.optim.lr = 2e-3
+  config.optim.final_lr = 0.02
+  config.optim.warmup = 200
+  config.optim.b2 = 0.98
+  config.optim.weight_decay = 0.05
+  config.data.tokenizer = 'blockattn/assets/tiny_segmenter'
+  config.data.length = 256
+  config.data.files = (os.path.join(data, 'train_*.jsonl.gz'),)
+  common.add_segment(config)
+  config.segment.markers = 'pooled'
+  config.segment.head = 14
+  config.segment.tail = 3
+  config.segment.middle = 6
+  config.segment.ahead = 4
+  config.segment.eval_files = (os.path.join(data, 'validation_*.jsonl.gz'),)
+  config.segment.eval_every = 500
+  config.segment.eval_rows = 12
+  return config

@@ -1,0 +1,392 @@
+"""The `segment` command of tools.bench: how well and how fast texts are cut, by the segmenter and by its opponents.
+
+Everybody's granularity is chosen on the validation files, never on the test files, once for the whole corpus and once
+for each category; the latter, a granularity that knows the category, is the stronger opponent. It is chosen for the
+exact F1 (macro over categories), and once more for Pk. The random one takes the rate of the gold cuts. Cuts are moved to
+their nearest candidate before they are measured. See blockattn.evals.cuts for the measures.
+
+With hints removed, headings' marks, numbering and blank lines are taken out of the texts, and everybody is tuned again.
+"""
+
+import collections
+import dataclasses
+import functools
+import html
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from blockattn.data import markers
+from blockattn.data.semanticseg import hints as hints_lib, schema
+from blockattn.evals import cuts, splitters
+
+SEGMENTER = 'segmenter'
+OBJECTIVES = ('f1', 'pk')          # what a granularity is chosen for
+SCOPES = ('corpus', 'category')    # what it is chosen on
+HEADS = {'f1': 'F1 exact', 'near_f1': 'F1 ±1', 'pk': 'Pk', 'window_diff': 'WindowDiff', 'similarity': 'B'}
+LIBRARIES = ('langchain-text-splitters', 'semchunk', 'chonkie', 'nltk', 'numpy', 'jax')
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """A document as it is measured."""
+  category: str
+  text: str
+  cuts: tuple[int, ...]
+  candidates: np.ndarray
+
+
+def load(folders: Sequence[pathlib.Path], split: str, limit: int | None, hints: str) -> list[Text]:
+  """The texts of a split; of each category at most `limit`, evenly spread over its documents.
+
+  Raises:
+    ValueError: no file is of that split.
+  """
+  paths = [file.path for file in schema.find(folders) if file.split == split]
+  if not paths:
+    raise ValueError(f'{", ".join(map(str, folders))}: no file {split}_*.jsonl or .jsonl.gz here')
+  by_category = collections.defaultdict(list)
+  for document in schema.read(paths, strict=True):
+    by_category[document.category].append(document)
+  return [as_text(document, hints) for category in sorted(by_category)
+          for document in spread(by_category[category], limit)]
+
+
+def spread(values: Sequence, limit: int | None) -> list:
+  """At most `limit` of the values, evenly spaced, in order."""
+  if limit is None or len(values) <= limit:
+    return list(values)
+  return [values[i * len(values) // limit] for i in range(limit)]
+
+
+def as_text(document: schema.Document, hints: str) -> Text:
+  if hints == 'removed':
+    document = dataclasses.replace(document, blocks=tuple(hints_lib.remove_hints(document.blocks, document.category)))
+  return Text(document.category, document.text, document.cuts, markers.candidates(document.text))
+
+
+# The segmenter as one of the ways to cut.
+
+class Scores:
+  """The segmenter's scores of texts, computed for all of them together and kept for the thresholds to come."""
+
+  def __init__(self, segmenter):
+    self.segmenter = segmenter
+    self.known = {}
+
+  def prepare(self, texts: Sequence[str]) -> None:
+    missing = [text for text in dict.fromkeys(texts) if text not in self.known]
+    self.known |= dict(zip(missing, self.segmenter.score(missing)))
+
+  def cutter(self, log_odds: float) -> splitters.Cutter:
+    def cut(text):
+      self.prepare([text])
+      scored = self.known[text]
+      return scored.candidates[scored.log_odds >= log_odds].tolist()
+
+    return cut
+
+
+def ways_to_cut(segmenter, scores: Scores | None, tokenizer, remember: bool) -> dict[str, splitters.Baseline]:
+  """The baselines, and the segmenter if there is one; `remember` keeps the embeddings of the text at hand."""
+  embedders = {'hashed words': splitters.hashed_words}
+  if hasattr(segmenter, 'embed'):
+    embedders['backbone'] = segmenter.embed
+  if remember:
+    embedders = {name: remembered(embed) for name, embed in embedders.items()}
+  ways = splitters.baselines(embedders, tokenizer)
+  if segmenter is None:
+    return ways
+  grid = tuple({'log_odds': float(value)} for value in np.linspace(-6, 6, 49))
+  return {SEGMENTER: splitters.Baseline('cuts whose log-odds reach a threshold', scores.cutter, grid), **ways}
+
+
+def without(ways: dict[str, splitters.Baseline], names: Sequence[str]) -> dict[str, splitters.Baseline]:
+  """The ways but those named.
+
+  Raises:
+    ValueError: there is none of a name.
+  """
+  unknown = sorted(set(names) - set(ways))
+  if unknown:
+    raise ValueError(f'no way to cut is called {", ".join(map(repr, unknown))}; there are {", ".join(ways)}')
+  return {name: way for name, way in ways.items() if name not in names}
+
+
+def remembered(embed: splitters.Embed) -> splitters.Embed:
+  """The same embedding; asked again for the texts of the last call, it does not compute again."""
+  last = functools.lru_cache(maxsize=1)(lambda texts: embed(texts))
+  return lambda texts: last(tuple(texts))
+
+
+# Measuring and choosing.
+
+Results = dict[int, dict[str, dict[str, float]]]   # by option, by category: evals.cuts.summary
+
+
+def measure(way: splitters.Baseline, texts: Iterable[Text], wanted: Callable[[str], Iterable[int]]) -> Results:
+  """Measures of the options (indices into the way's grid) that are wanted for each category."""
+  cutters, found = {}, collections.defaultdict(lambda: collections.defaultdict(list))
+  for text in texts:
+    for option in wanted(text.category):
+      if option not in cutters:
+        cutters[option] = way.build(**way.grid[option])
+      moved = text.candidates[cuts.nearest(cutters[option](text.text), text.candidates)]
+      found[option][text.category].append(cuts.measure(text.cuts, moved, text.candidates))
+  return {option: {category: cuts.summary(documents) for category, documents in by_category.items()}
+          for option, by_category in found.items()}
+
+
+def choose(way: splitters.Baseline, results: Results, objective: str) -> dict[str, int]:
+  """The best option for each category, and for the corpus under the key ''; of equals the finer."""
+  categories = sorted(results[0])
+  chosen = {category: best(way, {option: {category: found[category]} for option, found in results.items()}, objective)
+            for category in categories}
+  return {'': best(way, results, objective), **chosen}
+
+
+def best(way: splitters.Baseline, results: Results, objective: str) -> int:
+  """The option with the highest macro F1, with the lowest macro Pk, or with the gold number of cuts."""
+  def badness(option):
+    if way.by_count:
+      gold, predicted = (sum(found[key] for found in results[option].values()) for key in ('gold', 'predicted'))
+      return abs(math.log((predicted + 1) / (gold + 1)))
+    value = cuts.macro(results[option])[objective]
+    return value if objective == 'pk' else -value
+
+  return min(results, key=badness)
+
+
+def compare(ways: dict[str, splitters.Baseline], validation: list[Text], test: list[Text], log=print) -> list[dict]:
+  """Tunes every way on the validation texts and measures it on the test texts.
+
+  Returns:
+    A row for each way, objective and scope: {name, objective, scope, options, by_category, macro}. `options` is that of
+    the corpus, or {category: options}; a category without validation texts takes the corpus's.
+  """
+  rows = []
+  for name, way in ways.items():
+    start = time.perf_counter()
+    tuned = measure(way, validation, lambda category: range(len(way.grid)))   # noqa: B023
+    chosen = {objective: choose(way, tuned, objective) for objective in OBJECTIVES}
+    option = lambda objective, scope, category: (
+        chosen[objective]['' if scope == 'corpus' or category not in chosen[objective] else category])   # noqa: B023
+    pairs = [(objective, scope) for objective in OBJECTIVES for scope in SCOPES]
+    found = measure(way, test, lambda category: {option(*pair, category) for pair in pairs})   # noqa: B023
+    for objective, scope in pairs:
+      options = {category: option(objective, scope, category) for category in sorted({text.category for text in test})}
+      by_category = {category: found[index][category] for category, index in options.items()}
+      rows.append({'name': name, 'objective': objective, 'scope': scope, 'by_category': by_category,
+                   'macro': cuts.macro(by_category),
+                   'options': way.grid[chosen[objective]['']] if scope == 'corpus' else
+                   {category: way.grid[index] for category, index in options.items()}})
+    log(f'{name}: {len(way.grid)} options, {time.perf_counter() - start:.0f} s')
+  return rows
+
+
+def speeds(ways: dict[str, splitters.Baseline], rows: list[dict], segmenter, texts: list[str], take_turns, args) -> dict:
+  """Characters per second of each way on the same texts, from the fastest of a few passes, all taking turns."""
+  calls = {}
+  for row in rows:
+    if (row['objective'], row['scope']) == ('f1', 'corpus'):
+      cutter = ways[row['name']].build(**row['options'])
+      calls[row['name']] = lambda cutter=cutter: [cutter(text) for text in texts]
+  if SEGMENTER in calls:
+    calls[SEGMENTER] = lambda: segmenter.score(texts)
+    calls[SEGMENTER]()   # compiles
+  times = take_turns(calls, args.samples, args.seconds)
+  return {name: sum(map(len, texts)) / min(seconds) for name, seconds in times.items()}
+
+
+# Reporting.
+
+def table(head: Sequence[str], lines: Iterable[Sequence]) -> str:
+  """A Markdown table; numbers between -10 and 10 with three digits."""
+  cell = lambda value: f'{value:.3f}' if isinstance(value, float) and abs(value) < 10 else str(value)
+  rows = [head, ['---'] * len(head), *([cell(value) for value in line] for line in lines)]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def pick(rows: list[dict], **wanted) -> list[dict]:
+  return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def overview(rows: list[dict], speed: dict[str, float]) -> str:
+  """Macro measures of every way, tuned for F1; beside them Pk when tuned for Pk."""
+  lines = []
+  for row in pick(rows, objective='f1'):
+    other, = pick(rows, objective='pk', scope=row['scope'], name=row['name'])
+    options = ' '.join(f'{key}={value:.3g}' if isinstance(value, float) else f'{key}={value}'
+                       for key, value in row['options'].items()) if row['scope'] == 'corpus' else 'by category'
+    lines.append([row['name'], row['scope'], *(row['macro'][key] for key in HEADS), other['macro']['pk'],
+                  f'{speed[row["name"]]:.3g}', options])
+  return table(['who', 'tuned on', *HEADS.values(), 'Pk, tuned for Pk', 'characters/s', 'options'], lines)
+
+
+def by_category(rows: list[dict], key: str, scope: str) -> str:
+  """One measure: a line for each category, a column for each way."""
+  chosen = pick(rows, scope=scope, objective='pk' if key == 'pk' else 'f1')
+  lines = [[category, *(row['by_category'][category][key] for row in chosen)] for category in chosen[0]['by_category']]
+  return table([HEADS[key], *(row['name'] for row in chosen)], [*lines, ['macro', *(row['macro'][key] for row in chosen)]])
+
+
+def margins(rows: list[dict]) -> str:
+  """How far the segmenter (tuned on the corpus) is ahead of the best baseline, and where it is behind."""
+  lines = []
+  for key, sign in (('f1', 1), ('pk', -1)):
+    ours, = pick(rows, name=SEGMENTER, objective=key, scope='corpus')
+    for scope in SCOPES:
+      others = [row for row in pick(rows, objective=key, scope=scope) if row['name'] != SEGMENTER]
+      first = max(others, key=lambda row: sign * row['macro'][key])
+      lead = sign * (ours['macro'][key] - first['macro'][key])
+      behind = {}
+      for category, found in ours['by_category'].items():
+        rival = max(others, key=lambda row: sign * row['by_category'][category][key])
+        gap = sign * (rival['by_category'][category][key] - found[key])
+        if gap > 0:
+          behind[category] = f'{category} {100 * gap:.1f} ({rival["name"]})'
+      lines.append(f'{HEADS[key]}: {100 * lead:+.1f} points to the best baseline tuned on the {scope} ({first["name"]}); '
+                   f'behind the best of a category in: {", ".join(behind.values()) or "none"}')
+  return '\n'.join(lines)
+
+
+def report(hints: str, rows: list[dict], speed: dict[str, float]) -> str:
+  parts = [f'## Hints {hints}: macro over categories', overview(rows, speed)]
+  if pick(rows, name=SEGMENTER):
+    parts.append(margins(rows))
+  for scope in SCOPES:
+    for key in HEADS:
+      parts += [f'### {HEADS[key]} by category, hints {hints}, tuned for {"Pk" if key == "pk" else "F1"} on the {scope}',
+                by_category(rows, key, scope)]
+  return '\n\n'.join(parts)
+
+
+_WIDE, _HIGH, _LEFT, _TOP = 58, 24, 170, 100   # a cell, and the room for names, in pixels
+
+
+def picture(rows_by_hints: dict[str, list[dict]]) -> str:
+  """A map of the exact F1 as SVG: ways against categories, one panel for each state of the hints."""
+  panels, top = [], 10
+  for hints, rows in rows_by_hints.items():
+    rows = sorted(pick(rows, objective='f1', scope='category'), key=lambda row: -row['macro']['f1'])
+    panels.append(f'<g transform="translate(0 {top})">{_panel(hints, rows)}</g>')
+    top += _TOP + _HIGH * len(rows) + 30
+  columns = 1 + max(len(rows[0]['by_category']) for rows in rows_by_hints.values())
+  width = max(660, _LEFT + _WIDE * columns + 60)   # at least as wide as a title
+  return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" width="{width}" height="{top}" '
+          'font-family="system-ui, sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
+          + '\n'.join(panels) + '</svg>\n')
+
+
+def _panel(hints, rows):
+  parts = [f'<text x="10" y="18" font-size="15" font-weight="600">Exact boundary F1, hints {hints}, granularity tuned by '
+           'category</text>']
+  for column, category in enumerate(['macro', *rows[0]['by_category']]):
+    x = _LEFT + _WIDE * (column + 0.5)
+    parts.append(f'<text transform="translate({x:.0f} {_TOP - 8}) rotate(-35)">{html.escape(category)}</text>')
+  for line, row in enumerate(rows):
+    y, weight = _TOP + _HIGH * line, 700 if row['name'] == SEGMENTER else 400
+    parts.append(f'<text x="{_LEFT - 8}" y="{y + 16}" text-anchor="end" font-weight="{weight}">'
+                 f'{html.escape(row["name"])}</text>')
+    for column, found in enumerate([row['macro'], *row['by_category'].values()]):
+      parts.append(_cell(_LEFT + _WIDE * column + 6 * (column > 0), y, found['f1'], weight))
+  return '\n'.join(parts)
+
+
+def _cell(x, y, value, weight):
+  shade = ','.join(f'{round(255 + (end - 255) * value)}' for end in (8, 81, 156))   # from white to blue
+  return (f'<rect x="{x}" y="{y}" width="{_WIDE - 2}" height="{_HIGH - 2}" fill="rgb({shade})"/>'
+          f'<text x="{x + _WIDE / 2 - 1}" y="{y + 15}" text-anchor="middle" font-weight="{weight}" '
+          f'fill="{"#fff" if value > 0.55 else "#222"}">{value:.2f}</text>')
+
+
+def write(path: pathlib.Path, text: str) -> None:
+  """Writes a file that appears when it is whole."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.NamedTemporaryFile('w', dir=path.parent, delete=False, encoding='utf-8') as file:
+    file.write(text)
+  os.chmod(file.name, 0o644)
+  os.replace(file.name, path)
+
+
+def versions() -> dict[str, str]:
+  installed = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
+  return {library: installed.get(library) for library in LIBRARIES}
+
+
+def save(args, facts: dict, rows: dict[str, list[dict]], speed: dict[str, dict[str, float]]) -> None:
+  """Writes what there is so far, by state of the hints."""
+  if args.json:
+    shown = {key: [str(folder) for folder in value] if key == 'data' else str(value) if isinstance(value, pathlib.Path)
+             else value for key, value in vars(args).items() if key != 'run'}
+    write(args.json, json.dumps({'machine': facts, 'arguments': shown, 'characters_per_s': speed, 'rows': rows},
+                                indent=1) + '\n')
+  if args.plot:
+    write(args.plot, picture(rows))
+
+
+def segment(args, set_up, machine, take_turns) -> None:
+  """Tunes, measures and times every way to cut, and prints the tables."""
+  if args.plot and args.plot.suffix != '.svg':
+    raise SystemExit(f'--plot {args.plot}: the picture is drawn as SVG; name it {args.plot.with_suffix(".svg")}')
+  set_up(args)
+  segmenter, tokenizer = None, None
+  if args.segmenter:
+    from blockattn.inference import segmenter as segmenter_lib
+    segmenter = segmenter_lib.Segmenter.load(args.segmenter)
+  if args.tokenizer:
+    import tokenizers
+    tokenizer = tokenizers.Tokenizer.from_file(str(pathlib.Path(args.tokenizer) / 'tokenizer.json'))
+  facts = machine(args) | {'libraries': versions()}
+  print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, {facts["libraries"]}')
+  log = lambda text: print(text, file=sys.stderr, flush=True)
+  all_rows, all_speeds = {}, {}
+  for hints in ('kept', 'removed') if args.hints == 'both' else (args.hints,):
+    validation = load(args.data, 'validation', args.tune_limit, hints)
+    test = load(args.data, args.split, args.limit, hints)
+    scores = Scores(segmenter) if segmenter else None
+    if scores:
+      scores.prepare([text.text for text in [*validation, *test]])
+    rows = compare(without(ways_to_cut(segmenter, scores, tokenizer, remember=True), args.without), validation, test, log)
+    timed = [text.text for category in sorted({text.category for text in test})
+             for text in spread([text for text in test if text.category == category], args.speed_limit)]
+    log(f'speed on {len(timed)} texts')
+    fresh = Scores(segmenter) if segmenter else None
+    speed = speeds(ways_to_cut(segmenter, fresh, tokenizer, remember=False), rows, segmenter, timed, take_turns, args)
+    all_rows[hints], all_speeds[hints] = rows, speed
+    print(f'\n{len(validation)} validation and {len(test)} {args.split} texts; speed on {len(timed)} texts of '
+          f'{sum(map(len, timed))} characters\n\n{report(hints, rows, speed)}', flush=True)
+    save(args, facts, all_rows, all_speeds)
+
+
+def add_segment(commands, set_up, machine, take_turns) -> None:
+  parser = commands.add_parser('segment', help='where and how fast texts are cut, against splitters')
+  parser.add_argument('--data', type=pathlib.Path, nargs='+', required=True, metavar='FOLDER',
+                      help='folders of {split}_{category}.jsonl[.gz]')
+  parser.add_argument('--split', default='test', help='what is measured (default %(default)s); validation tunes')
+  parser.add_argument('--segmenter', metavar='FOLDER', help='a segmenter to compare with')
+  parser.add_argument('--tokenizer', metavar='FOLDER', help='with tokenizer.json, for the fixed length in tokens')
+  parser.add_argument('--without', nargs='+', default=[], metavar='NAME', help='ways to leave out, such as texttiling, '
+                      'by far the slowest')
+  parser.add_argument('--hints', default='both', choices=('kept', 'removed', 'both'))
+  parser.add_argument('--limit', type=int, metavar='N', help='measured texts of a category (default: all)')
+  parser.add_argument('--tune-limit', type=int, default=30, metavar='N',
+                      help='validation texts of a category (default %(default)s)')
+  parser.add_argument('--speed-limit', type=int, default=2, metavar='N',
+                      help='texts of a category that are timed (default %(default)s)')
+  parser.add_argument('--samples', type=int, default=3, help='passes over the timed texts (default %(default)s)')
+  parser.add_argument('--seconds', type=float, default=10.0,
+                      help='a way that has run for so long is not timed again (default %(default)s)')
+  parser.add_argument('--cores', type=int, default=1, help='cores that everybody may use (default %(default)s)')
+  parser.add_argument('--devices', type=int, default=1, help='JAX devices (default %(default)s)')
+  parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='every measure of every category')
+  parser.add_argument('--plot', type=pathlib.Path, metavar='FILE.svg', help='a map of F1 by category')
+  parser.set_defaults(run=lambda args: segment(args, set_up, machine, take_turns))

@@ -1,0 +1,328 @@
+"""Cuts texts into blocks where a person would.
+
+  python -m tools.segment README.md docs/ 'src/**/*.py'            one JSON line a file on the standard output
+  python -m tools.segment texts.jsonl --out blocks.jsonl --target-tokens 512 --max 768
+  cat notes.txt | python -m tools.segment - --html notes.html
+
+In: files, folders (all files below that are not hidden), globs, `-` for the standard input; files that end in .jsonl or
+.jsonl.gz, and with --jsonl all of them, hold a JSON object with "text", and maybe "id", on each line. Text is UTF-8 and
+taken as it stands: line ends, byte order marks and NUL characters are part of it.
+
+Out: {"id", "blocks": [[start, stop], ...]} a line, in the order of the input. Offsets count characters (code points) of
+the text; blocks follow each other from 0 to its end. The id is the line's, else the file's path or path:line.
+
+Granularity: --threshold P cuts where the probability of a cut is at least P (by default what the model was
+tuned to); --depth D then cuts blocks longer than
+--max again at their best place, up to D times; --target-tokens N takes the best cuts for blocks of about N tokens. --min
+and --max are kept by every block (with --depth, see there), if need be by cuts inside a sentence.
+
+The exit code is 0; 1 if some of the input could not be read and was skipped; 2 if arguments or model are no good.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import glob
+import gzip
+import json
+import os
+import pathlib
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+
+import rich.console
+import rich.progress
+
+import blockattn
+from blockattn.inference import granularity
+from tools import segment_page
+
+JSON_LINES = ('.jsonl', '.jsonl.gz')
+BATCH = 1 << 20   # characters that are scored together
+PART = '.part'    # what --out has so far is kept in a file of this ending until it is complete
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """One text to cut; `size` is what the progress bar counts, in bytes of the input."""
+  id: str | int
+  text: str
+  size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+  """A file, or a line of one, that is skipped."""
+  place: str
+  reason: str
+
+  def __str__(self):
+    return f'{self.place}: {self.reason}; skipped'
+
+
+def _arguments(argv):
+  parser = argparse.ArgumentParser(prog='tools.segment', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('paths', nargs='+', metavar='PATH', help='file, folder, glob, or - for the standard input')
+  parser.add_argument('--jsonl', action='store_true', help='every file, and the standard input, holds JSON lines')
+  parser.add_argument('--text-key', default='text', metavar='KEY', help='of the JSON lines (default: %(default)s)')
+  parser.add_argument('--out', metavar='FILE', help='write here, in one move at the end, instead of standard output')
+  parser.add_argument('--resume', action='store_true', help='keep what --out holds, also of a run that was stopped, '
+                      'and skip the ids in it; give the same options again')
+  parser.add_argument('--with-text', action='store_true', help='add "texts", the text of each block, to every line')
+  parser.add_argument('--html', metavar='FILE', help='write a page that shows the blocks, with sliders for how fine')
+  parser.add_argument('--threshold', type=float, metavar='P', help='0 to 1 (default: what the model was tuned to)')
+  parser.add_argument('--depth', type=int, metavar='D', help='rounds of cutting again')
+  parser.add_argument('--target-tokens', type=int, metavar='N', help='wanted length of a block')
+  parser.add_argument('--min', type=int, metavar='N', help='tokens of a block at least (default: a quarter of the target)')
+  parser.add_argument('--max', type=int, metavar='N', help='tokens of a block at most (default: twice the target)')
+  parser.add_argument('--model', help='a local folder, or a name on the hub (default: the one of the package)')
+  args = parser.parse_args(argv)
+  if args.resume and not args.out:
+    parser.error('--resume needs --out, the file to go on with')
+  return args
+
+
+# Input.
+
+
+def find_inputs(paths: Iterable[str]) -> list[str]:
+  """The files that paths, folders and globs name, each once; '-' stays.
+
+  Raises:
+    FileNotFoundError: a path names nothing.
+  """
+  files = {}
+  for name in paths:
+    path = pathlib.Path(name).expanduser()
+    if name == '-':
+      found = [name]
+    elif path.is_dir():
+      found = [str(p) for p in sorted(path.rglob('*')) if p.is_file() and not _hidden(p.relative_to(path))]
+    elif path.exists():
+      found = [str(path)]
+    else:
+      found = sorted(p for p in glob.glob(str(path), recursive=True) if os.path.isfile(p))
+    if not found:
+      raise FileNotFoundError(f'{name}: no file here; give a file, a folder, a glob, or - for the standard input')
+    files.update(dict.fromkeys(found))
+  return list(files)
+
+
+def _hidden(path):
+  return any(part.startswith('.') for part in path.parts)
+
+
+def read_texts(files: Iterable[str], *, jsonl: bool = False, text_key: str = 'text') -> Iterator[Text | Unreadable]:
+  """The texts of files, in order; what cannot be read is named in its place."""
+  for file in files:
+    try:
+      if jsonl or file.endswith(JSON_LINES):
+        yield from _read_lines(file, text_key)
+      else:
+        data = sys.stdin.buffer.read() if file == '-' else pathlib.Path(file).read_bytes()
+        yield Text(file, data.decode(), len(data))
+    except UnicodeDecodeError as error:
+      yield Unreadable(file, f'not UTF-8 (byte {error.start:,} is 0x{error.object[error.start]:02x})')
+    except (OSError, EOFError, zlib.error) as error:   # gone, not ours to read, or damaged compression
+      yield Unreadable(file, f'cannot be read ({error})')
+
+
+def _read_lines(file, text_key):
+  with contextlib.ExitStack() as stack:
+    raw = sys.stdin.buffer if file == '-' else stack.enter_context(open(file, 'rb'))
+    lines = stack.enter_context(gzip.GzipFile(fileobj=raw)) if file.endswith('.gz') else raw
+    for number, line in enumerate(lines, start=1):
+      if line.strip():
+        try:
+          yield parse_line(line, f'{file}:{number}', text_key)
+        except ValueError as error:
+          yield Unreadable(f'{file}:{number}', str(error))
+
+
+def parse_line(line: bytes, place: str, text_key: str) -> Text:
+  """One JSON line; its id is `place` if it has none.
+
+  Raises:
+    ValueError: it is no object with a text.
+  """
+  try:
+    record = json.loads(line.removeprefix(b'\xef\xbb\xbf'))
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f'not a JSON line ({str(error)[:100]})') from error
+  if not isinstance(record, dict):
+    raise ValueError(f'an object is needed, not {type(record).__name__}')
+  if text_key not in record:
+    raise ValueError(f'lacks {text_key!r}, it has {", ".join(map(repr, list(record)[:8])) or "no keys"}; see --text-key')
+  if not isinstance(record[text_key], str):
+    raise ValueError(f'{text_key!r} is {type(record[text_key]).__name__}, not a string')
+  name = record['id'] if 'id' in record else None
+  return Text(name if isinstance(name, str | int) else place, record[text_key], len(line))
+
+
+def batches(texts: Iterable[Text], characters: int) -> Iterator[list[Text]]:
+  """Neighbouring texts of together at least so many characters; the last batch holds the rest."""
+  batch, size = [], 0
+  for text in texts:
+    batch.append(text)
+    size += len(text.text)
+    if size >= characters:
+      yield batch
+      batch, size = [], 0
+  if batch:
+    yield batch
+
+
+# Output.
+
+
+def finished_lines(out: str) -> dict[str, str]:
+  """The whole lines that a run before left in its output, by id as JSON; of a stopped run, those of its part."""
+  done = {}
+  for path in (out, out + PART):
+    if not os.path.exists(path):
+      continue
+    with open(path, encoding='utf-8') as file:
+      for number, line in enumerate(file, start=1):
+        if not line.endswith('\n'):
+          break   # a stopped run was writing it
+        try:
+          record = json.loads(line)
+          done[json.dumps(record['id'])] = line
+          record['blocks']
+        except (ValueError, KeyError, TypeError) as error:
+          raise ValueError(f'{path}:{number}: not a line of this tool; --resume continues its own output only, '
+                           'name another --out') from error
+  return done
+
+
+@contextlib.contextmanager
+def open_output(out: str | None, kept: Iterable[str]):
+  """A text file to write lines to; it takes the name `out` when all is written, until then it has PART behind it."""
+  if out is None:
+    yield sys.stdout
+    sys.stdout.flush()
+    return
+  part, temporary = out + PART, out + '.tmp'
+  with open(temporary, 'w', encoding='utf-8') as file:
+    file.writelines(kept)
+  os.replace(temporary, part)
+  with open(part, 'a', encoding='utf-8') as file:
+    yield file
+  os.replace(part, out)
+
+
+def line_of(text: Text, blocks: list[tuple[int, int]], with_text: bool) -> str:
+  record = {'id': text.id, 'blocks': blocks}
+  if with_text:
+    record['texts'] = [text.text[start:stop] for start, stop in blocks]
+  return json.dumps(record) + '\n'
+
+
+# The run.
+
+
+@dataclasses.dataclass
+class Tally:
+  texts: int = 0
+  blocks: int = 0
+  characters: int = 0
+  skipped: int = 0
+  resumed: int = 0
+  seconds: float = 0.0
+
+  def __str__(self):
+    rate = f'{self.characters / self.seconds:,.0f}' if self.seconds else '-'
+    return (f'{self.texts:,} texts, {self.blocks:,} blocks, {self.characters:,} characters in {self.seconds:.1f} s '
+            f'({rate} characters/s)' + (f'; {self.resumed:,} were there already' if self.resumed else '')
+            + (f'; {self.skipped:,} skipped' if self.skipped else ''))
+
+
+def run(args, files, want, model, console) -> Tally:
+  """Reads, cuts and writes everything behind a progress bar."""
+  done = finished_lines(args.out) if args.resume else {}
+  tally, pages, start = Tally(), [], time.perf_counter()
+  with _progress_bar(console) as bar, open_output(args.out, done.values()) as out:
+    task = bar.add_task('', total=_size(files))
+    texts = _readable(read_texts(files, jsonl=args.jsonl, text_key=args.text_key), done, tally, bar, task)
+    for batch in batches(texts, BATCH):
+      for text, scored in zip(batch, _score(batch, model, bar, task), strict=True):
+        blocks = granularity.blocks_of(text.text, scored, want, model.token_ends)
+        out.write(line_of(text, blocks, args.with_text))
+        tally.texts, tally.blocks = tally.texts + 1, tally.blocks + len(blocks)
+        tally.characters += len(text.text)
+        if args.html:
+          pages.append(segment_page.page_text(str(text.id), text.text, scored, blocks, model.token_ends))
+      out.flush()
+  tally.seconds = time.perf_counter() - start
+  if args.html:
+    segment_page.write(args.html, pages, want)
+  return tally
+
+
+def _readable(texts, done, tally, bar, task):
+  """The texts that are left to do; what is skipped is said and counted."""
+  for text in texts:
+    if isinstance(text, Unreadable):
+      bar.console.print(f'segment: {text}')
+      tally.skipped += 1
+    elif json.dumps(text.id) in done:
+      tally.resumed += 1
+      bar.advance(task, text.size)
+    else:
+      yield text
+
+
+def _score(batch, model, bar, task):
+  """What the model says of a batch, the bar moving on with the characters read."""
+  characters, size = sum(len(text.text) for text in batch), sum(text.size for text in batch)
+  before = bar.tasks[task].completed
+  progress = lambda read: bar.update(task, completed=before + size * min(read / max(characters, 1), 1))
+  scored = model.score([text.text for text in batch], progress=progress)
+  bar.update(task, completed=before + size)
+  return scored
+
+
+def _size(files):
+  """Bytes of all files; None if that cannot be known."""
+  if any(file == '-' or file.endswith('.gz') for file in files):
+    return None
+  return sum(os.path.getsize(file) for file in files if os.path.exists(file))
+
+
+def _progress_bar(console):
+  columns = (rich.progress.BarColumn(), rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn(),
+             rich.progress.TimeRemainingColumn())
+  return rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def main(argv=None, model=None) -> int:
+  """Runs the tool; `model` takes the place of --model."""
+  args = _arguments(argv)
+  # Names of files may look like rich's markup.
+  console = rich.console.Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+  try:
+    want = granularity.wanted(threshold=args.threshold, depth=args.depth, target=args.target_tokens, minimum=args.min,
+                              maximum=args.max)
+    files = find_inputs(args.paths)
+    model = blockattn.load_segmenter(model or args.model)
+    want = granularity.for_model(want, model)
+    tally = run(args, files, want, model, console)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # the reader has enough; nothing is left to flush
+    return 0
+  except KeyboardInterrupt:
+    console.print('segment: stopped' + (f'; what is done stands in {args.out}{PART}, go on with --resume' if args.out
+                                        else ''))
+    return 130
+  except (OSError, ValueError) as error:
+    console.print(f'segment: {error}')
+    return 2
+  console.print(f'segment: {tally}')
+  return 1 if tally.skipped else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,110 @@
+"""One self-contained page that shows where texts are cut; written by tools.segment --html.
+
+The text stands in coloured blocks, the probability of a cut at the margin of each line that is a candidate. Sliders
+choose a threshold or a target length: the page holds the log-odds and computes the cuts anew, with the steps of
+blockattn/inference/granularity.py in JavaScript. It fetches nothing, and text is only ever shown as text.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from blockattn.inference import granularity
+from tools import report
+
+SMALLEST_TARGET = 32   # tokens; the slider's left end
+
+
+@dataclasses.dataclass(frozen=True)
+class PageText:
+  """A text as the page needs it, divided into pieces at all places where it may be cut.
+
+  Attributes:
+    id: shown.
+    pieces: n + 1 strings, joined the text.
+    gains: log-odds of a cut behind piece i < n; below -100 at a place that is no candidate.
+    lengths: tokens up to the end of each piece.
+    cuts: indices of the places where the command cut.
+  """
+  id: str
+  pieces: list[str]
+  gains: list[float]
+  lengths: list[int]
+  cuts: list[int]
+
+
+def page_text(name: str, text: str, scored: Any, blocks: Sequence[tuple[int, int]],
+              token_ends: granularity.TokenEnds) -> PageText:
+  """What the page needs of a scored text and of the blocks that the command made of it."""
+  total, limit = int(scored.tokens[-1]), granularity.MAX_LOG_ODDS
+  places = granularity.Places(np.asarray(scored.candidates, np.int64), np.asarray(scored.tokens[:-1], np.int64),
+                              np.clip(np.asarray(scored.log_odds, np.float64), -limit, limit))
+  smallest = granularity.Granularity(target=SMALLEST_TARGET).bounds(total)
+  places = granularity.with_forced(text, places, total, smallest[1] - smallest[0], token_ends)
+  cuts = np.array([start for start, _ in blocks[1:]], np.int64)
+  places += _cut_places(cuts, places, len(text), total)
+  edges = [0, *places.offsets.tolist(), len(text)]
+  return PageText(name, [text[a:b] for a, b in zip(edges[:-1], edges[1:])],
+                  [float(f'{gain:.4f}') for gain in places.gains], [*places.lengths.tolist(), total],
+                  np.searchsorted(places.offsets, cuts).tolist())
+
+
+def _cut_places(cuts, places, length, total):
+  """The command's cuts as places; forced ones, that `places` may lack, with about their number of tokens."""
+  tokens = np.interp(cuts, [0, *places.offsets, length], [0, *places.lengths, total]).astype(np.int64)
+  return granularity.Places(cuts, tokens, np.full(len(cuts), -granularity.MARK_COST))
+
+
+def write(path: str | os.PathLike, texts: Sequence[PageText], want: granularity.Granularity):
+  """Writes the page in one move."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
+  temporary.write_text(render(texts, want), encoding='utf-8', newline='\n')
+  os.replace(temporary, path)
+
+
+def render(texts: Sequence[PageText], want: granularity.Granularity) -> str:
+  here = pathlib.Path(__file__).parent
+  read = lambda name: (here / name).read_text(encoding='utf-8')
+  title = texts[0].id if len(texts) == 1 else f'{len(texts)} texts'
+  limit = granularity.MAX_LOG_ODDS
+  data = {'texts': [dataclasses.asdict(text) for text in texts], 'wish': describe(want), 'smallest': SMALLEST_TARGET,
+          'logOdds': min(max(want.log_odds, -limit), limit), 'target': want.target or 512, 'weight': want.weight}
+  return '\n'.join([
+      '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
+      '<meta name="viewport" content="width=device-width, initial-scale=1">',
+      # Nothing may be fetched, whatever the texts hold.
+      '<meta http-equiv="Content-Security-Policy" '
+      'content="default-src \'none\'; style-src \'unsafe-inline\'; script-src \'unsafe-inline\'">',
+      f'<title>{report.esc(printable(title))} · blocks</title>',
+      f'<style>\n{read("report.css")}{read("segment_page.css")}</style>', '</head>', '<body>',
+      read('segment_page.html').rstrip(),
+      f'<script type="application/json" id="data">{script_json(data)}</script>',
+      f'<script>\n{read("segment_page.js")}</script>', '</body>', '</html>', ''])
+
+
+def describe(want: granularity.Granularity) -> str:
+  """The granularity in words."""
+  threshold = 0.5 if want.threshold is None else want.threshold
+  words = [f'about {want.target:,} tokens'] if want.target else [f'threshold {threshold:.3g}']
+  words += [f'depth {want.depth}'] if want.depth else []
+  words += [f'{name} {value:,}' for name, value in (('min', want.minimum), ('max', want.maximum)) if value]
+  return ', '.join(words)
+
+
+def printable(text: str) -> str:
+  """The text less characters that HTML may not hold."""
+  return re.sub('[\0-\x08\x0b-\x1f\x7f\ud800-\udfff]', '\ufffd', text)
+
+
+def script_json(value: Any) -> str:
+  """JSON that may stand inside a script element: no `<`, so no tag in it ends or comments out the script."""
+  text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
+  return re.sub('[<\x7f\u2028\u2029\ufeff\ud800-\udfff]', lambda match: f'\\u{ord(match[0]):04x}', text)

@@ -1,0 +1,97 @@
+"""Documents with cuts out of a folder of files that show their structure: headings, syntax, topics, messages.
+
+  python -m tools.structure docs/ train_manuals.jsonl.gz --category manuals --license MIT --source github.com/me/docs
+
+The ending of a file's name says what it is: .md .rst .tex .html, .py and other source code (tree-sitter), .json transcripts
+{"turns": [{"speaker", "text", "topic"}, ...]}, .eml messages and .mbox threads. Writes one line for each document and
+prints the files that gave none, with the reason. The exit code is 0; 1 if there is no document at all; 2 if the folder or
+an option is no good.
+"""
+
+import argparse
+import collections
+import pathlib
+import re
+import sys
+
+import rich.console
+
+from blockattn.data.semanticseg import schema, structure
+
+LISTED = 20   # skipped files of a reason that are printed; the rest are counted only
+
+
+def _arguments(argv):
+  parser = argparse.ArgumentParser(prog='tools.structure', description=__doc__.split('\n\n')[0])
+  parser.add_argument('folder', type=pathlib.Path, help='hidden files and folders in it are left out')
+  parser.add_argument('output', type=pathlib.Path, help='a .jsonl or .jsonl.gz file; call it {split}_{category}.jsonl.gz')
+  parser.add_argument('--category', required=True, help='of all documents, such as manuals: a-z, 0-9 and _')
+  parser.add_argument('--license', required=True, help='of all documents, such as MIT')
+  parser.add_argument('--source', help="where they are from (default: the folder's name)")
+  defaults = structure.Options()
+  parser.add_argument('--average', type=int, default=defaults.average, metavar='CHARACTERS', help='the deepest of three '
+                      'levels of headings whose sections are so long on average cuts (default: %(default)s)')
+  parser.add_argument('--shortest', type=int, default=defaults.shortest, metavar='CHARACTERS',
+                      help='shorter sections are joined to the next (default: %(default)s)')
+  parser.add_argument('--longest', type=int, default=defaults.longest, metavar='CHARACTERS',
+                      help='longer works become several documents (default: %(default)s)')
+  parser.add_argument('--smallest', type=int, default=defaults.smallest, metavar='CHARACTERS',
+                      help='the last of these is joined to the one before if it is smaller (default: %(default)s)')
+  return parser.parse_args(argv)
+
+
+def _options(args):
+  if not re.fullmatch('[a-z0-9_]+', args.category):
+    raise ValueError(f'--category {args.category!r}: use a-z, 0-9 and _ only')
+  if not args.license.strip():
+    raise ValueError('--license is empty; a document without a licence is not to be passed on')
+  return structure.Options(args.average, args.shortest, args.longest, args.smallest)
+
+
+def build(args, skipped):
+  """Writes the documents: a Counter of 'documents', 'blocks', 'characters' and 'files'."""
+  counts = collections.Counter()
+  folder = args.folder.expanduser()
+  source = args.source or folder.resolve().name
+  files = set()
+
+  def counted():
+    for document in structure.read_folder(folder, args.category, source, args.license, _options(args), skipped):
+      counts.update(documents=1, blocks=len(document.blocks), characters=len(document.text))
+      files.add(document.source)
+      yield document
+
+  schema.write(args.output.expanduser(), counted())
+  counts['files'] = len(files)
+  return counts
+
+
+def print_skipped(skipped, console):
+  """One line for each reason with how many, then the first files of it."""
+  for reason, files in sorted(skipped.items(), key=lambda item: -len(item[1])):
+    console.print(f'{len(files)} skipped: {reason}')
+    for path, error in files[:LISTED]:
+      console.print(f'  {path}' + (f': {error}' if str(error) != reason else ''))
+    if len(files) > LISTED:
+      console.print(f'  ... and {len(files) - LISTED} more')
+
+
+def main(argv=None) -> int:
+  args = _arguments(argv)
+  # Text of the files may look like rich's markup; a pipe has no width of its own.
+  plain = {'markup': False, 'emoji': False, 'highlight': False, 'soft_wrap': True}
+  out, err = rich.console.Console(**plain), rich.console.Console(stderr=True, **plain)
+  skipped = collections.defaultdict(list)
+  try:
+    counts = build(args, lambda path, error: skipped[error.reason].append((path, error)))
+  except (OSError, ValueError, ImportError) as error:
+    err.print(f'structure: {error}')
+    return 2
+  out.print(f'{counts["documents"]} documents of {counts["files"]} files, {counts["blocks"]} blocks, '
+            f'{counts["characters"]:,} characters: {args.output}')
+  print_skipped(skipped, out)
+  return 0 if counts['documents'] else 1
+
+
+if __name__ == '__main__':
+  sys.exit(main())

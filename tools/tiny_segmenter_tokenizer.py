@@ -1,0 +1,64 @@
+"""Trains the tokenizer of the tiny segmenter on the documents of a SemanticSeg folder.
+
+`python -m tools.tiny_segmenter_tokenizer DATA/train_*.jsonl.gz --out OUT [--vocab 8192] [--chars 2000000]`
+
+A byte-level BPE. Runs of line ends, of tabs and of blanks are pieces of their own, so that the surface of a separator
+(how many line ends, how deep the next line is indented) survives as tokens; numbers are cut into three digits at most.
+"""
+
+import argparse
+import collections
+import gzip
+import json
+import pathlib
+
+from blockattn.data import markers
+
+EOS = '<|endoftext|>'
+PIECES = r' ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\t+| +(?!\S)| +|\s'
+
+
+def category_texts(files, chars):
+  """Texts of the files' documents, `chars` characters at most of each category."""
+  taken = collections.Counter()
+  for file in files:
+    with (gzip.open if file.endswith('.gz') else open)(file, 'rt', encoding='utf-8') as lines:
+      for row in map(json.loads, lines):
+        if taken[row['category']] < chars:
+          text = ''.join(row['blocks'])
+          taken[row['category']] += len(text)
+          yield text
+
+
+def train(texts, vocab):
+  """A transformers tokenizer of `vocab` tokens; token 0 ends a text, the marker and the gaps follow it."""
+  import tokenizers
+  import transformers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+  bpe = tokenizers.Tokenizer(models.BPE())
+  bpe.pre_tokenizer = pre_tokenizers.Sequence([
+      pre_tokenizers.Split(tokenizers.Regex(PIECES), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  bpe.decoder = decoders.ByteLevel()
+  specials = [EOS, markers.CUT_TOKEN, *markers.GAP_TOKENS]
+  bpe.train_from_iterator(texts, trainers.BpeTrainer(
+      vocab_size=vocab, special_tokens=specials, show_progress=False, max_token_length=24,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS,
+                                              clean_up_tokenization_spaces=False)
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('files', nargs='+')
+  parser.add_argument('--out', type=pathlib.Path, required=True)
+  parser.add_argument('--vocab', type=int, default=8192)
+  parser.add_argument('--chars', type=int, default=2_000_000, help='of each category')
+  args = parser.parse_args()
+  tokenizer = train(category_texts(sorted(args.files), args.chars), args.vocab)
+  tokenizer.save_pretrained(args.out)
+  print(f'{args.out}: {len(tokenizer)} tokens')
+
+
+if __name__ == '__main__':
+  main()
