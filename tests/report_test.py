@@ -59,6 +59,7 @@ def run(tmp_path):
       'student_block_after': {'exact_match': 0.8, 'ce': 0.2, 'kl': 0.1, 'n': 100},
       'seconds': {'distill': 75.0, 'evaluate': 30.0}, 'dtype': 'float32'})
   write(tmp_path, 'layout.json', {'lengths': [2, 1], 'mask': ['1..', '11.', '111']})
+  write(tmp_path, 'segmented.jsonl', lines([{'id': 'page <1>', 'blocks': ['<i>a</i>', 'b', 'c']}]))
   write(tmp_path, 'examples.jsonl', lines([{'blocks': ['<b>one</b>', 'two'], 'prompt': 'Which?', 'response': 'A & B',
                                             'answers': {'teacher_full': ' a & b', 'student_block_after': 'C'}}]))
   return tmp_path
@@ -67,7 +68,8 @@ def run(tmp_path):
 def test_a_page_with_every_part(run):
   page = page_of(run)
   assert Tags(page).fetched == []
-  assert re.findall(r'<h2>(.*?)</h2>', page) == ['Results', 'Curves', 'Who attends to whom', 'Examples', 'Config']
+  assert re.findall(r'<h2>(.*?)</h2>', page) == ['Results', 'Curves', 'Who attends to whom', 'Blocks from the segmenter',
+                                                   'Examples', 'Config']
   assert 'python -m x' in page and 'abc123' in page and '&quot;steps&quot;: 3' in page
   assert not list(run.glob('*.tmp'))
 
@@ -86,7 +88,9 @@ def test_the_table_compares_with_the_teacher(run):
 def test_examples_are_text_and_are_judged(run):
   page = page_of(run)
   assert '<b>one</b>' not in page and '&lt;b&gt;one&lt;/b&gt;' in page
-  example = re.search(r'<article class="example">.*?</article>', page, re.S)[0]
+  segmented, example = re.findall(r'<article class="example">.*?</article>', page, re.S)
+  assert 'page &lt;1&gt;: 3 blocks' in segmented and re.findall(r'<span class="(\w+)">', segmented) == ['t0', 't1', 't0']
+  assert '&lt;i&gt;a&lt;/i&gt;' in segmented
   assert re.findall(r'<span class="(\w+)">', example) == ['t0', 't1', 'prompt']
   judged = re.findall(r'<td>([^<]*)</td><td class="answer">([^<]*)</td><td class="(good|bad)">', example)
   assert judged == [('Teacher, full attention', ' a &amp; b', 'good'), ('Blocks, distilled', 'C', 'bad')]
@@ -137,6 +141,7 @@ def test_only_the_parts_that_are_there(tmp_path):
     ('layout.json', '{"mask": []}', r"layout.json: lacks 'lengths'; it has 'mask'"),
     ('layout.json', '{"lengths": [1], "mask": ["1.", "1"]}', r'layout.json: mask row 1 must be 2 characters'),
     ('layout.json', '{"lengths": [3], "mask": ["1"]}', r'layout.json: lengths must .* at most the 1 rows'),
+    ('segmented.jsonl', '{"blocks": []}\n', "segmented.jsonl:1: lacks 'id'"),
     ('examples.jsonl', '{"blocks": []}\n', r"examples.jsonl:1: lacks 'prompt', 'response', 'answers'"),
 ])
 def test_broken_files_are_named(tmp_path, name, text, message):
