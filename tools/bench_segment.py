@@ -95,18 +95,25 @@ class Scores:
     return cut
 
 
-def ways_to_cut(segmenter, scores: Scores | None, tokenizer, remember: bool) -> dict[str, splitters.Baseline]:
-  """The baselines, and the segmenter if there is one; `remember` keeps the embeddings of the text at hand."""
+def ways_to_cut(segmenter, scores: Scores | None, token_starts, remember: bool) -> dict[str, splitters.Baseline]:
+  """The baselines, and the segmenter if there is one; `remember` keeps what was computed of the text at hand."""
   embedders = {'hashed words': splitters.hashed_words}
   if hasattr(segmenter, 'embed'):
     embedders['backbone'] = segmenter.embed
   if remember:
     embedders = {name: remembered(embed) for name, embed in embedders.items()}
-  ways = splitters.baselines(embedders, tokenizer)
+    token_starts = token_starts and functools.lru_cache(maxsize=1)(token_starts)
+  ways = splitters.baselines(embedders, token_starts)
   if segmenter is None:
     return ways
   grid = tuple({'log_odds': float(value)} for value in np.linspace(-6, 6, 49))
   return {SEGMENTER: splitters.Baseline('cuts whose log-odds reach a threshold', scores.cutter, grid), **ways}
+
+
+def read_tokenizer(folder: pathlib.Path) -> splitters.TokenStarts:
+  import tokenizers
+  tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  return lambda text: [start for start, _ in tokenizer.encode(text, add_special_tokens=False).offsets]
 
 
 def without(ways: dict[str, splitters.Baseline], names: Sequence[str]) -> dict[str, splitters.Baseline]:
@@ -338,13 +345,11 @@ def segment(args, set_up, machine, take_turns) -> None:
   if args.plot and args.plot.suffix != '.svg':
     raise SystemExit(f'--plot {args.plot}: the picture is drawn as SVG; name it {args.plot.with_suffix(".svg")}')
   set_up(args)
-  segmenter, tokenizer = None, None
+  segmenter = None
   if args.segmenter:
     from blockattn.inference import segmenter as segmenter_lib
     segmenter = segmenter_lib.Segmenter.load(args.segmenter)
-  if args.tokenizer:
-    import tokenizers
-    tokenizer = tokenizers.Tokenizer.from_file(str(pathlib.Path(args.tokenizer) / 'tokenizer.json'))
+  token_starts = read_tokenizer(args.tokenizer) if args.tokenizer else None
   facts = machine(args) | {'libraries': versions()}
   print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, {facts["libraries"]}')
   log = lambda text: print(text, file=sys.stderr, flush=True)
@@ -355,12 +360,13 @@ def segment(args, set_up, machine, take_turns) -> None:
     scores = Scores(segmenter) if segmenter else None
     if scores:
       scores.prepare([text.text for text in [*validation, *test]])
-    rows = compare(without(ways_to_cut(segmenter, scores, tokenizer, remember=True), args.without), validation, test, log)
+    ways = ways_to_cut(segmenter, scores, token_starts, remember=True)
+    rows = compare(without(ways, args.without), validation, test, log)
     timed = [text.text for category in sorted({text.category for text in test})
              for text in spread([text for text in test if text.category == category], args.speed_limit)]
     log(f'speed on {len(timed)} texts')
     fresh = Scores(segmenter) if segmenter else None
-    speed = speeds(ways_to_cut(segmenter, fresh, tokenizer, remember=False), rows, segmenter, timed, take_turns, args)
+    speed = speeds(ways_to_cut(segmenter, fresh, token_starts, remember=False), rows, segmenter, timed, take_turns, args)
     all_rows[hints], all_speeds[hints] = rows, speed
     print(f'\n{len(validation)} validation and {len(test)} {args.split} texts; speed on {len(timed)} texts of '
           f'{sum(map(len, timed))} characters\n\n{report(hints, rows, speed)}', flush=True)
@@ -373,7 +379,8 @@ def add_segment(commands, set_up, machine, take_turns) -> None:
                       help='folders of {split}_{category}.jsonl[.gz]')
   parser.add_argument('--split', default='test', help='what is measured (default %(default)s); validation tunes')
   parser.add_argument('--segmenter', metavar='FOLDER', help='a segmenter to compare with')
-  parser.add_argument('--tokenizer', metavar='FOLDER', help='with tokenizer.json, for the fixed length in tokens')
+  parser.add_argument('--tokenizer', type=pathlib.Path, metavar='FOLDER',
+                      help='with tokenizer.json, for the fixed length in tokens')
   parser.add_argument('--without', nargs='+', default=[], metavar='NAME', help='ways to leave out, such as texttiling, '
                       'by far the slowest')
   parser.add_argument('--hints', default='both', choices=('kept', 'removed', 'both'))

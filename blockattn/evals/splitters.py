@@ -26,7 +26,8 @@ import numpy as np
 from blockattn.data import markers
 
 Cutter = Callable[[str], list[int]]
-Embed = Callable[[Sequence[str]], np.ndarray]   # n texts -> [n, D]
+Embed = Callable[[Sequence[str]], np.ndarray]    # n texts -> [n, D]
+TokenStarts = Callable[[str], Sequence[int]]     # a text -> the offset of each token
 
 SIZES = (100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600)   # characters
 RULE = (r'\n\n+', r'---+', r'===+', r'\n\t', r'\n')            # Block-Attention's separators, strongest first
@@ -54,12 +55,12 @@ class Baseline:
   by_count: bool = False
 
 
-def baselines(embedders: dict[str, Embed] | None = None, tokenizer=None) -> dict[str, Baseline]:
+def baselines(embedders: dict[str, Embed] | None = None, token_starts: TokenStarts | None = None) -> dict[str, Baseline]:
   """All baselines by name.
 
   Args:
     embedders: by name; each gives an embedding valley. None: the hashed bag of words.
-    tokenizer: a `tokenizers.Tokenizer`; without one there is no fixed length in tokens.
+    token_starts: where a text's tokens start; None: there is no fixed length in tokens.
   """
   sizes = _grid(size=SIZES)
   ways = {
@@ -81,8 +82,8 @@ def baselines(embedders: dict[str, Embed] | None = None, tokenizer=None) -> dict
       'texttiling': Baseline("nltk's TextTiling, pseudo-sentences of `w` words, windows of `k` of them", texttiling,
                              _grid(w=(10, 20, 40, 80, 160), k=(10,))),
   }
-  if tokenizer is not None:
-    ways['fixed tokens'] = Baseline('every `size` tokens', functools.partial(fixed_tokens, tokenizer),
+  if token_starts is not None:
+    ways['fixed tokens'] = Baseline('every `size` tokens', functools.partial(fixed_tokens, token_starts),
                                     _grid(size=(32, 64, 128, 256, 512, 1024, 2048, 4096)))
   for name, embed in (embedders or {'hashed words': hashed_words}).items():
     ways[f'valleys ({name})'] = Baseline(
@@ -150,13 +151,8 @@ def fixed_characters(size: int) -> Cutter:
   return lambda text: list(range(size, len(text), size))
 
 
-def fixed_tokens(tokenizer, size: int) -> Cutter:
-  """Every `size` tokens of a `tokenizers.Tokenizer`."""
-  def cut(text):
-    offsets = tokenizer.encode(text, add_special_tokens=False).offsets
-    return inner([start for start, _ in offsets[size::size]], text)
-
-  return cut
+def fixed_tokens(token_starts: TokenStarts, size: int) -> Cutter:
+  return lambda text: inner(token_starts(text)[size::size], text)
 
 
 def sentences(count: int) -> Cutter:
