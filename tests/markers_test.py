@@ -99,6 +99,15 @@ def test_long_units_are_read_by_their_ends():
   assert pooled.ids[:, 0].tolist() == [0, pooled.ids[0, -1], pooled.ids[1, -1]]   # what stands in front of a unit
 
 
+@pytest.mark.parametrize('style', markers.STYLES)
+def test_units_are_the_same_in_pieces(style, monkeypatch):
+  whole = units_of(reader(style=style, head=3, tail=1), TEXT)
+  monkeypatch.setattr(markers, '_CHUNK', 2)
+  pieces = units_of(reader(style=style, head=3, tail=1), TEXT)
+  assert [list(ids) for ids in whole.ids] == [list(ids) for ids in pieces.ids] and whole.texts == pieces.texts
+  assert whole.sizes.tolist() == pieces.sizes.tolist() and whole.counts.tolist() == pieces.counts.tolist()
+
+
 def test_decisions_wait_for_further_units_but_at_the_end():
   read = reader(style='pooled', head=4, tail=2, ahead=3)
   units = units_of(read, 'a\nb\nc\nd\ne\n')
@@ -146,6 +155,7 @@ def test_a_tokenizer_without_the_marker_is_refused():
 def test_a_cut_that_is_no_candidate_is_that_of_the_nearest():
   labels, moved = segment_pipeline.labels_of(['abcd', 'ef\n', 'gh\n', 'ij'], np.array([3, 7, 10]))
   assert labels.tolist() == [1, 1, 1] and moved == 1
+  assert segment_pipeline.labels_of(['ab', 'cd'], np.zeros(0, np.int64))[1] == 1
   labels, moved = segment_pipeline.labels_of(['ab\ncd\n', 'ef\ngh\n'], np.array([3, 6, 9]), tolerance=1)
   assert labels.tolist() == [-100, 1, -100] and moved == 0
 

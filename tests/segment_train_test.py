@@ -44,7 +44,7 @@ def drawn(style='pooled', documents=DOCUMENTS, ahead=1, seed=0, **options) -> se
 @pytest.mark.parametrize('style', markers.STYLES)
 def test_rows_hold_labels_where_decisions_are_read(style):
   """As many cuts as the texts have titles but for the first of each part; all else that is labelled is none."""
-  rows = drawn(style, variants=1, short=0.0, drop=0.0)
+  rows = drawn(style, variants=1, short=0.0, drop=0.0, skip=0.0)
   row = rows[3]
   assert row['tokens'].shape[0] == row['labels'].shape[0] == rows.length and row['tokens'].dtype == np.int32
   assert set(np.unique(row['labels'])) == {-100, 0, 1}
@@ -83,6 +83,18 @@ def test_texts_that_follow_each_other_are_cut_between():
   assert count(apart) == 0 and count(joined) > 10
 
 
+def test_units_that_begin_a_block_are_never_left_out():
+  coded = segment_pipeline.code(DOCUMENTS[0].blocks, reader())
+  less = coded.without(coded.labels == 0)
+  assert less.labels.tolist() == [-100] + [1] * (len(DOCUMENTS[0].blocks) - 1) and len(less.units) == len(less.labels)
+  count = lambda rows: sum(int(np.sum(row['labels'] == 1)) for row in rows)
+  bare = dataclasses.replace(document(1, blocks=40))
+  cuts, units = zip(*((count(rows), sum(int(np.sum(r['labels'] >= 0)) for r in rows)) for rows in (
+      [drawn(documents=[bare], variants=1, short=0.0, join=0.0, length=400, skip=skip)[i] for i in range(8)]
+      for skip in (0.0, 0.9))), strict=True)
+  assert cuts[1] / units[1] > 1.3 * cuts[0] / units[0]
+
+
 def test_a_high_temperature_takes_categories_alike():
   documents = DOCUMENTS[::2] * 9 + DOCUMENTS[1::2]
   documents = [dataclasses.replace(d, id=str(i)) for i, d in enumerate(documents)]
@@ -91,7 +103,7 @@ def test_a_high_temperature_takes_categories_alike():
 
 
 def test_cuts_near_a_gold_one_are_left_out():
-  strict, lenient = (drawn(variants=1, tolerance=t, short=0.0)[0]['labels'] for t in (0, 1))
+  strict, lenient = (drawn(variants=1, tolerance=t, short=0.0, skip=0.0)[0]['labels'] for t in (0, 1))
   assert np.array_equal(strict == 1, lenient == 1) and np.sum(lenient == 0) < np.sum(strict == 0)
 
 

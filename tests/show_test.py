@@ -132,3 +132,11 @@ def test_a_bad_command_line_is_explained(argument, message, capsys, monkeypatch)
   monkeypatch.chdir(ROOT)
   assert show.main(['--config=configs/distill.py', '--devices=64', argument]) == 2
   assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('model, parameters', [('qwen3_0_6b', 596_051_970), ('qwen3_4b', 4_022_473_218)])
+def test_the_segmenters_of_published_size_fit(model, parameters):
+  """A two-way head stands in place of the output matrix, and its logits need no room."""
+  shown = show.describe(importlib.import_module('configs.segment').get_config(f'model={model},ctx=32768'), 64)
+  assert shown['total']['count'] == parameters
+  assert shown['per_device']['loss: logits'] < 1e6 and shown['per_device']['total'] < 20e9

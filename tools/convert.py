@@ -23,7 +23,7 @@ from blockattn.hf import config, convert, files
 from blockattn.models import spec, transformer
 
 # What blockattn.json of an export takes over from a checkpoint's meta.
-CARRIED = ('source', 'kind', 'blocks', 'step')
+CARRIED = ('source', 'kind', 'blocks', 'step', 'segmenter')
 
 
 def from_hf(source: str, out: str, dtype: str, overwrite: bool = False):
@@ -71,7 +71,7 @@ def model_of(meta: dict) -> transformer.ModelConfig:
 def default_card(cfg: transformer.ModelConfig, meta: dict) -> str:
   """README.md of an export whose author gave none: what it is, and what a user of it has to know."""
   lines = ['---', 'library_name: transformers', 'tags: [block-attention]', '---', '', '# Block attention model', '',
-           f'- architecture: {config.ARCHITECTURES[cfg.family]}',
+           f'- architecture: {config.architecture(cfg)}',
            *(f'- {key}: {meta[key]}' for key in CARRIED if meta.get(key) is not None)]
   if cfg.learned_sinks:
     lines += ['', f'The last {cfg.learned_sinks} token ids, from {cfg.vocab} on, are learned block sinks: they stand '

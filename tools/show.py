@@ -22,7 +22,7 @@ T + sinks * max_blocks those of the student's rows; size() is that of a dtype. N
   hidden         last hidden states [b, T, D] of student (as they are, in loss order, gradient) and teacher (two)
   batch          the arrays of the global batch's rows on this device
   loss: logits   float32 [b, chunk, V]: logits and log-probabilities of student and teacher and the student's gradient,
-                 5 in all; 3 in fine-tuning
+                 5 in all; 3 in fine-tuning, and of the segmenter, whose are [b, T, 2]
   loss: head     the output matrix: where a rule cuts it along 'embed', the whole of it and of its gradient in
                  model.dtype, and of the teacher's; and a copy in compute.dtype if that is another one
   layer: values  the layer at work in the backward pass: all its intermediate values, whose room its gradients take over
@@ -53,8 +53,8 @@ from ml_collections import config_flags
 from blockattn import blocks, mesh as mesh_lib, optim, tree
 from blockattn.data import packing
 from blockattn.hf import config as hf_config
-from blockattn.models import spec as spec_lib, transformer
-from blockattn.train import distill, finetune, setup
+from blockattn.models import segmenter, spec as spec_lib, transformer
+from blockattn.train import distill, finetune, segment, setup
 
 _GB = 1e9
 
@@ -63,7 +63,7 @@ def describe(config, devices: int) -> dict:
   """Everything that is printed.
 
   Args:
-    config: of a trainer: with a `distill` or a `finetune` part.
+    config: of a trainer: with a `distill`, a `finetune` or a `segment` part.
     devices: how many there will be.
 
   Returns:
@@ -100,6 +100,8 @@ def student(config) -> transformer.ModelConfig:
   else:
     raise ValueError(f'config.model.source={model.source!r} is no folder here, and nothing is downloaded: set '
                      'config.model.size to the name of its architecture in blockattn/models/sizes.py')
+  if 'segment' in config:
+    return segmenter.architecture(cfg, segment.read_options(config).unit_tokens)
   return dataclasses.replace(cfg, learned_sinks=sinks.sinks) if sinks.sink_kind == 'learned' else cfg
 
 
@@ -125,8 +127,10 @@ def _check(config, cfg, place, specs):
     distill.options_of(config)
   elif 'finetune' in config:
     finetune.FinetuneOptions(**dict(config.finetune), chunk=config.chunk, accumulate=config.accumulate)
+  elif 'segment' in config:
+    segment.options_of(config)
   else:
-    raise ValueError('config has neither a `distill` nor a `finetune` part; see configs/common.py')
+    raise ValueError('config has no `distill`, `finetune` or `segment` part; see configs/common.py')
 
 
 def _warnings(config, cfg):
@@ -154,7 +158,9 @@ def _is_spec(x):
 
 
 def student_tokens(config) -> int:
-  """T', the tokens of a row in block mode."""
+  """T', the tokens of a row in block mode; T for the segmenter, which has none."""
+  if 'segment' in config:
+    return config.data.length
   return blocks.padded_length(config.data.length, config.blocks.sinks, config.data.max_blocks)
 
 
@@ -182,8 +188,7 @@ def per_device(config, cfg, place) -> dict[str, int]:
       'batch': rows['per_device'] * sum(x.nbytes for x in jax.tree.leaves(packing.pack_row([], config.data.length))),
   }
   loss = {
-      'loss: logits': 4 * rows['at_a_time'] * min(config.chunk, config.data.length) * local.vocab
-                      * (5 if has_teacher else 3),
+      'loss: logits': 4 * rows['at_a_time'] * _logits_of_a_row(config, local) * (5 if has_teacher else 3),
       'loss: head': head_bytes(config, local, place),
   }
   one = dataclasses.replace(local, layers=1)
@@ -193,6 +198,12 @@ def per_device(config, cfg, place) -> dict[str, int]:
   }
   total = sum(held.values()) + max(sum(loss.values()), sum(layer.values()))
   return held | loss | layer | {'total': total}
+
+
+def _logits_of_a_row(config, local):
+  if local.labels:
+    return config.data.length * local.labels
+  return min(config.chunk, config.data.length) * local.vocab
 
 
 def _size(dtype):
@@ -205,7 +216,7 @@ def _teacher_specs(cfg):
 
 def _views(config):
   """Tokens of each of the student's forward passes."""
-  if 'distill' in config or config.finetune.mode == 'block':
+  if 'finetune' not in config or config.finetune.mode == 'block':
     return [student_tokens(config)]
   return [config.data.length] + [student_tokens(config)] * (config.finetune.mode == 'both')
 
@@ -244,7 +255,7 @@ def whole_bytes(count, config, place) -> int:
 
 def head_bytes(config, local, place) -> int:
   """Bytes of the output matrices of student and teacher while they are whole."""
-  count = local.vocab * local.width
+  count = (local.labels or local.vocab) * local.width
   copies = 'distill' in config and (place.size('embed') > 1 or config.teacher.dtype != config.teacher.compute_dtype)
   return whole_bytes(count, config, place) + (count * _size(config.teacher.compute_dtype) if copies else 0)
 
@@ -265,14 +276,15 @@ def saved_bytes(cfg, dtype: str, remat: str, rows: int, tokens: int) -> int:
   """
   compute = transformer.Compute(dtype=dtype, remat=remat)
   params = spec_lib.abstract(transformer.spec(cfg), 'float32')
-  inputs = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+  position = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+  inputs = jax.ShapeDtypeStruct((rows, tokens, *((cfg.unit_tokens,) if cfg.unit_tokens else ())), jnp.int32)
 
-  def residuals(params, tokens_BT, position_BT):
-    forward = lambda params: transformer.run_layers(params, tokens_BT, position_BT, cfg, compute, _fused_attention,
+  def residuals(params, tokens, position_BT):
+    forward = lambda params: transformer.run_layers(params, tokens, position_BT, cfg, compute, _fused_attention,
                                                     keep_kv=False)[0]
     return jax.vjp(forward, params)[1]
 
-  jaxpr = jax.make_jaxpr(residuals)(params, inputs, inputs).jaxpr
+  jaxpr = jax.make_jaxpr(residuals)(params, inputs, position).jaxpr
   weights = {p.shape for p in jax.tree.leaves(params)}   # parameters, and their copies in compute.dtype
   kept = {var for var in jaxpr.outvars if isinstance(var, Var) and var.aval.shape not in weights}
   return sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in kept)

@@ -19,6 +19,7 @@ Styles:
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ STYLES = ('text', 'token', 'none', 'pooled')
 CUT_TOKEN = '<|cut|>'
 GAP_TOKENS = ('<|gap_1|>', '<|gap_2|>', '<|gap_3|>', '<|gap_4|>')   # 1-7, 8-31, 32-127, more tokens left out
 
+_CHUNK = 4096   # units that are tokenized at a time
 _BLANKS, _LINE_ENDS = ' \t', '\n\r\v\f\x85\u2028\u2029'
 _LINE_END = r'(?:\r\n|[\n\r\v\f\x85\u2028\u2029])'
 _CLOSING = r'["\'”’»›)\]}*_」』】）》〉]'
@@ -120,12 +122,22 @@ class Units:
   def __getitem__(self, part: slice) -> 'Units':
     return Units(self.ids[part], self.texts[part], self.sizes[part], self.counts[part])
 
+  def take(self, numbers: np.ndarray) -> 'Units':
+    """The units of these numbers."""
+    pick = lambda items: tuple(items[i] for i in numbers.tolist())
+    ids = self.ids[numbers] if isinstance(self.ids, np.ndarray) else pick(self.ids)
+    return Units(ids, pick(self.texts) if self.texts else (), self.sizes[numbers], self.counts[numbers])
+
   def __add__(self, other: 'Units') -> 'Units':
     """The units of both, one text behind the other."""
-    pooled = isinstance(self.ids, np.ndarray)
-    ids = np.concatenate([self.ids, other.ids]) if pooled else (*self.ids, *other.ids)
-    return Units(ids, self.texts + other.texts, np.concatenate([self.sizes, other.sizes]),
-                 np.concatenate([self.counts, other.counts]))
+    return _joined([self, other])
+
+
+def _joined(chunks: Sequence[Units]) -> Units:
+  ids = [chunk.ids for chunk in chunks]
+  join = np.concatenate if isinstance(ids[0], np.ndarray) else lambda lists: tuple(itertools.chain.from_iterable(lists))
+  return Units(join(ids), tuple(itertools.chain.from_iterable(chunk.texts for chunk in chunks)),
+               np.concatenate([chunk.sizes for chunk in chunks]), np.concatenate([chunk.counts for chunk in chunks]))
 
 
 class Reader:
@@ -153,12 +165,21 @@ class Reader:
 
   def units(self, texts: Sequence[str]) -> Units:
     """The units of one text, in order; `texts` are none of them empty."""
-    encodings = self._encode([_encodable(text) for text in texts])
-    counts = np.array([max(1, len(e)) for e in encodings], np.int64)
-    all_ids = [e.ids or [0] for e in encodings]   # some normalizers leave nothing of a unit
+    chunks, before, last = [], '\n', 0
+    for start in range(0, max(1, len(texts)), _CHUNK):   # what the tokenizer says of a token takes a hundred times its id
+      chunk = texts[start:start + _CHUNK]
+      encodings = self._encode([_encodable(text) for text in chunk])
+      all_ids = [e.ids or [0] for e in encodings]   # some normalizers leave nothing of a unit
+      chunks.append(self._units(chunk, encodings, all_ids, before, last))
+      before, last = (chunk[-1], all_ids[-1][-1]) if chunk else (before, last)
+    return _joined(chunks)
+
+  def _units(self, texts, encodings, all_ids, before, last) -> Units:
+    """The units of a piece of a text, behind the text `before` and the token `last`."""
+    counts = np.array([len(ids) for ids in all_ids], np.int64)
     if self.options.style == 'pooled':
-      return Units(self._pool(all_ids), (), np.ones(len(texts), np.int64), counts)
-    heads = [self._head(before) for before in ('\n', *texts[:-1])]
+      return Units(self._pool(all_ids, last), (), np.ones(len(texts), np.int64), counts)
+    heads = [self._head(text) for text in (before, *texts[:-1])]
     ids = tuple(self._shorten(own, head) for own, head in zip(all_ids, heads, strict=True))
     kept = ()
     if self.options.style == 'text':
@@ -240,11 +261,10 @@ class Reader:
   def _encode(self, texts):
     return self._tokenizer.encode_batch(texts, add_special_tokens=False)
 
-  def _pool(self, all_ids):
+  def _pool(self, all_ids, before):
     o = self.options
     small = self._tokenizer.get_vocab_size() <= 1 << 16
     out = np.zeros((len(all_ids), o.unit_tokens), np.uint16 if small else np.int32)
-    before = 0
     for row, ids in zip(out, all_ids, strict=True):
       first, last = ids[:o.head], ids[-o.tail:]
       row[0], before = before, ids[-1]

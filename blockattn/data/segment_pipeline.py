@@ -6,8 +6,8 @@ for a cut and 0 for none, IGNORED elsewhere: also in front of a part, where noth
 candidates of a cut.
 
 Training rows are drawn, row i from (seed, i) alone: excerpts that start at any line, so that a window's start is no cut;
-excerpts of several documents in one text, where the change of the document is a cut; hints taken away and surfaces
-changed at random. Validation rows are the documents as they are, in windows one after the other.
+excerpts of several documents in one text, where the change of the document is a cut; hints taken away, surfaces
+changed and units left out at random. Validation rows are the documents as they are, in windows one after the other.
 """
 
 import collections
@@ -38,6 +38,7 @@ class DrawOptions:
     variation: probability of each change of a variant's surface, see `variation.vary`.
     short: probability that an excerpt ends after 4 to 60 units, instead of with the row or the document.
     join: probability that an excerpt continues the text before it, instead of being read apart.
+    skip: share of the units, of those that begin no block, that are left out, in half of the excerpts.
     drop: share of the tokens of a pooled unit that are read as nothing, in half of the rows.
     tolerance: candidates so near to a cut are not trained on.
   """
@@ -49,6 +50,7 @@ class DrawOptions:
   variation: float = 0.3
   short: float = 0.2
   join: float = 0.5
+  skip: float = 0.1
   drop: float = 0.1
   tolerance: int = 0
 
@@ -79,6 +81,11 @@ class Coded:
   def part(self, first, stop) -> 'Coded':
     return Coded(self.units[first:stop], self.labels[first:stop])
 
+  def without(self, units: np.ndarray) -> 'Coded':
+    """The text without these units, bool [n]."""
+    kept = np.flatnonzero(~units)
+    return Coded(self.units.take(kept), self.labels[kept])
+
   def then(self, other: 'Coded') -> 'Coded':
     """This text with another one behind it: the change is a cut."""
     return Coded(self.units + other.units, np.concatenate([self.labels, [1], other.labels[1:]]))
@@ -105,7 +112,7 @@ def labels_of(blocks: Sequence[str], candidates: np.ndarray, tolerance: int = 0)
   labels = np.zeros(len(candidates), np.int32)
   cuts = np.fromiter(itertools.accumulate(map(len, blocks[:-1])), np.int64)
   if not len(candidates) or not len(cuts):
-    return labels, len(cuts)
+    return labels, len(cuts)   # a text without candidates has no place for its cuts
   after = np.minimum(np.searchsorted(candidates, cuts), len(candidates) - 1)
   before = np.maximum(after - 1, 0)
   nearest = np.where(np.abs(candidates[before] - cuts) <= np.abs(candidates[after] - cuts), before, after)
@@ -114,6 +121,15 @@ def labels_of(blocks: Sequence[str], candidates: np.ndarray, tolerance: int = 0)
     labels[near[(near >= 0) & (near < len(labels))]] = IGNORED
   labels[nearest] = 1
   return labels, int(np.sum(candidates[nearest] != cuts))
+
+
+def moved_cuts(documents: Sequence[Any], separators: str = markers.SEPARATORS) -> dict[str, tuple[int, int]]:
+  """For each category how many gold cuts are no candidates, and how many there are in all."""
+  counts = collections.defaultdict(lambda: np.zeros(2, np.int64))
+  for document in documents:
+    moved = labels_of(document.blocks, markers.candidates(document.text, separators))[1]
+    counts[document.category] += (moved, len(document.blocks) - 1)
+  return {category: (int(moved), int(cuts)) for category, (moved, cuts) in sorted(counts.items())}
 
 
 def place_labels(coded: Coded, reader: markers.Reader, first: int, stop: int, ended: bool):
@@ -218,7 +234,10 @@ class DrawnRows:
     if stop < len(coded):   # whole lines, so that another text can follow
       stop = int(starts[min(np.searchsorted(starts, stop), len(starts) - 1)])
       stop = stop if stop > first else len(coded)
-    return coded.part(first, stop), stop == len(coded)
+    part = coded.part(first, stop)
+    if rng.random() < 0.5:
+      part = part.without((part.labels == 0) & (rng.random(len(part)) < self._options.skip))
+    return part, stop == len(coded)
 
   def _variant(self, number, variant) -> Coded:
     """The text of a variant of a document."""

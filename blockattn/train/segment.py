@@ -148,11 +148,14 @@ class Watch:
     return best_threshold(np.concatenate(odds), np.concatenate(labels), np.array(names))
 
 
-def reader_of(config, folder) -> markers.Reader:
+def read_options(config) -> markers.ReadOptions:
   s = config.segment
+  return markers.ReadOptions(style=s.markers, head=s.head, tail=s.tail, inner=s.inner, middle=s.middle, ahead=s.ahead)
+
+
+def reader_of(config, folder) -> markers.Reader:
   tokenizer = tokenizers.Tokenizer.from_file(str(pathlib.Path(folder) / 'tokenizer.json'))
-  return markers.Reader(tokenizer, markers.ReadOptions(style=s.markers, head=s.head, tail=s.tail, inner=s.inner,
-                                                     middle=s.middle, ahead=s.ahead))
+  return markers.Reader(tokenizer, read_options(config))
 
 
 def read_validation(config, reader) -> Validation:
@@ -200,7 +203,9 @@ def run(config, workdir):
   loop.save_run_facts(workdir, config)
   source = files.locate(config.data.tokenizer or config.model.source)
   reader = reader_of(config, source)
-  rows = segment_pipeline.DrawnRows(_documents(config), reader, draw_options(config), config.seed)
+  documents = _documents(config)
+  _report_moved(documents)
+  rows = segment_pipeline.DrawnRows(documents, reader, draw_options(config), config.seed)
   validation = read_validation(config, reader)
   cfg, params = load_model(config, place, reader)
   optimizer = optim.make_optimizer(optim_config)
@@ -226,6 +231,14 @@ def _documents(config):
   if not config.data.files:
     raise ValueError('config.data.files is empty: give SemanticSeg files, e.g. --config.data.files="DATA/train_*.jsonl.gz"')
   return list(schema.read(list(config.data.files), strict=config.data.strict))
+
+
+def _report_moved(documents):
+  """Says which categories have gold cuts where none can be made, from a look at some documents of each."""
+  moved = segment_pipeline.moved_cuts(segment_pipeline.some(documents, 20))
+  lost = [f'{category}: {count} of {cuts}' for category, (count, cuts) in moved.items() if count]
+  if lost and jax.process_index() == 0:
+    print(f'gold cuts that are no candidates, and count as the nearest: {", ".join(lost)}')
 
 
 def draw_options(config) -> segment_pipeline.DrawOptions:
