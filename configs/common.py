@@ -150,6 +150,7 @@ def add_segment(config):
     config.segment.draw.hints = 0.3
     config.segment.draw.variation = 0.3
     config.segment.draw.short = 0.2
+    config.segment.draw.mosaic = 0.08
     config.segment.draw.join = 0.5
     config.segment.draw.skip = 0.1
     config.segment.draw.drop = 0.1

@@ -66,9 +66,11 @@ def test_a_share_of_the_pages_is_cut():
   rows = lambda share, cutter: pipeline.PageRows(containers, stdlib.PageStyle(), data_cases.tiny_tokenizer(), length=2048,
                                                  cutter=cutter, cut_share=share)
   plain, some = rows(0.0, EveryFive()), rows(0.5, EveryFive())
-  cut = [some.is_cut(i) for i in range(40)]
-  assert 8 < sum(cut) < 32 and not any(plain.is_cut(i) for i in range(40))
-  for is_cut, before, after in zip(cut, plain.pages(range(40)), some.pages(range(40))):
+  count = 20 * some.pages_per_row
+  cut = [some.is_cut(i) for i in range(count)]
+  assert 0.2 * count < sum(cut) < 0.8 * count and not any(plain.is_cut(i) for i in range(count))
+  assert all(len(set(cut[i:i + some.pages_per_row])) == 1 for i in range(0, count, some.pages_per_row))
+  for is_cut, before, after in zip(cut, plain.pages(range(count)), some.pages(range(count))):
     assert (len(after.lengths) > len(before.lengths)) == is_cut
 
 

@@ -44,7 +44,7 @@ def drawn(style='pooled', documents=DOCUMENTS, ahead=1, seed=0, **options) -> se
 @pytest.mark.parametrize('style', markers.STYLES)
 def test_rows_hold_labels_where_decisions_are_read(style):
   """As many cuts as the texts have titles but for the first of each part; all else that is labelled is none."""
-  rows = drawn(style, variants=1, short=0.0, drop=0.0, skip=0.0)
+  rows = drawn(style, variants=1, short=0.0, drop=0.0, skip=0.0, mosaic=0.0)
   row = rows[3]
   assert row['tokens'].shape[0] == row['labels'].shape[0] == rows.length and row['tokens'].dtype == np.int32
   assert set(np.unique(row['labels'])) == {-100, 0, 1}
@@ -78,7 +78,7 @@ def test_a_row_depends_on_its_number_and_the_seed_alone():
 def test_texts_that_follow_each_other_are_cut_between():
   """Documents of one block have no cuts of their own."""
   single = [dataclasses.replace(d, blocks=(d.text,)) for d in DOCUMENTS]
-  apart, joined = (drawn(documents=single, variants=1, join=join, short=0.0) for join in (0.0, 1.0))
+  apart, joined = (drawn(documents=single, variants=1, join=join, short=0.0, mosaic=0.0) for join in (0.0, 1.0))
   count = lambda rows: sum(int(np.sum(rows[i]['labels'] == 1)) for i in range(10))
   assert count(apart) == 0 and count(joined) > 10
 
@@ -90,7 +90,7 @@ def test_units_that_begin_a_block_are_never_left_out():
   count = lambda rows: sum(int(np.sum(row['labels'] == 1)) for row in rows)
   bare = dataclasses.replace(document(1, blocks=40))
   cuts, units = zip(*((count(rows), sum(int(np.sum(r['labels'] >= 0)) for r in rows)) for rows in (
-      [drawn(documents=[bare], variants=1, short=0.0, join=0.0, length=400, skip=skip)[i] for i in range(8)]
+      [drawn(documents=[bare], variants=1, short=0.0, join=0.0, length=400, skip=skip, mosaic=0.0)[i] for i in range(8)]
       for skip in (0.0, 0.9))), strict=True)
   assert cuts[1] / units[1] > 1.3 * cuts[0] / units[0]
 
@@ -103,7 +103,7 @@ def test_a_high_temperature_takes_categories_alike():
 
 
 def test_cuts_near_a_gold_one_are_left_out():
-  strict, lenient = (drawn(variants=1, tolerance=t, short=0.0, skip=0.0)[0]['labels'] for t in (0, 1))
+  strict, lenient = (drawn(variants=1, tolerance=t, short=0.0, skip=0.0, mosaic=0.0)[0]['labels'] for t in (0, 1))
   assert np.array_equal(strict == 1, lenient == 1) and np.sum(lenient == 0) < np.sum(strict == 0)
 
 
@@ -124,6 +124,22 @@ def test_headings_in_another_style_keep_the_blocks(style):
   assert len(changed) == 3 and all(b.strip() and b.endswith('\n') for b in changed) and '# no heading' in changed[1]
   assert style in ('none', 'hash') or '# One' not in changed[0]
   assert all('Text.' in changed[0] for _ in '1') and ('Three' in changed[2]) == (style not in ('none', 'capitals'))
+
+
+def test_marks_stand_between_blocks_and_blank_lines_nowhere_else():
+  assert variation.mark(('a\n\nb\n\n', 'c\n \nd'), '\n\n') == ('a\nb\n\n', 'c\nd')
+
+
+def test_a_line_for_each_sentence():
+  assert variation.sentences(('One here. Two\nmore. "Three." Four 3.5 m.\n\n',)) == (
+      'One here.\nTwo more.\n"Three."\nFour 3.5 m.\n',)
+
+
+def test_a_mosaic_has_a_cut_every_few_units():
+  single = [dataclasses.replace(d, blocks=(d.text,)) for d in (document(i, blocks=9) for i in range(6))]
+  rows = [drawn(documents=single, variants=1, mosaic=1.0)[i] for i in range(6)]
+  decided, cuts = (sum(int(np.sum(row['labels'] >= k)) for row in rows) for k in (0, 1))
+  assert 3 <= decided / cuts <= 13
 
 
 def test_wrapping_changes_white_space_only():

@@ -304,7 +304,7 @@ class PageRows:
     pages_per_row: K; None to guess it from some pages' lengths.
     block_tokens: 0 for the pages' own blocks, else blocks of so many tokens, see `encode.recut`.
     shared_first: see `packing.pack_row`.
-    cutter, cut_share: cuts this share of the pages, drawn by their numbers, in place of their own blocks.
+    cutter, cut_share: cuts the pages of this share of the rows, drawn by their numbers, in place of the pages' blocks.
 
   Raises:
     ValueError: the row is so short, or the bound on blocks so low, that no page fits.
@@ -319,6 +319,7 @@ class PageRows:
     self.block_tokens = block_tokens
     self._containers, self._style, self._rows, self._first = tuple(containers), style, rows, first_page
     self._encoder = encoder or encode.Encoder(tokenizer)
+    self.pages_per_row = pages_per_row or 1
     self.pages_per_row = pages_per_row or self._guess()
 
   def _guess(self):
@@ -348,8 +349,10 @@ class PageRows:
     return drawn
 
   def is_cut(self, number: int) -> bool:
-    """Whether the cutter makes the blocks of page `number`."""
-    return self._cut_share > 0 and np.random.default_rng([_CUT_SEED, number]).random() < self._cut_share
+    """Whether the cutter makes the blocks of page `number`: of all pages of a row, or of none, so that it is called
+    for few rows."""
+    row = number // self.pages_per_row
+    return self._cut_share > 0 and np.random.default_rng([_CUT_SEED, row]).random() < self._cut_share
 
   def example(self, number: int) -> text_lib.Example:
     """Page `number` as text."""

@@ -37,6 +37,7 @@ class DrawOptions:
     hints: else, the probability that it loses those of a kind.
     variation: probability of each change of a variant's surface, see `variation.vary`.
     short: probability that an excerpt ends after 4 to 60 units, instead of with the row or the document.
+    mosaic: probability that a text is made of excerpts of 3 to 12 units of documents of one category.
     join: probability that an excerpt continues the text before it, instead of being read apart.
     skip: share of the units, of those that begin no block, that are left out, in half of the excerpts.
     drop: share of the tokens of a pooled unit that are read as nothing, in half of the rows.
@@ -49,6 +50,7 @@ class DrawOptions:
   hints: float = 0.3
   variation: float = 0.3
   short: float = 0.2
+  mosaic: float = 0.08
   join: float = 0.5
   skip: float = 0.1
   drop: float = 0.1
@@ -215,18 +217,20 @@ class DrawnRows:
 
   def _text(self, category, room, rng) -> tuple[Coded, bool]:
     """An excerpt, maybe with others behind it, and whether it ends where its last document does."""
-    text, ended = self._excerpt(category, rng)
-    while text.units.sizes.sum() < room and rng.random() < self._options.join:
-      category = category if rng.random() < 0.6 else self._category(rng)
-      more, ended = self._excerpt(category, rng)
+    mosaic = rng.random() < self._options.mosaic
+    text, ended = self._excerpt(category, mosaic, rng)
+    while text.units.sizes.sum() < room and (mosaic or rng.random() < self._options.join):
+      category = category if mosaic or rng.random() < 0.6 else self._category(rng)
+      more, ended = self._excerpt(category, mosaic, rng)
       text = text.then(more)
     return text, ended
 
-  def _excerpt(self, category, rng):
+  def _excerpt(self, category, mosaic, rng):
     numbers = self._by_category[category]
     coded = self._variant(numbers[rng.integers(len(numbers))], int(rng.integers(self._options.variants)))
     starts = coded.starts
     most = self.length if rng.random() >= self._options.short else int(rng.integers(4, 60))
+    most = int(rng.integers(3, 13)) if mosaic else most
     # Not so near to the end that next to nothing follows.
     last = np.searchsorted(starts, max(len(coded) - most // 2, 0), side='right')
     first = 0 if rng.random() < 0.25 else int(starts[rng.integers(max(1, last))])

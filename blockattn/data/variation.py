@@ -1,4 +1,4 @@
-r"""Other surfaces of the same document: how lines are wrapped, how headings are written, how lines end.
+r"""Other surfaces of the same document: how lines are wrapped, how headings are written, what stands between blocks.
 
 A segmenter that has seen one house style per source learns the style. Each function takes the blocks of a document (or
 of a part of it) and gives as many blocks back, none empty, each still ending in a line end if it did before.
@@ -12,8 +12,12 @@ import numpy as np
 STYLES = ('hash', 'underline', 'wiki', 'latex', 'numbered', 'plain', 'capitals', 'bold', 'html', 'colon', 'none')
 TEXTUAL = ('papers', 'manuals', 'specs', 'web_text', 'wiki', 'textbooks', 'newsletters', 'math_latex', 'books', 'finance',
            'legal')
+PROSE = ('books', 'wiki', 'papers', 'finance', 'medical', 'textbooks', 'web_text', 'meetings', 'newsletters')
+MARKS = ('\n\n', '\n\n', '\n\n', '\n\n\n', '\n---\n', '\n\n* * *\n\n', '\n\n=====\n\n', '\n\f\n')
 UNJOINED = ('code', 'chat', 'drama', 'legal', 'newsletters')
 _SENTENCE_END = re.compile(r'(?<=[.!?"”])[\r\n]+')
+_BLANK_LINES = re.compile(r'(\r\n|[\r\n])(?:[ \t]*[\r\n])+')
+_BETWEEN = re.compile(r'(?<=[.!?])(["”’)]?) +(?=[A-Z“"])')
 _HASH = re.compile(r'(#{1,6})[ \t]+(\S.*?)[ \t]*#*[ \t]*')
 _LATEX = re.compile(r'\\(chapter|section|subsection|subsubsection)\*?\{([^{}]+)\}[ \t]*')
 _RULE = re.compile(r'([=\-~^"*+#`])\1{2,}[ \t]*')
@@ -26,6 +30,10 @@ _WRAPPED = re.compile(r'(?<=[\w,;.’”")])\n(?=[a-z(“"A-Z])')
 def vary(blocks: Sequence[str], category: str, rng: np.random.Generator, rate: float) -> tuple[str, ...]:
   """The blocks with each kind of variation made with probability `rate` (the rarer ones with a part of it)."""
   blocks = tuple(blocks)
+  if rng.random() < rate / 3:
+    blocks = mark(blocks, MARKS[rng.integers(len(MARKS))])
+  if category in PROSE and rng.random() < rate / 3:
+    blocks = sentences(blocks)
   if category in TEXTUAL:
     if rng.random() < rate:
       blocks = headings(blocks, STYLES[rng.integers(len(STYLES))])
@@ -40,6 +48,17 @@ def vary(blocks: Sequence[str], category: str, rng: np.random.Generator, rate: f
   if rng.random() < rate / 8:
     blocks = tuple(block.lower() for block in blocks)
   return blocks
+
+
+def mark(blocks: Sequence[str], separator: str) -> tuple[str, ...]:
+  """The separator behind every block, and no blank line anywhere else: what a text without headings may do."""
+  dense = [_BLANK_LINES.sub(r'\1', block) for block in blocks]
+  return (*(block.rstrip() + separator for block in dense[:-1]), dense[-1])
+
+
+def sentences(blocks: Sequence[str]) -> tuple[str, ...]:
+  """A line for each sentence, and no blank lines."""
+  return tuple(_BETWEEN.sub(r'\1\n', _BLANK_LINES.sub(r'\1', _WRAPPED.sub(' ', block))) for block in blocks)
 
 
 def wrap(blocks: Sequence[str], width: int) -> tuple[str, ...]:
