@@ -32,9 +32,9 @@ def get_config(arg=''):
   config.compute.tiles = (64, 64)   # the documents of a row are short
   config.data.length = 960
   config.data.max_blocks = 48
-  config.data.segmenter = 'tiny'        # cuts a quarter of the pages as plain text
+  config.data.segmenter = 'tiny'        # cuts one row of pages in twenty as plain text
   config.data.segment.target = 48        # they are short
-  config.data.segment.pages = 0.25
+  config.data.segment.pages = 0.05
   config.data.pages.questions = (3, 4)   # all that a page has: most to learn per token
   config.blocks.sinks = 1
   if arg.baseline:
