@@ -13,8 +13,8 @@ import json
 import pathlib
 
 from blockattn.data import markers
+from tools import tiny_tokenizer
 
-EOS = '<|endoftext|>'
 PIECES = r' ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\t+| +(?!\S)| +|\s'
 
 
@@ -32,20 +32,8 @@ def category_texts(files, chars):
 
 def train(texts, vocab):
   """A transformers tokenizer of `vocab` tokens; token 0 ends a text, the marker and the gaps follow it."""
-  import tokenizers
-  import transformers
-  from tokenizers import decoders, models, pre_tokenizers, trainers
-  bpe = tokenizers.Tokenizer(models.BPE())
-  bpe.pre_tokenizer = pre_tokenizers.Sequence([
-      pre_tokenizers.Split(tokenizers.Regex(PIECES), 'isolated'),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-  bpe.decoder = decoders.ByteLevel()
-  specials = [EOS, markers.CUT_TOKEN, *markers.GAP_TOKENS]
-  bpe.train_from_iterator(texts, trainers.BpeTrainer(
-      vocab_size=vocab, special_tokens=specials, show_progress=False, max_token_length=24,
-      initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-  return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS,
-                                              clean_up_tokenization_spaces=False)
+  return tiny_tokenizer.train(texts, vocab, pieces=PIECES, specials=(markers.CUT_TOKEN, *markers.GAP_TOKENS),
+                              max_token_length=24)
 
 
 def main():

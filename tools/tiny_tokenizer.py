@@ -24,18 +24,24 @@ def page_texts(count):
     yield ''.join(page['blocks']) + page['prompt'] + page['response']
 
 
-def train(texts, vocab):
-  """A transformers tokenizer of `vocab` tokens; token 0 ends a text."""
+def train(texts, vocab, *, pieces=PIECES, specials=(), **trainer):
+  """A transformers tokenizer of `vocab` tokens; token 0 ends a text, `specials` follow it.
+
+  Args:
+    pieces: regular expression of what a token never goes beyond.
+    trainer: further arguments of tokenizers' BpeTrainer.
+  """
   import tokenizers
   import transformers
   from tokenizers import decoders, models, pre_tokenizers, trainers
   bpe = tokenizers.Tokenizer(models.BPE())
   bpe.pre_tokenizer = pre_tokenizers.Sequence([
-      pre_tokenizers.Split(tokenizers.Regex(PIECES), 'isolated'),
+      pre_tokenizers.Split(tokenizers.Regex(pieces), 'isolated'),
       pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
   bpe.decoder = decoders.ByteLevel()
-  bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=[EOS], show_progress=False,
-                                                     initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  bpe.train_from_iterator(texts, trainers.BpeTrainer(
+      vocab_size=vocab, special_tokens=[EOS, *specials], show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **trainer))
   return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, pad_token=EOS,
                                               clean_up_tokenization_spaces=False)
 

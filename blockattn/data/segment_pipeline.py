@@ -21,8 +21,7 @@ import numpy as np
 from blockattn import blocks as blocks_lib
 from blockattn.data import markers, variation
 from blockattn.data.semanticseg import hints
-
-IGNORED = -100
+from blockattn.models.segmenter import IGNORED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,7 @@ class Cutter:
   """
 
   def __init__(self, name: str, wanted: granularity.Granularity, place: mesh_lib.Placement | None = None):
-    assets = pathlib.Path(__file__).resolve().parents[1] / 'assets'
-    self._folder = assets / 'tiny_segmenter' if name == EMBEDDED else files.locate(name)
+    self._folder = segmenter.EMBEDDED if name == EMBEDDED else files.locate(name)
     self._wanted, self._place = wanted, place
     self.fingerprint = fingerprint(self._folder, wanted)
 

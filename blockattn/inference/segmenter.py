@@ -23,6 +23,7 @@ from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import segmenter, transformer
 from blockattn.models.transformer import Compute
 
+EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'tiny_segmenter'
 SHORTEST_ROW = 128        # tokens; rows are as long as this times a power of two, or as a window
 _CHARACTERS = 2_000_000   # of texts that are tokenized at a time
 
@@ -277,4 +278,4 @@ def _groups(texts):
 @functools.cache
 def embedded() -> Segmenter:
   """The segmenter that comes with the package."""
-  return Segmenter.load(pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'tiny_segmenter')
+  return Segmenter.load(EMBEDDED)
