@@ -77,19 +77,10 @@ def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query, cut, interpret)
                      f'{" or ".join(map(str, HEAD_DIMS))}; use impl="xla"')
   if tiles.query != _COMPUTE * _ROWS or tiles.key % _ROWS:
     raise ValueError(f'tiles {tuple(tiles)}: the GPU kernels take {_COMPUTE * _ROWS} queries by a multiple of {_ROWS} keys')
-  whole, length = Tiles(tiles.query, max(tiles)), q_BTNH.shape[1]
-  part, marks_part = None, None
-  first = jnp.asarray(0 if first_query is None else first_query, jnp.int32)
-  if first_query is None:
-    layout = schedule.pad_layout(layout, whole)
-    q_BTNH, k_BSKH, v_BSKH = (schedule.pad_tokens(x, whole, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
-  else:
-    schedule.check_part(length, k_BSKH.shape[1], whole)
-    part, marks_part = (first // tiles.query, length // tiles.query), (first, length)
-  query_marks, key_marks = schedule.token_marks(layout)
-  marks = schedule.part_of(query_marks, marks_part, axis=2), key_marks
-  cut = _cut(*q_BTNH.shape[:3], k_BSKH.shape[1]) if cut is None else cut
-  return _How(tiles.key, cut, interpret), q_BTNH, k_BSKH, v_BSKH, marks, _lists(layout, tiles, part, first)
+  whole = Tiles(tiles.query, max(tiles))
+  q, k, v, layout, marks, first, part = schedule.whole_or_part(q_BTNH, k_BSKH, v_BSKH, layout, whole, first_query)
+  cut = _cut(*q.shape[:3], k.shape[1]) if cut is None else cut
+  return _How(tiles.key, cut, interpret), q, k, v, marks, _lists(layout, tiles, part, first)
 
 
 def _lists(layout, tiles, part, first_query):

@@ -261,6 +261,28 @@ def check_part(length: int, row: int, tiles: Tiles) -> None:
                      f'the row of {max(tiles)}; choose tiles that divide them')
 
 
+def whole_or_part(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, first_query):
+  """What a kernel computes: a row padded to whole tiles, or, where `first_query` is not None, a part of its queries.
+
+  Returns:
+    (q, k, v, layout, marks: (query marks of these queries, key marks of the row), int32 index of the first query, the part
+    in query tiles as `part_of` takes it).
+
+  Raises:
+    ValueError: the tiles do not divide the part or the row.
+  """
+  length = q_BTNH.shape[1]
+  if first_query is None:
+    arrays = [pad_tokens(x, tiles, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH)]
+    layout = pad_layout(layout, tiles)
+    return *arrays, layout, token_marks(layout), jnp.int32(0), None
+  check_part(length, k_BSKH.shape[1], tiles)
+  first = jnp.asarray(first_query, jnp.int32)
+  query_marks, key_marks = token_marks(layout)
+  marks = part_of(query_marks, (first, length), axis=2), key_marks
+  return q_BTNH, k_BSKH, v_BSKH, layout, marks, first, (first // tiles.query, length // tiles.query)
+
+
 def part_of(x, part, axis: int = 1):
   """Of an axis over a row's query tiles, or queries, those of a part (first, how many); all of them if it is None."""
   return x if part is None else lax.dynamic_slice_in_dim(x, *part, axis=axis)

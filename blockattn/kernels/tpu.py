@@ -66,20 +66,11 @@ def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret, first_query=None)
   if H > _LANES and H % _LANES:
     raise ValueError(f'head_dim {H}: on a TPU it must be at most {_LANES} or a multiple of it; use impl="xla"')
   tiles = schedule.clamp_tiles(tiles, T, multiple=8 if interpret else _LANES)
-  part, marks_part = None, None
-  first = jnp.asarray(0 if first_query is None else first_query, jnp.int32)
-  if first_query is None:
-    layout = schedule.pad_layout(layout, tiles)
-    q_BTNH, k_BSKH, v_BSKH = (schedule.pad_tokens(x, tiles, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
-  else:
-    schedule.check_part(T, k_BSKH.shape[1], tiles)
-    part, marks_part = (first // tiles.query, T // tiles.query), (first, T)
+  *arrays, layout, marks, first, part = schedule.whole_or_part(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query)
   touched, full = schedule.tile_masks(layout, tiles)
   work = schedule.list_work(touched, full, part)
-  _check_list(work.by_query.owner.size, tiles, k_BSKH.shape)
-  query_marks, key_marks = schedule.token_marks(layout)
-  marks = schedule.part_of(query_marks, marks_part, axis=2), key_marks
-  return tiles, interpret, *(x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKH)), marks, work, first[None]
+  _check_list(work.by_query.owner.size, tiles, layout.doc.shape)
+  return tiles, interpret, *(x.swapaxes(1, 2) for x in arrays), marks, work, first[None]
 
 
 def _check_list(visits, tiles, shape):

@@ -32,9 +32,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, 
   Returns:
     [B, T, N, H] in q's dtype.
   """
-  if first_query is not None:
-    return _attention(*_prepare_part(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query))
-  return _attention(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles))[:, :q_BTNH.shape[1]]
+  return _attention(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query))[:, :q_BTNH.shape[1]]
 
 
 def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles):
@@ -45,26 +43,12 @@ def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles:
   return out[:, :T], _from_query_tiles(logsumexp[..., None], out.shape[1], tiles.query)[:, :T, :, 0]
 
 
-def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles):
+def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query=None):
   """The arguments of `_attention`, padded to whole tiles."""
   tiles = schedule.clamp_tiles(tiles, q_BTNH.shape[1])
-  layout = schedule.pad_layout(layout, tiles)
-  q, k, v = (schedule.pad_tokens(x, tiles, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
-  visits = schedule.list_visits(*schedule.tile_masks(layout, tiles))
-  return tiles, q, k, v, schedule.token_marks(layout), visits, jnp.int32(0)
-
-
-def _prepare_part(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query):
-  """The arguments of `_attention` for some of a row's queries."""
-  T = q_BTNH.shape[1]
-  tiles = schedule.clamp_tiles(tiles, T)
-  schedule.check_part(T, k_BSKH.shape[1], tiles)
-  first = jnp.asarray(first_query, jnp.int32)
-  visits = schedule.list_visits(*(schedule.part_of(mask, (first // tiles.query, T // tiles.query))
-                                  for mask in schedule.tile_masks(layout, tiles)))
-  query_marks, key_marks = schedule.token_marks(layout)
-  marks = schedule.part_of(query_marks, (first, T), axis=2), key_marks
-  return tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first
+  *arrays, layout, marks, first, part = schedule.whole_or_part(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query)
+  visits = schedule.list_visits(*(schedule.part_of(mask, part) for mask in schedule.tile_masks(layout, tiles)))
+  return tiles, *arrays, marks, visits, first
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
