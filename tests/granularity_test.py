@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 import unicodedata
 
 import hypothesis
@@ -240,3 +241,31 @@ def test_arrays_that_do_not_fit():
       (([], [], [30]), 'lengths are not characters; bounds then need token_ends')):
     with pytest.raises(ValueError, match=message):
       choose(*arrays)
+
+
+@few
+@hypothesis.given(st.lists(st.floats(-6, 6), min_size=1, max_size=8), st.floats(-2, 2))
+def test_a_short_text_is_cut_where_its_own_expected_f1_is_best(odds, base):
+  """Against the expected counts of every set of the most probable cuts."""
+  p = sorted((1 / (1 + math.exp(-x)) for x in odds), reverse=True)
+  best = max(2 * sum(p[:k]) / (k + sum(p)) for k in range(1, len(p) + 1)) / 2
+  want = granularity.adapted(Granularity(threshold=1 / (1 + math.exp(-base)), adaptive=True), np.array(odds))
+  share = granularity.SHORT / (granularity.SHORT + len(odds))
+  assert want.log_odds == pytest.approx(base + share * min(0, granularity.logit(best) - base), abs=1e-6)
+  assert not want.adaptive and want.log_odds <= base + 1e-9
+
+
+def test_only_the_models_own_threshold_is_adapted_and_only_in_short_texts():
+  weak = np.full(20, granularity.logit(0.3))
+  model = types.SimpleNamespace(options=types.SimpleNamespace(threshold=0.0))
+  text, candidates, lengths = 'a' * 21, np.arange(1, 21), np.arange(1, 22)
+  cuts = lambda want, odds=weak: len(granularity.choose_cuts(text, candidates, odds, lengths, want))
+  assert cuts(granularity.for_model(Granularity(), model)) == 20   # all, each of probability 0.3
+  assert cuts(Granularity(threshold=0.5)) == 0 == cuts(granularity.for_model(Granularity(threshold=0.5), model))
+  sure = np.where(np.arange(20) == 7, 8.0, -8.0)
+  assert cuts(granularity.for_model(Granularity(), model), sure) == 1
+  bounded = granularity.for_model(Granularity(maximum=100), model)
+  assert cuts(bounded) == 0   # bounds say how many
+  long = granularity.adapted(granularity.for_model(Granularity(), model), np.tile(weak, 1000))
+  assert long.threshold == pytest.approx(0.5, abs=0.01)
+  assert granularity.adapted(granularity.for_model(Granularity(), model), np.zeros(0)).threshold == 0.5

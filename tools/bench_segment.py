@@ -27,6 +27,7 @@ import numpy as np
 from blockattn.data import markers
 from blockattn.data.semanticseg import hints as hints_lib, schema
 from blockattn.evals import cuts, splitters
+from blockattn.inference import granularity
 
 SEGMENTER = 'segmenter'
 OBJECTIVES = ('f1', 'pk')          # what a granularity is chosen for
@@ -90,7 +91,8 @@ class Scores:
     def cut(text):
       self.prepare([text])
       scored = self.known[text]
-      return scored.candidates[scored.log_odds >= log_odds].tolist()
+      tuned = granularity.Granularity(threshold=1 / (1 + math.exp(-log_odds)), adaptive=True)
+      return scored.candidates[scored.log_odds >= granularity.adapted(tuned, scored.log_odds).log_odds].tolist()
 
     return cut
 
@@ -107,7 +109,7 @@ def ways_to_cut(segmenter, scores: Scores | None, token_starts, remember: bool) 
   if segmenter is None:
     return ways
   grid = tuple({'log_odds': float(value)} for value in np.linspace(-6, 6, 49))
-  return {SEGMENTER: splitters.Baseline('cuts whose log-odds reach a threshold', scores.cutter, grid), **ways}
+  return {SEGMENTER: splitters.Baseline('cuts whose log-odds reach a threshold, lower in short texts', scores.cutter, grid), **ways}
 
 
 def read_tokenizer(folder: pathlib.Path) -> splitters.TokenStarts:

@@ -73,7 +73,8 @@ def _arguments(argv):
                       'and skip the ids in it; give the same options again')
   parser.add_argument('--with-text', action='store_true', help='add "texts", the text of each block, to every line')
   parser.add_argument('--html', metavar='FILE', help='write a page that shows the blocks, with sliders for how fine')
-  parser.add_argument('--threshold', type=float, metavar='P', help='0 to 1 (default: what the model was tuned to)')
+  parser.add_argument('--threshold', type=float, metavar='P', help='0 to 1 (default: what the model was tuned to, lower in '
+                      'short texts)')
   parser.add_argument('--depth', type=int, metavar='D', help='rounds of cutting again')
   parser.add_argument('--target-tokens', type=int, metavar='N', help='wanted length of a block')
   parser.add_argument('--min', type=int, metavar='N', help='tokens of a block at least (default: a quarter of the target)')

@@ -93,7 +93,8 @@ def render(texts: Sequence[PageText], want: granularity.Granularity) -> str:
 def describe(want: granularity.Granularity) -> str:
   """The granularity in words."""
   threshold = 0.5 if want.threshold is None else want.threshold
-  words = [f'about {want.target:,} tokens'] if want.target else [f'threshold {threshold:.3g}']
+  words = [f'about {want.target:,} tokens'] if want.target else [
+      f'threshold {threshold:.3g}{", lower in short texts" if want.adaptive else ""}']
   words += [f'depth {want.depth}'] if want.depth else []
   words += [f'{name} {value:,}' for name, value in (('min', want.minimum), ('max', want.maximum)) if value]
   return ', '.join(words)

@@ -3,7 +3,7 @@
 Lengths are counted in tokens or in characters, whatever the caller gives: `lengths[i]` is the length of the text up to
 candidate i, `lengths[m]` that of the whole text. Three ways, see `Granularity`:
 
-  threshold  every candidate whose probability reaches it
+  threshold  every candidate whose probability reaches it; the one that a model was tuned to is moved in short texts
   depth      then, up to `depth` times, one more cut inside every block that is longer than a limit
   bounds     the best sum of log-odds under hard bounds, with a soft target length, by dynamic programming
 
@@ -24,6 +24,7 @@ SPACE_COST = 1e4    # behind white space
 INSIDE_COST = 1e6   # between any two characters
 MARK_COST = 1e7     # in front of a combining mark, or inside an emoji made of several
 MAX_LOG_ODDS = 50.0
+SHORT = 100   # candidates of a text whose threshold is half its own
 ROUNDS = 6   # of choosing cuts anew because a block has other tokens than the sum of its units
 
 _SPACES = np.array([9, 10, 11, 12, 13, 28, 29, 30, 31, 32, 133, 5760, *range(8192, 8199), *range(8200, 8203), 8232, 8233,
@@ -54,6 +55,7 @@ class Granularity:
     maximum: no block is longer; None: twice the target, or no bound without one.
     weight: what a block pays, in nats, for being nothing or twice as long as the target. 6 lets a better cut (log-odds
       that are 3 above those of its neighbours) move the two blocks beside it by a quarter of the target.
+    adaptive: the threshold is that of a long text; it is lowered in a short one, see `adapted`.
 
   Raises:
     ValueError: a value is out of its range, the bounds and the target are not in order, or `depth` has a target.
@@ -64,6 +66,7 @@ class Granularity:
   minimum: int | None = None
   maximum: int | None = None
   weight: float = 6.0
+  adaptive: bool = False
 
   def __post_init__(self):
     if self.threshold is not None and not 0 <= self.threshold <= 1:
@@ -111,10 +114,29 @@ def wanted(**wishes: float | None) -> Granularity:
 
 
 def for_model(granularity: Granularity, model: Any) -> Granularity:
-  """With the model's own threshold, `model.options.threshold` in log-odds, if none is asked for."""
+  """With the model's own threshold, `model.options.threshold` in log-odds, adapted to each text, if none is asked for."""
   if granularity.threshold is not None:
     return granularity
-  return dataclasses.replace(granularity, threshold=1 / (1 + math.exp(-model.options.threshold)))
+  return dataclasses.replace(granularity, threshold=1 / (1 + math.exp(-model.options.threshold)), adaptive=True)
+
+
+def adapted(granularity: Granularity, log_odds: np.ndarray) -> Granularity:
+  """The granularity for one text: an adaptive threshold is lowered towards the one that this text's own probabilities say
+  has the best F1, by SHORT / (SHORT + candidates) of the way.
+
+  One threshold for all texts is too high for those where nothing is sure: where every cut has a probability of 0.3, the most
+  is found by cutting at all of them. The best expected F1, which is at twice the best threshold (Lipton, Elkan and
+  Naryanaswamy 2014), is known from the probabilities as far as these can be trusted; over the many unlikely candidates of a
+  long text they add up to more than is there. Bounds have no use for it: they say how many cuts there are.
+  """
+  if not granularity.adaptive or granularity.bounded or not len(log_odds):
+    return dataclasses.replace(granularity, adaptive=False)
+  p = np.sort(1 / (1 + np.exp(-np.clip(log_odds, -MAX_LOG_ODDS, MAX_LOG_ODDS))))[::-1]
+  f1 = 2 * np.cumsum(p) / (np.arange(1, len(p) + 1) + p.sum())
+  best = min(logit(float(f1.max()) / 2), granularity.log_odds)
+  share = SHORT / (SHORT + len(p))
+  moved = granularity.log_odds + share * (best - granularity.log_odds)
+  return dataclasses.replace(granularity, threshold=1 / (1 + math.exp(-moved)), adaptive=False)
 
 
 def blocks_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds) -> list[tuple[int, int]]:
@@ -152,6 +174,7 @@ def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths
   _check(text, candidates, log_odds, lengths)
   if granularity.bounded:
     return cuts_in_bounds(text, candidates, log_odds, lengths, granularity, token_ends)
+  granularity = adapted(granularity, log_odds)
   wanted = log_odds >= granularity.log_odds
   if granularity.depth:
     wanted = cuts_by_depth(wanted, log_odds, lengths, depth=granularity.depth, limit=granularity.maximum or 0,
