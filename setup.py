@@ -43,6 +43,7 @@ setuptools.setup(
         'optax',
         'orbax-checkpoint>=0.12.3,<0.13',
         'grain>=0.2.18',
+    'array-record',
         'transformers>=5.17,<6',
         'tokenizers',
         'jinja2',   # chat templates; transformers does not ask for it

@@ -3,67 +3,312 @@
 `params` and `opt_state` are orbax arrays, `data` (where the data stream stands) and `meta` (what the model is) are JSON.
 A step's folder appears under its name only when it is complete, so a run that is killed while it saves finds the step
 before.
+
+Beside the items stand `checksums-<i>-of-<n>.json`, each with the size and CRC-32 of its share of the step's files, and
+nothing is read before they agree: the arrays' own format checks its index, but gives flipped bits of a large array back
+as other values. They are written after the step, by every process its share; a step without them is read unchecked.
 """
 
+import concurrent.futures
+import contextlib
+import json
+import logging
 import os
 import pathlib
+import re
+import shutil
+import threading
+import zlib
+from collections.abc import Iterable, Sequence
 
 import jax
 import orbax.checkpoint as ocp
 
-from blockattn import tree
+from blockattn import metrics, tree
 
 ARRAYS = ('params', 'opt_state')
 ITEMS = (*ARRAYS, 'data', 'meta')
+_SUMS = 'checksums-*-of-*.json'
+_PART = '.orbax-checkpoint-tmp'   # in the name of a step that is being written
+_READERS, _PIECE = 8, 1 << 22     # threads that read files to check them, and bytes that each reads at a time
 
 
-def make_manager(folder, *, keep: int = 2, background: bool = True) -> ocp.CheckpointManager:
-  """A manager of the checkpoints in `folder`.
+class NotSaved(RuntimeError):
+  """A step could not be written; the steps before it stand."""
+
+
+class Damaged(ValueError):
+  """Files of a step are not what was written."""
+
+
+class Checkpoints:
+  """The checkpoints of a run, to be entered and left by all of its processes.
 
   Args:
     folder: made if absent.
     keep: how many of the newest steps stay.
-    background: write while training goes on; `manager.wait_until_finished()` waits for the write.
+    background: write while training goes on.
   """
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=background, create=True,
-                                         cleanup_tmp_directories=True)
-  return ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
+
+  def __init__(self, folder, *, keep: int = 2, background: bool = True):
+    self.folder = pathlib.Path(folder).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=background, create=True,
+                                           cleanup_tmp_directories=True)
+    self._manager = ocp.CheckpointManager(self.folder, options=options)
+    self._write, self._quiet = None, contextlib.ExitStack()
+
+  def __enter__(self) -> 'Checkpoints':
+    self._quiet.enter_context(_without_echoes())
+    return self
+
+  def __exit__(self, kind, *_):
+    with self._quiet:
+      # An error that is on its way says more than that of a write beside it.
+      with contextlib.suppress(*(() if kind is None else (Exception,))):
+        self.wait()
+        self._manager.close()
+
+  def newest(self) -> int | None:
+    """The newest complete step, None without one."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, params, opt_state, data: dict, meta: dict):
+    """Saves all four items of a step. A step that stands already is kept as it is.
+
+    Raises:
+      NotSaved: this step, or the one whose writing was not waited for.
+    """
+    self.wait()
+    if step in self._manager.all_steps():
+      return
+    args = ocp.args.Composite(params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state),
+                              data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta))
+    self._write = _Write(self._manager, self.folder / str(step))
+    self._write.begin(args)
+
+  def check(self):
+    """Raises NotSaved if a write that goes on in the background has failed. Costs nothing: to be asked at every step."""
+    if self._write is not None:
+      self._write.check()
+
+  def wait(self):
+    """Returns when the last step that was saved stands, with its checksums. Raises NotSaved."""
+    if self._write is not None:
+      self._write.join()
+      self._write.check()
+
+  def verify(self, step: int):
+    """Checks this process's share of a step's files; all processes together check them all. Raises Damaged."""
+    verify(self.folder, step, index=jax.process_index(), count=jax.process_count())
+
+  def data(self, step: int) -> dict:
+    """The `data` item of a step."""
+    return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))['data']
+
+  def restore(self, step: int, params, opt_state):
+    """Reads a step back, unchecked: see `verify`.
+
+    Args:
+      params, opt_state: trees of jax.ShapeDtypeStruct with shardings: where and in which dtype the arrays go.
+
+    Returns:
+      (params, opt_state, meta).
+    """
+    got = self._manager.restore(step, args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state),
+        meta=ocp.args.JsonRestore()))
+    return got['params'], got['opt_state'], got['meta']
 
 
-def save(manager, step: int, params, opt_state, data: dict, meta: dict):
-  """Saves all four items of a step. A step that stands already is kept as it is."""
-  if step in manager.all_steps():
-    return
-  manager.save(step, args=ocp.args.Composite(
-      params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state),
-      data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta)))
+@contextlib.contextmanager
+def _without_echoes():
+  """Within the block orbax does not also log, with their tracebacks, the errors that it raises and that we say in a line."""
+  log, is_news = logging.getLogger('absl'), lambda record: not (record.exc_info and 'orbax' in record.pathname)
+  log.addFilter(is_news)
+  try:
+    yield
+  finally:
+    log.removeFilter(is_news)
 
 
-def restore(manager, step: int, params, opt_state):
-  """Reads a step back.
+class _Write:
+  """The writing of one step: what goes on in the background, and how it ended."""
+
+  def __init__(self, manager, path: pathlib.Path):
+    self._manager, self._path, self._error = manager, path, None
+    self._thread = threading.Thread(target=self._finish, name='checkpoint', daemon=True)
+
+  def begin(self, args):
+    """Returns when the values have been taken; the rest happens in the background. Raises NotSaved."""
+    try:
+      self._manager.save(int(self._path.name), args=args)
+    except Exception as error:
+      self._give_up(error)
+    else:
+      self._thread.start()
+    self.check()
+
+  def _finish(self):
+    try:
+      self._manager.wait_until_finished()
+      _write_sums(self._path, jax.process_index(), jax.process_count())
+    except Exception as error:
+      self._give_up(error)
+
+  def _give_up(self, error):
+    if jax.process_index() == 0 and not self._path.exists():
+      for part in self._path.parent.glob(f'{self._path.name}{_PART}*'):
+        shutil.rmtree(part, ignore_errors=True)
+    self._error = error
+
+  def join(self):
+    if self._thread.is_alive():
+      self._thread.join()
+
+  def check(self):
+    if self._error is not None:
+      raise NotSaved(_why_not(self._path, self._error)) from self._error
+
+
+def _why_not(path: pathlib.Path, error: Exception) -> str:
+  """What the user is told of a step that was not saved."""
+  disk = shutil.disk_usage(path.parent)
+  before = [step for step in steps(path.parent) if step < int(path.name)]
+  go_on = (f'Step {before[-1]} stands: start the same command again to go on from it' if before else
+           'No step before it stands: start the same command again')
+  return (f'step {path.name} could not be saved in {path.parent}: {_reason(error)} ({_bytes(disk.free)} of '
+          f'{_bytes(disk.total)} are free there). {go_on}, after making room or seeing to what is in the way')
+
+
+def _reason(error: BaseException) -> str:
+  """What the operating system said, if it was that; else the first line of the error."""
+  cause = error
+  while cause is not None:
+    if isinstance(cause, OSError) and cause.strerror:
+      return cause.strerror
+    if number := re.search(r"os_error_code='(\d+)'", str(cause)):   # as tensorstore writes it
+      return os.strerror(int(number[1]))
+    cause = cause.__cause__ or cause.__context__
+  return (str(error).strip() or repr(error)).splitlines()[0][:300]
+
+
+def _bytes(count: int) -> str:
+  for unit in ('B', 'KiB', 'MiB', 'GiB'):
+    if count < 1024:
+      return f'{count:.0f} {unit}' if unit == 'B' else f'{count:.1f} {unit}'
+    count /= 1024
+  return f'{count:.1f} TiB'
+
+
+# Checksums.
+
+def _write_sums(path: pathlib.Path, index: int, count: int):
+  """Writes the sizes and checksums of this process's share of a step's files."""
+  try:
+    metrics.write_json(path / f'checksums-{index}-of-{count}.json', _facts(path, _share(_files(path), index, count)))
+  except FileNotFoundError:
+    if path.exists():
+      raise
+    # else newer steps have pushed this one out meanwhile
+
+
+def _files(path: pathlib.Path) -> list[str]:
+  """The names of the files of a step's items."""
+  return sorted(file.relative_to(path).as_posix() for item in ITEMS for file in (path / item).rglob('*') if file.is_file())
+
+
+def _share(names: Iterable[str], index: int, count: int) -> list[str]:
+  """The names that fall to one of `count` processes, whatever other names there are."""
+  return [name for name in names if zlib.crc32(name.encode()) % count == index]
+
+
+def _facts(path: pathlib.Path, names: Sequence[str]) -> dict[str, list[int]]:
+  """name -> [bytes, CRC-32] of files."""
+  with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:   # zlib leaves the other threads to run
+    return dict(zip(names, pool.map(lambda name: _fact(path / name), names), strict=True))
+
+
+def _fact(path: pathlib.Path) -> list[int]:
+  size = total = 0
+  with open(path, 'rb') as file:
+    while piece := file.read(_PIECE):
+      size, total = size + len(piece), zlib.crc32(piece, total)
+  return [size, total]
+
+
+def verify(folder, step: int, items: Sequence[str] = ITEMS, *, index: int = 0, count: int = 1):
+  """Checks the files of some items of a step, by default all, against their checksums, as far as there are any.
 
   Args:
-    params, opt_state: trees of jax.ShapeDtypeStruct with shardings: where and in which dtype the arrays go.
+    index, count: checks one of `count` shares, which together are all files.
 
-  Returns:
-    (params, opt_state, data, meta).
+  Raises:
+    Damaged: names a file, and the step before.
   """
-  got = manager.restore(step, args=ocp.args.Composite(
-      params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state),
-      data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore()))
-  return got['params'], got['opt_state'], got['data'], got['meta']
+  path = pathlib.Path(folder).absolute() / str(step)
+  known = _known(path)
+  mine = _share((name for name in known if name.split('/')[0] in items), index, count)
+  for name in mine:
+    if wrong := _wrong_size(path / name, known[name][0]):
+      raise Damaged(_what_to_do(path, f'{path / name} {wrong}'))
+  for name, fact in _facts(path, mine).items():
+    if fact != known[name]:
+      raise Damaged(_what_to_do(path, f'{path / name} has other content than was written'))
 
+
+def _known(path: pathlib.Path) -> dict[str, list[int]]:
+  known = {}
+  for file in path.glob(_SUMS):
+    try:
+      known |= json.loads(file.read_text())
+    except ValueError:
+      raise Damaged(_what_to_do(path, f'{file} is no JSON')) from None
+  return known
+
+
+def _wrong_size(file: pathlib.Path, size: int) -> str:
+  try:
+    found = file.stat().st_size
+  except FileNotFoundError:
+    return 'is missing'
+  return '' if found == size else f'has {found} bytes, of {size} that were written'
+
+
+def _what_to_do(path: pathlib.Path, wrong: str) -> str:
+  whole = [step for step in steps(path.parent) if step != int(path.name) and _has_its_sizes(path.parent / str(step))]
+  if not whole:
+    return f'{wrong}. No other step stands in {path.parent}: begin again with a new one'
+  return (f'{wrong}. Step {whole[-1]} stands too: to go on from there, move this one away '
+          f'(mv {path} {path}.damaged) and start the same command again')
+
+
+def _has_its_sizes(path: pathlib.Path) -> bool:
+  try:
+    return not any(_wrong_size(path / name, size) for name, (size, _) in _known(path).items())
+  except Damaged:
+    return False
+
+
+# Reading without a run.
 
 def save_params(folder, params, meta: dict, step: int = 0):
   """Writes a checkpoint of parameters alone, as a conversion makes it."""
-  with make_manager(folder, background=False) as manager:
+  path = pathlib.Path(folder).absolute() / str(step)
+  with ocp.CheckpointManager(path.parent, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False)) as manager:
     manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)))
+  _write_sums(path, jax.process_index(), jax.process_count())
 
 
 def load_meta(folder, step: int | None = None) -> dict:
-  """The `meta` item of a step, by default of the newest. Raises FileNotFoundError if there is none."""
+  """The `meta` item of a step, by default of the newest.
+
+  Raises:
+    FileNotFoundError: there is none.
+    Damaged: its files are not what was written.
+  """
   with _reader(folder) as manager:
     step = _step_of(manager, folder, step, 'meta')
+    verify(folder, step, ('meta',))
     return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
 
 
@@ -76,10 +321,14 @@ def load_params(folder, abstract, step: int | None = None):
   Raises:
     FileNotFoundError: no such folder or step, or a step without parameters.
     ValueError: the parameters are those of another architecture.
+    Damaged: their files are not what was written.
   """
   with _reader(folder) as manager:
     step = _step_of(manager, folder, step, 'params')
-    _check_shapes(folder, manager.item_metadata(step)['params'].tree, abstract)
+    verify(folder, step, ('params',))
+    # Not the manager's item_metadata, which reads those of all items: others may be damaged.
+    stored = ocp.StandardCheckpointHandler().metadata(manager.directory / str(step) / 'params')
+    _check_shapes(folder, stored.tree, abstract)
     return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))['params']
 
 
@@ -92,9 +341,14 @@ def _check_shapes(folder, stored, wanted):
                        f'{wanted.get(name, "absent")} in the model that was asked for')
 
 
+def steps(folder) -> list[int]:
+  """The complete steps, ascending. Only looks at names, so that one process of several may ask alone."""
+  return sorted(ocp.utils.checkpoint_steps(folder)) if os.path.isdir(folder) else []
+
+
 def newest_step(folder) -> int | None:
-  """The newest complete step, None without one. Only looks at names, so that one process of several may ask alone."""
-  return max(ocp.utils.checkpoint_steps(folder), default=None) if os.path.isdir(folder) else None
+  """The newest complete step, None without one."""
+  return max(steps(folder), default=None)
 
 
 def _reader(folder):
@@ -109,12 +363,12 @@ def _reader(folder):
 
 def _step_of(manager, folder, step, item):
   """The step, by default the newest; raises FileNotFoundError unless it is there and has the item."""
-  steps = sorted(manager.all_steps())
-  if not steps:
+  known = sorted(manager.all_steps())
+  if not known:
     raise FileNotFoundError(f'{folder}: holds no complete checkpoint')
-  if step is not None and step not in steps:
-    raise FileNotFoundError(f'{folder}: no checkpoint of step {step}; here are {steps}')
-  step = steps[-1] if step is None else step
+  if step is not None and step not in known:
+    raise FileNotFoundError(f'{folder}: no checkpoint of step {step}; here are {known}')
+  step = known[-1] if step is None else step
   if not os.path.isdir(os.path.join(folder, str(step), item)):
     raise FileNotFoundError(f'{folder}: step {step} has no {item}; use another step or another folder')
   return step

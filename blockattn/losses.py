@@ -16,6 +16,8 @@ from blockattn.models import transformer
 
 WEIGHT_FORMS = ('relu', 'exp', 'none')
 GAP_SOURCES = ('student', 'teacher')
+POSITION_BINS = 8      # of the KL by position: the last is the second half of a row, the one before it the quarter before
+_LEAST_REST = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,28 @@ def forward_kl(teacher_logits, student_logits, temperature: float):
   log_p = jax.nn.log_softmax(teacher_logits / temperature)
   log_q = jax.nn.log_softmax(student_logits / temperature)
   return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def forward_kl_of_top(top_log_p, top_ids, student_logits, temperature: float):
+  """A lower bound on `forward_kl` from a teacher's K likeliest tokens: all others count as one token, "the rest".
+
+  Joining outcomes can only lower a KL divergence (data-processing inequality); it is exact where the student spreads the
+  rest over tokens as the teacher does.
+
+  Args:
+    top_log_p: [..., K], log-probabilities at `temperature`.
+    top_ids: int [..., K], their tokens.
+    student_logits: [..., V].
+
+  Returns:
+    [...], nats.
+  """
+  log_q = jnp.take_along_axis(jax.nn.log_softmax(student_logits / temperature), top_ids, axis=-1)
+  p = jnp.exp(top_log_p)
+  p_rest = jnp.maximum(1 - jnp.sum(p, axis=-1), 0)
+  # Where K tokens hold all of the student's mass, rounding would leave the rest a log of 0 or of less.
+  q_rest = jnp.maximum(1 - jnp.sum(jnp.exp(log_q), axis=-1), _LEAST_REST)
+  return jnp.sum(p * (top_log_p - log_q), axis=-1) + jax.scipy.special.xlogy(p_rest, p_rest) - p_rest * jnp.log(q_rest)
 
 
 def log_prob(logits, targets):
@@ -112,42 +136,73 @@ def _gather_chunks(x, *, order, chunk):
   return jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def distillation_sums(heads, hidden, targets, mask, *, weights: TokenWeights, temperature: float,
+def map_chunks(fn, tree, chunk: int):
+  """fn of `chunk` tokens of each row at a time: arrays [B, T, ...] -> arrays [B, T, ...]; fn sees [B, chunk, ...]."""
+  rows, length = jax.tree.leaves(tree)[0].shape[:2]
+  chunk = min(chunk, length)
+  cut = lambda x: jnp.moveaxis(jnp.pad(x, [(0, 0), (0, -length % chunk)] + [(0, 0)] * (x.ndim - 2)).reshape(
+      rows, -1, chunk, *x.shape[2:]), 1, 0)
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
+  return jax.tree.map(join, jax.lax.map(fn, jax.tree.map(cut, tree)))
+
+
+def distillation_sums(heads, hidden, per_token, mask, *, weights: TokenWeights, temperature: float,
                       ce_weight: float, chunk: int, parts: int = 1):
   """The distillation loss as sums: loss = sums['loss'] / sums['weight'].
 
   loss = sum_t m_t w_t [ KL(p_T || p_S)_t + ce_weight * CE_t ] / sum_t m_t w_t. The weights carry no gradient.
 
+  The teacher is a model at work, 'teacher' in `heads` and `hidden`, or what is stored of one, 'teacher' in `per_token`.
+
   Args:
     heads: {'student': head [V, D], 'teacher': head [V, D]}.
     hidden: {'student': x_BTD, 'teacher': x_BTD, 'teacher_block': x_BTD} on text tokens; the last only where
       weights.source is 'teacher'.
-    targets: int32 [B, T], the token that each position predicts.
+    per_token: {'target': int32 [B, T], the token that each position predicts, 'position': int32 [B, T], in its document,
+      'teacher': the arrays of data.taught.TaughtRows, of B rows}.
     mask: bool [B, T], the loss tokens m.
     parts: see `sum_over_tokens`.
 
   Returns:
-    {'loss', 'weight', 'weight_sq', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'}: float32 scalars, each a sum over the
-    loss tokens; `kl` and the rest unweighted.
+    {'loss', 'weight', 'weight_sq', 'at_floor', 'at_cap', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'}: float32 scalars, each
+    a sum over the loss tokens, `kl` and the rest unweighted, `at_floor` and `at_cap` the tokens whose gap is outside of
+    0 ... cap; 'kl_at', 'tokens_at' [POSITION_BINS]: sums over the tokens of each bin, see `position_bin`.
   """
-  def chunk_sums(heads, hidden, targets, mask):
-    m = mask.astype(jnp.float32)
+  length = mask.shape[1]
+
+  def chunk_sums(heads, hidden, per_token, mask):
+    m, targets = mask.astype(jnp.float32), per_token['target']
     student = transformer.project(hidden['student'], heads['student'])
-    teacher = jax.lax.stop_gradient(transformer.project(hidden['teacher'], heads['teacher']))
-    student, teacher = common_vocabulary(student, teacher)
-    kl = forward_kl(teacher, student, temperature)
-    log_q, log_p = log_prob(student, targets), log_prob(teacher, targets)
-    blocked = log_q
-    if weights.source == 'teacher':
-      teacher_block = transformer.project(hidden['teacher_block'], heads['teacher'])
-      blocked = log_prob(common_vocabulary(teacher_block, teacher)[0], targets)
+    if 'teacher' in per_token:
+      stored = per_token['teacher']
+      kl = forward_kl_of_top(stored['log_p'], stored['ids'], student, temperature)
+      log_q, log_p = log_prob(student, targets), stored['target_log_p']
+      blocked = stored['blocked_log_p'] if weights.source == 'teacher' else log_q
+    else:
+      teacher = jax.lax.stop_gradient(transformer.project(hidden['teacher'], heads['teacher']))
+      student, teacher = common_vocabulary(student, teacher)
+      kl = forward_kl(teacher, student, temperature)
+      log_q, log_p = log_prob(student, targets), log_prob(teacher, targets)
+      blocked = log_q
+      if weights.source == 'teacher':
+        teacher_block = transformer.project(hidden['teacher_block'], heads['teacher'])
+        blocked = log_prob(common_vocabulary(teacher_block, teacher)[0], targets)
     gap = jax.lax.stop_gradient(log_p - blocked)
     w = m * token_weight(gap, weights)
+    at = m[..., None] * jax.nn.one_hot(position_bin(per_token['position'], length), POSITION_BINS)
     return {'loss': jnp.sum(w * (kl - ce_weight * log_q)), 'weight': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
+            'at_floor': jnp.sum(m, where=gap <= 0), 'at_cap': jnp.sum(m, where=gap >= weights.cap),
             'tokens': jnp.sum(m), 'kl': jnp.sum(m * kl), 'ce': -jnp.sum(m * log_q),
-            'teacher_ce': -jnp.sum(m * log_p), 'gap': jnp.sum(m * gap)}
+            'teacher_ce': -jnp.sum(m * log_p), 'gap': jnp.sum(m * gap),
+            'kl_at': jnp.sum(kl[..., None] * at, axis=(0, 1)), 'tokens_at': jnp.sum(at, axis=(0, 1))}
 
-  return sum_over_tokens(chunk_sums, heads, hidden, targets, mask, chunk, parts)
+  return sum_over_tokens(chunk_sums, heads, hidden, per_token, mask, chunk, parts)
+
+
+def position_bin(position, length: int):
+  """Bin of a position in its document: the last is length/2 and beyond, each before it half as wide, the first the rest."""
+  edges = [-(-length // 2 ** i) for i in range(POSITION_BINS - 1, 0, -1)]
+  return sum((position >= edge).astype(jnp.int32) for edge in edges)
 
 
 def common_vocabulary(a, b):

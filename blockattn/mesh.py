@@ -34,6 +34,11 @@ RULES = (
 )
 
 
+def as_rules(rules) -> tuple:
+  """A rules table, as a config or JSON holds it, with tuples for lists."""
+  return tuple((name, tuple(rule) if isinstance(rule, (list, tuple)) else rule) for name, rule in rules)
+
+
 def make_mesh(shape: dict[str, int], devices=None) -> Mesh:
   """A mesh over all devices.
 

@@ -69,7 +69,8 @@ class MetricWriter:
     self._file.write(json.dumps(line, allow_nan=False) + '\n')
     if self._board is not None:
       for name, value in values.items():
-        self._board.add_scalar(name, value, step, walltime=now)
+        if math.isfinite(value):   # it would warn of every other one
+          self._board.add_scalar(name, value, step, walltime=now)
     if self._wandb is not None:
       self._wandb.log(values | {'step': int(step)})
 
@@ -191,18 +192,21 @@ class StepClock:
   Args:
     total_steps: the step at which the run ends.
     window: number of steps that the speed is averaged over.
+    peak_flops: FLOP/s of all devices together, for the MFU (see models/flops.py); 0: not known.
     now: source of seconds.
   """
 
-  def __init__(self, total_steps: int, window: int = 50, now: Callable[[], float] = time.perf_counter):
-    self._total, self._now = total_steps, now
-    self._ticks = collections.deque(maxlen=window + 1)   # (step, seconds, tokens so far)
+  def __init__(self, total_steps: int, window: int = 50, peak_flops: float = 0.0,
+               now: Callable[[], float] = time.perf_counter):
+    self._total, self._peak, self._now = total_steps, peak_flops, now
+    self._ticks = collections.deque(maxlen=window + 1)   # (step, seconds, tokens so far, operations so far)
     self._paused = 0.0
 
-  def tick(self, step: int, tokens: int):
-    """Says that `step` is done and that it processed `tokens` tokens, over all hosts."""
-    before = self._ticks[-1][2] if self._ticks else 0
-    self._ticks.append((step, self._now() - self._paused, before + tokens))
+  def tick(self, step: int, tokens: int, flops: float = 0.0):
+    """Says that `step` is done, that it processed `tokens` tokens, and that these need so many operations: over all
+    hosts."""
+    _, _, tokens_before, flops_before = self._ticks[-1] if self._ticks else (0, 0, 0, 0.0)
+    self._ticks.append((step, self._now() - self._paused, tokens_before + tokens, flops_before + flops))
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -214,14 +218,16 @@ class StepClock:
       self._paused += self._now() - start
 
   def rates(self) -> dict[str, float]:
-    """`steps_per_s`, `tokens_per_s` and `seconds_left`; empty until two steps are done."""
+    """`steps_per_s`, `tokens_per_s`, `seconds_left`, and `mfu` (0 to 1) where operations and the peak are known; empty
+    until two steps are done."""
     if len(self._ticks) < 2:
       return {}
-    (step0, time0, tokens0), (step, now, tokens) = self._ticks[0], self._ticks[-1]
+    (step0, time0, tokens0, flops0), (step, now, tokens, flops) = self._ticks[0], self._ticks[-1]
     seconds = max(now - time0, 1e-9)
     speed = (step - step0) / seconds
     left = max(self._total - step, 0) / speed if speed > 0 else math.inf
-    return {'steps_per_s': speed, 'tokens_per_s': (tokens - tokens0) / seconds, 'seconds_left': left}
+    rates = {'steps_per_s': speed, 'tokens_per_s': (tokens - tokens0) / seconds, 'seconds_left': left}
+    return rates | ({'mfu': (flops - flops0) / seconds / self._peak} if self._peak and flops > flops0 else {})
 
 
 class ProgressLine:
@@ -247,7 +253,8 @@ class ProgressLine:
       self._bar.start()
 
   def update(self, step: int, scalars: Mapping[str, float]):
-    """Shows the step with the `loss`, `tokens_per_s` and `seconds_left` found in `scalars`, other names are ignored."""
+    """Shows the step with the `loss`, `tokens_per_s`, `mfu` and `seconds_left` found in `scalars`, other names are
+    ignored."""
     if not self._enabled:
       return
     if self._bar is not None:
@@ -290,6 +297,8 @@ def _facts(scalars: Mapping[str, float]) -> str:
     facts.append(f'loss {scalars["loss"]:.4f}')
   if 'tokens_per_s' in scalars:
     facts.append(f'{short_count(scalars["tokens_per_s"])} tokens/s')
+  if 'mfu' in scalars:
+    facts.append(f'{scalars["mfu"]:.1%} MFU')
   if 'seconds_left' in scalars:
     facts.append(f'{short_time(scalars["seconds_left"])} left')
   return '  '.join(facts)

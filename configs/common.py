@@ -40,6 +40,9 @@ def base():
   config.log_every = 10
   config.save_every = 500
   config.keep = 2                  # checkpoints to keep
+  config.peak_tflops = 0.0         # of a device, for MFU; 0: known by its kind, and no MFU where it is not (CPUs)
+  config.profile = ''              # steps whose trace is written into WORKDIR/profile: '10:15' are 10 to 14
+  config.wandb = ''                # project of Weights & Biases (extra `log`); empty: none
 
   config.model = ml_collections.ConfigDict()
   config.model.source = ''         # Hugging Face folder or hub name; empty: random values of the size below
@@ -99,12 +102,23 @@ def base():
   return config.lock()
 
 
+def _add_lora(config):
+  config.lora = ml_collections.ConfigDict()             # of lora.LoraOptions
+  config.lora.rank = 0             # train a difference of this rank to a frozen model; 0: train all parameters
+  config.lora.alpha = 16.0         # the difference counts alpha / rank times
+  config.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+
+
 def add_distill(config):
   """Keys of blockattn.train.distill."""
   with config.unlocked():
+    _add_lora(config)
     config.teacher = ml_collections.ConfigDict()
-    config.teacher.dtype = 'float32'          # of its frozen parameters
+    config.teacher.dtype = 'float32'          # of its frozen parameters: float32, bfloat16, int8 (matrices of 8 bits)
     config.teacher.compute_dtype = 'float32'  # of its activations
+    config.teacher.rules = ()                 # logical axis -> mesh axes, where they differ from config.rules
+    config.teacher.logits = ''                # folder of blockattn.train.teach: what it says, computed before; no teacher
+    config.teacher.top_k = 64                 # tokens of each position that blockattn.train.teach keeps
     config.distill = ml_collections.ConfigDict()        # of distill.DistillOptions
     config.distill.drop_rate = 0.2            # block dropout, per context block
     config.distill.drop_mode = 'lift'         # lift, isolate, merge, remove
@@ -121,6 +135,7 @@ def add_distill(config):
 def add_finetune(config):
   """Keys of blockattn.train.finetune; the defaults are block fine-tuning (arXiv 2409.15355)."""
   with config.unlocked():
+    _add_lora(config)
     config.finetune = ml_collections.ConfigDict()       # of finetune.FinetuneOptions
     config.finetune.mode = 'both'             # full, block, both
     config.finetune.text_weight = 0.0         # of every text token

@@ -42,7 +42,7 @@ from typing import Any
 import yaml
 
 from blockattn import checkpoint
-from blockattn.train import loop, setup
+from blockattn.train import command, loop, setup
 
 HERE = pathlib.Path(__file__).resolve().parent
 TRAINERS = ('distill', 'finetune', 'segment')   # a section of a config, and the module of blockattn.train
@@ -178,7 +178,7 @@ def parse(args: Sequence[str]):
   from absl import flags
   from ml_collections import config_flags
   argv = ['sweep', *args]
-  setup.check_overrides(argv)
+  command.check_overrides(argv)
   values = flags.FlagValues()
   flag = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
   try:

@@ -1,7 +1,11 @@
 """Checkpoints: what is on disk, what is read back and where to, and what a broken folder says."""
 
 import dataclasses
+import errno
+import pathlib
 import shutil
+import subprocess
+import time
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +31,10 @@ def state():
 def written(state, tmp_path_factory):
   """A folder to which steps 1 to 4 were saved, of which three are kept. Not to be changed."""
   folder = tmp_path_factory.mktemp('run') / 'checkpoints'
-  with checkpoint.make_manager(folder, keep=3) as manager:
+  with checkpoint.Checkpoints(folder, keep=3) as saved:
     for step in (1, 2, 3, 4):
       params = jax.tree.map(lambda p, s=step: p * s, state.params)
-      checkpoint.save(manager, step, params, state.opt_state, {'next_step': step}, META | {'step': step})
+      saved.save(step, params, state.opt_state, {'next_step': step}, META | {'step': step})
   return folder
 
 
@@ -50,8 +54,11 @@ def assert_equal(got, expected):
 
 def test_a_step_comes_back_whole(state, written):
   like = checkpoint.abstract_like({'params': state.params, 'opt_state': state.opt_state})
-  with checkpoint.make_manager(written) as manager:
-    params, opt_state, data, meta = checkpoint.restore(manager, 4, like['params'], like['opt_state'])
+  with checkpoint.Checkpoints(written) as saved:
+    assert saved.newest() == 4
+    saved.verify(4)
+    data = saved.data(4)
+    params, opt_state, meta = saved.restore(4, like['params'], like['opt_state'])
   assert_equal(params, jax.tree.map(lambda p: 4 * p, state.params))
   assert_equal(opt_state, state.opt_state)
   assert jax.tree.structure(opt_state) == jax.tree.structure(state.opt_state)
@@ -145,13 +152,110 @@ def test_an_interrupted_save_is_no_checkpoint(state, folder):
   assert checkpoint.load_meta(folder)['step'] == 4
   with pytest.raises(FileNotFoundError, match='no checkpoint of step 5'):
     checkpoint.load_meta(folder, step=5)
-  with checkpoint.make_manager(folder, background=False) as manager:
-    assert manager.latest_step() == 4
-    checkpoint.save(manager, 5, state.params, state.opt_state, {'next_step': 5}, META)
+  with checkpoint.Checkpoints(folder, background=False) as saved:
+    assert saved.newest() == 4
+    saved.save(5, state.params, state.opt_state, {'next_step': 5}, META)
   assert checkpoint.load_meta(folder) == META and not half.exists()
 
 
 def test_a_step_that_stands_is_kept(state, folder):
-  with checkpoint.make_manager(folder, background=False) as manager:
-    checkpoint.save(manager, 4, state.params, state.opt_state, {'next_step': 0}, {})
+  with checkpoint.Checkpoints(folder, background=False) as saved:
+    saved.save(4, state.params, state.opt_state, {'next_step': 0}, {})
   assert checkpoint.load_meta(folder)['step'] == 4
+
+
+# Damage.
+
+def files_of(folder, step, item='*'):
+  return sorted(file for file in (folder / str(step)).glob(f'{item}/**/*') if file.is_file())
+
+
+def flip(file):
+  data = bytearray(file.read_bytes())
+  data[len(data) // 2] ^= 4
+  file.write_bytes(data)
+
+
+def test_every_flipped_byte_and_every_missing_file_is_named(folder):
+  files = files_of(folder, 4)
+  assert {file.relative_to(folder / '4').parts[0] for file in files} == {'params', 'opt_state', 'data', 'meta'}
+  for file in files:
+    before = file.read_bytes()
+    size = len(before)
+    harms = {'has other content than was written': flip, 'is missing': pathlib.Path.unlink,
+             f'has {size - 1} bytes, of {size} that': lambda file: file.write_bytes(file.read_bytes()[:-1])}
+    for said, harm in harms.items():
+      harm(file)
+      with pytest.raises(checkpoint.Damaged, match=f'^{file} {said}.* Step 3 stands too: .*mv {folder}/4 {folder}/4.dam'):
+        checkpoint.verify(folder, 4)
+      file.write_bytes(before)
+  checkpoint.verify(folder, 4)
+
+
+def test_processes_check_all_files_between_them(folder):
+  for file in files_of(folder, 4, 'params'):
+    before = file.read_bytes()
+    flip(file)
+    found = []
+    for index in range(3):
+      try:
+        checkpoint.verify(folder, 4, index=index, count=3)
+      except checkpoint.Damaged:
+        found.append(index)
+    assert len(found) == 1
+    file.write_bytes(before)
+
+
+def test_what_is_read_alone_is_checked_alone(state, folder):
+  flip(files_of(folder, 4, 'opt_state')[0])
+  assert_equal(checkpoint.load_params(folder, abstract()), jax.tree.map(lambda p: 4 * p, state.params))
+  flip(files_of(folder, 4, 'params')[-1])
+  assert checkpoint.load_meta(folder)['step'] == 4
+  with pytest.raises(checkpoint.Damaged, match=f'{folder}/4/params/.* has other content'):
+    checkpoint.load_params(folder, abstract())
+  flip(files_of(folder, 4, 'meta')[-1])
+  with pytest.raises(checkpoint.Damaged, match=f'{folder}/4/meta/.* has other content'):
+    checkpoint.load_meta(folder)
+  subprocess.run(['mv', folder / '4', folder / '4.damaged'], check=True)   # as the error says
+  assert checkpoint.load_meta(folder)['step'] == 3 and checkpoint.newest_step(folder) == 3
+
+
+def test_another_step_is_offered_only_if_its_files_are_there(folder):
+  files_of(folder, 3, 'params')[0].unlink()
+  flip(files_of(folder, 4, 'params')[0])
+  with pytest.raises(checkpoint.Damaged, match='Step 2 stands too'):
+    checkpoint.verify(folder, 4)
+  shutil.rmtree(folder / '2')
+  with pytest.raises(checkpoint.Damaged, match='No other step stands in'):
+    checkpoint.verify(folder, 4)
+
+
+def test_damaged_checksums_are_damage(folder):
+  (folder / '4' / 'checksums-0-of-1.json').write_text('{"params/')
+  with pytest.raises(checkpoint.Damaged, match='checksums-0-of-1.json is no JSON'):
+    checkpoint.verify(folder, 4)
+
+
+def test_a_step_without_checksums_is_read_as_it_is(state, folder):
+  """One that was written before there were any, or by a process that was killed right after it."""
+  (folder / '4' / 'checksums-0-of-1.json').unlink()
+  assert_equal(checkpoint.load_params(folder, abstract()), jax.tree.map(lambda p: 4 * p, state.params))
+
+
+def test_converted_parameters_are_checked_too(state, tmp_path):
+  checkpoint.save_params(tmp_path, state.params, META)
+  flip(files_of(tmp_path, 0, 'params')[-1])
+  with pytest.raises(checkpoint.Damaged, match='No other step stands in'):
+    checkpoint.load_params(tmp_path, abstract())
+
+
+def test_a_failed_write_is_heard_of_before_the_next(state, folder, monkeypatch):
+  """It fails in the background, and `check` says so."""
+  full = OSError(errno.ENOSPC, 'No space left on device')
+  monkeypatch.setattr(checkpoint, '_write_sums', lambda *args: (_ for _ in ()).throw(full))
+  with pytest.raises(checkpoint.NotSaved, match=r'step 5 could not be saved in .*: No space left on device \(.* are free'):
+    with checkpoint.Checkpoints(folder) as saved:
+      saved.save(5, state.params, state.opt_state, {'next_step': 5}, META)
+      while True:
+        saved.check()
+        time.sleep(0.01)

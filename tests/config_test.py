@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from blockattn.train import distill, finetune, segment, setup
+from blockattn.train import command, distill, finetune, segment, setup
 from configs import common
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -113,18 +113,18 @@ def test_a_value_of_another_type(text, message):
     ('--config.zebra=1', 'known: accumulate, batch, .*weights.source')])
 def test_a_mistyped_override_names_the_nearest_key(override, message):
   with pytest.raises(ValueError, match=message):
-    setup.check_overrides(['x', f'--config={ROOT}/configs/tiny.py', '--workdir=w', '--config.steps=3', override])
+    command.check_overrides(['x', f'--config={ROOT}/configs/tiny.py', '--workdir=w', '--config.steps=3', override])
 
 
 def test_overrides_that_exist():
-  setup.check_overrides(['x', '--config', f'{ROOT}/configs/tiny.py', '--workdir', 'w', '--config.optim.lr=1',
+  command.check_overrides(['x', '--config', f'{ROOT}/configs/tiny.py', '--workdir', 'w', '--config.optim.lr=1',
                          '--config.optim.b1', '0.5', '--noconfig.data.chat', '--config.mesh', '{}',
                          '--config.data.files=a,b', '--config.data.pages.members=(1, 2)', '--config.rules[0]=x'])
-  setup.check_overrides(['x', '--workdir=w'])   # no --config: absl says so
+  command.check_overrides(['x', '--workdir=w'])   # no --config: absl says so
 
 
 def test_a_config_file_that_cannot_be_used():
   with pytest.raises(FileNotFoundError, match='/nowhere/x.py: no such config file'):
-    setup.check_overrides(['x', '--config=/nowhere/x.py'])
+    command.check_overrides(['x', '--config=/nowhere/x.py'])
   with pytest.raises(ValueError, match=r"^config argument 'basline': did you mean 'baseline'\?$"):
-    setup.check_overrides(['x', f'--config={ROOT}/configs/tiny.py:basline=1'])
+    command.check_overrides(['x', f'--config={ROOT}/configs/tiny.py:basline=1'])

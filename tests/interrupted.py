@@ -4,14 +4,13 @@ WHEN is the number of a batch, at whose reading the signal is sent, or `save:STE
 """
 
 import os
-import pathlib
 import signal
 import sys
 import time
 
 from blockattn import checkpoint
 from blockattn.data import pipeline
-from blockattn.train import distill, setup
+from blockattn.train import command, distill
 
 
 class InterruptedBatches(pipeline.Batches):
@@ -25,17 +24,17 @@ class InterruptedBatches(pipeline.Batches):
 
 
 def interrupt_save(step, sign):
-  save = checkpoint.save
+  save = checkpoint.Checkpoints.save
 
-  def save_and_die(manager, at, *args):
-    save(manager, at, *args)
+  def save_and_die(saved, at, *args):
+    save(saved, at, *args)
     if at == step:
       # Saving goes on in the background: wait for its first trace on disk.
-      while not any(path.name.startswith(str(step)) for path in pathlib.Path(manager.directory).iterdir()):
+      while not any(path.name.startswith(str(step)) for path in saved.folder.iterdir()):
         time.sleep(1e-4)
       os.kill(os.getpid(), sign)
 
-  checkpoint.save = save_and_die
+  checkpoint.Checkpoints.save = save_and_die
 
 
 if __name__ == '__main__':
@@ -46,4 +45,4 @@ if __name__ == '__main__':
   else:
     InterruptedBatches.when, InterruptedBatches.sign = int(when), sign
     pipeline.Batches = InterruptedBatches
-  setup.main(distill.run)
+  command.main(distill.run)

@@ -30,6 +30,7 @@ def case(student_vocab=V + 3, teacher_vocab=V):
   return heads, hidden, targets
 
 
+POSITIONS = np.random.default_rng(8).integers(T, size=(B, T), dtype=np.int32)
 MASKS = {'all': np.ones((B, T), bool), 'none': np.zeros((B, T), bool), 'one': np.arange(B * T).reshape(B, T) == 15,
          'some': np.random.default_rng(7).random((B, T)) < 0.4,
          'one_row': np.arange(B)[:, None] * np.ones((1, T), bool) == 1}
@@ -38,7 +39,8 @@ MASKS = {'all': np.ones((B, T), bool), 'none': np.zeros((B, T), bool), 'one': np
 @functools.partial(jax.jit, static_argnames=('form', 'source', 'chunk'))
 def _chunked(heads, hidden, targets, mask, floor, cap, temperature, ce_weight, *, form, source, chunk):
   def loss(heads, hidden):
-    sums = losses.distillation_sums(heads, hidden, targets, mask, weights=losses.TokenWeights(form, source, floor, cap),
+    per_token = {'target': targets, 'position': POSITIONS}
+    sums = losses.distillation_sums(heads, hidden, per_token, mask, weights=losses.TokenWeights(form, source, floor, cap),
                                     temperature=temperature, ce_weight=ce_weight, chunk=chunk)
     return sums['loss'], sums
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(heads, hidden)
@@ -61,7 +63,8 @@ def log_softmax(logits):
 def naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight):
   """The sums by the formula, in float64, token by token."""
   vocab = min(len(heads['student']), len(heads['teacher']))
-  sums = dict.fromkeys(('loss', 'weight', 'weight_sq', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'), 0.0)
+  sums = dict.fromkeys(('loss', 'weight', 'weight_sq', 'at_floor', 'at_cap', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'), 0.0)
+  sums |= {'kl_at': np.zeros(losses.POSITION_BINS), 'tokens_at': np.zeros(losses.POSITION_BINS)}
   for at in zip(*np.nonzero(mask), strict=True):
     logits = {name: heads[name.split('_')[0]][:vocab].astype(np.float64) @ x_BTD[at] for name, x_BTD in hidden.items()}
     student, teacher = logits['student'], logits['teacher']
@@ -73,8 +76,12 @@ def naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight):
          'none': 1.0}[weights.form]
     kl, ce = float(np.sum(np.exp(p) * (p - q))), -log_softmax(student)[x]
     for name, value in {'loss': w * (kl + ce_weight * ce), 'weight': w, 'weight_sq': w * w, 'tokens': 1.0, 'kl': kl,
-                        'ce': ce, 'teacher_ce': -log_softmax(teacher)[x], 'gap': gap}.items():
+                        'at_floor': gap <= 0, 'at_cap': gap >= weights.cap, 'ce': ce,
+                        'teacher_ce': -log_softmax(teacher)[x], 'gap': gap}.items():
       sums[name] += value
+    at_bin = next(i for i in range(7, -1, -1) if i == 0 or POSITIONS[at] >= T * 2.0 ** (i - 8))
+    sums['kl_at'][at_bin] += kl
+    sums['tokens_at'][at_bin] += 1
   return sums
 
 
@@ -288,3 +295,68 @@ def test_gradients_are_clipped_by_their_global_norm():
   updates = first_update(grads, params, optim_config(warmup=0, eps=1e4, clip=2.0))
   norm = np.sqrt(sum(np.sum(np.square(u)) for u in jax.tree.leaves(updates)))
   np.testing.assert_allclose(norm, 2.0 * 1e-2 / 1e4, rtol=1e-3)
+
+
+def test_the_top_of_a_teacher_gives_a_lower_bound_that_grows_to_the_whole():
+  heads, hidden, _ = case(V, V)
+  teacher, student = (hidden[name] @ heads[name].T for name in ('teacher', 'student'))
+  whole = losses.forward_kl(teacher, student, 2.0)
+  log_p = log_softmax(teacher / 2.0)
+  order = np.argsort(-log_p, axis=-1)
+  before = np.zeros((B, T))
+  for k in (1, 2, 5, V // 2, V - 1):
+    ids = order[..., :k]
+    got = losses.forward_kl_of_top(np.take_along_axis(log_p, ids, -1).astype(np.float32), ids, student, 2.0)
+    p = np.exp(np.take_along_axis(log_p, ids, -1))
+    log_q = np.take_along_axis(log_softmax(student / 2.0), ids, -1)
+    rest, q_rest = 1 - p.sum(-1), 1 - np.exp(log_q).sum(-1)
+    expected = (p * (np.log(p) - log_q)).sum(-1) + rest * (np.log(rest) - np.log(q_rest))
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+    assert np.all(got <= whole + 1e-4) and np.all(got >= before - 1e-4)
+    before = np.asarray(got)
+  np.testing.assert_allclose(before, whole, rtol=1e-3, atol=1e-4)   # one token left: nothing is joined
+
+
+def test_the_top_of_a_teacher_is_finite_where_nothing_is_left():
+  """A student that is sure, a teacher that is sure, and rows of padding, which hold zeros."""
+  sure = np.full((1, 4), -1e4, np.float32)
+  sure[0, 2] = 1e4
+  ids = np.array([[2, 1]])
+  for log_p in ([[0.0, -1e4]], [[np.log(0.6), np.log(0.4)]], [[0.0, 0.0]]):
+    value, grad = jax.value_and_grad(lambda x, log_p=log_p: losses.forward_kl_of_top(
+        jnp.array(log_p, jnp.float32), ids, x, 1.0).sum())(jnp.asarray(sure))
+    assert np.isfinite(value) and np.all(np.isfinite(grad)), log_p
+
+
+def test_what_is_stored_of_a_teacher_trains_as_the_teacher_does():
+  """With all but one of its tokens nothing is lost; sums and gradients are those of the teacher at work."""
+  heads, hidden, targets = case(V, V)
+  mask, weights = MASKS['some'], losses.TokenWeights('relu', 'teacher', 0.1, 5.0)
+  (loss, sums), grads = chunked(heads, hidden, targets, mask, weights, 1.5, 0.3)
+  log_p = {name: log_softmax(hidden[name] @ heads['teacher'].T) for name in ('teacher', 'teacher_block')}
+  warm = log_softmax(hidden['teacher'] @ heads['teacher'].T / 1.5)
+  ids = np.argsort(-warm, axis=-1)[..., :V - 1]
+  pick = lambda x: np.take_along_axis(x, targets[..., None], -1)[..., 0].astype(np.float32)
+  stored = {'ids': ids, 'log_p': np.take_along_axis(warm, ids, -1).astype(np.float32),
+            'target_log_p': pick(log_p['teacher']), 'blocked_log_p': pick(log_p['teacher_block'])}
+
+  def of_stored(head, x_BTD):
+    per_token = {'target': targets, 'position': POSITIONS, 'teacher': stored}
+    sums = losses.distillation_sums({'student': head}, {'student': x_BTD}, per_token, mask, weights=weights,
+                                    temperature=1.5, ce_weight=0.3, chunk=5)
+    return sums['loss'], sums
+  (again, stored_sums), own = jax.jit(jax.value_and_grad(of_stored, argnums=(0, 1), has_aux=True))(
+      heads['student'], hidden['student'])
+  np.testing.assert_allclose(again, loss, rtol=1e-4)
+  for name in sums:
+    np.testing.assert_allclose(stored_sums[name], sums[name], rtol=1e-3, atol=1e-3, err_msg=name)
+  np.testing.assert_allclose(own[0], grads[0]['student'], rtol=1e-3, atol=2e-4)
+  np.testing.assert_allclose(own[1], grads[1]['student'], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize('chunk', (1, 4, 5, T, T + 3))
+def test_mapping_over_chunks_gives_every_token_in_its_place(chunk):
+  x = draw(B, T, D)
+  places = np.arange(B * T, dtype=np.float32).reshape(B, T)
+  got = losses.map_chunks(lambda x: {'sum': x[0].sum(-1) + x[1]}, (x, places), chunk)
+  np.testing.assert_allclose(got['sum'], x.sum(-1) + places, rtol=1e-6)

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -103,6 +104,59 @@ def test_tensorboard_event_files_are_written(tmp_path):
   assert len(events) == 1 and b'train/loss' in events[0].read_bytes()
 
 
+WANDB = """
+import json
+import pathlib
+
+LOG = pathlib.Path(__file__).with_suffix('.log')
+
+
+def _say(*entry):
+  with LOG.open('a') as f:
+    f.write(json.dumps(entry) + '\\n')
+
+
+def init(**options):
+  _say('init', options)
+  return Run()
+
+
+class Run:
+  def define_metric(self, *args, **kwargs):
+    _say('define_metric', args, kwargs)
+
+  def log(self, values):
+    _say('log', values)
+
+  def finish(self):
+    _say('finish')
+"""
+
+
+def test_weights_and_biases_get_every_line_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, monkeypatch):
+  (tmp_path / 'wandb.py').write_text(WANDB)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+  workdir = tmp_path / 'my_run'
+  for steps, resume in (((1, 2), 0), ((2,), 1)):
+    write_steps(workdir, steps, resume_step=resume, wandb_project='blocks')
+  write_steps(tmp_path / 'other', [1], process_index=1, wandb_project='blocks')   # process 0 alone writes
+  said = [json.loads(line) for line in (tmp_path / 'wandb.log').read_text().splitlines()]
+  monkeypatch.delitem(sys.modules, 'wandb')
+  assert [entry[0] for entry in said] == ['init', 'define_metric', 'log', 'log', 'finish', 'init', 'define_metric', 'log',
+                                          'finish']
+  first, again = (entry[1] for entry in said if entry[0] == 'init')
+  assert first == again and first['project'] == 'blocks' and first['name'] == 'my_run' and first['resume'] == 'allow'
+  assert [entry[1] for entry in said if entry[0] == 'log'] == [
+      {'loss': 0.5, 'step': 1}, {'loss': 1.0, 'step': 2}, {'loss': 1.0, 'step': 2}]
+
+
+def test_without_weights_and_biases_the_extra_is_named(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(ImportError, match=r'pip install "blockattn\[log\]"'):
+    metrics.MetricWriter(tmp_path, tensorboard=False, wandb_project='blocks')
+
+
 def test_clock_leaves_out_the_first_step_and_pauses():
   now = Clock()
   clock = metrics.StepClock(total_steps=14, window=2, now=now)
@@ -117,15 +171,28 @@ def test_clock_leaves_out_the_first_step_and_pauses():
   assert clock.rates() == {'steps_per_s': 0.5, 'tokens_per_s': 70 / 4, 'seconds_left': 20.0}
 
 
+def test_mfu_is_what_was_needed_over_what_the_devices_can_do():
+  now = Clock()
+  clock = metrics.StepClock(total_steps=9, peak_flops=1000.0, now=now)
+  for step, flops in enumerate((5000.0, 600.0, 1000.0), start=1):   # the first one is not counted
+    clock.tick(step, 10, flops)
+    now.seconds += 2.0
+  assert clock.rates()['mfu'] == (600 + 1000) / 4 / 1000
+  for unknown in (metrics.StepClock(9, now=now), metrics.StepClock(9, peak_flops=1000.0, now=now)):
+    unknown.tick(1, 10, 0.0)
+    unknown.tick(2, 10, 600.0 if unknown._peak == 0 else 0.0)   # no peak, or no count
+    assert 'mfu' not in unknown.rates()
+
+
 def test_progress_is_plain_lines_without_a_terminal():
   now, stream = Clock(), io.StringIO()
   with metrics.ProgressLine(5, 'distill', every_s=10, stream=stream, now=now) as line:
     for step in range(1, 6):
-      line.update(step, {'loss': 2.0, 'tokens_per_s': 31234.0, 'seconds_left': 92.0, 'lr': 1.0})
+      line.update(step, {'loss': 2.0, 'tokens_per_s': 31234.0, 'mfu': 0.4123, 'seconds_left': 92.0, 'lr': 1.0})
       now.seconds += 6
     line.say('saved [step 5]')
   assert stream.getvalue().splitlines() == [
-      f'distill {step}/5  loss 2.0000  31.2k tokens/s  1m32s left' for step in (1, 3, 5)] + ['saved [step 5]']
+      f'distill {step}/5  loss 2.0000  31.2k tokens/s  41.2% MFU  1m32s left' for step in (1, 3, 5)] + ['saved [step 5]']
 
 
 def test_progress_on_a_terminal_and_on_other_processes():

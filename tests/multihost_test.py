@@ -1,6 +1,5 @@
 """Runs of several processes: how they find each other, agree, and end together; on loopback, with the real trainer."""
 
-import os
 import pathlib
 import re
 import signal
@@ -22,19 +21,18 @@ folder = resume_test.folder   # a teacher, examples and a config file of both
 PATIENCE_S = 240   # for a machine that is busy with other tests; a run that hangs does so for 300 s
 
 
-def environment(folder, **more):
-  clean = {name: value for name, value in os.environ.items() if not name.startswith(('BLOCKATTN_', 'SLURM', 'OMPI'))}
-  return clean | {
-      'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-      'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-      'PYTHONUNBUFFERED': '1'} | more
+def environment(folder, devices=1, **more):
+  """That of `resume_test`, without what says that this process is one of several."""
+  own = resume_test.environment(folder, devices)
+  return {name: value for name, value in own.items() if not name.startswith(('BLOCKATTN_', 'SLURM', 'OMPI'))} | more
 
 
-def pair(folder, *commands):
+def pair(folder, *commands, env=None):
   """Runs a command per process, all ending with --multihost; returns [(exit code, output)] and the seconds it took."""
+  env = env or environment(folder)
   address, start = f'127.0.0.1:{processes.free_port()}', time.monotonic()
   started = [subprocess.Popen([sys.executable, *command, f'--multihost={address},{len(commands)},{i}'], cwd=ROOT, text=True,
-                              env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                              env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
              for i, command in enumerate(commands)]
   try:
     outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in started]
@@ -50,7 +48,7 @@ def trainer(folder, workdir, *overrides, when=None, sign=None):
   return [*command, f'--config={folder}/config.py', f'--workdir={workdir}', *overrides]
 
 
-def test_two_processes_that_are_stopped_and_go_on_train_as_one_does(folder):
+def test_two_processes_that_are_stopped_and_one_that_goes_on_train_as_one_does(folder):
   single = resume_test.start(folder, folder / 'single')
   assert single.returncode == 0, single.stderr
   workdir = folder / 'pair'
@@ -60,11 +58,8 @@ def test_two_processes_that_are_stopped_and_go_on_train_as_one_does(folder):
   assert 9 < int(saved) < resume_test.STEPS == resume_test.newest(folder / 'single')
   assert resume_test.newest(workdir) == int(saved) and 'SIGTERM: saved' not in ends[1][1]
 
-  rest = subprocess.run([sys.executable, '-m', 'launch.processes', '--processes=2', *trainer(folder, workdir)], cwd=ROOT,
-                        env=environment(folder), capture_output=True, text=True, timeout=PATIENCE_S)
-  assert rest.returncode == 0, rest.stdout + rest.stderr
-  assert re.search(rf'^\[0\] restoring step {saved}: .*seconds by process: 0: [\d.]+, 1: [\d.]+$', rest.stdout, re.M)
-  assert f'[0] distilling {resume_test.STEPS}/{resume_test.STEPS}' in rest.stdout and '[1] distilling' not in rest.stdout
+  rest = resume_test.start(folder, workdir)
+  assert rest.returncode == 0, rest.stderr
   steps, values = resume_test.losses(workdir)
   assert steps == list(range(1, resume_test.STEPS + 1))
   alone = resume_test.losses(folder / 'single')[1]
@@ -72,14 +67,15 @@ def test_two_processes_that_are_stopped_and_go_on_train_as_one_does(folder):
   np.testing.assert_allclose(values, alone, rtol=1e-3)   # sums in another order, and what Adam makes of that in 24 steps
 
 
-def test_an_exception_in_one_ends_both_with_its_words(folder):
+def test_an_exception_in_one_ends_both_with_its_words(tmp_path):
   """Ctrl-C in the middle of a run, between steps that wait for each other; JAX alone would wait for 305 s."""
-  workdir = folder / 'broken_pair'
-  ends, seconds = pair(folder, trainer(folder, workdir), trainer(folder, workdir, when=9, sign=signal.SIGINT))
+  script = str(ROOT / 'tests/tiny_run.py')
+  ends, seconds = pair(tmp_path, *[[script, f'--config={script}', f'--workdir={tmp_path}/run']] * 2,
+                       env=environment(tmp_path, devices=2, BLOW='interrupt:9:1'))
   assert [code for code, _ in ends] == [130, 130], ends
   assert seconds < 120, f'{seconds:.0f} s'
   for _, output in ends:
-    assert 'interrupted.py' in output and 'KeyboardInterrupt' in output, output   # the traceback of process 1, in both
+    assert 'tiny_run.py' in output and 'KeyboardInterrupt' in output, output   # the traceback of process 1, in both
   heard = r'process 0 of 2 on \S+ ends with it: process 1 of 2 on \S+ was the first to fail'
   assert re.search(heard, ends[0][1]), ends[0][1]
 

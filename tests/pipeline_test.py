@@ -1,8 +1,10 @@
 """Sources of rows, their batches, the cache, and the tool that prepares files."""
 
+import concurrent.futures
 import itertools
 import json
 import os
+import time
 
 import data_cases
 import jax
@@ -104,18 +106,19 @@ def test_resuming_gives_the_same_batches(source, step):
   assert_same(take(source, 12 - step, start_step=step), straight[step:])
   it = pipeline.batches(source, batch=4, seed=3)
   first = [next(it) for _ in range(9)]
-  assert it.get_state() == {'next_step': 9} and json.loads(json.dumps(it.get_state())) == it.get_state()
+  assert it.get_state() == {'next_step': 9, 'source': it.fingerprint}
+  assert it.fingerprint and json.loads(json.dumps(it.get_state())) == it.get_state()
   it.set_state({'next_step': step})   # back, with batches read ahead
   assert_same([next(it) for _ in range(12 - step)], straight[step:])
   assert_same(first, straight[:9])
-  assert it.get_state() == {'next_step': 12}
+  assert it.get_state()['next_step'] == 12
   it.close()
 
 
 @pytest.mark.parametrize('count', [2, 4])
 def test_any_number_of_processes_sees_the_same_global_batches(source, count):
   whole = take(source, 6)
-  parts = [take(source, 6, process_index=i, process_count=count) for i in range(count)]
+  parts = [take(source, 6, rows=range(i * 4 // count, (i + 1) * 4 // count)) for i in range(count)]
   glued = [jax.tree.map(lambda *rows: np.concatenate(rows), *step) for step in zip(*parts, strict=True)]
   assert_same(glued, whole)
 
@@ -149,7 +152,7 @@ def test_rows_left_over_at_the_end(files):
   assert real.tolist() == [i < n % 4 for i in range(4)]
   assert not padded[-1]['loss'][~real].any() and not padded[-1]['tokens'][~real].any()
   assert len(set(row_ids(padded)) - {bytes(4 * LENGTH)}) == n
-  shards = [take(files, None, epochs=1, remainder='pad', process_index=i, process_count=4) for i in range(4)]
+  shards = [take(files, None, epochs=1, remainder='pad', rows=[i]) for i in range(4)]
   assert {len(shard) for shard in shards} == {len(padded)}   # no process stops before another
   assert len(take(files, None, epochs=3)) == 3 * n // 4
 
@@ -188,9 +191,11 @@ def test_weights_are_shares_of_rows(files):
 
 def test_what_does_not_go_together(files, mixture):
   cases = [
-      ('multiple of the number of processes', files, {'process_count': 3}),
-      ('index below it', files, {'process_index': 2, 'process_count': 2}),
-      ('multiple', files, {'batch': 0}),
+      ('some of its rows, each once, ascending', files, {'rows': [1, 0]}),
+      ('some of its rows', files, {'rows': [1, 1]}),
+      ('some of its rows', files, {'rows': [3, 4]}),
+      ('some of its rows', files, {'rows': []}),
+      ('a batch of 0', files, {'batch': 0}),
       ("remainder='keep'; choose one of drop, pad", files, {'remainder': 'keep'}),
       ('rows are less than one batch of 1000', files, {'batch': 1000, 'epochs': 1}),
       ('a mixture has no epochs', mixture, {'epochs': 1}),
@@ -201,7 +206,8 @@ def test_what_does_not_go_together(files, mixture):
     with pytest.raises(ValueError, match=match):
       take(source, 1, **kwargs)
   it = pipeline.batches(files, batch=4, seed=0, prefetch=0)
-  for state in (5, None, {}, {'next_step': 1.0}, {'next_step': True}, {'next_index': 1}):
+  it.set_state({'next_step': 1})   # as it was saved before there were fingerprints
+  for state in (5, None, {}, {'next_step': 1.0}, {'next_step': True}, {'next_index': 1}, {'next_step': 1, 'more': 2}):
     with pytest.raises(ValueError, match='the state of the data is'):
       it.set_state(state)
   for weights in ((1.0,), (1.0, 0.0), (1.0, -1.0)):
@@ -276,7 +282,7 @@ def test_strict_reading_stops(folder, tokenizer, tmp_path):
   for _ in range(2):   # nothing is left behind that could hide the error the second time
     with pytest.raises(text_lib.BadLineError, match='a.jsonl:16: bad JSON'):
       pipeline.FileRows(str(folder), tokenizer, OPTIONS, tmp_path, strict=True)
-    assert not os.listdir(tmp_path)
+    assert all(name.endswith('.lock') for name in os.listdir(tmp_path))
   pipeline.FileRows(str(folder), tokenizer, OPTIONS, tmp_path)
   with pytest.raises(text_lib.BadLineError, match='a.jsonl:16: bad JSON'):   # from the cache, too
     pipeline.FileRows(str(folder), tokenizer, OPTIONS, tmp_path, strict=True)
@@ -304,7 +310,7 @@ def cached(tmp_path, tokenizer, monkeypatch):
 
 
 def stored(tmp_path):
-  return sorted((tmp_path / 'cache').iterdir())
+  return sorted(path for path in (tmp_path / 'cache').iterdir() if path.suffix != '.lock')
 
 
 def test_the_second_use_does_not_encode(cached, tmp_path):
@@ -386,6 +392,77 @@ def test_a_store_that_another_process_finished_first_is_used(cached, tmp_path, m
 
   monkeypatch.setattr(os, 'rename', rename)
   assert cached()[0] and stored(tmp_path) == [folder]
+
+
+def test_of_those_who_want_a_store_at_once_one_makes_it(folder, tokenizer, tmp_path, monkeypatch):
+  """As the processes of a run on one host do; the others wait for it, and then have the same documents."""
+  calls, real = [], encode.encode_examples
+
+  def slowly(*args, **kwargs):
+    calls.append(1)
+    time.sleep(0.3)
+    yield from real(*args, **kwargs)
+
+  monkeypatch.setattr(encode, 'encode_examples', slowly)
+  path = str(folder / 'a.jsonl')
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    sources = list(pool.map(lambda _: pipeline.FileRows(path, tokenizer, OPTIONS, tmp_path / 'cache'), range(3)))
+  assert len(calls) == 1 and sorted(source.stores[0].built for source in sources) == [False, False, True]
+  assert_same([sources[0][0]], [sources[1][0]])
+  assert len(stored(tmp_path)) == 1
+
+
+# Data that changes, and data that cannot be read
+
+
+def reopen(path, tokenizer, tmp_path, **kwargs):
+  source = pipeline.FileRows(path, tokenizer, OPTIONS, tmp_path / 'cache')
+  return pipeline.batches(source, batch=2, seed=0, prefetch=0, **kwargs)
+
+
+def test_other_data_is_refused_and_named(tokenizer, tmp_path):
+  paths = [data_cases.write_lines(tmp_path / name, map(data_cases.passages_line, range(5)))
+           for name in ('a.jsonl', 'b.jsonl')]
+  state = reopen(paths, tokenizer, tmp_path, start_step=3).get_state()
+  state = json.loads(json.dumps(state))
+  os.utime(paths[0])   # touched, not changed
+  again = reopen(paths, tokenizer, tmp_path)
+  again.set_state(state)
+  assert again.get_state() == state
+  lines = [*map(data_cases.passages_line, range(4)), data_cases.passages_line(7)]
+  size = os.path.getsize(paths[1])
+  data_cases.write_lines(tmp_path / 'b.jsonl', lines)
+  assert os.path.getsize(paths[1]) == size   # only its content tells
+  with pytest.raises(pipeline.DataChanged, match=f'{paths[1]} has changed.* Put the data back as it was') as refused:
+    reopen(paths, tokenizer, tmp_path).set_state(state)
+  assert 'a.jsonl' not in str(refused.value) and 'another --workdir' in str(refused.value)
+  with pytest.raises(pipeline.DataChanged, match=f'{paths[1]} is gone'):
+    reopen(paths[:1], tokenizer, tmp_path).set_state(state)
+  with pytest.raises(pipeline.DataChanged, match='a.jsonl has changed, or what reads it'):
+    reopen(paths, data_cases.tiny_tokenizer(data_cases.TRIMMING), tmp_path).set_state(state)
+
+
+def test_what_pages_and_mixtures_are_made_of(pages, containers, mixture, tokenizer):
+  same = pipeline.PageRows(containers, stdlib.PageStyle(), tokenizer, length=900, max_blocks=20, rows=99)
+  assert same.fingerprint() == pages.fingerprint()
+  fewer = pipeline.PageRows(containers[:3], stdlib.PageStyle(), tokenizer, length=900, max_blocks=20)
+  assert fewer.fingerprint().keys() == pages.fingerprint().keys() and fewer.fingerprint() != pages.fingerprint()
+  names = list(mixture.fingerprint())
+  assert [name.split(':')[0] for name in names] == ['source 0', 'source 0', 'source 1'] and names[2].endswith('c.jsonl')
+
+
+@pytest.mark.parametrize('prefetch', [0, 2])
+def test_a_row_that_cannot_be_read_is_named(folder, tokenizer, tmp_path, prefetch, monkeypatch):
+  """Also out of the thread that reads ahead, and only once the batch is asked for."""
+  source = pipeline.FileRows(str(folder), tokenizer, OPTIONS, tmp_path)
+  bad = int(source.plan[2][0])
+  file = source.files[0] if bad < len(source.stores[0]) else source.files[1]
+  doc = pipeline.FileRows.doc
+  monkeypatch.setattr(pipeline.FileRows, 'doc', lambda self, i: doc(self, i) if i != bad else {}['lost'])
+  it = pipeline.batches(source, batch=1, seed=0, shuffle=False, prefetch=prefetch)
+  next(it), next(it)
+  with pytest.raises(pipeline.UnreadableRow, match=rf'row 2 of the data, .*{file} \(document \d+\).*, cannot be read: Key'):
+    next(it)
 
 
 # The tool

@@ -121,6 +121,67 @@ def test_curves_of_both_runs(run):
   assert [s['name'] for s in drawn[1]['series']] == ['']
 
 
+def cells_of(page, title):
+  """(row labels, {what a cell says: its opacity}, values at the right) of the heat map of this title."""
+  figure = re.search(rf'<figure class="heat"><h3>{re.escape(title)}</h3>.*?</figure>', page, re.S)[0]
+  cells = re.findall(r'<g><title>(.*?)</title><rect class="f0" [^>]*opacity="([\d.]+)"/></g>', figure)
+  return (re.findall(r'text-anchor="end">([^<]*)</text>', figure)[:-1], {what: float(shade) for what, shade in cells},
+          re.findall(r'<text x="878" y="\d+">([^<]*)</text>', figure))
+
+
+def test_kl_by_position_is_a_map_over_the_steps(tmp_path):
+  values = lambda step: {f'kl_pos_{i}': float('nan') if i == 3 and step == 2 else float(i * step) for i in range(8)}
+  write(tmp_path, 'metrics.jsonl', lines({'step': s, 'time': 0, 'loss': 1.0} | values(s) for s in (1, 2)))
+  page = page_of(tmp_path)
+  Tags(page)
+  assert re.findall(r'<figure><h3>(.*?)</h3>', page) == ['loss']   # no curve of every bin
+  rows, cells, last = cells_of(page, report.KL_BY_POSITION)
+  assert rows == ['1/2 to end', '1/4 to 1/2', '1/8 to 1/4', '1/16 to 1/8', '1/32 to 1/16', '1/64 to 1/32', '1/128 to 1/64',
+                  'start to 1/128']
+  assert last == ['14', '12', '10', '8', '3', '4', '2', '0'] and len(cells) == 15   # one was not measured
+  assert cells['1/2 to end, step 2: 14'] == 1.0 and cells['start to 1/128, step 1: 0'] == 0.08
+  assert cells['1/2 to end, step 1: 7'] == 0.54   # half of the largest
+
+
+def test_scalars_of_many_parts_are_a_map(tmp_path):
+  names = [f'val_f1/{name}{hints}' for name in ('code', 'web_text') for hints in ('', '/without_hints')]
+  steps = [{'step': s, 'time': 0, 'loss': 1.0} | (dict.fromkeys(names, s / 400) if s % 2 == 0 else {})
+           for s in range(1, 401)]
+  write(tmp_path, 'metrics.jsonl', lines(steps))
+  rows, cells, last = cells_of(page_of(tmp_path), 'val_f1, by part')
+  assert rows == ['code', 'code, without hints', 'web text', 'web text, without hints'] and last == ['0.9925'] * 4
+  assert len(cells) == 4 * 50 and cells['code, steps 2 to 8: 0.0125'] == 0.08   # means of four steps each
+
+
+@pytest.mark.parametrize('last, state', [(3, 'step 3 of 3, finished'), (2, 'step 2 of 3, not finished'),
+                                         (None, 'no step of 3 is logged')])
+def test_how_far_a_run_has_come(tmp_path, last, state):
+  """A page of a run that goes on, was stopped, or failed before its first line."""
+  write(tmp_path, 'config.json', {'steps': 3})
+  write(tmp_path, 'run.json', {'command': ['x'], 'commit': None, 'devices': ['TPU_0', 'TPU_1', 'TPU_2']})
+  if last:
+    write(tmp_path, 'metrics.jsonl', lines({'step': s, 'time': 60 * s, 'loss': 1.0} for s in range(1, last + 1)) + '{"ste')
+  shown = dict(re.findall(r'<dt>(.*?)</dt><dd>(.*?)</dd>', page_of(tmp_path)))
+  assert shown['state'] == state and shown['devices'] == '3: TPU_0, …' and shown['command'] == 'x'
+  assert ('logged' in shown) is bool(last)
+  if last:
+    assert shown['logged'] == f'1970-01-01 00:01:00 to 1970-01-01 00:0{last}:00 UTC'
+
+
+def test_a_run_of_one_line(tmp_path):
+  write(tmp_path, 'metrics.jsonl', lines([{'step': 1, 'time': 0, 'loss': 0.41901702}]))
+  page = page_of(tmp_path)
+  assert '>0.419</text>' in page
+  assert re.search(r'<circle class="dot f0" cx="56.0" cy="138.0"', page)   # in the middle
+
+
+def test_loss_comes_first_and_speed_last(tmp_path):
+  names = ('mfu', 'weight_mean', 'lr', 'kl', 'loss_tokens', 'steps_per_s', 'loss', 'seconds_left', 'tokens_per_s')
+  write(tmp_path, 'metrics.jsonl', lines([{'step': 1, 'time': 0} | dict.fromkeys(names, 1.0)]))
+  assert re.findall(r'<figure><h3>(.*?)</h3>', page_of(tmp_path)) == [
+      'loss', 'kl', 'loss_tokens', 'lr', 'weight_mean', 'mfu', 'steps_per_s', 'tokens_per_s']
+
+
 def test_values_that_are_not_finite_leave_gaps(tmp_path):
   write(tmp_path, 'metrics.jsonl', lines([{'step': 1, 'time': 0, 'loss': 1.0}, {'step': 2, 'time': 0, 'loss': float('nan')},
                                           {'step': 3, 'time': 0, 'loss': 2.0}]))

@@ -62,14 +62,21 @@ def folder(tmp_path_factory):
   return folder
 
 
+def environment(folder, devices=1):
+  """Of a process with simulated devices. Compiled programs are shared by all tests, also by those of other processes."""
+  base = folder.parent.parent if folder.parent.name.startswith('popen-') else folder.parent   # as pytest-xdist has it
+  return os.environ | {
+      'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONUNBUFFERED': '1',
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'JAX_COMPILATION_CACHE_DIR': str(base / 'compiled'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'JAX_COMPILATION_CACHE_MAX_SIZE': str(1 << 30)}   # with a bound the cache is locked, without one it is not
+
+
 def start(folder, workdir, *command, overrides=()):
   """Runs the trainer on one simulated device; `command` replaces `-m blockattn.train.distill`."""
-  env = os.environ | {
-      'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-      'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
   return subprocess.run([sys.executable, *(command or ('-m', 'blockattn.train.distill')), f'--config={folder}/config.py',
-                         f'--workdir={workdir}', *overrides], env=env, cwd=ROOT, capture_output=True, text=True,
-                        timeout=500)
+                         f'--workdir={workdir}', *overrides], env=environment(folder), cwd=ROOT, capture_output=True,
+                        text=True, timeout=500)
 
 
 def interrupt(folder, workdir, when, sign):
@@ -97,14 +104,10 @@ def straight(folder):
 
 def test_a_run_that_is_killed_and_terminated_ends_as_if_nothing_had_happened(folder, straight):
   workdir = folder / 'stopped'
-  result = interrupt(folder, workdir, 16, signal.SIGKILL)
-  assert result.returncode == -signal.SIGKILL, result.stderr
-  assert newest(workdir) in (6, 12)   # the write of 12 may have been under way
-  assert losses(workdir)[0][-1] > 12   # these lines will be written again
-
   result = interrupt(folder, workdir, 'save:18', signal.SIGKILL)
   assert result.returncode == -signal.SIGKILL, result.stderr
   assert newest(workdir) in (12, 18)   # 18 if the write was faster than the signal
+  assert losses(workdir)[0][-1] >= 17   # some of these lines will be written again
 
   result = interrupt(folder, workdir, 20, signal.SIGTERM)
   assert result.returncode == loop.EXIT_PREEMPTED, result.stderr
@@ -138,13 +141,11 @@ def test_facts_of_a_run_are_kept(straight):
 
 def test_a_workdir_of_another_config_is_refused(folder, straight):
   config = get_config(folder)
-  config.mesh.fsdp = 1
-  config.mesh.data = -1
   config.batch = 8
   config.optim.lr = 1e-4
   before = (straight / 'config.json').read_text()
-  with pytest.raises(ValueError, match='straight holds a run with another config: batch, mesh.data, mesh.fsdp, optim.lr '
-                                       'differ. Use a new --workdir, or the old values'):
+  with pytest.raises(ValueError, match='straight holds a run with another config: batch, optim.lr differ. '
+                                       'Use a new --workdir, or the old values'):
     distill.run(config, straight)
   assert (straight / 'config.json').read_text() == before and newest(straight) == STEPS
 
@@ -171,6 +172,8 @@ def test_a_mistyped_override_is_one_line(folder):
 
 class Numbers:
   """0.0, 1.0, ... as batches; `before(n)` is called before the n-th is handed out."""
+
+  fingerprint = {}
 
   def __init__(self, before=lambda n: None):
     self.at, self.before = 0, before
@@ -247,7 +250,7 @@ def test_sigterm_in_the_last_step_is_the_end(tmp_path):
 
 
 def test_what_may_change_in_a_workdir(tmp_path):
-  """Everything before the first checkpoint; after it what is only about logging and saving."""
+  """Everything before the first checkpoint; after it what does not change what is learned."""
   config = common.base()
   loop.save_run_facts(tmp_path, config)
   config.batch = 32
@@ -255,6 +258,7 @@ def test_what_may_change_in_a_workdir(tmp_path):
   run_loop(tmp_path)
   for name in ('log_every', 'save_every', 'keep'):
     config[name] += 1
+  config.update_from_flattened_dict({'mesh.fsdp': 4, 'rules': (('embed', None),), 'compute.remat': 'full'})
   loop.save_run_facts(tmp_path, config)
   assert json.loads((tmp_path / 'config.json').read_text())['keep'] == config.keep
   common.add_finetune(config)

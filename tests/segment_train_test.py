@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import data_cases
@@ -116,6 +117,19 @@ def test_windows_of_a_document_decide_once_on_every_candidate():
     known = sum(int(np.sum(row['labels'] >= 0)) for row in rows)
     candidates = len(markers.candidates(long.text))
     assert candidates - len(rows) <= known <= candidates
+
+
+def test_occasions_stand_in_front_of_every_block_and_nothing_else_changes():
+  blocks = ('A: hello\n', 'B: well\n\n', 'A: so\n')
+  seen = set()
+  for seed in range(40):
+    dated = variation.occasions(blocks, np.random.default_rng(seed))
+    heads = [new.removesuffix(old) for new, old in zip(dated, blocks, strict=True)]
+    assert all(new.endswith(old) for new, old in zip(dated, blocks, strict=True))
+    assert len({bool(head) for head in heads}) == 1   # all, or none
+    assert all(head.endswith('\n') and head.strip() for head in heads if head)
+    seen.add(re.sub('[A-Za-z]+', 'a', re.sub('[0-9]+', '0', heads[1])))
+  assert len(seen) >= 6
 
 
 @pytest.mark.parametrize('style', variation.STYLES)

@@ -68,6 +68,116 @@ def test_memory_follows_the_config():
   assert tensor['loss: head'] < full['loss: head'] / 2
 
 
+def test_rows_that_are_cut_cost_a_device_its_part():
+  """And with remat 'none' the keys and values of the others."""
+  def memory(context, remat):
+    config = qwen(data=1, fsdp=-1, context=context)
+    config.update_from_flattened_dict({'compute.remat': remat, 'batch': 8, 'accumulate': context})   # one row at a time
+    return show.describe(config, devices=8)['per_device']
+  whole, half = memory(1, 'full'), memory(2, 'full')
+  for row in ('saved', 'hidden'):
+    assert half[row] == pytest.approx(whole[row] / 2, rel=1e-3), row
+  tokens = 32768 + 4 * 256
+  kept = 36 * 2 * 8 * 128 * (tokens // 2) * 2   # layers, keys and values, heads, width, tokens, bytes
+  assert memory(2, 'none')['saved'] - memory(1, 'none')['saved'] / 2 == pytest.approx(kept, rel=0.02)
+
+
+def test_a_teacher_takes_the_room_that_its_config_says():
+  def memory(**keys):
+    config = qwen()
+    config.update_from_flattened_dict(keys)
+    return show.describe(config, devices=8)['per_device']
+  plain, small, stored = memory(), memory(**{'teacher.dtype': 'int8'}), memory(**{'teacher.logits': 'taught/x'})
+  assert small['teacher'] == pytest.approx(plain['teacher'] / 2, rel=0.01)   # bytes, and a scale per output channel
+  whole = memory(**{'teacher.rules': (('embed', None),)})
+  assert whole['teacher'] == pytest.approx(8 * plain['teacher'], rel=1e-2) and whole['parameters'] == plain['parameters']
+  assert stored['teacher'] == 0 and stored['batch'] > plain['batch']
+  assert stored['loss: logits'] == plain['loss: logits'] * 3 / 5
+
+
+def test_a_lora_student_has_gradients_of_its_own_part_only():
+  def shown(make=distill.get_config, **keys):
+    config = make('model=qwen3_4b,ctx=32768')
+    config.update_from_flattened_dict({'lora.rank': 16} | keys)
+    return show.describe(config, devices=8)
+  distilled = shown()
+  # 16 (D + N H) of q, ... for 36 layers; see models/lora.py.
+  per_layer = 2560 + 32 * 128 + 2 * (2560 + 8 * 128) + 32 * 128 + 2560 + 3 * (2560 + 9728)
+  assert distilled['total']['count'] == 36 * 16 * per_layer
+  memory = distilled['per_device']
+  assert memory['optimizer'] == pytest.approx(2 * memory['parameters'], rel=1e-3)
+  assert memory['frozen'] == 0 < memory['teacher']
+  for other in (shown(finetune.get_config), shown(**{'teacher.logits': 'taught/x'})):   # no teacher to add to
+    assert other['per_device']['frozen'] == pytest.approx(4 * 4_022_468_096 / 8, rel=1e-2)
+
+
+def test_operations_and_time_of_a_step():
+  shown = show.describe(qwen(), devices=64, device='v5p', mfu=0.5)
+  step, tokens = shown['step'], 64 * 32768
+  weights = 36 * (2560 * 128 * (32 + 8 + 8) + 32 * 128 * 2560 + 3 * 2560 * 9728)
+  assert step['flops'] * 64 > tokens * 2 * 4 * weights   # a forward pass of the teacher, three of the student
+  assert step['seconds'] == step['seconds_of_operations'] == pytest.approx(step['flops'] / 0.5 / 459e12)
+  assert step['mfu'] == pytest.approx(0.5) and step['tokens_per_s'] == pytest.approx(tokens / step['seconds'])
+  slow = show.describe(qwen(), devices=64, device='v5p', mfu=0.5, links=1e9)['step']
+  assert slow['seconds'] == slow['seconds_of_links'] == pytest.approx(sum(step['received'].values()) / 1e9)
+  assert slow['mfu'] == pytest.approx(step['flops'] / 459e12 / slow['seconds'])
+  assert 'seconds' not in show.describe(qwen(), devices=64)['step']
+
+
+def test_bytes_that_a_device_receives():
+  received = lambda devices=8, **mesh: show.describe(qwen(**mesh), devices=devices)['step']['received']
+  one = received(devices=1)
+  assert one == {'weights': 0, 'gradients': 0, 'activations': 0}
+  whole = received(fsdp=1, data=8)   # every device has all weights, and all add up their gradients
+  assert whole['weights'] == whole['activations'] == 0
+  assert whole['gradients'] == pytest.approx(2 * 2 * 4_022_468_096 * 7 / 8)   # bfloat16
+  cut = received(fsdp=8)
+  norms = 36 * (2 * 2560 + 2 * 128) + 2560
+  assert cut['gradients'] == pytest.approx((2 * (4_022_468_096 - norms) + 4 * norms) * 7 / 8)
+  assert cut['weights'] == pytest.approx(3 * 2 * (4_022_468_096 - norms) * 7 / 8)   # twice, and the teacher's
+  tensor = received(fsdp=1, tensor=8)
+  assert tensor['weights'] == 0 and tensor['gradients'] == pytest.approx(0)
+  row, student = 64 * 2560 * 2, 32768 + 4 * 256
+  # Two all-reduces, each 2 * 7/8 of the rows: three times in the student's passes, with remat, and once in the teacher's.
+  assert tensor['activations'] == pytest.approx(36 * 2 * 2 * 7 / 8 * row * (3 * student + 32768))
+  assert received(fsdp=4, context=2)['activations'] > 0
+
+
+def test_a_device_that_is_too_small_is_named():
+  assert any('more than the 16 GB of a v5e' in text for text in show.describe(qwen(), 64, 'v5e')['warnings'])
+  assert not show.describe(qwen(), 64, 'h200')['warnings']
+
+
+@pytest.mark.parametrize('text, sizes', [('data=8,fsdp=32', (8, 32, 1, 1)), ('context=2, tensor=4', (1, 1, 4, 2)),
+                                         ('fsdp=-1', (1, -1, 1, 1))])
+def test_a_mesh_on_the_command_line(text, sizes):
+  assert tuple(show.parse_mesh(text).values()) == sizes
+
+
+@pytest.mark.parametrize('text, message', [
+    ('data', 'give every axis once, as data=SIZE'), ('data=0', 'data=SIZE'), ('data=2,data=4', 'every axis once'),
+    ('date=8', "did you mean 'data'"), ('data=two', 'data=SIZE'), ('', "no axis ''")])
+def test_a_bad_mesh_on_the_command_line(text, message):
+  with pytest.raises(ValueError, match=message):
+    show.parse_mesh(text)
+
+
+def test_a_mesh_says_how_many_devices_there_are(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(ROOT)
+  config = '--config=configs/distill.py:model=qwen3_4b,ctx=32768'
+  assert show.main([config, '--mesh=data=2,fsdp=32', '--device=v6e', f'--json={tmp_path / "shown.json"}']) == 0
+  shown = json.loads((tmp_path / 'shown.json').read_text())
+  assert shown['mesh'] == {'data': 2, 'fsdp': 32, 'tensor': 1, 'context': 1} == shown['config']['mesh']
+  assert 'operations at 40% of 918 TFLOP/s (assumed)' in capsys.readouterr().out
+  for arguments, message in ((['--mesh=data=8,fsdp=32'], 'config.batch=64 must be a multiple of 256'),
+                             (['--mesh=fsdp=-1'], '--devices=N'), (['--device=v1'], 'v5e'),
+                             (['--aot=v5e'], 'give a TPU slice such as v5e:2x2'), (['--aot=h100:2x2'], 'v5e:2x2'),
+                             (['--mesh=fsdp=32', '--aot=v5e:4x4'], 'needs 32 devices, here are 16'),
+                             (['--config.profile=7:3', '--devices=64'], "profile='7:3'")):
+    assert show.main([config, *arguments]) == 2
+    assert message in capsys.readouterr().err, arguments
+
+
 def test_fine_tuning_counts_the_views_of_its_mode():
   saved = {}
   for mode in ('full', 'block', 'both'):
@@ -85,9 +195,18 @@ def test_learned_sinks_are_parameters():
           'bytes': 4 * 4 * 2560} in shown['parameters']
 
 
+EIGHT = {'mesh': {'data': 1, 'fsdp': 2, 'tensor': 8, 'context': 1}}
+
+
 @pytest.mark.parametrize('change, message', [
     ({'mesh': {'data': 1, 'fsdp': 1, 'tensor': 16, 'context': 1}},
      r"layers/k: axis 'kv_heads' of size 8 cannot be cut into 16"),
+    ({**EIGHT, 'model.fields': {'mlp': 9732}}, r"layers/down: axis 'mlp' of size 9732"),
+    ({**EIGHT, 'model.fields': {'vocab': 151938}}, r"embed: axis 'vocab' of size 151938"),
+    ({'mesh': {'data': 1, 'fsdp': 1, 'tensor': 1, 'context': 16}, 'data.length': 33000}, r'length = 33000 must be a mult'),
+    ({'teacher.rules': (('batch', None),)}, r'teacher.rules places .batch.'),
+    ({'teacher.rules': (('layers', 'fsdp'), ('embed', None))}, r"axis 'layers' of size 36 cannot be cut into 16"),
+    ({'teacher.dtype': 'int4'}, r'config.teacher.dtype'),
     ({'mesh': {'data': 1, 'fsdp': 3, 'tensor': 1, 'context': 1}}, r'fsdp=3 .* needs 3 devices, here are 16'),
     ({'batch': 24}, r'config.batch=24 must be a multiple of 16'),
     ({'optim.warmup': 10 ** 6}, r'warmup'),

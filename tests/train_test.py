@@ -74,10 +74,10 @@ def _trainer(kind, shape, options) -> Trainer:
   start = lambda: loop.init_state(train_cases.params(seed=1, place=place), optimizer)
   if kind == 'finetune':
     step = finetune.make_step(cfg, compute, form, dataclasses.replace(FINETUNE, **dict(options)), optimizer, rate)
-    return Trainer(step, start, place, None)
+    return Trainer(lambda state, batch: step(state, None, batch), start, place, None)
   models, teacher = distill.Models(cfg, cfg, compute, compute, form), train_cases.params(place=place)
   step = distill.make_step(models, dataclasses.replace(DISTILL, **dict(options)), optimizer, rate)
-  return Trainer(lambda state, batch: step(state, teacher, batch), start, place, teacher)
+  return Trainer(lambda state, batch: step(state, distill.Frozen(teacher), batch), start, place, teacher)
 
 
 def train(t: Trainer, batches, state=None):
@@ -161,8 +161,15 @@ def test_metrics_of_a_step():
   state, history, _ = run('distill')
   assert int(state.step) == STEPS
   for values in history:
-    assert values.keys() == {'loss', 'kl', 'ce', 'teacher_ce', 'gap', 'weight_spread', 'loss_tokens', 'grad_norm', 'lr'}
+    by_position = [values[f'kl_pos_{i}'] for i in range(losses.POSITION_BINS)]
+    assert values.keys() == {
+        'loss', 'kl', 'ce', 'teacher_ce', 'gap', 'weight_mean', 'weight_spread', 'weight_at_floor', 'weight_at_cap',
+        'loss_tokens', 'grad_norm', 'lr', *(f'kl_pos_{i}' for i in range(losses.POSITION_BINS))}
     assert values['kl'] > 0 and values['grad_norm'] > 0 and values['weight_spread'] > 0
+    assert DISTILL.weights.floor <= values['weight_mean'] <= DISTILL.weights.floor + DISTILL.weights.cap
+    assert 0 < values['weight_at_floor'] < 1 and values['weight_at_cap'] == 0
+    assert np.nanmin(by_position) < values['kl'] < np.nanmax(by_position)
+    assert np.isnan(by_position[7])   # no document of these rows is half as long as a row
     assert values['gap'] == pytest.approx(values['ce'] - values['teacher_ce'], abs=1e-4)
   assert history[0]['lr'] == pytest.approx(train_cases.OPTIM.lr) and history[-1]['lr'] < history[0]['lr']
 
@@ -193,6 +200,7 @@ def test_the_teacher_stays_and_is_not_saved(tmp_path):
 
 class Stream:
   """Batches 0, 1, ... with a state, as loop.run wants them."""
+  fingerprint = {}
 
   def __init__(self):
     self.step = 0
@@ -233,12 +241,12 @@ def test_every_choice_gives_a_loss_and_gradients(mode):
   batch = train_cases.batch(0)
 
   def loss(params):
-    sums = distill.loss_sums(params, teacher, batch, jax.random.key(0), models, options)
+    sums = distill.loss_sums(params, distill.Frozen(teacher), batch, jax.random.key(0), models, options)
     return sums['loss'], sums
 
   with jax.numpy_dtype_promotion('strict'):
     grads, sums = jax.jit(jax.grad(loss, has_aux=True))(student)
-  assert all(np.isfinite(value) for value in sums.values()) and sums['kl'] > 0 and sums['tokens'] > 0
+  assert all(np.isfinite(value).all() for value in sums.values()) and sums['kl'] > 0 and sums['tokens'] > 0
   if options.weights.form == 'none':
     assert sums['weight'] == sums['tokens'] == sums['weight_sq']
   for name, grad in tree.named_leaves(grads):
@@ -256,7 +264,8 @@ def forward(source):
   cfg = train_cases.MODEL
   models = distill.Models(cfg, cfg, compute, compute, block_options(cfg, sinks=0))
   options = dataclasses.replace(DISTILL, drop_rate=0.0, loss_over='text', weights=losses.TokenWeights(source=source))
-  return jax.jit(lambda student, teacher, batch: distill.loss_sums(student, teacher, batch, None, models, options))
+  return jax.jit(lambda student, teacher, batch: distill.loss_sums(student, distill.Frozen(teacher), batch, None, models,
+                                                                   options))
 
 
 def test_the_student_starts_as_the_teacher():
@@ -421,7 +430,7 @@ def test_sinks_of_a_config():
   larger, options = setup.block_options(config, cfg, Words())
   assert larger.learned_sinks == 2 and options.sink_ids == (cfg.vocab, cfg.vocab + 1)
   place = train_cases.placement(8, fsdp=8)
-  student = setup.student_start(train_cases.params(place=place), larger, config, Words(), place)
+  student = setup.add_sink_rows(train_cases.params(place=place), larger, Words(), config.blocks.sink_text, place)
   np.testing.assert_array_equal(student['sinks'], np.repeat(np.asarray(student['embed'])[4:5], 2, axis=0))
   config.blocks.sinks = 0
   assert setup.block_options(config, cfg, None)[0] == cfg   # no sinks, no token for them

@@ -16,6 +16,7 @@ import numpy as np
 
 from blockattn import blocks
 from blockattn.kernels import api, tiles as tile_sizes
+from blockattn.models import flops
 
 LENGTHS, BLOCKS, LAST = (8192, 32768, 65536, 131072), (512, 1024, 2048), (128, 512)
 OURS = 'ours'
@@ -73,18 +74,12 @@ def _timed(call, samples):
   return times
 
 
-def allowed_pairs(lengths: list[int]) -> int:
-  """Pairs of tokens that may attend in one prompt of these blocks, the last one a reader."""
-  *context, last = lengths
-  return sum(n * (n + 1) // 2 for n in context) + last * (2 * sum(lengths) - last + 1) // 2
-
-
 def measure(case, args, take_turns, peak) -> list[dict]:
   """A row per mode and peer: {'mode', 'peer', 'ms', 'tflops', 'percent', 'ratio'} or {'mode', 'peer', 'skipped'}."""
   random = np.random.default_rng(0)
   shapes = [(1, case.length, heads, case.head_dim) for heads in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
   arrays = [random.standard_normal(shape, dtype=np.float32) for shape in shapes]
-  useful = 4 * case.head_dim * case.heads * allowed_pairs(case.lengths())
+  useful = 4 * case.head_dim * case.heads * flops.in_blocks(flops.one_document(case.lengths())).pairs
   rows = []
   for mode, factor in (('forward', 1), ('forward+backward', 1 + _BACKWARD)):
     calls, skipped = {}, {}

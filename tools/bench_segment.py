@@ -109,7 +109,8 @@ def ways_to_cut(segmenter, scores: Scores | None, token_starts, remember: bool) 
   if segmenter is None:
     return ways
   grid = tuple({'log_odds': float(value)} for value in np.linspace(-6, 6, 49))
-  return {SEGMENTER: splitters.Baseline('cuts whose log-odds reach a threshold, lower in short texts', scores.cutter, grid), **ways}
+  own = splitters.Baseline('cuts whose log-odds reach a threshold, lower in short texts', scores.cutter, grid)
+  return {SEGMENTER: own, **ways}
 
 
 def read_tokenizer(folder: pathlib.Path) -> splitters.TokenStarts:

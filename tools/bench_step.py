@@ -10,10 +10,13 @@ import numpy as np
 
 from blockattn import blocks, losses, mesh, optim
 from blockattn.data import encode, packing
-from blockattn.models import spec, transformer
+from blockattn.models import lora, spec, transformer, weights
 from blockattn.train import distill, finetune, loop
 
 SINKS = 4
+TOP_K = 64   # tokens of a stored teacher
+LOW_RANK = lora.LoraOptions(rank=16)
+LORA = 'distillation, LoRA student of rank 16'
 
 
 def model(width: int, layers: int, vocab: int) -> transformer.ModelConfig:
@@ -34,6 +37,15 @@ def make_batch(rows: int, length: int, count: int, question: int, answer: int, v
   return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *packed)
 
 
+def stored_teacher(batch, vocab: int) -> dict:
+  """As data.taught.TaughtRows gives it, of a teacher that says the same everywhere."""
+  shape = batch['tokens'].shape
+  log_p = jnp.log(0.9 * jax.nn.softmax(-jnp.arange(TOP_K) / 8.0))
+  return {'ids': jnp.broadcast_to(jnp.arange(TOP_K) * (vocab // TOP_K), (*shape, TOP_K)),
+          'log_p': jnp.broadcast_to(log_p, (*shape, TOP_K)), 'target_log_p': jnp.full(shape, -3.0),
+          'blocked_log_p': jnp.full(shape, -4.0)}
+
+
 def make_steps(cfg, batch, args) -> dict:
   """name -> call; each runs one whole optimizer step on the same batch and waits for it."""
   place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
@@ -45,18 +57,25 @@ def make_steps(cfg, batch, args) -> dict:
   start = lambda: spec.init(transformer.spec(cfg), jax.random.key(0), 'float32')
   teacher, states = start(), {}
   models = distill.Models(cfg, cfg, compute, dataclasses.replace(compute, remat='none'), options)
-  distilled = distill.make_step(models, distill.DistillOptions(
+  goal = distill.DistillOptions(
       drop_rate=0.2, drop_mode='lift', loss_over=args.loss_over, weights=losses.TokenWeights(), temperature=1.0,
-      ce_weight=0.0, chunk=args.chunk, accumulate=1, seed=0), optimizer, rate)
-  steps = {'distillation': lambda state: distilled(state, teacher, batch)}
+      ce_weight=0.0, chunk=args.chunk, accumulate=1, seed=0)
+  distilled = distill.make_step(models, goal, optimizer, rate)
+  adapted = distill.make_step(dataclasses.replace(models, low_rank=LOW_RANK), goal, optimizer, rate)
+  small, stored = weights.quantize(teacher, 'float32'), batch | {'teacher': stored_teacher(batch, cfg.vocab)}
+  steps = {'distillation': lambda state: distilled(state, distill.Frozen(teacher), batch),
+           'distillation, teacher of 8 bits': lambda state: distilled(state, distill.Frozen(small), batch),
+           'distillation, stored teacher': lambda state: distilled(state, distill.Frozen(), stored),
+           LORA: lambda state: adapted(state, distill.Frozen(teacher, teacher), batch)}
   for mode, name in (('both', 'block fine-tuning'), ('full', 'full fine-tuning'), ('block', 'block mode only')):
     tuned = finetune.make_step(cfg, compute, options, finetune.FinetuneOptions(
         mode, text_weight=0.0, prompt_weight=0.0, answer_weight=1.0, chunk=args.chunk, accumulate=1), optimizer, rate)
-    steps[name] = lambda state, tuned=tuned: tuned(state, batch)
+    steps[name] = lambda state, tuned=tuned: tuned(state, None, batch)
 
   def call(name):
     if name not in states:
-      states[name] = loop.init_state(start(), optimizer)
+      trained = spec.init(lora.spec(cfg, LOW_RANK), jax.random.key(1), 'float32') if name == LORA else start()
+      states[name] = loop.init_state(trained, optimizer)
     states[name], values = steps[name](states[name])
     return jax.block_until_ready(values)
 
@@ -93,7 +112,7 @@ def loss_memory(rows: int, length: int, width: int, vocab: int, chunk: int) -> i
 
   def loss(student_head, student, teacher_head, teacher, targets, mask):
     sums = losses.distillation_sums({'student': student_head, 'teacher': teacher_head},
-                                    {'student': student, 'teacher': teacher}, targets, mask,
+                                    {'student': student, 'teacher': teacher}, {'target': targets, 'position': targets}, mask,
                                     weights=losses.TokenWeights(), temperature=1.0, ce_weight=0.0, chunk=chunk)
     return sums['loss'] / sums['weight']
 

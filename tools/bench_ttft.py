@@ -29,7 +29,7 @@ from blockattn import blocks as blocks_lib, metrics
 from blockattn.hf import convert
 from blockattn.inference import cache as cache_lib, generate
 from blockattn.kernels import api
-from blockattn.models import decode, sizes, spec, transformer
+from blockattn.models import decode, flops, sizes, spec, transformer
 
 SMALL = transformer.ModelConfig('qwen3', vocab=8192, width=256, layers=4, heads=4, kv_heads=2, head_dim=64, mlp=768,
                                 rope_theta=1e6, qk_norm=True, tied=True, max_positions=1 << 18)
@@ -215,17 +215,14 @@ def _fastest(call, samples):
 
 def cost(cfg, lengths: list[int], itemsize: int) -> dict[str, dict[str, float]]:
   """{'full', 'none', 'all': {'flops', 'bytes'}} of a first token; lengths are tokens of each block, the question last."""
-  weights = spec.count({k: v for k, v in transformer.spec(cfg)['layers'].items() if v.std is not None})
-  head = cfg.vocab * cfg.width
-  *context, last = lengths
-  T, per_pair = sum(lengths), 4 * cfg.heads * cfg.head_dim * cfg.layers
-  own = lambda n: n * (n + 1) / 2
-  reading = last * sum(context) + own(last)
-  flops = lambda tokens, pairs: 2 * weights * tokens + per_pair * pairs + 2 * head
-  moved = (weights + head) * itemsize + T * bytes_per_token(cfg, itemsize)
-  return {FULL: {'flops': flops(T, own(T)), 'bytes': moved},
-          'none': {'flops': flops(T, reading + sum(map(own, context))), 'bytes': moved},
-          'all': {'flops': flops(last, reading), 'bytes': moved}}
+  weights, head = flops.layer_weights(cfg), flops.head_weights(cfg)
+  prompt, context = flops.one_document(lengths), flops.one_document(lengths[:-1])
+  whole, blocked = flops.as_one_block(prompt), flops.in_blocks(prompt)
+  reading = flops.Seen(lengths[-1], whole.pairs - flops.as_one_block(context).pairs)
+  operations = lambda seen: flops.forward(cfg, seen).total(1)
+  moved = (weights + head) * itemsize + whole.tokens * bytes_per_token(cfg, itemsize)
+  return {name: {'flops': operations(seen), 'bytes': moved}
+          for name, seen in ((FULL, whole), ('none', blocked), ('all', reading))}
 
 
 def bytes_per_token(cfg, itemsize: int) -> int:

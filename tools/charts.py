@@ -8,6 +8,7 @@ from collections.abc import Sequence
 Point = tuple[int, float]
 
 COLOURS = 6   # as many as report.css has
+MAX_COLUMNS = 60   # of a heat map
 MAX_POINTS = 600
 SMOOTH_FROM = 100   # points from which on a running mean is drawn
 
@@ -44,6 +45,9 @@ class Frame:
     x_ticks = ticks(self.lo, self.hi, 8 if width > 600 else 5)
     self.x_ticks = [t for t in x_ticks if self.lo <= t <= self.hi and t % 1 == 0]
     self.low, self.high = min(self.y_ticks[0], min(values)), max(self.y_ticks[-1], max(values))
+    if self.low == self.high:   # one value, in the middle
+      room = abs(self.low) / 2 or 0.5
+      self.low, self.high = self.low - room, self.high + room
 
   def x(self, step: float) -> float:
     return self.left + (step - self.lo) / ((self.hi - self.lo) or 1) * (self.right - self.left)
@@ -75,9 +79,9 @@ def tick_label(value: float) -> str:
 def axes(frame: Frame) -> str:
   lines = []
   for value in frame.y_ticks:
-    y = frame.y(value)
+    y, label = frame.y(value), tick_label(value) if len(frame.y_ticks) > 1 else f'{value:,.4g}'
     lines.append(f'<line class="grid" x1="{frame.left}" x2="{frame.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                 f'<text x="{frame.left - 7}" y="{y + 4:.1f}" text-anchor="end">{tick_label(value)}</text>')
+                 f'<text x="{frame.left - 7}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
   for step in frame.x_ticks:
     lines.append(f'<text x="{frame.x(step):.1f}" y="{frame.bottom + 16}" text-anchor="middle">{tick_label(step)}</text>')
   middle = (frame.left + frame.right) / 2
@@ -138,3 +142,47 @@ def hover(frame: Frame, series: dict[str, Sequence[Point]]) -> str:
   lines = [{'name': run, 'points': [[s, float(f'{v:.5g}')] for s, v in thin(points)]} for run, points in series.items()]
   place = {name: getattr(frame, name) for name in ('left', 'right', 'width', 'lo', 'hi')}
   return json.dumps(place | {'series': lines}, separators=(',', ':'), allow_nan=False)
+
+
+def heat_map(title: str, rows: dict[str, Sequence[Point]]) -> str:
+  """One line of cells per name over the steps, the darker the larger; a cell is the mean of its steps. Behind each line its
+  last value."""
+  steps = sorted({step for points in rows.values() for step, _ in points})
+  each = math.ceil(len(steps) / MAX_COLUMNS)
+  columns = [steps[i:i + each] for i in range(0, len(steps), each)]
+  table = {name: _column_means(points, columns) for name, points in rows.items()}
+  known = [value for values in table.values() for value in values if value is not None]
+  if not known:
+    return f'<figure class="heat"><h3>{html.escape(title)}</h3><figcaption>No value is finite.</figcaption></figure>'
+  low, high = min(known), max(known)
+  left, right, height = 190, 870, 18
+  width, drawn = (right - left) / len(columns), []
+  for y, (name, values) in enumerate(table.items()):
+    top = y * height
+    drawn.append(f'<text x="{left - 8}" y="{top + 13}" text-anchor="end">{html.escape(name)}</text>')
+    for x, value in enumerate(values):
+      if value is not None:
+        share = (value - low) / ((high - low) or 1)
+        what = html.escape(f'{name}, {_span(columns[x])}: {value:.4g}')
+        drawn.append(f'<g><title>{what}</title><rect class="f0" x="{left + x * width:.2f}" y="{top}" width="{width:.2f}" '
+                     f'height="{height - 1}" opacity="{0.08 + 0.92 * share:.2f}"/></g>')
+    last = [value for value in values if value is not None][-1:]
+    drawn.append(f'<text x="{right + 8}" y="{top + 13}">{"".join(f"{value:.4g}" for value in last)}</text>')
+  bottom = len(table) * height
+  ends = ((left, 'start', steps[0]), (right, 'end', steps[-1]))
+  drawn += [f'<text x="{x}" y="{bottom + 14}" text-anchor="{anchor}">step {step:,}</text>' for x, anchor, step in ends]
+  return '\n'.join([
+      f'<figure class="heat"><h3>{html.escape(title)}</h3>', '<div class="wide">',
+      f'<svg viewBox="0 0 960 {bottom + 20}" role="img" aria-label="{html.escape(title)} by step">', *drawn, '</svg></div>',
+      f'<figcaption>From {low:.3g} (pale) to {high:.3g} (dark); empty where nothing was measured. On the right: the last '
+      'value.</figcaption></figure>'])
+
+
+def _column_means(points: Sequence[Point], columns: Sequence[Sequence[int]]) -> list[float | None]:
+  values = {step: value for step, value in points if math.isfinite(value)}
+  found = [[values[step] for step in column if step in values] for column in columns]
+  return [sum(own) / len(own) if own else None for own in found]
+
+
+def _span(steps: Sequence[int]) -> str:
+  return f'step {steps[0]:,}' if len(steps) == 1 else f'steps {steps[0]:,} to {steps[-1]:,}'

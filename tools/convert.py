@@ -11,6 +11,7 @@ tokenizer comes from its `hf` folder, else from the model that the run started f
 import argparse
 import contextlib
 import dataclasses
+import os
 import pathlib
 import resource
 import sys
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from blockattn import checkpoint, mesh
 from blockattn.hf import config, convert, files
-from blockattn.models import spec, transformer
+from blockattn.models import lora, spec, transformer
 
 # What blockattn.json of an export takes over from a checkpoint's meta.
 CARRIED = ('source', 'kind', 'blocks', 'step', 'segmenter')
@@ -46,18 +47,46 @@ def from_hf(source: str, out: str, dtype: str, overwrite: bool = False):
 def to_hf(workdir: str, out: str, dtype: str, step: int | None = None, source: str | None = None,
           card: str | None = None, overwrite: bool = False):
   """A checkpoint of `workdir`, the newest unless `step` says which, -> Hugging Face folder `out`."""
-  checkpoints = pathlib.Path(workdir) / 'checkpoints'
-  meta = checkpoint.load_meta(checkpoints, step)
-  cfg = model_of(meta)
+  meta = checkpoint.load_meta(pathlib.Path(workdir) / 'checkpoints', step)
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
-  config.check_exportable(cfg)
+  config.check_exportable(model_of(meta))
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
-  params = checkpoint.load_params(checkpoints, spec.abstract(transformer.spec(cfg), dtype, one), step)
+  cfg, params, _ = load_run(workdir, dtype, one, step, source)
   carried = _carried(meta)
   with _progress(f'writing {out}') as report:
     convert.save(params, cfg, out, source=companions, meta=carried, dtype=dtype, overwrite=overwrite, report=report,
                  card=pathlib.Path(card).read_text(encoding='utf-8') if card else default_card(cfg, carried))
+
+
+def load_run(workdir: str | os.PathLike, dtype: str, place: mesh.Placement, step: int | None = None,
+             source: str | None = None):
+  """(ModelConfig, parameters, meta) of a trainer's checkpoint, a LoRA student merged with the model that it started from.
+
+  Args:
+    dtype: of the parameters.
+    step: default: the newest.
+    source: of a LoRA run, the model that it started from, if it is no longer where the run found it.
+
+  Raises:
+    FileNotFoundError, ValueError: naming the folder and what it lacks.
+  """
+  checkpoints = pathlib.Path(workdir) / 'checkpoints'
+  meta = checkpoint.load_meta(checkpoints, step)
+  cfg = model_of(meta)
+  if not meta.get('lora'):   # checkpoints from before LoRA do not speak of it
+    return cfg, checkpoint.load_params(checkpoints, spec.abstract(transformer.spec(cfg), dtype, place), step), meta
+  options = lora.LoraOptions(**meta['lora'])
+  trained = checkpoint.load_params(checkpoints, spec.abstract(lora.spec(cfg, options), 'float32', place), step)
+  try:
+    base_cfg, base = convert.load(source or meta['source'], dtype, mesh=place.mesh, rules=place.rules)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(f'{workdir} holds a LoRA student, to be merged with the model that it started from: {error}'
+                            ) from error
+  if base_cfg != dataclasses.replace(cfg, learned_sinks=0):
+    raise ValueError(f'{workdir} holds a LoRA student of another model than {source or meta["source"]}: {base_cfg} there, '
+                     f'{cfg} in the checkpoint')
+  return cfg, lora.merge(base, trained, options), meta
 
 
 def model_of(meta: dict) -> transformer.ModelConfig:
@@ -95,7 +124,11 @@ def _companions(workdir, meta, source):
   if (workdir / 'hf').is_dir():
     return workdir / 'hf'
   if meta.get('source'):
-    return files.locate(meta['source'])
+    try:
+      return files.locate(meta['source'])
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f'{workdir} started from {meta["source"]}, which is not there now: say where it is with '
+                              f'--source ({error})') from error
   raise FileNotFoundError(f'{workdir} holds no hf folder with a tokenizer, and the run did not start from a model; '
                           'name one with --source')
 

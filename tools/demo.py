@@ -22,7 +22,7 @@ from blockattn import blocks, mesh, metrics
 from blockattn.data import stdlib
 from blockattn.evals import gap
 from blockattn.hf import convert
-from blockattn.train import distill, finetune, setup
+from blockattn.train import command, distill, finetune, setup
 from configs import tiny
 from tools import evaluate, report
 
@@ -185,7 +185,7 @@ def main(argv=None) -> int:
   args = parser.parse_args(argv)
   console = rich.console.Console(width=min(120, rich.console.Console().width))
   start = time.perf_counter()
-  setup.quiet_libraries()
+  command.quiet_libraries()
   try:
     summary = run(args.workdir, args.docs, args.steps, console)
     page = report.render(args.workdir)

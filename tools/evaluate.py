@@ -28,12 +28,12 @@ import jax
 import rich.console
 import rich.table
 
-from blockattn import checkpoint, mesh, metrics
+from blockattn import mesh, metrics
 from blockattn.data import encode, text as text_lib
 from blockattn.evals import gap
 from blockattn.hf import config as hf_config, convert as hf_convert, files as hf_files
 from blockattn.kernels import api
-from blockattn.models import spec, transformer
+from blockattn.models import transformer
 from blockattn.train import setup
 from configs import common
 from tools import compare, convert
@@ -70,10 +70,8 @@ def load_subject(path: str | os.PathLike, mode: str, compute: transformer.Comput
 
 
 def _load_workdir(workdir, dtype):
-  meta = checkpoint.load_meta(workdir / 'checkpoints')
-  cfg = convert.model_of(meta)
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices()[:1]))
-  params = checkpoint.load_params(workdir / 'checkpoints', spec.abstract(transformer.spec(cfg), dtype, one))
+  cfg, params, meta = convert.load_run(workdir, dtype, one)
   return cfg, params, meta, _tokenizer_of(workdir, meta)
 
 

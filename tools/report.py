@@ -1,9 +1,11 @@
 """One self-contained page about a run: python -m tools.report WORKDIR writes WORKDIR/report.html.
 
-Every part comes from a file of the workdir and is left out where the file is absent:
+Any run has one: of every trainer, while it goes on and after it was stopped. Every part comes from a file of the workdir and
+is left out where the file is absent:
 
-  run.json, config.json  how the run was started: the command, commit and versions; the resolved config
-  metrics.jsonl          curves of every scalar, also of the parts of a run in direct subfolders, drawn together
+  run.json, config.json  how the run was started: the command, commit, versions and devices; the resolved config
+  metrics.jsonl          how far it has come; curves of every scalar, also of the parts of a run in direct subfolders, drawn
+                         together; scalars of one family (the KL by position, F1 by category) as a map over the steps
   summary.json           {model: {"exact_match", "f1", "substring" (0 to 1), "ce", "kl" (nats), "n"}, ...,
                          "seconds": {part: seconds}, any other facts}; others are compared with the model `teacher_full`
   layout.json            {"lengths": [tokens per block], "mask": ["1..", "11.", ...]}: who attends to whom in one row
@@ -17,6 +19,8 @@ import json
 import math
 import os
 import pathlib
+import re
+import time
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -37,6 +41,9 @@ COLUMNS = {'exact_match': ('Exact match', 1), 'f1': ('F1', 1), 'substring': ('Co
            'ce': ('CE, nats', -1), 'kl': ('KL to teacher, nats', -1), 'n': ('Questions', 0)}
 SHARES = ('exact_match', 'f1', 'substring')
 NO_CURVE = ('seconds_left',)   # shown while the run goes on, says nothing afterwards
+FIRST = ('loss', 'train/loss')
+SPEED = ('tokens_per_s', 'steps_per_s', 'mfu')
+KL_BY_POSITION = 'KL to the teacher by the position in a row, nats'
 MAX_CELLS = 128
 MAX_EXAMPLES = 20
 MAX_CHARS = 20000
@@ -149,10 +156,33 @@ def is_number(value: Any) -> bool:
 
 def run_facts(workdir: pathlib.Path) -> str:
   run = _read_json(workdir / 'run.json') or {}
-  shown = {}
+  shown = progress(workdir)
   for name, value in run.items():
-    shown[name] = ' '.join(map(str, value)) if isinstance(value, list) else value
+    if name == 'devices' and isinstance(value, list):
+      shown[name] = f'{len(value)}: {value[0]}{", …" * (len(value) > 1)}' if value else 'none'
+    else:
+      shown[name] = ' '.join(map(str, value)) if isinstance(value, list) else value
+  if (workdir / 'profile').is_dir():
+    shown['profile'] = f'traces of {len(list((workdir / "profile").rglob("*.xplane.pb")))} host(s) in profile/'
   return facts({name: value for name, value in shown.items() if isinstance(value, (str, int, float))})
+
+
+def progress(workdir: pathlib.Path) -> dict[str, str]:
+  """How far the run has come, by what it has logged; nothing where this is no folder of a training."""
+  path, config = workdir / metrics.FILE_NAME, _read_json(workdir / 'config.json') or {}
+  lines = metrics.read_metrics(path) if path.exists() else []
+  steps = config['steps'] if is_number(config.get('steps')) else None
+  if not lines:
+    return {'state': f'no step of {steps:,} is logged'} if steps and (workdir / 'run.json').exists() else {}
+  last = max(line['step'] for line in lines)
+  of = '' if steps is None else f' of {steps:,}'
+  state = 'finished' if steps is not None and last >= steps else 'not finished'
+  shown = {'state': f'step {last:,}{of}' + (f', {state}' if of else '')}
+  times = [line['time'] for line in lines if is_number(line.get('time')) and line['time'] > 0]
+  if times:
+    form = '%Y-%m-%d %H:%M:%S'
+    shown['logged'] = ' to '.join(dict.fromkeys(time.strftime(form, time.gmtime(t)) for t in (times[0], times[-1]))) + ' UTC'
+  return shown
 
 
 # The table of models, and where the time went.
@@ -249,9 +279,35 @@ def curves_part(workdir: pathlib.Path) -> str:
     return ''
   runs = sorted({run for series in curves.values() for run in series})
   colours = {run: i % charts.COLOURS for i, run in enumerate(runs)}
-  names = sorted(curves, key=lambda name: (_curve_rank(name), name))
-  figures = [charts.chart(name, curves[name], colours, wide=i == 0) for i, name in enumerate(names)]
-  return section('Curves', legend(colours), '<div class="charts">', *figures, '</div>')
+  grouped = families(curves)
+  single = sorted(set(curves) - {name for names in grouped.values() for name in names},
+                  key=lambda name: (_curve_rank(name), name))
+  figures = [charts.chart(name, curves[name], colours, wide=i == 0) for i, name in enumerate(single)]
+  maps = [charts.heat_map(title + (f', {run}' if run else ''), rows)
+          for title, names in grouped.items() for run in runs
+          if (rows := {_row_name(name, names): curves[name][run] for name in names if run in curves[name]})]
+  return section('Curves', legend(colours), '<div class="charts">', *figures, '</div>', *maps)
+
+
+def families(curves: Iterable[str]) -> dict[str, list[str]]:
+  """Scalars of one kind that are many, by a title: the KL by position, and what has one name before a slash."""
+  found = {}
+  for name in sorted(curves):
+    head, slash, _ = name.partition('/')
+    if re.fullmatch(r'kl_pos_\d+', name):
+      found.setdefault(KL_BY_POSITION, []).append(name)
+    elif slash and name not in FIRST:
+      found.setdefault(f'{head}, by part', []).append(name)
+  # From the end of a row to its start, as one reads a plot upwards.
+  return {title: names[::-1] if title == KL_BY_POSITION else names for title, names in found.items() if len(names) > 3}
+
+
+def _row_name(name: str, family: Sequence[str]) -> str:
+  if not name.startswith('kl_pos_'):
+    return name.partition('/')[2].replace('/', ', ').replace('_', ' ')
+  at, count = int(name.rpartition('_')[2]), 1 + max(int(other.rpartition('_')[2]) for other in family)
+  share = lambda halvings: f'1/{2 ** halvings}' if halvings else 'end'   # see losses.position_bin
+  return f'{share(count - at)} to {share(count - at - 1)}' if at else f'start to {share(count - 1)}'
 
 
 def read_curves(workdir: pathlib.Path) -> dict[str, dict[str, list[charts.Point]]]:
@@ -268,8 +324,12 @@ def read_curves(workdir: pathlib.Path) -> dict[str, dict[str, list[charts.Point]
 
 
 def _curve_rank(name: str) -> int:
-  """Losses first: the loss itself, then what has it in its name, then all else."""
-  return 0 if name in ('loss', 'train/loss') else 1 if 'loss' in name else 2
+  """The loss first, then what is measured in nats or is right or wrong, then facts of the step; speed last."""
+  if name in FIRST:
+    return 0
+  if name in SPEED:
+    return 4
+  return 1 if name in ('kl', 'ce', 'teacher_ce', 'gap', 'recall') or name.startswith('val_') else 2 if 'loss' in name else 3
 
 
 def legend(colours: dict[str, int]) -> str:

@@ -1,24 +1,35 @@
 """What a config would run: its keys, the model's parameters and where they go, and the memory that a device needs.
 
   python -m tools.show --config configs/distill.py:model=qwen3_4b,ctx=32768 --devices 64 [--config.key=value ...]
+  python -m tools.show --config configs/distill.py:model=qwen3_4b,ctx=32768 --mesh data=2,fsdp=32 --device v5p
+  python -m tools.show --config configs/distill.py:model=qwen3_0_6b,ctx=4096 --mesh fsdp=16 --aot v5e:4x4
 
 Everything comes from shapes: no device and no network is touched, so a laptop can look at the largest model.
---devices says how many devices there will be (a mesh axis of -1 takes what is left), --json FILE keeps the result.
+--devices says how many devices there will be (a mesh axis of -1 takes what is left), --mesh AXIS=SIZE,... replaces
+config.mesh (axes left out are 1) and says so too; --json FILE keeps the result. What the mesh cannot cut evenly (heads, mlp,
+vocabulary, rows of the batch, tokens of a row) is an error, with what to change, and exit status 2: here, not when a job has
+waited in a queue. --device (one of v4 v5e v5p v6e a100 h100 h200 b200) adds an estimate of the time of a step, and says if
+memory does not suffice; see tools/show_step.py for what is in it. --aot TOPOLOGY compiles the step for a TPU slice that need
+not be there (extra `kernels-ci`), and prints the compiler's count of memory beside the estimate; see tools/aot_step.py.
 The architecture is that of config.model.source if this is a folder here, else config.model.size and .fields.
 
 The memory of a device is estimated row by row. P is the number of parameters that the rules leave on a device; b, the
 rows that it computes at a time, is batch / accumulate / devices of the 'batch' rule; T is the tokens of a row, and T' =
-T + sinks * max_blocks those of the student's rows; size() is that of a dtype. N, K, F and V are a device's share.
+T + sinks * max_blocks those of the student's rows, a device's share of them where the 'tokens' rule cuts rows; size() is
+that of a dtype. N, K, F and V are a device's share.
 
-  parameters     P size(model.dtype)
+  parameters     P size(model.dtype); of a LoRA student those that it trains, here and in the rows that follow
   optimizer      Adam's two moments: 2 P size(model.dtype)
   gradients      P size(model.dtype), twice if accumulate > 1: the sum so far, and the slice at hand
-  teacher        P size(teacher.dtype); distillation only
+  teacher        its parameters in teacher.dtype, placed by teacher.rules; distillation only, none if teacher.logits has
+                 what it says
+  frozen         what a LoRA student adds to, in model.dtype; 0 where that is the teacher
   cast           remat 'none' and 'dots' keep all layers' weights in compute.dtype for the backward pass
   saved          activations from the forward to the backward pass, as JAX's own differentiation lists them; attention
                  counts as a fused kernel that keeps q, k, v, its output and one float32 per query and head. Roughly,
                  in units of L b T' size(compute.dtype): remat 'full' D; 'dots' 3 D + (N + 2 K) H + 2 F; 'none' every
-                 intermediate value of a layer. Fine-tuning in mode 'both' counts both views.
+                 intermediate value of a layer, and where rows are cut the keys and values of all of their parts.
+                 Fine-tuning in mode 'both' counts both views.
   hidden         last hidden states [b, T, D] of student (as they are, in loss order, gradient) and teacher (two)
   batch          the arrays of the global batch's rows on this device
   loss: logits   float32 [b, chunk, V]: logits and log-probabilities of student and teacher and the student's gradient,
@@ -31,7 +42,10 @@ T + sinks * max_blocks those of the student's rows; size() is that of a dtype. N
 
 Compared with the compiler's count (CPU, float32, Qwen3-0.6B cut to 8 layers, ctx=2048, 8 devices; distillation with
 each remat, tensor=2, accumulate=2, a small vocabulary, and fine-tuning) parameters, optimizer, teacher and batch are
-exact, and the rest is between 8% too low and 12% too high. Kernels' scratch space and fragmentation come on top.
+exact, and the rest is between 8% too low and 12% too high. The compiler for TPUs takes more: for Qwen3-0.6B on v5e:4x4
+(distillation, jax 0.10.2) the total is 9% above the estimate at ctx=4096, chunk=64, 38% at ctx=32768, context=2,
+accumulate=2, chunk=256, and 43% at ctx=4096, chunk=512, where logits take some 8 copies in place of 5. So leave room, or
+let --aot count.
 """
 
 import dataclasses
@@ -53,37 +67,41 @@ from ml_collections import config_flags
 from blockattn import blocks, mesh as mesh_lib, optim, tree
 from blockattn.data import packing
 from blockattn.hf import config as hf_config
-from blockattn.models import segmenter, spec as spec_lib, transformer
-from blockattn.train import distill, finetune, segment, setup
+from blockattn.models import lora, segmenter, spec as spec_lib, transformer, weights
+from blockattn.train import command, distill, finetune, segment, setup
+from tools import aot_step, show_step
 
 _GB = 1e9
 
 
-def describe(config, devices: int) -> dict:
+def describe(config, devices: int, device: str | None = None, **assumed) -> dict:
   """Everything that is printed.
 
   Args:
     config: of a trainer: with a `distill`, a `finetune` or a `segment` part.
     devices: how many there will be.
+    device: of which kind, one of show_step.DEVICES.
+    assumed: `mfu` and `links` of show_step.estimate.
 
   Returns:
     {'config', 'model', 'mesh': {axis: size}, 'parameters': [{'name', 'shape', 'axes', 'mesh_axes', 'count', 'bytes'}],
     'total': {'count', 'bytes'}, 'per_device': {row of the module's docstring: bytes}, 'rows':
-    {'per_device', 'at_a_time', 'tokens', 'student_tokens'}, 'warnings': [str]}. 'bytes' of parameters are those of all
-    devices together.
+    {'per_device', 'at_a_time', 'tokens', 'student_tokens'}, 'step': see show_step.estimate, 'warnings': [str]}. 'bytes' of
+    parameters are those of all devices together.
 
   Raises:
     ValueError: the config cannot run, naming the key or the parameter.
   """
   cfg, place = student(config), placement(config, devices)
-  specs = transformer.spec(cfg)
-  _check(config, cfg, place, specs)
-  parameters = parameter_rows(specs, place, config.model.dtype)
+  _check(config, cfg, place)
+  parameters, memory = parameter_rows(trained(config, cfg), place, config.model.dtype), per_device(config, cfg, place)
+  kind = None if device is None else show_step.DEVICES[device]
   return {'config': json.loads(config.to_json_best_effort()), 'model': dataclasses.asdict(cfg),
           'mesh': dict(place.mesh.shape), 'parameters': parameters,
           'total': {key: sum(row[key] for row in parameters) for key in ('count', 'bytes')},
-          'per_device': per_device(config, cfg, place), 'rows': _rows(config, place),
-          'warnings': _warnings(config, cfg)}
+          'per_device': memory, 'rows': _rows(config, place),
+          'step': show_step.estimate(config, cfg, place, trained(config, cfg), kind, **assumed),
+          'warnings': _warnings(config, cfg) + _too_large(memory['total'], device, kind)}
 
 
 def student(config) -> transformer.ModelConfig:
@@ -112,19 +130,30 @@ def placement(config, devices: int) -> mesh_lib.Placement:
     ValueError: an unknown mesh axis, or sizes that do not multiply to `devices`.
   """
   sizes = mesh_lib.mesh_sizes(dict(config.mesh), devices)
-  rules = tuple((name, tuple(rule) if isinstance(rule, (list, tuple)) else rule) for name, rule in config.rules)
   mesh = AbstractMesh(sizes, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(sizes))
-  return mesh_lib.Placement(mesh, rules)
+  return mesh_lib.Placement(mesh, mesh_lib.as_rules(config.rules))
 
 
-def _check(config, cfg, place, specs):
+def trained(config, cfg):
+  """What is trained, as a tree of ParamSpec: the model's parameters, or those of a LoRA student."""
+  low_rank = setup.lora_options(config) if 'lora' in config else lora.LoraOptions()
+  return lora.spec(cfg, low_rank) if low_rank.rank else transformer.spec(cfg)
+
+
+def _check(config, cfg, place):
   """What training checks at its start, and here costs nothing."""
-  spec_lib.shardings(specs, place.mesh, place.rules)
+  for specs in (transformer.spec(cfg), trained(config, cfg)):
+    spec_lib.shardings(specs, place.mesh, place.rules)
   place.check_divisible('query heads', (cfg.heads,), ('kv_heads',))   # attention cuts both along this rule
   setup.check_batch(config, place)
   setup.optim_config(config)
+  setup.check_reports(config)
   if 'distill' in config:
     distill.options_of(config)
+    setup.check_teacher(config)
+    other = setup.teacher_placement(config, place)
+    spec_lib.shardings(_teacher_specs(cfg), place.mesh, other.rules)
+    other.check_divisible('query heads of the teacher', (cfg.heads,), ('kv_heads',))
   elif 'finetune' in config:
     finetune.FinetuneOptions(**dict(config.finetune), chunk=config.chunk, accumulate=config.accumulate)
   elif 'segment' in config:
@@ -139,6 +168,13 @@ def _warnings(config, cfg):
     return []
   return [f'rows of {rows} tokens, sinks included, are longer than the {cfg.max_positions} positions that the model '
           'was made for: documents that are as long meet positions it has not seen']
+
+
+def _too_large(total, name, device):
+  if device is None or total <= device.memory:
+    return []
+  return [f'{_gigabytes(total)} are more than the {device.memory / _GB:.0f} GB of a {name}: use more devices, or see '
+          'config.mesh, config.accumulate, config.compute.remat and config.chunk']
 
 
 def parameter_rows(specs, place, dtype) -> list[dict]:
@@ -172,38 +208,51 @@ def _rows(config, place):
 
 def per_device(config, cfg, place) -> dict[str, int]:
   """Bytes on one device by row of the module's docstring, 'total' included."""
-  has_teacher, specs = 'distill' in config, transformer.spec(cfg)
+  distilled, specs = 'distill' in config, trained(config, cfg)
+  has_teacher = distilled and not config.teacher.logits
   own = sharded_bytes(specs, place, config.model.dtype)
-  rows, local, views = _rows(config, place), share(cfg, place), _views(config)
-  hidden = rows['at_a_time'] * config.data.length * cfg.width * _size(config.compute.dtype)
+  rows, local = _rows(config, place), share(cfg, place)
+  parts = place.size('tokens')
+  views = [tokens // parts for tokens in _views(config)]
+  hidden = rows['at_a_time'] * config.data.length // parts * cfg.width * _size(config.compute.dtype)
+  others = rows['at_a_time'] * 2 * local.kv_heads * cfg.head_dim * (parts - 1) * _size(config.compute.dtype)
+  adds_to = 'lora' in config and config.lora.rank > 0 and not has_teacher
   held = {
       'parameters': own,
       'optimizer': optimizer_bytes(config, specs, place),
       'gradients': own * (2 if config.accumulate > 1 else 1),
-      'teacher': sharded_bytes(_teacher_specs(cfg), place, config.teacher.dtype) if has_teacher else 0,
-      'cast': cast_bytes(config, specs, place),
+      'teacher': teacher_bytes(config, cfg, place) if has_teacher else 0,
+      'frozen': sharded_bytes(_teacher_specs(cfg), place, config.model.dtype) if adds_to else 0,
+      'cast': cast_bytes(config, transformer.spec(cfg), place),
       'saved': sum(saved_bytes(local, config.compute.dtype, config.compute.remat, rows['at_a_time'], tokens)
-                   for tokens in views),
+                   + (others * tokens * cfg.layers if config.compute.remat == 'none' else 0) for tokens in views),
       'hidden': hidden * (5 if has_teacher else 3 * len(views)),
-      'batch': rows['per_device'] * sum(x.nbytes for x in jax.tree.leaves(packing.pack_row([], config.data.length))),
+      'batch': rows['per_device'] * _batch_bytes_of_a_row(config),
   }
   loss = {
-      'loss: logits': 4 * rows['at_a_time'] * _logits_of_a_row(config, local) * (5 if has_teacher else 3),
+      'loss: logits': 4 * rows['at_a_time'] * _logits_of_a_row(config, local, parts) * (5 if has_teacher else 3),
       'loss: head': head_bytes(config, local, place),
   }
   one = dataclasses.replace(local, layers=1)
   layer = {
-      'layer: values': saved_bytes(one, config.compute.dtype, 'none', rows['at_a_time'], max(views)),
+      'layer: values': (saved_bytes(one, config.compute.dtype, 'none', rows['at_a_time'], max(views))
+                        + 2 * others * max(views)),
       'layer: weights': whole_bytes(spec_lib.count(transformer.spec(one)['layers']), config, place),
   }
   total = sum(held.values()) + max(sum(loss.values()), sum(layer.values()))
   return held | loss | layer | {'total': total}
 
 
-def _logits_of_a_row(config, local):
-  if local.labels:
-    return config.data.length * local.labels
-  return min(config.chunk, config.data.length) * local.vocab
+def _batch_bytes_of_a_row(config):
+  size = sum(x.nbytes for x in jax.tree.leaves(packing.pack_row([], config.data.length)))
+  stored = 'distill' in config and config.teacher.logits   # of each position the likeliest tokens, and two numbers more
+  return size + (config.data.length * (8 * config.teacher.top_k + 8) if stored else 0)
+
+
+def _logits_of_a_row(config, local, parts):
+  """Of a device's part of a row."""
+  length = config.data.length // parts
+  return length * local.labels if local.labels else min(config.chunk, length) * local.vocab
 
 
 def _size(dtype):
@@ -212,6 +261,18 @@ def _size(dtype):
 
 def _teacher_specs(cfg):
   return transformer.spec(dataclasses.replace(cfg, learned_sinks=0))
+
+
+def teacher_bytes(config, cfg, place) -> int:
+  """Bytes of a device's part of the teacher."""
+  specs, place = _teacher_specs(cfg), setup.teacher_placement(config, place)
+  if config.teacher.dtype != 'int8':
+    return sharded_bytes(specs, place, config.teacher.dtype)
+  arrays = jax.eval_shape(lambda params: weights.quantize(params, config.teacher.compute_dtype),
+                          spec_lib.abstract(specs, config.model.dtype))
+  shardings = weights.quantized_shardings(spec_lib.shardings(specs, place.mesh, place.rules))
+  parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, arrays, shardings)
+  return sum(jax.tree.leaves(parts))
 
 
 def _views(config):
@@ -256,7 +317,8 @@ def whole_bytes(count, config, place) -> int:
 def head_bytes(config, local, place) -> int:
   """Bytes of the output matrices of student and teacher while they are whole."""
   count = (local.labels or local.vocab) * local.width
-  copies = 'distill' in config and (place.size('embed') > 1 or config.teacher.dtype != config.teacher.compute_dtype)
+  copies = 'distill' in config and not config.teacher.logits and (
+      place.size('embed') > 1 or config.teacher.dtype != config.teacher.compute_dtype)
   return whole_bytes(count, config, place) + (count * _size(config.teacher.compute_dtype) if copies else 0)
 
 
@@ -285,7 +347,10 @@ def saved_bytes(cfg, dtype: str, remat: str, rows: int, tokens: int) -> int:
     return jax.vjp(forward, params)[1]
 
   jaxpr = jax.make_jaxpr(residuals)(params, inputs, position).jaxpr
-  weights = {p.shape for p in jax.tree.leaves(params)}   # parameters, and their copies in compute.dtype
+  # Parameters, and their copies in compute.dtype, also as the two-axis matrices that `transformer.dense` multiplies by.
+  weights = {p.shape for p in jax.tree.leaves(params)} | {
+      (*p.shape[:1], math.prod(p.shape[1:i]), math.prod(p.shape[i:])) for p in jax.tree.leaves(params)
+      for i in range(2, len(p.shape))}
   kept = {var for var in jaxpr.outvars if isinstance(var, Var) and var.aval.shape not in weights}
   return sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in kept)
 
@@ -315,6 +380,7 @@ def print_description(shown: dict, console: rich.console.Console):
   console.print('\n'.join(f'{key} = {json.dumps(value)}' for key, value in _flat(shown['config'])))
   console.print(parameter_table(shown))
   console.print(memory_table(shown))
+  console.print(step_table(shown))
   for warning in shown['warnings']:
     console.print(f'warning: {warning}')
 
@@ -347,7 +413,32 @@ def memory_table(shown: dict) -> rich.table.Table:
     if name == 'total':
       table.add_section()
     table.add_row(name, _gigabytes(size))
+  if 'compiled' in shown:
+    table.add_section()
+    for name, size in shown['compiled']['memory'].items():
+      table.add_row(f'{shown["compiled"]["topology"]}, compiled: {name}', _gigabytes(size))
   return table
+
+
+def step_table(shown: dict) -> rich.table.Table:
+  step = shown['step']
+  table = rich.table.Table('a training step on each device', rich.table.Column('estimate', justify='right'))
+  table.add_row('operations that the model needs', f'{step["flops"] / 1e12:.1f} TFLOP')
+  for part, size in step['received'].items():
+    table.add_row(f'received: {part}', _gigabytes(size))
+  if 'seconds' in step:
+    table.add_section()
+    table.add_row(f'operations at {step["assumed_mfu"]:.0%} of {step["peak"] / 1e12:.0f} TFLOP/s (assumed)',
+                  _seconds(step['seconds_of_operations']))
+    table.add_row(f'traffic at {step["links"] / 1e9:.0f} GB/s', _seconds(step['seconds_of_links']))
+    table.add_row('a step, the longer of both', _seconds(step['seconds']))
+    table.add_row('tokens per second of all devices', f'{step["tokens_per_s"]:,.0f}')
+    table.add_row('MFU', f'{step["mfu"]:.1%}')
+  return table
+
+
+def _seconds(value):
+  return f'{value:.2f} s' if value >= 1 else f'{1e3 * value:.2f} ms'
 
 
 def _gigabytes(size):
@@ -363,27 +454,69 @@ def main(argv: list[str] | None = None) -> int:
   values = flags.FlagValues()   # its own, so that main can be called twice in a process
   config = config_flags.DEFINE_config_file('config', None, 'Config file, with an optional :argument.', lock_config=True,
                                            flag_values=values, sys_argv=argv)
-  devices = flags.DEFINE_integer('devices', 1, 'How many devices there will be.', lower_bound=1, flag_values=values)
+  devices = flags.DEFINE_integer('devices', None, 'How many devices there will be; default: as many as --mesh says, or 1.',
+                                 lower_bound=1, flag_values=values)
+  mesh = flags.DEFINE_string('mesh', None, 'AXIS=SIZE,... in place of config.mesh; axes left out are 1, one may be -1.',
+                             flag_values=values)
+  device = flags.DEFINE_enum('device', None, sorted(show_step.DEVICES), 'The kind of device, for times.', flag_values=values)
+  mfu = flags.DEFINE_float('mfu', 0.4, 'Share of the peak that operations are assumed to reach.', lower_bound=0.01,
+                           upper_bound=1.0, flag_values=values)
+  links = flags.DEFINE_float('link_gbs', None, 'GB/s that a device receives; default: all links of its kind.',
+                             lower_bound=0.001, flag_values=values)
+  topology = flags.DEFINE_string('aot', None, 'TPU slice such as v5e:4x4 to compile the step for.', flag_values=values)
   out = flags.DEFINE_string('json', None, 'File to keep the result in.', flag_values=values)
   show_help = flags.DEFINE_bool('help', False, 'This text.', short_name='h', flag_values=values)
   err = rich.console.Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
   try:
-    setup.check_overrides(argv)
+    command.check_overrides(argv)
     rest = values(argv)[1:]
     if show_help.value:
       print(__doc__)
       return 0
     if rest or config.value is None:
       raise ValueError(f'unexpected arguments {rest}' if rest else '--config=FILE is missing')
-    shown = describe(config.value, devices.value)
+    if mesh.value is not None:
+      config.value.mesh = parse_mesh(mesh.value)
+    count = devices.value or mesh_devices(mesh.value, config.value, topology.value)
+    shown = describe(config.value, count, device.value, mfu=mfu.value, links=links.value and links.value * _GB)
+    if topology.value:
+      shown['compiled'] = aot_step.compile_for(topology.value, config.value)
     if out.value:
       _write(pathlib.Path(out.value), shown)
-  except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+  except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, RuntimeError) as error:
     err.print(f'show: {error.args[0] if isinstance(error, KeyError) else error}')
     return 2
   print_description(shown, rich.console.Console(width=None if sys.stdout.isatty() else 150, markup=False,
                                                 highlight=False, soft_wrap=True))
   return 0
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+  """'data=8,fsdp=32' -> the size of every axis.
+
+  Raises:
+    ValueError: a part that is no AXIS=SIZE, or an axis that does not exist or stands twice.
+  """
+  sizes = {}
+  for part in text.split(','):
+    axis, _, size = part.strip().partition('=')
+    if axis not in mesh_lib.AXES:
+      raise ValueError(f'--mesh={text}: no axis {axis!r}; {tree.did_you_mean(axis, mesh_lib.AXES)}')
+    if axis in sizes or not (size.isdigit() and int(size) or size == '-1'):
+      raise ValueError(f'--mesh={text}: give every axis once, as {axis}=SIZE, a number from 1 (or one -1 with --devices)')
+    sizes[axis] = int(size)
+  return dict.fromkeys(mesh_lib.AXES, 1) | sizes
+
+
+def mesh_devices(mesh: str | None, config, topology: str | None) -> int:
+  """As many devices as the TPU slice has or --mesh names, 1 without them."""
+  if topology is not None:
+    return aot_step.devices_of(topology)
+  if mesh is None:
+    return 1
+  if -1 in dict(config.mesh).values():
+    raise ValueError(f'--mesh={mesh} has a -1, all devices that are left: say how many there are, --devices=N')
+  return math.prod(dict(config.mesh).values())
 
 
 def _write(path, shown):

@@ -20,6 +20,7 @@ Styles:
 """
 
 import dataclasses
+import hashlib
 import itertools
 import re
 from collections.abc import Sequence
@@ -175,6 +176,10 @@ class Reader:
     if options.style == 'token' and self._cut is None:
       raise ValueError(f'the tokenizer has no token {CUT_TOKEN}: add it, or use the marker style text or none')
     self._marker_ends = np.zeros(1, np.int64)   # tokens of the first n markers
+
+  def fingerprint(self) -> str:
+    """A hash of all that decides the tokens of a text."""
+    return hashlib.sha256(repr((self.options, self._tokenizer.to_str())).encode()).hexdigest()[:32]
 
   def units(self, texts: Sequence[str]) -> Units:
     """The units of one text, in order; `texts` are none of them empty."""

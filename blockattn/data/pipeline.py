@@ -4,9 +4,10 @@ A source is a random-access sequence of packed rows: `FileRows` reads files, `Pa
 standard library, `Mixture` several sources. `batches` shuffles and batches a source with grain.
 
 The order of rows is one stream: the epochs of the source one after the other, each shuffled with its own seed. Global
-batch n is rows n * batch ... (n + 1) * batch - 1 of the stream, and a process takes its contiguous slice of it. What a
-step trains on is therefore a function of (source, batch, seed, step) alone: it is the same for any number of processes,
-and the state of the iterator is one integer, the next step.
+batch n is rows n * batch ... (n + 1) * batch - 1 of the stream, and a process takes those of them that its devices hold.
+What a step trains on is therefore a function of (source, batch, seed, step) alone: it is the same for any number of
+processes, and the state of the iterator is one integer, the next step. With it goes a fingerprint of the source, so that
+a run does not go on with other data than it began with.
 
 A batch may hold the end of one epoch and the beginning of the next. Rows that are left over at the end of the last
 epoch, fewer than a batch, are dropped, or filled up with rows of padding: see `remainder`.
@@ -20,6 +21,7 @@ import json
 import logging
 import os
 import pathlib
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
+from blockattn import locks
 from blockattn.data import encode, packing, stdlib, text as text_lib
 
 REMAINDERS = ('drop', 'pad')
@@ -37,7 +40,16 @@ _PROBED_PAGES = 64     # pages from which PageRows guesses how many fill a row
 _ARRAYS = {'tokens': np.int32, 'ends': np.int64, 'lengths': np.int32, 'gold': bool, 'block_ends': np.int64,
            'answers': np.int32}
 _CUT_AT_A_TIME = 64    # examples that a cutter is given together
+_SHOWN = 3             # names in an error
 _log = logging.getLogger(__name__)
+
+
+class DataChanged(ValueError):
+  """The data is not that of the checkpoint that a run goes on from."""
+
+
+class UnreadableRow(ValueError):
+  """A row of a source cannot be made; says where it comes from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +84,11 @@ class DocStore:
   Attributes:
     report: of the file's lines.
     built: whether they were encoded just now, rather than found in the cache.
+    key: see `store_key`.
   """
 
   def __init__(self, folder: pathlib.Path, file: str, *, built: bool = False):
-    self.built = built
+    self.built, self.key = built, folder.name
     meta = json.loads((folder / 'meta.json').read_text())
     for name, size in meta['bytes'].items():
       if (folder / f'{name}.npy').stat().st_size != size:
@@ -186,8 +199,9 @@ def open_store(file: str, tokenizer: Any, encoder: encode.Encoder, options: File
                cutter: Cutter | None = None) -> DocStore:
   """The encoded documents of a file, from the cache if it has them, else encoded and put there.
 
-  The store is written under another name and renamed when it is whole; of several processes that write the same one,
-  the first wins. A store that is damaged is written anew.
+  The store is written under another name and renamed when it is whole. Of several processes that want the same one, the
+  first makes it and the others wait; where the cache's filesystem has no locks all make it, and one of them wins. A store
+  that is damaged is written anew.
 
   Raises:
     text.BadLineError: `strict`, and the file has a malformed line.
@@ -195,26 +209,31 @@ def open_store(file: str, tokenizer: Any, encoder: encode.Encoder, options: File
   folder = pathlib.Path(cache) / store_key(file, encoder.fingerprint, options, cutter)
   store = _load_store(folder, file)
   if store is None:
-    _build_store(folder, file, tokenizer, encoder, options, strict, progress, cutter)
-    store = DocStore(folder, file, built=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locks.held(folder.with_name(f'.{folder.name}.lock'), wait=True):
+      store = _load_store(folder, file, mend=True)   # another process may have made it meanwhile
+      if store is None:
+        _build_store(folder, file, tokenizer, encoder, options, strict, progress, cutter)
+        store = DocStore(folder, file, built=True)
   if strict and store.report.listed:
     raise text_lib.BadLineError(store.report.listed[0])
   return store
 
 
-def _load_store(folder, file):
+def _load_store(folder, file, *, mend=False):
+  """None if there is none, or none that is whole; `mend`: clears the remains of such a one away."""
   if not folder.exists():
     return None
   try:
     return DocStore(folder, file)
   except (OSError, ValueError, KeyError, TypeError) as error:
-    _log.warning('cached documents are damaged (%s); encoding them anew', error)
-    shutil.rmtree(folder, ignore_errors=True)
+    if mend:
+      _log.warning('cached documents are damaged (%s); encoding them anew', error)
+      shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
 def _build_store(folder, file, tokenizer, encoder, options, strict, progress, cutter):
-  folder.parent.mkdir(parents=True, exist_ok=True)
   report = text_lib.Report()
   examples = text_lib.read_examples(file, report=report, strict=strict, chat=options.chat, template=options.template,
                                     tokenizer=tokenizer, progress=progress)
@@ -286,6 +305,16 @@ class FileRows:
     docs = [self.doc(i) for i in self.plan[row]]
     return packing.pack_row(docs, self.length, shared_first=self.options.shared_first)
 
+  def where(self, row: int) -> str:
+    """The documents of a row, each with its file, for an error."""
+    stores = (np.searchsorted(self._starts, self.plan[row], side='right') - 1).tolist()
+    return ', '.join(f'{self.files[store]} (document {i - int(self._starts[store])})'
+                     for i, store in zip(self.plan[row], stores, strict=True))
+
+  def fingerprint(self) -> dict[str, str]:
+    """What the rows are made of, by name: of each file its bytes and all that decides how they are encoded."""
+    return {file: store.key for file, store in zip(self.files, self.stores, strict=True)}
+
 
 class PageRows:
   """Packed rows of pages of the embedded corpus: a source.
@@ -318,6 +347,8 @@ class PageRows:
     self.length, self.max_blocks, self.shared_first = length, max_blocks, shared_first
     self.block_tokens = block_tokens
     self._containers, self._style, self._rows, self._first = tuple(containers), style, rows, first_page
+    self._facts = (_FORMAT, length, max_blocks, style, first_page, block_tokens, shared_first, self._cut_share,
+                   cutter.fingerprint if cutter else '')
     self._encoder = encoder or encode.Encoder(tokenizer)
     self.pages_per_row = pages_per_row or 1
     self.pages_per_row = pages_per_row or self._guess()
@@ -376,6 +407,17 @@ class PageRows:
         chosen.append(doc)
     return chosen
 
+  def where(self, row: int) -> str:
+    """The pages of a row, for an error."""
+    first = self._first + int(row) * self.pages_per_row
+    return f'pages {first} to {first + self.pages_per_row - 1} of the standard library'
+
+  def fingerprint(self) -> dict[str, str]:
+    """As of `FileRows`; the library's documentation is another one in every version of Python."""
+    facts = (*self._facts, self.pages_per_row, self._encoder.fingerprint, self._containers)
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    return {"pages of Python's standard library": f'{digest}, Python {platform.python_version()}'}
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
@@ -397,12 +439,22 @@ class Mixture:
   def length(self) -> int:
     return self.sources[0].length
 
+  def fingerprint(self) -> dict[str, str]:
+    """As of `FileRows`, with the number of the source in front of each name."""
+    return {f'source {i}: {name}': value for i, source in enumerate(self.sources)
+            for name, value in fingerprint(source).items()}
+
 
 class Batches(Iterator):
-  """The batches of one process, from `batches`. The state is one integer, the next step."""
+  """The batches of one process, from `batches`. The state is the next step and the source's fingerprint.
 
-  def __init__(self, dataset, start_step):
+  Attributes:
+    fingerprint: of the source, name -> value.
+  """
+
+  def __init__(self, dataset, start_step: int, source_print: dict[str, str]):
     self._iterator = iter(dataset)
+    self.fingerprint = source_print
     self.set_state({'next_step': start_step})
 
   def __next__(self) -> dict:
@@ -410,15 +462,22 @@ class Batches(Iterator):
     self._step += 1
     return batch
 
-  def get_state(self) -> dict[str, int]:
-    """{'next_step': the step whose batch `next` gives}."""
-    return {'next_step': self._step}
+  def get_state(self) -> dict:
+    """{'next_step': the step whose batch `next` gives, 'source': its fingerprint}."""
+    return {'next_step': self._step, 'source': self.fingerprint}
 
-  def set_state(self, state: dict[str, int]):
-    """Goes to a step, forwards or backwards; nothing is read on the way."""
-    step = state['next_step'] if isinstance(state, dict) and set(state) == {'next_step'} else None
-    if type(step) is not int or step < 0:
+  def set_state(self, state: dict):
+    """Goes to a step, forwards or backwards; nothing is read on the way.
+
+    Raises:
+      ValueError: no such state or step.
+      DataChanged: the state is that of other data.
+    """
+    step = state['next_step'] if isinstance(state, dict) and 'next_step' in state else None
+    if type(step) is not int or step < 0 or state.keys() - {'next_step', 'source'}:
       raise ValueError(f"the state of the data is {{'next_step': an integer from 0}}, not {state!r}")
+    if 'source' in state:   # a checkpoint of before there were fingerprints says nothing
+      _check_same(state['source'], self.fingerprint)
     try:
       self._iterator.set_state({'next_index': step})
     except IndexError as error:
@@ -430,51 +489,83 @@ class Batches(Iterator):
     self._iterator.close()
 
 
-def batches(source: Any, *, batch: int, seed: int, process_index: int = 0, process_count: int = 1, start_step: int = 0,
+def _check_same(before: dict[str, str], now: dict[str, str]):
+  kinds = {'is new': now.keys() - before.keys(), 'is gone': before.keys() - now.keys(),
+           'has changed, or what reads it (the tokenizer, the segmenter, Python itself)':
+           {name for name in now.keys() & before.keys() if now[name] != before[name]}}
+  told = [f'{name} {kind}' for kind, names in kinds.items() for name in sorted(names)]
+  if told:
+    more = f'; and {len(told) - _SHOWN} more' if len(told) > _SHOWN else ''
+    raise DataChanged(f'this run was trained on other data: {"; ".join(told[:_SHOWN])}{more}. Put the data back as it was '
+                      'to go on, or begin anew with another --workdir')
+
+
+def batches(source: Any, *, batch: int, seed: int, rows: Sequence[int] | None = None, start_step: int = 0,
             epochs: int | None = None, shuffle: bool = True, remainder: str = 'drop', prefetch: int = 2) -> Batches:
   """The batches that one process sees.
 
   Args:
-    source: `FileRows`, `PageRows`, `Mixture`, or any random-access source of rows with `length`.
+    source: `FileRows`, `PageRows`, `Mixture`, or any random-access source of rows with `length`. If it has
+      `fingerprint()`, other data is refused later; if it has `where(row)`, a row that cannot be read is named by that.
     batch: rows of the global batch, B.
     seed: of the shuffling, 0 to 2**32 - 1.
-    process_index, process_count: the process takes rows [index * B / count, (index + 1) * B / count) of each global
-      batch.
+    rows: which of the B rows of each global batch are read, numbers from 0, ascending; None: all.
     start_step: the first step.
     epochs: how often the source is gone through; None: without end.
     shuffle: every epoch in another order; False: in the source's.
     remainder: what becomes of the rows, fewer than a batch, at the end of the last epoch: 'drop', or 'pad' with rows of
       padding (document 0, no target), so that an evaluation sees every row once.
-    prefetch: batches that a thread prepares ahead; 0: none, no thread.
+    prefetch: batches that a thread prepares ahead; 0: none, no thread. There are no worker processes: what goes wrong
+      while a batch is prepared is raised when it is asked for.
 
   Returns:
-    Iterator of batches: dicts of numpy arrays as from `packing.pack_row`, with a leading axis of B / count rows.
+    Iterator of batches: dicts of numpy arrays as from `packing.pack_row`, with a leading axis of len(rows) rows.
 
   Raises:
     ValueError: the arguments do not go together.
   """
   if remainder not in REMAINDERS:
     raise ValueError(f'remainder={remainder!r}; choose one of {", ".join(REMAINDERS)}')
-  if not 0 <= process_index < process_count or batch < 1 or batch % process_count:
-    raise ValueError(f'a batch of {batch} rows over {process_count} processes (this is {process_index}): the batch '
-                     'must be a multiple of the number of processes, and the index below it')
-  rows = _stream(source, seed, epochs, shuffle)
-  per_process = batch // process_count
+  own = range(batch) if rows is None else tuple(rows)
+  if batch < 1 or not own or sorted({*own}) != [*own] or own[0] < 0 or own[-1] >= batch:
+    raise ValueError(f'rows {own} of a batch of {batch}: give some of its rows, each once, ascending')
+  stream = _stream(source, seed, epochs, shuffle)
   if epochs is None:
     steps = np.iinfo(np.int64).max // batch
   else:
-    steps = len(rows) // batch if remainder == 'drop' else -(-len(rows) // batch)
+    steps = len(stream) // batch if remainder == 'drop' else -(-len(stream) // batch)
   if steps == 0:
-    raise ValueError(f'{len(rows)} rows are less than one batch of {batch}: use a smaller batch, more epochs, or '
+    raise ValueError(f'{len(stream)} rows are less than one batch of {batch}: use a smaller batch, more epochs, or '
                      "remainder='pad'")
   padding = functools.partial(packing.pack_row, (), source.length)
 
   def step_batch(step):
-    first = step * batch + process_index * per_process
-    return _stack([rows[i] if i < len(rows) else padding() for i in range(first, first + per_process)])
+    return _stack([stream[i] if i < len(stream) else padding() for i in (step * batch + row for row in own)])
 
   options = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
-  return Batches(grain.MapDataset.range(steps).map(step_batch).to_iter_dataset(options), start_step)
+  return Batches(grain.MapDataset.range(steps).map(step_batch).to_iter_dataset(options), start_step, fingerprint(source))
+
+
+def fingerprint(source: Any) -> dict[str, str]:
+  """What a source is made of, name -> value; {} for one that does not say."""
+  return source.fingerprint() if hasattr(source, 'fingerprint') else {}
+
+
+class _Readable:
+  """A source whose errors say of which row they are."""
+
+  def __init__(self, source):
+    self._source = source
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, row):
+    try:
+      return self._source[row]
+    except Exception as error:
+      place = self._source.where(row) if hasattr(self._source, 'where') else type(self._source).__name__
+      raise UnreadableRow(f'row {row} of the data, {place}, cannot be read: {type(error).__name__}: {error}') from error
 
 
 def _stack(rows):
@@ -492,10 +583,18 @@ def _stream(source, seed, epochs, shuffle):
     return grain.MapDataset.mix(parts, list(source.weights))
   if len(source) == 0:
     raise ValueError('the source has no rows')
-  rows = grain.MapDataset.source(source)
+  rows = grain.MapDataset.source(_Readable(source))
   if shuffle:
     rows = rows.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
   return rows.repeat(epochs)
+
+
+def row_numbers(source: Any, count: int, seed: int) -> np.ndarray:
+  """Which rows of a source stand in the first `count` rows of its shuffled stream: int64, ascending, each once."""
+  if count >= len(source):
+    return np.arange(len(source))
+  numbers = _stream(range(len(source)), seed, None, True)
+  return np.unique([numbers[i] for i in range(count)])
 
 
 def describe(source: Any, *, rows: int = 32) -> dict:

@@ -12,6 +12,7 @@ changed and units left out at random. Validation rows are the documents as they 
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -210,6 +211,14 @@ class DrawnRows:
     if packed['tokens'].ndim == 2 and rng.random() < 0.5:
       packed['tokens'][rng.random(packed['tokens'].shape) < self._options.drop] = 0
     return packed
+
+  def fingerprint(self) -> dict[str, str]:
+    """What the rows are made of, by name: the documents of each category, and what reads them."""
+    digests = {category: hashlib.sha256() for category in self.categories}
+    for document in self._documents:
+      digests[document.category].update(repr((document.id, document.blocks)).encode())
+    return {f'documents of category {category!r}': digest.hexdigest()[:32] for category, digest in digests.items()} | {
+        'the tokenizer': self._reader.fingerprint()}
 
   def _category(self, rng):
     return self.categories[rng.choice(len(self.categories), p=self.shares)]

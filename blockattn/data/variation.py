@@ -14,6 +14,9 @@ TEXTUAL = ('papers', 'manuals', 'specs', 'web_text', 'wiki', 'textbooks', 'newsl
            'legal')
 PROSE = ('books', 'wiki', 'papers', 'finance', 'medical', 'textbooks', 'web_text', 'meetings', 'newsletters')
 MARKS = ('\n\n', '\n\n', '\n\n', '\n\n\n', '\n---\n', '\n\n* * *\n\n', '\n\n=====\n\n', '\n\f\n')
+TALK = ('chat', 'conversations', 'meetings', 'drama')
+MONTHS = ('January', 'February', 'March', 'April', 'May', 'June', 'July', 'August', 'September', 'October', 'November',
+          'December')
 UNJOINED = ('code', 'chat', 'drama', 'legal', 'newsletters')
 _SENTENCE_END = re.compile(r'(?<=[.!?"”])[\r\n]+')
 _BLANK_LINES = re.compile(r'(\r\n|[\r\n])(?:[ \t]*[\r\n])+')
@@ -32,6 +35,8 @@ def vary(blocks: Sequence[str], category: str, rng: np.random.Generator, rate: f
   blocks = tuple(blocks)
   if rng.random() < rate / 3:
     blocks = mark(blocks, MARKS[rng.integers(len(MARKS))])
+  if category in TALK and rng.random() < rate:
+    blocks = occasions(mark(blocks, '\n\n' if rng.random() < 0.7 else '\n'), rng)
   if category in PROSE and rng.random() < rate / 3:
     blocks = sentences(blocks)
   if category in TEXTUAL:
@@ -54,6 +59,22 @@ def mark(blocks: Sequence[str], separator: str) -> tuple[str, ...]:
   """The separator behind every block, and no blank line anywhere else: what a text without headings may do."""
   dense = [_BLANK_LINES.sub(r'\1', block) for block in blocks]
   return (*(block.rstrip() + separator for block in dense[:-1]), dense[-1])
+
+
+def occasions(blocks: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
+  """A line in front of every block that says when it was or which it is, as in records of talk over days; or none."""
+  style, first = rng.integers(8), rng.integers(1, 400)
+  days = first + np.cumsum(rng.integers(0, 20, len(blocks)))
+  return tuple(f'{_occasion(style, i, int(day), rng)}{block}' for i, (block, day) in enumerate(zip(blocks, days), start=1))
+
+
+def _occasion(style, number, day, rng):
+  year, month, date = 2010 + day // 372, day // 31 % 12, day % 31 + 1
+  hour, minute = rng.integers(24), rng.integers(60)
+  return ('', '', f'{date} {MONTHS[month]} {year}\n', f'{MONTHS[month]} {date}, {year}\n',
+          f'{year}-{month + 1:02}-{date:02} {hour:02}:{minute:02}\n',
+          f'{hour % 12 + 1}:{minute:02} {"am" if hour < 12 else "pm"}, {MONTHS[month]} {date}\n',
+          f'Session {number}\n', f'--- {MONTHS[month][:3]} {date} {hour:02}:{minute:02} ---\n')[style]
 
 
 def sentences(blocks: Sequence[str]) -> tuple[str, ...]:

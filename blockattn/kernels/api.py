@@ -30,6 +30,7 @@ def resolve(impl: str, platform: str) -> str:
   return impl
 
 
+@jax.named_scope('block_attention')
 def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl: str = 'auto',
                     tiles: tuple[int, int] | None = None):
   """Attention of each query to the keys that `blocks.may_attend` allows.
@@ -116,6 +117,7 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
                        check_vma=False)(q_BTNH, k_BSKH, v_BSKH, layout)
 
 
+@jax.named_scope('block_attention')
 def _attend_part(axes, impl, tiles, q_BTNH, k_BSKH, v_BSKH, layout):
   """On one device: its own queries, everybody's keys."""
   gather = lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from blockattn import mesh as mesh_lib
 from blockattn.kernels import api
+from blockattn.models import weights as weights_lib
 from blockattn.models.spec import ParamSpec
 
 REMAT = ('none', 'dots', 'full')
@@ -154,7 +155,8 @@ def run_layers(params, tokens, position, cfg, compute, attend, *, keep_kv: bool,
     return x_BTD, kv if keep_kv else None
 
   x_BTD = constrain(embed(params, tokens, cfg, compute), compute)
-  x_BTD, kv = jax.lax.scan(_remat(layer, compute.remat), x_BTD, (params['layers'], tuple(beside)))
+  with jax.named_scope('layer'):
+    x_BTD, kv = jax.lax.scan(_remat(layer, compute.remat), x_BTD, (params['layers'], tuple(beside)))
   return final_norm(params, x_BTD, cfg), kv
 
 
@@ -176,12 +178,13 @@ def decoder_layer(x_BTD, w, angles, cfg, compute, attend):
     same wherever the token stands.
   """
   h = rms_norm(x_BTD, w['attn_norm'], cfg.norm_eps)
-  q, k, v = dense(h, w['q']), dense(h, w['k']), dense(h, w['v'])
-  if cfg.attention_bias:
-    q, k, v = q + w['q_bias'], k + w['k_bias'], v + w['v_bias']
-  if cfg.qk_norm:
-    q, k = rms_norm(q, w['q_norm'], cfg.norm_eps), rms_norm(k, w['k_norm'], cfg.norm_eps)
-  out = dense(attend(rotate(q, angles), rotate(k, angles), v), w['o'], contract=2)
+  with jax.named_scope('attention'):
+    q, k, v = dense(h, w['q']), dense(h, w['k']), dense(h, w['v'])
+    if cfg.attention_bias:
+      q, k, v = q + w['q_bias'], k + w['k_bias'], v + w['v_bias']
+    if cfg.qk_norm:
+      q, k = rms_norm(q, w['q_norm'], cfg.norm_eps), rms_norm(k, w['k_norm'], cfg.norm_eps)
+    out = dense(attend(rotate(q, angles), rotate(k, angles), v), w['o'], contract=2)
   x_BTD = constrain(x_BTD + (out + w['o_bias'] if cfg.attention_bias else out), compute)
   h = rms_norm(x_BTD, w['mlp_norm'], cfg.norm_eps)
   return constrain(x_BTD + _mlp(h, w, cfg), compute), (k, v)
@@ -190,9 +193,18 @@ def decoder_layer(x_BTD, w, angles, cfg, compute, attend):
 def dense(x, w, *, contract: int = 1, out=None):
   """x times w over the last `contract` axes of x and the first of w, accumulated and returned in dtype `out` if given.
 
+  w is an array, or a matrix of models.weights: of 8 bits, whose products are scaled by output channel, or of low rank beside
+  a frozen one.
+
   As one product of two matrices: with several token axes XLA's CPU backend writes transposed copies for the gradient
   of w, which makes the backward pass of a layer more than twice as slow.
   """
+  if isinstance(w, weights_lib.LowRank):
+    low = dense(dense(x, w.down, contract=contract), w.up)
+    return dense(x, w.base, contract=contract, out=out) + w.factor * low
+  if isinstance(w, weights_lib.Int8):
+    product = dense(x, w.values.astype(x.dtype), contract=contract, out=out)
+    return product * w.scale.reshape(w.scale.shape[contract:]).astype(product.dtype)
   tokens, features = x.shape[:x.ndim - contract], w.shape[contract:]
   inner = math.prod(w.shape[:contract])
   product = jnp.dot(x.reshape(-1, inner), w.reshape(inner, -1), preferred_element_type=out)
@@ -204,9 +216,11 @@ def head_of(params, cfg: ModelConfig):
   return params['embed'] if cfg.tied else params['head']
 
 
+@jax.named_scope('head')
 def project(x, head_VD):
   """Float32 logits [..., V] of hidden states [..., D]."""
-  return dense(x, head_VD.T.astype(x.dtype), out=jnp.float32)
+  turned = jax.tree.map(jnp.transpose, head_VD)   # Int8 is two arrays
+  return dense(x, weights_lib.cast(turned, x.dtype), out=jnp.float32)
 
 
 def logits(params, x, cfg: ModelConfig):
@@ -214,6 +228,7 @@ def logits(params, x, cfg: ModelConfig):
   return project(x, head_of(params, cfg))
 
 
+@jax.named_scope('mlp')
 def _mlp(h, w, cfg):
   gate, up = dense(h, w['gate']), dense(h, w['up'])
   if cfg.mlp_bias:
@@ -232,12 +247,21 @@ def _attend(q, k, v, layout, compute):
                                      tiles=compute.tiles)
 
 
+@jax.named_scope('embed')
 def embed(params, tokens, cfg, compute):
-  table = params['embed']
+  x = weights_lib.rows(_whole_rows(params['embed'], compute), jnp.minimum(tokens, cfg.vocab - 1)).astype(compute.dtype)
   if cfg.learned_sinks:
-    table = jnp.concatenate([table, params['sinks'].astype(table.dtype)])
-  x = jnp.take(table, tokens, axis=0).astype(compute.dtype)
+    sinks = jnp.take(params['sinks'], jnp.maximum(tokens - cfg.vocab, 0), axis=0).astype(compute.dtype)
+    x = jnp.where((tokens >= cfg.vocab)[..., None], sinks, x)
   return dense(x, params['units'].astype(compute.dtype), contract=2) if cfg.unit_tokens else x
+
+
+def _whole_rows(table, compute):
+  """The table whole along the model width on every device: looking up parts of rows, and cutting the result by the batch
+  afterwards, the compiler would bring all activations to all devices."""
+  if compute.placement is None or compute.placement.size('embed') == 1:
+    return table
+  return jax.tree.map(lambda w: compute.placement.constrain(w, 'vocab', 'width'), weights_lib.cast(table, compute.dtype))
 
 
 def constrain(x_BTD, compute):
@@ -245,7 +269,7 @@ def constrain(x_BTD, compute):
 
 
 def cast(weights, compute):
-  return jax.tree.map(lambda w: w.astype(compute.dtype), weights)
+  return weights_lib.cast(weights, compute.dtype)
 
 
 def _remat(layer, policy):
@@ -255,6 +279,7 @@ def _remat(layer, policy):
   return jax.checkpoint(layer, policy=saved, prevent_cse=False)
 
 
+@jax.named_scope('norm')
 def rms_norm(x, scale, eps):
   """Root-mean-square norm (arXiv 1910.07467) over the last axis, computed in float32."""
   x32 = x.astype(jnp.float32)

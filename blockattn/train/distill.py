@@ -7,14 +7,15 @@ leaves open is a config key, see README).
 """
 
 import dataclasses
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
 
 from blockattn import blocks, losses, optim
-from blockattn.models import transformer
-from blockattn.train import loop, setup
+from blockattn.models import lora, transformer
+from blockattn.train import command, loop, setup
 
 LOSS_OVER = ('readers', 'text', 'answer')
 
@@ -60,6 +61,19 @@ class Models:
   student_compute: transformer.Compute
   teacher_compute: transformer.Compute
   blocks: blocks.BlockOptions
+  low_rank: lora.LoraOptions = lora.NONE
+
+
+@flax.struct.dataclass
+class Frozen:
+  """Parameters that a step reads and does not train.
+
+  Attributes:
+    teacher: the teacher's; None where what it says is stored with the rows.
+    base: what a LoRA student adds to, the same arrays as the teacher's where there is one; else None.
+  """
+  teacher: Any = None
+  base: Any = None
 
 
 def loss_mask(batch, dropped: blocks.BlockLayout, options: DistillOptions):
@@ -85,83 +99,94 @@ def _answer_lost(batch, dropped):
   return jnp.take_along_axis(lost, doc, axis=1)
 
 
-def loss_sums(params, teacher, batch, key, models: Models, options: DistillOptions):
+def loss_sums(params, frozen: Frozen, batch, key, models: Models, options: DistillOptions):
   """The sums of losses.distillation_sums for one batch; differentiable in params."""
   layout = batch['layout']
-  full = blocks.as_one_block(layout)
-  x_teacher = transformer.apply(teacher, batch['tokens'], full, models.teacher, models.teacher_compute)
-  hidden = {'teacher': jax.lax.stop_gradient(x_teacher)}
-  if options.weights.source == 'teacher':
-    plain = blocks.with_positions(layout, models.blocks.positions)
-    hidden['teacher_block'] = jax.lax.stop_gradient(
-        transformer.apply(teacher, batch['tokens'], plain, models.teacher, models.teacher_compute))
+  heads, hidden = {}, {}
+  per_token = {'target': batch['targets'], 'position': layout.position}
+  if 'teacher' in batch:
+    per_token['teacher'] = batch['teacher']
+  else:
+    heads['teacher'] = transformer.head_of(frozen.teacher, models.teacher)
+    hidden |= _teacher_hidden(frozen.teacher, batch, models, options)
   if options.drop_rate > 0:
     layout = blocks.drop_blocks(layout, key, rate=options.drop_rate, mode=options.drop_mode,
                                 positions=models.blocks.positions)
   mask = loss_mask(batch, layout, options)
   tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks)
-  x_student = transformer.apply(params, tokens, student_layout, models.student, models.student_compute)
+  student = lora.attach(frozen.base, params, models.low_rank) if models.low_rank.rank else params
+  with jax.named_scope('student'):
+    x_student = transformer.apply(student, tokens, student_layout, models.student, models.student_compute)
   hidden['student'] = jnp.take_along_axis(x_student, index[..., None], axis=1)
-  heads = {'student': transformer.head_of(params, models.student),
-           'teacher': transformer.head_of(teacher, models.teacher)}
-  return losses.distillation_sums(heads, hidden, batch['targets'], mask, weights=options.weights,
-                                  temperature=options.temperature, ce_weight=options.ce_weight, chunk=options.chunk,
-                                  parts=models.student_compute.row_parts)
+  heads['student'] = transformer.head_of(student, models.student)
+  with jax.named_scope('loss'):
+    return losses.distillation_sums(heads, hidden, per_token, mask, weights=options.weights,
+                                    temperature=options.temperature, ce_weight=options.ce_weight, chunk=options.chunk,
+                                    parts=models.student_compute.row_parts)
+
+
+@jax.named_scope('teacher')
+def _teacher_hidden(teacher, batch, models, options):
+  """The teacher's hidden states with full attention, and under the block mask if the token weights want them."""
+  layout = batch['layout']
+  read = lambda layout: jax.lax.stop_gradient(transformer.apply(
+      teacher, batch['tokens'], layout, models.teacher, models.teacher_compute))
+  hidden = {'teacher': read(blocks.as_one_block(layout))}
+  if options.weights.source == 'teacher':
+    hidden['teacher_block'] = read(blocks.with_positions(layout, models.blocks.positions))
+  return hidden
 
 
 def make_step(models: Models, options: DistillOptions, optimizer, learning_rate):
-  """Jitted (state, teacher params, batch) -> (state, metrics); the old state's buffers are reused."""
-  def step(state, teacher, batch):
-    step_key = jax.random.fold_in(jax.random.key(options.seed), state.step)
-
-    def sums_and_grads(params, batch, part):
-      key = jax.random.fold_in(step_key, part)
-      def loss(params):
-        sums = loss_sums(params, teacher, batch, key, models, options)
-        return sums['loss'], sums
-      grads, sums = jax.grad(loss, has_aux=True)(params)
-      return sums, grads
-
-    sums, grads = loop.accumulate(sums_and_grads, state.params, batch, options.accumulate)
-    weight = jnp.maximum(sums['weight'], 1e-9)   # a batch without loss tokens must not divide by zero
-    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-    return loop.apply_gradients(state, optimizer, grads), _metrics(sums, grads, learning_rate(state.step))
-
-  return jax.jit(step, donate_argnums=0)
+  """See `loop.make_step`; what is frozen is a `Frozen`."""
+  sums = lambda params, frozen, batch, key: loss_sums(params, frozen, batch, key, models, options)
+  return loop.make_step(sums, _measure, optimizer, learning_rate, slices=options.accumulate, seed=options.seed)
 
 
-def _metrics(sums, grads, lr):
+def _measure(sums):
   tokens = jnp.maximum(sums['tokens'], 1)
   mean_weight = sums['weight'] / tokens
   spread = jnp.sqrt(jnp.maximum(sums['weight_sq'] / tokens - mean_weight ** 2, 0)) / jnp.maximum(mean_weight, 1e-9)
-  return {'loss': sums['loss'] / jnp.maximum(sums['weight'], 1e-9), 'kl': sums['kl'] / tokens,
-          'ce': sums['ce'] / tokens, 'teacher_ce': sums['teacher_ce'] / tokens, 'gap': sums['gap'] / tokens,
-          'weight_spread': spread, 'loss_tokens': sums['tokens'], 'grad_norm': optax.tree.norm(grads), 'lr': lr}
+  # A bin that no token of the batch falls into has no KL.
+  kl_at = jnp.where(sums['tokens_at'] > 0, sums['kl_at'] / jnp.maximum(sums['tokens_at'], 1), jnp.nan)
+  return {'kl': sums['kl'] / tokens, 'ce': sums['ce'] / tokens, 'teacher_ce': sums['teacher_ce'] / tokens,
+          'gap': sums['gap'] / tokens, 'weight_mean': mean_weight, 'weight_spread': spread,
+          'weight_at_floor': sums['at_floor'] / tokens, 'weight_at_cap': sums['at_cap'] / tokens,
+          'loss_tokens': sums['tokens']} | {f'kl_pos_{i}': kl_at[i] for i in range(losses.POSITION_BINS)}
 
 
 def run(config, workdir):
-  """Trains as the config says; returns (ModelConfig, params, BlockOptions) of the student."""
+  """Trains as the config says; returns (ModelConfig, params, BlockOptions) of the student.
+
+  The params of a LoRA student are the trained ones alone, as its checkpoints hold them.
+  """
   place = setup.placement(config)
   setup.check_batch(config, place)
+  setup.check_teacher(config)
   if not config.model.source:
     raise ValueError('config.model.source is empty: distillation needs a trained teacher, a Hugging Face folder or name')
-  options, optim_config = options_of(config), setup.optim_config(config)
-  compute = setup.compute(config, place)
-  teacher_compute = setup.compute(config, place, dtype=config.teacher.compute_dtype, remat='none')
+  options, optim_config, low_rank = options_of(config), setup.optim_config(config), setup.lora_options(config)
+  teacher_place = setup.teacher_placement(config, place)
   loop.save_run_facts(workdir, config)
   tokenizer = setup.tokenizer(config)
-  source = setup.rows(config, tokenizer)
-  teacher_cfg, teacher = setup.load_model(config, place, dtype=config.teacher.dtype)
+  source = setup.taught(config, setup.rows(config, tokenizer))
+  teacher_cfg, params = setup.load_model(config, place)
   cfg, block_options = setup.block_options(config, teacher_cfg, tokenizer)
-  params = setup.student_start(teacher, cfg, config, tokenizer, place)
-  models = Models(student=cfg, teacher=teacher_cfg, student_compute=compute, teacher_compute=teacher_compute,
-                  blocks=block_options)
+  models = Models(
+      student=cfg, teacher=teacher_cfg, student_compute=setup.compute(config, place),
+      teacher_compute=setup.compute(config, teacher_place, dtype=config.teacher.compute_dtype, remat='none'),
+      blocks=block_options, low_rank=low_rank)
+  frozen = Frozen(None if config.teacher.logits else setup.teacher_from(params, teacher_cfg, config, teacher_place))
+  params = setup.add_sink_rows(params, cfg, tokenizer, config.blocks.sink_text, place)
+  if low_rank.rank:
+    frozen = frozen.replace(base=frozen.teacher or {name: p for name, p in params.items() if name != 'sinks'})
+    params = setup.lora_start(params, cfg, low_rank, config, place)
   optimizer = optim.make_optimizer(optim_config)
   step_fn = make_step(models, options, optimizer, optim.learning_rate(optim_config))
-  state = loop.run(lambda state, batch: step_fn(state, teacher, batch), loop.init_state(params, optimizer),
-                   setup.batches(config, source), setup.loop_config(config, 'distilling'), workdir,
+  state = loop.run(lambda state, batch: step_fn(state, frozen, batch), loop.init_state(params, optimizer),
+                   setup.batches(config, source), setup.loop_config(config, 'distilling', cfg), workdir,
                    put_batch=place.put_batch,
-                   meta=setup.model_meta(cfg, block_options, config.model.source, 'distill'))
+                   meta=setup.model_meta(cfg, block_options, config.model.source, 'distill', low_rank))
   return cfg, state.params, block_options
 
 
@@ -173,4 +198,4 @@ def options_of(config) -> DistillOptions:
 
 
 if __name__ == '__main__':
-  setup.main(run)
+  command.main(run)

@@ -7,11 +7,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from blockattn import blocks, losses, optim
-from blockattn.models import transformer
-from blockattn.train import loop, setup
+from blockattn.models import lora, transformer
+from blockattn.train import command, loop, setup
 
 MODES = ('full', 'block', 'both')
 
@@ -62,49 +61,48 @@ def loss_sums(params, batch, cfg, compute, block_options, options: FinetuneOptio
     x_BTD = transformer.apply(params, tokens, layout, cfg, compute)
     if index is not None:
       x_BTD = jnp.take_along_axis(x_BTD, index[..., None], axis=1)
-    total.append(losses.cross_entropy_sums(transformer.head_of(params, cfg), x_BTD, batch['targets'], weight,
-                                           options.chunk, compute.row_parts))
+    with jax.named_scope('loss'):
+      total.append(losses.cross_entropy_sums(transformer.head_of(params, cfg), x_BTD, batch['targets'], weight,
+                                             options.chunk, compute.row_parts))
   return jax.tree.map(lambda *sums: sum(sums), *total)
 
 
-def make_step(cfg, compute, block_options, options: FinetuneOptions, optimizer, learning_rate):
-  """Jitted (state, batch) -> (state, metrics); the old state's buffers are reused."""
-  def sums_and_grads(params, batch, part):
-    del part
-    def loss(params):
-      sums = loss_sums(params, batch, cfg, compute, block_options, options)
-      return sums['loss'], sums
-    grads, sums = jax.grad(loss, has_aux=True)(params)
-    return sums, grads
+def make_step(cfg, compute, block_options, options: FinetuneOptions, optimizer, learning_rate,
+              low_rank: lora.LoraOptions = lora.NONE):
+  """See `loop.make_step`; frozen are the parameters that a LoRA student adds to, else None."""
+  def sums(params, frozen, batch, key):
+    del key
+    params = lora.attach(frozen, params, low_rank) if low_rank.rank else params
+    return loss_sums(params, batch, cfg, compute, block_options, options)
 
-  def step(state, batch):
-    sums, grads = loop.accumulate(sums_and_grads, state.params, batch, options.accumulate)
-    weight = jnp.maximum(sums['weight'], 1e-9)   # a batch without loss tokens must not divide by zero
-    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-    metrics = {'loss': sums['loss'] / weight, 'ce': sums['ce'] / jnp.maximum(sums['tokens'], 1),
-               'loss_tokens': sums['tokens'], 'grad_norm': optax.tree.norm(grads), 'lr': learning_rate(state.step)}
-    return loop.apply_gradients(state, optimizer, grads), metrics
+  return loop.make_step(sums, _measure, optimizer, learning_rate, slices=options.accumulate)
 
-  return jax.jit(step, donate_argnums=0)
+
+def _measure(sums):
+  return {'ce': sums['ce'] / jnp.maximum(sums['tokens'], 1), 'loss_tokens': sums['tokens']}
 
 
 def run(config, workdir):
-  """Trains as the config says; returns (ModelConfig, params, BlockOptions)."""
+  """Trains as the config says; returns (ModelConfig, params, BlockOptions); of LoRA, the trained params alone."""
   place = setup.placement(config)
   setup.check_batch(config, place)
   options, optim_config, compute = options_of(config), setup.optim_config(config), setup.compute(config, place)
+  low_rank, frozen = setup.lora_options(config), None
   loop.save_run_facts(workdir, config)
   tokenizer = setup.tokenizer(config)
   source = setup.rows(config, tokenizer)
   cfg, params = setup.load_model(config, place)
   cfg, block_options = setup.block_options(config, cfg, tokenizer)
   params = setup.add_sink_rows(params, cfg, tokenizer, config.blocks.sink_text, place)
+  if low_rank.rank:
+    frozen = {name: p for name, p in params.items() if name != 'sinks'}
+    params = setup.lora_start(params, cfg, low_rank, config, place)
   optimizer = optim.make_optimizer(optim_config)
-  step_fn = make_step(cfg, compute, block_options, options, optimizer, optim.learning_rate(optim_config))
-  meta = setup.model_meta(cfg, block_options if options.mode != 'full' else None, config.model.source, 'finetune')
-  state = loop.run(step_fn, loop.init_state(params, optimizer), setup.batches(config, source),
-                   setup.loop_config(config, f'fine-tuning ({options.mode})'), workdir, put_batch=place.put_batch,
-                   meta=meta)
+  step_fn = make_step(cfg, compute, block_options, options, optimizer, optim.learning_rate(optim_config), low_rank)
+  meta = setup.model_meta(cfg, block_options if options.mode != 'full' else None, config.model.source, 'finetune', low_rank)
+  state = loop.run(lambda state, batch: step_fn(state, frozen, batch), loop.init_state(params, optimizer),
+                   setup.batches(config, source), setup.loop_config(config, f'fine-tuning ({options.mode})', cfg), workdir,
+                   put_batch=place.put_batch, meta=meta)
   return cfg, state.params, block_options
 
 
@@ -114,4 +112,4 @@ def options_of(config) -> FinetuneOptions:
 
 
 if __name__ == '__main__':
-  setup.main(run)
+  command.main(run)

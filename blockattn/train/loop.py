@@ -1,5 +1,6 @@
 """The training loop, the only one: a function that every trainer calls with its own step."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -15,7 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blockattn import checkpoint, metrics, multihost
+from blockattn import checkpoint, locks, metrics, multihost, trace
+from blockattn.models import flops as flops_lib
 
 EXIT_PREEMPTED = 75   # EX_TEMPFAIL: saved, start me again
 
@@ -46,6 +49,11 @@ class LoopConfig:
     keep: checkpoints to keep.
     tokens_per_step: text tokens of a global batch, for tokens/s.
     label: of the progress line.
+    flops: this process's rows of a batch -> the operations that a step needs for the whole batch, for MFU; None: not
+      counted.
+    peak_flops: FLOP/s of all devices together.
+    profile: (start, stop) of the steps to trace into WORKDIR/profile, see trace.parse_steps; None: none.
+    wandb: project of Weights & Biases; None: nothing is sent.
   """
   steps: int
   log_every: int
@@ -53,6 +61,10 @@ class LoopConfig:
   keep: int
   tokens_per_step: int
   label: str = 'train'
+  flops: Callable[[Any], flops_lib.Flops] | None = None
+  peak_flops: float = 0.0
+  profile: tuple[int, int] | None = None
+  wandb: str | None = None
 
   def __post_init__(self):
     for name in ('steps', 'log_every', 'save_every', 'keep'):
@@ -71,9 +83,41 @@ def init_state(params, optimizer) -> TrainState:
                     opt_state=jax.jit(optimizer.init, out_shardings=shardings)(params))
 
 
-def apply_gradients(state: TrainState, optimizer, grads):
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  return TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+def make_step(loss_sums, measure, optimizer, learning_rate, *, slices: int, seed: int = 0):
+  """A jitted training step; the old state's buffers are reused.
+
+  Args:
+    loss_sums: (params, frozen, batch, key) -> dict of sums over tokens, differentiable in params; the loss of a batch is
+      sums['loss'] / sums['weight'].
+    measure: sums of a batch -> dict of scalars to report, beside loss, grad_norm and lr.
+    optimizer: optax transformation.
+    learning_rate: step -> learning rate, to report.
+    slices: see `accumulate`.
+    seed: of `key`, which is another one for every step and slice.
+
+  Returns:
+    (state, frozen, batch) -> (state, metrics). `frozen` is any tree of arrays that loss_sums reads and nothing trains.
+  """
+  def step(state, frozen, batch):
+    step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def sums_and_grads(params, batch, part):
+      def loss(params):
+        sums = loss_sums(params, frozen, batch, jax.random.fold_in(step_key, part))
+        return sums['loss'], sums
+      grads, sums = jax.grad(loss, has_aux=True)(params)
+      return sums, grads
+
+    sums, grads = accumulate(sums_and_grads, state.params, batch, slices)
+    weight = jnp.maximum(sums['weight'], 1e-9)   # a batch without loss tokens must not divide by zero
+    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    common = {'loss': sums['loss'] / weight, 'grad_norm': optax.tree.norm(grads), 'lr': learning_rate(state.step)}
+    with jax.named_scope('optimizer'):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), measure(sums) | common
+
+  return jax.jit(step, donate_argnums=0)
 
 
 def accumulate(sums_and_grads, params, batch, parts: int):
@@ -109,7 +153,7 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
   Args:
     step_fn: jitted (state, batch) -> (state, metrics), metrics a dict of scalars with 'loss' and 'grad_norm'.
     state: TrainState at step 0, also the shapes and shardings to restore into.
-    batches: iterator with `get_state() -> dict` and `set_state(dict)`; one item per step.
+    batches: iterator with `get_state() -> dict`, `set_state(dict)` and `fingerprint`; one item per step.
     put_batch: host batch -> device batch.
     meta: JSON saved with every checkpoint: what the model is.
     watch: (step, state) -> scalars to write at this step, {} for nothing; called after every step, and may evaluate.
@@ -120,40 +164,49 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
   Raises:
     NotFinite: the loss or gradient norm of a step was NaN or Inf; the last good checkpoint is kept.
     Preempted: SIGTERM came; the state is saved; exit code 75.
+    checkpoint.NotSaved: a checkpoint could not be written; those before it stand.
+    checkpoint.Damaged: the newest checkpoint is not what was written.
+    ValueError: the newest checkpoint is of other data.
   """
   folder = pathlib.Path(workdir) / 'checkpoints'
-  with checkpoint.make_manager(folder, keep=config.keep) as manager, \
+  multihost.check_equal('data', batches.fingerprint)
+  with checkpoint.Checkpoints(folder, keep=config.keep) as saved, \
       multihost.failing_ends_all(agreed=(NotFinite, Preempted)), _Sigterm() as terminated:
-    state, step = _resume(manager, state, batches)
-    with metrics.MetricWriter(workdir, jax.process_index(), resume_step=step) as writer, \
-        metrics.ProgressLine(config.steps, config.label, enabled=jax.process_index() == 0) as progress:
-      report = _Reporter(config, writer, progress, step)
+    state, step = _resume(saved, state, batches)
+    first = jax.process_index() == 0
+    with metrics.MetricWriter(workdir, jax.process_index(), resume_step=step, wandb_project=config.wandb) as writer, \
+        metrics.ProgressLine(config.steps, config.label, enabled=first) as progress, \
+        trace.Profiler(pathlib.Path(workdir) / 'profile', config.profile if first else None) as profiler:
+      report = _Reporter(config, writer, progress)
       while step < config.steps:
-        state, values = step_fn(state, put_batch(next(batches)))
+        with profiler.step(step + 1, state):
+          batch = next(batches)
+          state, values = step_fn(state, put_batch(batch))
         step += 1
-        report.queue(step, values)
+        report.queue(step, values, batch)
         if watch is not None and (seen := watch(step, state)):
           writer.write(step, seen)
         last, stop = step == config.steps, terminated(step)
         if last or stop or step % config.save_every == 0:
           report.flush()   # raises before a state that is not finite could be saved
-          checkpoint.save(manager, step, state.params, state.opt_state, batches.get_state(), meta | {'step': step})
+          saved.save(step, state.params, state.opt_state, batches.get_state(), meta | {'step': step})
+        saved.check()   # a write in the background that failed ends the run now, and not at the next one
         if stop and not last:
-          manager.wait_until_finished()
+          saved.wait()
           progress.say(f'SIGTERM: saved step {step} in {folder}; start the same command again to go on')
           raise Preempted(EXIT_PREEMPTED)
-    manager.wait_until_finished()
   return state
 
 
-def _resume(manager, state, batches):
-  newest = manager.latest_step()
+def _resume(saved, state, batches):
+  newest = saved.newest()
   if newest is None:
     return state, 0
   like = checkpoint.abstract_like({'params': state.params, 'opt_state': state.opt_state})
   with multihost.timed(f'restoring step {newest}'):
-    params, opt_state, data, _ = checkpoint.restore(manager, newest, like['params'], like['opt_state'])
-  batches.set_state(data)
+    saved.verify(newest)
+    batches.set_state(saved.data(newest))   # refuses other data before the large items are read
+    params, opt_state, _ = saved.restore(newest, like['params'], like['opt_state'])
   step = jax.device_put(jnp.asarray(newest, jnp.int32), state.step.sharding)
   return TrainState(step=step, params=params, opt_state=opt_state), newest
 
@@ -161,31 +214,39 @@ def _resume(manager, state, batches):
 class _Reporter:
   """Fetches the metrics of a step while the next one runs, checks them, and writes means every few steps."""
 
-  def __init__(self, config, writer, progress, step):
+  def __init__(self, config, writer, progress):
     self._config, self._writer, self._progress = config, writer, progress
-    self._clock = metrics.StepClock(config.steps)
-    self._clock.tick(step, 0)
+    self._clock = metrics.StepClock(config.steps, peak_flops=config.peak_flops)
     self._waiting, self._window = None, []
 
-  def queue(self, step, values):
+  def queue(self, step, values, batch):
+    """Takes the metrics of a step that the devices have just begun, and reports those of the step before."""
+    work = None if self._config.flops is None else self._config.flops(batch)   # on the host, while the devices compute
     self.flush()
-    self._waiting = (step, values)
+    self._waiting = (step, values, work)
 
   def flush(self):
     if self._waiting is None:
       return
-    step, values = self._waiting
+    step, values, work = self._waiting
     self._waiting = None
     values = {name: float(value) for name, value in jax.device_get(values).items()}
     _check_finite(step, values)
-    self._clock.tick(step, self._config.tokens_per_step)
+    flops = 0.0 if work is None else work.total(values['loss_tokens'] if work.head else 0.0)
+    self._clock.tick(step, self._config.tokens_per_step, flops)
     self._window.append(values)
     rates = self._clock.rates()
     self._progress.update(step, values | rates)
     if step % self._config.log_every == 0 or step == self._config.steps:
-      means = {name: sum(v[name] for v in self._window) / len(self._window) for name in values}
+      means = {name: _mean([v[name] for v in self._window]) for name in values}
       self._writer.write(step, means | rates)
       self._window = []
+
+
+def _mean(values):
+  """Of those that are numbers: NaN says that a step had nothing to measure."""
+  known = [value for value in values if not math.isnan(value)]
+  return sum(known) / len(known) if known else math.nan
 
 
 def _check_finite(step, values):
@@ -220,11 +281,32 @@ class _Sigterm:
       signal.signal(signal.SIGTERM, self._old)
 
 
+@contextlib.contextmanager
+def only_run_in(workdir):
+  """Within the block no other run that asks for this is at work in the workdir; made if absent.
+
+  Raises:
+    ValueError: another run is; names its process and host.
+  """
+  if jax.process_index() != 0:   # of several processes one asks for all
+    yield
+    return
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(locks.held(workdir / 'run.lock'))
+    except locks.Held as other:
+      raise ValueError(f'{workdir}: another run is at work here ({other}). Wait for its end, end it, or use another '
+                       '--workdir') from None
+    yield
+
+
 def save_run_facts(workdir, config, command=None):
   """Writes config.json, the resolved config, and run.json: the command, the git commit and the versions.
 
   A workdir that holds a checkpoint of another config is refused: resuming under a changed config would silently be
-  neither run. `log_every`, `save_every` and `keep` may change.
+  neither run. Where and how it is computed, and what is written of it, may change: see _FREE_TO_CHANGE.
 
   Raises:
     ValueError: names the keys that differ.
@@ -244,7 +326,9 @@ def save_run_facts(workdir, config, command=None):
                                     'devices': [str(d) for d in jax.devices()]})
 
 
-_FREE_TO_CHANGE = ('log_every', 'save_every', 'keep')
+# Keys that do not change what is learned, but for the last bits of its sums; with a dot, all that stand below.
+_FREE_TO_CHANGE = ('log_every', 'save_every', 'keep', 'chunk', 'mesh.', 'rules', 'teacher.rules', 'compute.impl',
+                   'compute.tiles', 'compute.remat', 'data.cache', 'wandb', 'peak_tflops', 'profile')
 
 
 def resolved(config) -> dict:
@@ -255,7 +339,11 @@ def resolved(config) -> dict:
 def differing_keys(old: dict, new: dict) -> list[str]:
   """Dotted keys of resolved configs whose values differ, but for those that may change while a run goes on."""
   old, new = flat(old), flat(new)
-  return [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in _FREE_TO_CHANGE]
+  return [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _is_free(k)]
+
+
+def _is_free(key):
+  return any(key == free or (free.endswith('.') and key.startswith(free)) for free in _FREE_TO_CHANGE)
 
 
 def flat(tree, prefix='') -> dict:

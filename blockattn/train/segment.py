@@ -15,7 +15,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tokenizers
 
 from blockattn import optim
@@ -23,7 +22,7 @@ from blockattn.data import markers, segment_pipeline
 from blockattn.data.semanticseg import hints, schema
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import segmenter, spec
-from blockattn.train import loop, setup
+from blockattn.train import command, loop, setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +53,18 @@ class Validation:
 
 
 def make_step(cfg, compute, options: SegmentOptions, optimizer, learning_rate):
-  """Jitted (state, batch) -> (state, metrics); the old state's buffers are reused."""
-  def sums_and_grads(params, batch, part):
-    del part
-    def loss(params):
-      logits = segmenter.apply(params, batch['tokens'], batch['layout'], cfg, compute)
-      sums = segmenter.loss_sums(logits, batch['labels'], options.cut_weight)
-      return sums['loss'], sums
-    grads, sums = jax.grad(loss, has_aux=True)(params)
-    return sums, grads
+  """See `loop.make_step`; nothing is frozen."""
+  def loss_sums(params, frozen, batch, key):
+    del frozen, key
+    logits = segmenter.apply(params, batch['tokens'], batch['layout'], cfg, compute)
+    return segmenter.loss_sums(logits, batch['labels'], options.cut_weight)
 
-  def step(state, batch):
-    sums, grads = loop.accumulate(sums_and_grads, state.params, batch, options.accumulate)
-    weight = jnp.maximum(sums['weight'], 1e-9)   # a batch without a candidate must not divide by zero
-    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-    metrics = {'loss': sums['loss'] / weight, 'ce': sums['ce'] / jnp.maximum(sums['tokens'], 1),
-               'recall': sums['found'] / jnp.maximum(sums['cuts'], 1), 'candidates': sums['tokens'],
-               'grad_norm': optax.tree.norm(grads), 'lr': learning_rate(state.step)}
-    return loop.apply_gradients(state, optimizer, grads), metrics
+  return loop.make_step(loss_sums, _measure, optimizer, learning_rate, slices=options.accumulate)
 
-  return jax.jit(step, donate_argnums=0)
+
+def _measure(sums):
+  return {'ce': sums['ce'] / jnp.maximum(sums['tokens'], 1), 'recall': sums['found'] / jnp.maximum(sums['cuts'], 1),
+          'candidates': sums['tokens']}
 
 
 def best_threshold(odds, labels, names) -> tuple[float, dict]:
@@ -107,13 +98,15 @@ class Watch:
     every: steps between two measurements, 0 for never.
     steps: of the run; the last one is always measured.
     batch: rows of a global batch.
+    own_rows: those of them that this process holds, see setup.own_rows.
     predict: jitted (params, batch) -> log-odds [B, T], on every process.
     put_batch: host batch -> device batch.
     keep: (params, meta) -> None, called with what is best so far.
     best: F1 of what is kept already.
   """
 
-  def __init__(self, validation, *, every, steps, batch, predict, put_batch, keep, best=0.0):
+  def __init__(self, validation, *, every, steps, batch, own_rows, predict, put_batch, keep, best=0.0):
+    self._own_rows = own_rows
     self._validation, self._every, self._steps, self._batch = validation, every, steps, batch
     self._predict, self._put_batch, self._keep, self.best = predict, put_batch, keep, best
 
@@ -134,11 +127,9 @@ class Watch:
     """(threshold, {category, or category* without hints: F1})."""
     odds, labels, names = [], [], []
     rows = self._validation.rows
-    share = self._batch // jax.process_count()
     for start in range(0, len(rows), self._batch):
       part = [rows[min(i, len(rows) - 1)] for i in range(start, start + self._batch)]   # the last batch is filled up
-      own = part[jax.process_index() * share:(jax.process_index() + 1) * share]
-      stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *own)
+      stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(part[row] for row in self._own_rows))
       predicted = np.asarray(self._predict(params, self._put_batch(stacked)))
       for i in range(min(self._batch, len(rows) - start)):
         known = part[i]['labels'] >= 0
@@ -224,11 +215,13 @@ def run(config, workdir):
   keep = functools.partial(_keep, cfg=cfg, folder=best, source=source, config=config)
   predict = jax.jit(lambda params, batch: segmenter.log_odds(segmenter.apply(
       params, batch['tokens'], batch['layout'], cfg, compute)), out_shardings=place.replicated())
-  watch = Watch(validation, every=config.segment.eval_every, steps=config.steps, batch=config.batch, predict=predict,
-                put_batch=place.put_batch, keep=keep, best=_best_so_far(best))
+  watch = Watch(validation, every=config.segment.eval_every, steps=config.steps, batch=config.batch,
+                own_rows=setup.own_rows(place, config.batch), predict=predict, put_batch=place.put_batch, keep=keep,
+                best=_best_so_far(best))
   meta = setup.model_meta(cfg, None, config.model.source or str(source), 'segment') | {'segmenter': read_meta(config)}
-  state = loop.run(step_fn, loop.init_state(params, optimizer), setup.batches(config, rows),
-                   setup.loop_config(config, 'segmenter'), workdir, put_batch=place.put_batch, meta=meta, watch=watch)
+  state = loop.run(lambda state, batch: step_fn(state, None, batch), loop.init_state(params, optimizer),
+                   setup.batches(config, rows), setup.loop_config(config, 'segmenter', cfg), workdir,
+                   put_batch=place.put_batch, meta=meta, watch=watch)
   return cfg, state.params
 
 
@@ -283,4 +276,4 @@ def _best_so_far(folder):
 
 
 if __name__ == '__main__':
-  setup.main(run)
+  command.main(run)

@@ -1,30 +1,41 @@
 """What every trainer does before its first step: a config becomes a mesh, a model, a data stream and an optimizer."""
 
-import contextlib
 import dataclasses
-import pathlib
-import platform
-import re
-import sys
-import traceback
+import functools
+import importlib.util
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+import numpy as np
 
-from blockattn import blocks, mesh as mesh_lib, multihost, optim, tree
-from blockattn.data import encode, pipeline, stdlib
+from blockattn import blocks, mesh as mesh_lib, optim, trace, tree
+from blockattn.data import encode, pipeline, stdlib, taught as taught_lib
 from blockattn.hf import convert
 from blockattn.inference import cutter as segment_cutter, granularity
 from blockattn.kernels import api, tiles
-from blockattn.models import sizes, spec, transformer
+from blockattn.models import flops, lora, sizes, spec, transformer, weights
 from blockattn.train import loop
 
 
 def placement(config) -> mesh_lib.Placement:
   """The mesh over all devices of all processes, with the config's rules."""
-  rules = tuple((name, tuple(rule) if isinstance(rule, (list, tuple)) else rule) for name, rule in config.rules)
-  return mesh_lib.Placement(mesh_lib.make_mesh(dict(config.mesh)), rules)
+  return mesh_lib.Placement(mesh_lib.make_mesh(dict(config.mesh)), mesh_lib.as_rules(config.rules))
+
+
+def teacher_placement(config, place) -> mesh_lib.Placement:
+  """The same mesh with the teacher's rules: config.teacher.rules in place of those of the same names.
+
+  Raises:
+    ValueError: they place the rows of a batch, or the tokens of a row, elsewhere than the student's do.
+  """
+  rules = dict(mesh_lib.as_rules(config.rules)) | dict(mesh_lib.as_rules(config.teacher.rules))
+  other = mesh_lib.Placement(place.mesh, tuple(rules.items()))
+  for axis in ('batch', 'tokens'):
+    if other.mesh_axes(axis) != place.mesh_axes(axis):
+      raise ValueError(f'config.teacher.rules places {axis!r} on {other.mesh_axes(axis)}, config.rules on '
+                       f'{place.mesh_axes(axis)}: teacher and student read the same batch, so that both must be the same')
+  return other
 
 
 def use_cpu_cores(config) -> None:
@@ -106,10 +117,86 @@ def single_token(tokenizer, text) -> int:
   return ids[0]
 
 
-def student_start(teacher, cfg, config, tokenizer, place):
-  """The student's first parameters: a copy of the teacher's in config.model.dtype, with rows for learned sinks."""
-  copy = jax.jit(lambda params: jax.tree.map(lambda p: jnp.array(p, config.model.dtype, copy=True), params))
-  return add_sink_rows(copy(teacher), cfg, tokenizer, config.blocks.sink_text, place)
+def teacher_from(params, cfg, config, place):
+  """The teacher's parameters: a copy of the student's first ones, whose buffers training reuses.
+
+  Args:
+    params: in config.model.dtype, placed by the student's rules.
+    cfg: their ModelConfig, without learned sinks.
+    place: the teacher's, from `teacher_placement`.
+
+  Returns:
+    The tree in config.teacher.dtype; 'int8': matrices of 8 bits, see models/weights.py, all else in the dtype of
+    its activations.
+  """
+  shardings = spec.shardings(transformer.spec(cfg), place.mesh, place.rules)
+  if config.teacher.dtype == 'int8':
+    quantize = functools.partial(weights.quantize, dtype=config.teacher.compute_dtype)
+    return jax.jit(quantize, out_shardings=weights.quantized_shardings(shardings))(params)
+  copy = lambda params: jax.tree.map(lambda p: jnp.array(p, config.teacher.dtype, copy=True), params)
+  return jax.jit(copy, out_shardings=shardings)(params)
+
+
+def check_teacher(config):
+  """Raises ValueError if config.teacher has a dtype that no teacher can have."""
+  choices = {'dtype': ('float32', 'bfloat16', 'int8'), 'compute_dtype': ('float32', 'bfloat16')}
+  for name, known in choices.items():
+    if config.teacher[name] not in known:
+      raise ValueError(f'config.teacher.{name}={config.teacher[name]!r}; choose one of {", ".join(known)}')
+
+
+def teacher_facts(config) -> dict:
+  """What a training that reads stored logits must agree with, see train/teach.py."""
+  return {'source': str(config.model.source), 'length': config.data.length, 'temperature': config.distill.temperature,
+          'top_k': config.teacher.top_k, 'positions': config.blocks.positions,
+          'blocked': config.distill.weights.source == 'teacher'}
+
+
+def check_taught(folder, found: dict, wanted: dict):
+  """Raises ValueError, naming the first fact in which a folder of stored logits is not what is wanted."""
+  for name, value in wanted.items():
+    if found[name] != value:
+      raise ValueError(f'{folder} was written for {name}={found[name]!r}, this config says {value!r}; use another folder, '
+                       'or the config that it was written for')
+
+
+def needed_rows(config, source) -> np.ndarray:
+  """Numbers of the source's rows that the training reads, ascending."""
+  return pipeline.row_numbers(source, config.steps * config.batch, config.seed)
+
+
+def taught(config, source):
+  """The source, with what config.teacher.logits has of a teacher, if it names a folder."""
+  folder = config.teacher.logits
+  if not folder:
+    return source
+  found, wanted = taught_lib.read_meta(folder), teacher_facts(config)
+  wanted['top_k'] = found['top_k']   # the training takes what is there
+  if not wanted['blocked']:
+    del wanted['blocked']   # there, and not looked at
+  check_taught(folder, found, wanted)
+  return taught_lib.TaughtRows(source, folder, needed_rows(config, source))
+
+
+def lora_options(config) -> lora.LoraOptions:
+  """Raises ValueError if they are no good, or if there is no model to add to."""
+  options = lora.LoraOptions(**dict(config.lora))
+  if options.rank and not config.model.source:
+    raise ValueError(f'config.lora.rank={options.rank} trains a difference to a model: config.model.source names none')
+  return options
+
+
+def lora_start(params, cfg, options: lora.LoraOptions, config, place):
+  """What a LoRA student trains, at its start.
+
+  Args:
+    params: those that it starts from, with rows for learned sinks if cfg has any.
+  """
+  specs = lora.spec(cfg, options)
+  shardings = spec.shardings(specs, place.mesh, place.rules)
+  start = jax.jit(lambda key: spec.init(specs, key, config.model.dtype), out_shardings=shardings)
+  sinks = {'sinks': params['sinks']} if cfg.learned_sinks else {}
+  return start(jax.random.key(config.seed)) | sinks
 
 
 def add_sink_rows(params, cfg, tokenizer, text, place):
@@ -126,15 +213,76 @@ def optim_config(config) -> optim.OptimConfig:
   return optim.OptimConfig(steps=config.steps, **dict(config.optim))
 
 
-def loop_config(config, label) -> loop.LoopConfig:
+def loop_config(config, label, cfg=None) -> loop.LoopConfig:
+  """The loop's settings from the config's.
+
+  Args:
+    cfg: the trained model's ModelConfig, to count operations for MFU; None: not counted.
+
+  Raises:
+    ValueError: a number below 1, a bad config.peak_tflops, config.profile or config.wandb.
+  """
+  check_reports(config)
+  count, peak = None, 0.0
+  if cfg is not None:
+    peak = config.peak_tflops * 1e12 or flops.peak(jax.devices()[0].device_kind) or 0.0
+  if peak:
+    of_blocks = step_flops(config, cfg)
+    # The other processes' rows need about as much as this one's.
+    count = lambda batch: of_blocks(flops.blocks_of(batch['layout'])).times(config.batch / len(batch['tokens']))
   return loop.LoopConfig(steps=config.steps, log_every=config.log_every, save_every=config.save_every, keep=config.keep,
-                         tokens_per_step=config.batch * config.data.length, label=label)
+                         tokens_per_step=config.batch * config.data.length, label=label, flops=count,
+                         peak_flops=peak * jax.device_count() if peak else 0.0, wandb=config.wandb or None,
+                         profile=trace.parse_steps(config.profile, config.steps))
 
 
-def model_meta(cfg, options: blocks.BlockOptions | None, source: str, kind: str) -> dict:
+def check_reports(config):
+  """Checks what a run reports to whom, before anything is loaded.
+
+  Raises:
+    ValueError: config.profile is no range of the run's steps, config.peak_tflops is below 0, or config.wandb asks for a
+      package that is not installed.
+  """
+  trace.parse_steps(config.profile, config.steps)
+  if config.peak_tflops < 0:
+    raise ValueError(f'config.peak_tflops={config.peak_tflops}; give the TFLOP/s of a device, or 0')
+  if config.wandb and importlib.util.find_spec('wandb') is None:
+    raise ValueError(f'config.wandb={config.wandb!r} needs Weights & Biases: pip install "blockattn[log]"')
+
+
+def step_flops(config, cfg) -> Callable[[flops.Blocks], flops.Flops]:
+  """The operations that the model needs in a training step, by where the blocks of the batch are; block dropout counts
+  with its mean."""
+  frozen = 'lora' in config and config.lora.rank > 0
+  sinks = config.blocks.sinks
+
+  def segmenter(cut):
+    return flops.trained(flops.forward(cfg, flops.as_one_block(cut)))
+
+  def finetune(cut):
+    mode = config.finetune.mode
+    views = [flops.as_one_block(cut)] * (mode != 'block') + [flops.in_blocks(cut, sinks=sinks)] * (mode != 'full')
+    return flops.trained(flops.forward(cfg, flops.Seen(*map(sum, zip(*views, strict=True)))), frozen=frozen)
+
+  def distill(cut):
+    d = config.distill
+    student = flops.in_blocks(cut, sinks=sinks, drop_rate=d.drop_rate, drop_mode=d.drop_mode)
+    total = flops.trained(flops.forward(cfg, student), frozen=frozen)
+    if not config.teacher.logits:
+      total += flops.forward(cfg, flops.as_one_block(cut))
+    if d.weights.source == 'teacher':
+      total += flops.forward(cfg, flops.in_blocks(cut))
+    return total
+
+  return segmenter if 'segment' in config else distill if 'distill' in config else finetune
+
+
+def model_meta(cfg, options: blocks.BlockOptions | None, source: str, kind: str,
+               low_rank: lora.LoraOptions = lora.NONE) -> dict:
   """What a checkpoint says of its model: enough to export it and to run it."""
   return {'model': dataclasses.asdict(cfg), 'source': str(source), 'kind': kind,
-          'blocks': None if options is None else dataclasses.asdict(options)}
+          'blocks': None if options is None else dataclasses.asdict(options),
+          'lora': dataclasses.asdict(low_rank) if low_rank.rank else None}
 
 
 def tokenizer(config):
@@ -186,9 +334,26 @@ def pages(data, tokenizer, *, split: str, own_blocks: bool = False, **style):
 
 
 def batches(config, source):
-  """This process's batches of the global batches, see pipeline.batches."""
-  return pipeline.batches(source, batch=config.batch, seed=config.seed, process_index=jax.process_index(),
-                          process_count=jax.process_count())
+  """This process's rows of the global batches, see pipeline.batches."""
+  return pipeline.batches(source, batch=config.batch, seed=config.seed, rows=own_rows(placement(config), config.batch))
+
+
+def own_rows(place, batch: int) -> list[int]:
+  """The rows of a global batch that the devices of this process hold, ascending.
+
+  Processes that share a row, because 'tensor' or 'context' goes over several of them, all hold and read it.
+
+  Raises:
+    ValueError: two processes hold some rows together and others alone.
+  """
+  held = {}
+  for device, (part,) in place.sharding(('batch',)).devices_indices_map((batch,)).items():
+    held.setdefault(device.process_index, set()).update(range(batch)[part])
+  distinct = {frozenset(rows) for rows in held.values()}
+  if sum(map(len, distinct)) > batch:
+    raise ValueError('config.mesh lets some processes share a part of their rows only: the devices of a process, '
+                     f'{jax.local_device_count()} here, must divide tensor * context, or be a multiple of it')
+  return sorted(held[jax.process_index()])
 
 
 def check_batch(config, place):
@@ -200,7 +365,8 @@ def check_batch(config, place):
   parts = place.size('batch') * config.accumulate
   if config.batch % parts:
     raise ValueError(f'config.batch={config.batch} must be a multiple of {parts}: {place.size("batch")} devices share '
-                     f'the rows, in config.accumulate={config.accumulate} slices')
+                     f'the rows, in config.accumulate={config.accumulate} slices; change one of them, or put devices on '
+                     'the tensor or the context axis (config.mesh)')
 
 
 def _check_length(config, ways):
@@ -220,110 +386,3 @@ def check_section(config, name):
     others = [key for key in ('distill', 'finetune', 'segment') if key in config]
     hint = f'; it is for blockattn.train.{others[0]}' if others else f': call common.add_{name} in its get_config'
     raise ValueError(f'the config has no keys config.{name}{hint}')
-
-
-def quiet_libraries():
-  """Keeps what libraries say in passing (orbax at every save, jax about absent TPUs) out of the progress line."""
-  from absl import logging
-  logging.set_verbosity(logging.WARNING)
-
-
-def main(run):
-  """Command line of a trainer: `--config FILE[:ARG] --workdir DIR [--multihost WHERE] [--config.key=value ...]`."""
-  from absl import app, flags
-  from ml_collections import config_flags
-  config = config_flags.DEFINE_config_file('config', None, 'Config file, with an optional :argument.', lock_config=True)
-  workdir = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, the resolved config.')
-  where = flags.DEFINE_string('multihost', None, 'One of several processes of a run: auto, or ADDRESS:PORT,N,I (where '
-                              'process 0 is reached, the number of processes, the number of this one).')
-  flags.mark_flags_as_required(['config', 'workdir'])
-
-  def start(argv):
-    if len(argv) > 1:
-      raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-    quiet_libraries()
-    with _errors_as_a_line(), multihost.joined(where.value), _errors_as_a_line():
-      use_cpu_cores(config.value)
-      check_hosts(config.value, workdir.value)
-      run(config.value, workdir.value)
-
-  def parse(argv):
-    try:
-      check_overrides(argv)
-    except (ValueError, FileNotFoundError) as error:
-      _stop(error)
-    return app.parse_flags_with_usage(argv)
-
-  app.run(start, flags_parser=parse)
-
-
-@contextlib.contextmanager
-def _errors_as_a_line():
-  try:
-    yield
-  except (ValueError, FileNotFoundError, loop.NotFinite) as error:
-    if not _is_ours(error):
-      raise
-    _stop(error)
-
-
-def check_hosts(config, workdir):
-  """In a run of several processes, checks that all run the same, before anything is loaded or compiled.
-
-  Raises:
-    ValueError: names what differs.
-  """
-  facts = {f'config.{key}': value for key, value in loop.flat(loop.resolved(config)).items()}
-  multihost.check_equal('config', facts | {
-      'workdir': str(workdir), 'git commit': loop.git_commit(), 'Python': platform.python_version(),
-      'jax': jax.__version__})
-  if multihost.is_started():   # the devices are asked for only now: hosts of different versions may fail over them
-    multihost.check_equal('devices', {'local devices': jax.local_device_count(),
-                                      'kind of device': jax.local_devices()[0].device_kind})
-
-
-def _stop(error):
-  sys.exit(f'error: {error}')   # to stderr, exit code 1
-
-
-def _is_ours(error) -> bool:
-  """Whether a line of this package raised the error on purpose: its text says what to do, and a traceback adds nothing."""
-  innermost = traceback.extract_tb(error.__traceback__)[-1]
-  package = pathlib.Path(__file__).resolve().parents[1]
-  return pathlib.Path(innermost.filename).resolve().is_relative_to(package) and innermost.line.startswith('raise ')
-
-
-def check_overrides(argv):
-  """Checks the command line's config file and the names of its overrides; config_flags is short with both.
-
-  Raises:
-    FileNotFoundError: no such config file.
-    ValueError: the config file refuses its argument, or a --config.KEY is no key; names the nearest.
-  """
-  from absl import flags
-  from ml_collections import ConfigDict, config_flags
-  override = re.compile(r'--?(?:no)?config\.([^=\[]+)')
-  plain, values = [arg for arg in argv if not override.match(arg)], flags.FlagValues()
-  flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=plain)
-  try:
-    values(plain, known_only=True)
-  except flags.Error as error:   # a get_config that raised, with its traceback as text
-    kind, _, text = str(error).strip().splitlines()[-1].partition(': ')
-    if kind != 'ValueError':
-      return   # no text for the user: let absl print all of it
-    raise ValueError(text) from None
-  if flag.value is None:
-    return   # absl says that it is required
-  if not isinstance(flag.value, ConfigDict):
-    raise FileNotFoundError(f'{values["config"].config_filename}: no such config file')
-  for name in (match[1] for match in map(override.match, argv) if match):
-    _check_key(name, flag.value.to_dict())
-
-
-def _check_key(name, config):
-  known = traverse_util.flatten_dict(config, keep_empty_nodes=True, sep='.')
-  if name in known or any(key.startswith(f'{name}.') for key in known):
-    return
-  same = [key for key in known if key.rsplit('.')[-1] == name.rsplit('.')[-1]]   # the right key of the wrong section
-  hint = f'did you mean {same[0]!r}?' if len(same) == 1 else tree.did_you_mean(name, known)
-  raise ValueError(f'--config.{name}: no such key; {hint}')

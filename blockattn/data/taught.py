@@ -1,0 +1,153 @@
+"""What a teacher says of every token, written once and read in training in place of the teacher.
+
+A folder of parts, each an ArrayRecord file beside a JSON file with the numbers of its rows, and `meta.json`. A part is
+there when its JSON file is, which is written last. A record is a row of the source, as safetensors bytes, its text tokens
+(those with a next token in their document) one after the other:
+
+  ids            uint16 or uint32 [n, K], the K likeliest tokens, likeliest first
+  log_p          float16 [n, K], their log-probabilities at the temperature of the loss
+  target_log_p   float32 [n], log-probability of the next token, at temperature 1
+  blocked_log_p  float32 [n], the same under the block mask; only where the token weights want it
+  print          uint32 [1], of the row's tokens: other data is refused rather than misread
+"""
+
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import safetensors
+from array_record.python import array_record_module
+from safetensors import numpy as safetensors_numpy
+
+from blockattn import metrics
+from blockattn.data import pipeline
+
+META = 'meta.json'
+
+
+def row_print(row) -> int:
+  """Of the tokens of a packed row and of where its documents and blocks are."""
+  layout = row['layout']
+  return zlib.crc32(b''.join(np.ascontiguousarray(x, np.int32).tobytes() for x in
+                             (row['tokens'], layout.doc, layout.block)))
+
+
+def write_part(folder: pathlib.Path, name: str, records: Mapping[int, dict[str, np.ndarray]]):
+  """Writes rows as one part; a part of this name is replaced.
+
+  Args:
+    records: by row number, arrays of the module's docstring.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  partial = folder / f'{name}.array_record.tmp'
+  writer = array_record_module.ArrayRecordWriter(os.fspath(partial), 'group_size:1')   # rows are read one by one
+  for arrays in records.values():
+    writer.write(safetensors_numpy.save({key: np.ascontiguousarray(x) for key, x in arrays.items()}))
+  writer.close()
+  os.replace(partial, folder / f'{name}.array_record')
+  metrics.write_json(folder / f'{name}.json', [int(number) for number in records])
+
+
+def written_rows(folder: pathlib.Path) -> dict[int, tuple[pathlib.Path, int]]:
+  """{row number: (file, record in it)} of the complete parts; empty without a folder."""
+  found = {}
+  for listed in sorted(folder.glob('part-*.json')):
+    numbers = json.loads(listed.read_text())
+    found |= {number: (listed.with_suffix('.array_record'), i) for i, number in enumerate(numbers)}
+  return found
+
+
+def read_meta(folder: str | os.PathLike) -> dict:
+  """meta.json of a folder. Raises FileNotFoundError with the way to make one."""
+  path = pathlib.Path(folder) / META
+  if not path.is_file():
+    raise FileNotFoundError(f'{path} is not there: config.teacher.logits names a folder that `python -m '
+                            'blockattn.train.teach` has finished')
+  return json.loads(path.read_text())
+
+
+class TaughtRows:
+  """A source of packed rows, each with what the teacher says of it under 'teacher'.
+
+  A row's 'teacher' is {'ids' int32 [T, K], 'log_p' float32 [T, K], 'target_log_p', 'blocked_log_p' float32 [T]}, zeros where
+  no next token is.
+
+  Args:
+    source: rows, numbered as they were when the folder was written.
+    folder: of `blockattn.train.teach`.
+    needed: numbers of the rows that will be read.
+
+  Raises:
+    ValueError: the folder lacks a needed row.
+  """
+
+  def __init__(self, source: Any, folder: str | os.PathLike, needed: Sequence[int]):
+    self.length, self._source, self._folder = source.length, source, pathlib.Path(folder)
+    self._meta, rows = read_meta(folder), written_rows(self._folder)
+    missing = np.setdiff1d(needed, np.fromiter(rows, np.int64, len(rows)))
+    if missing.size:
+      raise ValueError(f'{folder} lacks {missing.size} of {len(needed)} rows that the training will read, first row '
+                       f'{missing[0]}: run blockattn.train.teach with this config and --workdir={folder}; it goes on where '
+                       'it stopped')
+    files = sorted({file for file, _ in rows.values()})
+    self._records = grain.sources.ArrayRecordDataSource([os.fspath(file) for file in files]) if files else ()
+    counts = [len(json.loads(file.with_suffix('.json').read_text())) for file in files]
+    starts = dict(zip(files, np.cumsum([0, *counts[:-1]]).tolist(), strict=True))
+    self._at = {row: starts[file] + i for row, (file, i) in rows.items()}
+
+  def __len__(self):
+    return len(self._source)
+
+  def where(self, number: int) -> str:
+    """Of a row, for an error."""
+    return f'{self._source.where(number)}, with {self._folder}'
+
+  def fingerprint(self) -> dict[str, str]:
+    """Of the source, and of what the teacher was."""
+    return pipeline.fingerprint(self._source) | {'stored logits': repr(sorted(self._meta.items()))}
+
+  def __getitem__(self, number: int) -> dict:
+    row = self._source[number]
+    try:
+      stored = safetensors_numpy.load(self._records[self._at[int(number)]])
+    except safetensors.SafetensorError as error:
+      raise ValueError(f'{self._folder}: row {number} cannot be read ({error}); delete the part that holds it and run '
+                       'blockattn.train.teach again') from error
+    if int(stored['print'][0]) != row_print(row):
+      raise ValueError(f'{self._folder}: row {number} was written for other tokens: the data or the tokenizer is not the '
+                       'one that blockattn.train.teach saw; run it again into a new folder')
+    return row | {'teacher': spread(stored, row['text'])}
+
+
+def spread(stored: Mapping[str, np.ndarray], text: np.ndarray) -> dict[str, np.ndarray]:
+  """A record's arrays at the places of their tokens, as `TaughtRows` says.
+
+  Args:
+    text: bool [T].
+  """
+  def place(x, dtype):
+    out = np.zeros((*text.shape, *x.shape[1:]), dtype)
+    out[text] = x
+    return out
+
+  blocked = stored.get('blocked_log_p', np.zeros_like(stored['target_log_p']))
+  return {'ids': place(stored['ids'], np.int32), 'log_p': place(stored['log_p'], np.float32),
+          'target_log_p': place(stored['target_log_p'], np.float32), 'blocked_log_p': place(blocked, np.float32)}
+
+
+def record(row, said: Mapping[str, np.ndarray], vocab: int) -> dict[str, np.ndarray]:
+  """The arrays to write of a row.
+
+  Args:
+    row: packed row.
+    said: arrays [T, ...] named as in the module's docstring.
+    vocab: V, which decides the width of ids.
+  """
+  types = {'ids': np.uint16 if vocab <= 2 ** 16 else np.uint32, 'log_p': np.float16}
+  arrays = {name: np.asarray(x)[row['text']].astype(types.get(name, np.float32)) for name, x in said.items()}
+  return arrays | {'print': np.array([row_print(row)], np.uint32)}

@@ -1,0 +1,46 @@
+"""Locks on files, released by the death of their holder."""
+
+import contextlib
+import datetime
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+
+
+class Held(RuntimeError):
+  """Another process holds the lock; says which."""
+
+
+@contextlib.contextmanager
+def held(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
+  """Within the block no other process is in such a block with the same file.
+
+  The file is made if absent, says who has locked it last, and stays. It is its lock that counts (flock), not that it is
+  there, so a process that was killed leaves nothing behind that must be cleaned up. On NFS the lock holds among hosts,
+  if the server keeps locks. Where there are none at all (some cluster filesystems, mounted buckets) nothing is locked.
+
+  Args:
+    wait: for the other process to end.
+
+  Raises:
+    Held: another process has it, unless `wait`.
+  """
+  with open(path, 'a+') as file:
+    if _lock(file, wait):
+      file.truncate(0)
+      file.write(f'process {os.getpid()} on {socket.gethostname()}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}')
+      file.flush()
+    yield
+
+
+def _lock(file, wait) -> bool:
+  """Whether the file is locked now; False: here are no locks."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    raise Held(file.read().strip() or 'another process') from None
+  except OSError:
+    return False
+  return True

@@ -1,0 +1,186 @@
+"""How many floating-point operations a model needs, and how many a device can do: what MFU is made of.
+
+Model FLOPs utilisation (MFU) is the share of the devices' peak that goes into operations which the model itself needs (the
+PaLM report, arXiv 2204.02311, appendix B). Counted are the products of matrices, an addition and a multiplication each:
+
+  layers      2 per token and weight of a matrix; lookups, norms and biases are left out
+  attention   4 N H per layer and pair of tokens of which the mask lets one attend to the other (PaLM counts all T T pairs)
+  head        2 V D per token that has a loss
+
+and the backward pass as twice the forward pass. Padding, what the backward pass computes again (remat), and what a kernel
+computes without need count for nothing, so that none of them makes a run look faster.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from blockattn import blocks as blocks_lib
+from blockattn.models import spec as spec_lib, transformer
+
+# Dense bfloat16 peak of a device in TFLOP/s, by what its JAX `device_kind` begins with; of several that fit, the longest.
+# TPUs: the "TPU v4", "v5e", "v5p" and "v6e" pages of the Cloud TPU documentation. GPUs: NVIDIA's data sheets of A100,
+# H100, H200 and the Blackwell architecture brief (HGX B200), without sparsity.
+PEAK_TFLOPS = {
+    'TPU v4': 275.0,
+    'TPU v5 lite': 197.0, 'TPU v5e': 197.0,
+    'TPU v5': 459.0, 'TPU v5p': 459.0,
+    'TPU v6 lite': 918.0, 'TPU v6e': 918.0,
+    'NVIDIA A100': 312.0,
+    'NVIDIA H100': 989.4, 'NVIDIA H100 PCIe': 756.5, 'NVIDIA H100 NVL': 835.5,
+    'NVIDIA H200': 989.4, 'NVIDIA H200 NVL': 835.5,
+    'NVIDIA B200': 2250.0,
+}
+
+
+def peak(device_kind: str) -> float | None:
+  """FLOP/s of a device of this kind in bfloat16; None if it is not known (CPUs)."""
+  fits = [name for name in PEAK_TFLOPS if device_kind.startswith(name)]
+  return PEAK_TFLOPS[max(fits, key=len)] * 1e12 if fits else None
+
+
+class Seen(NamedTuple):
+  """What a forward pass has to do with a batch.
+
+  Attributes:
+    tokens: that are no padding.
+    pairs: of a query and a key that it attends to.
+  """
+  tokens: float
+  pairs: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+  """Operations of some passes over a batch.
+
+  Attributes:
+    layers: in the weights of the layers.
+    attention: between queries, keys and values.
+    head: for each token that has a loss.
+  """
+  layers: float
+  attention: float
+  head: float
+
+  def __add__(self, other: 'Flops') -> 'Flops':
+    return Flops(self.layers + other.layers, self.attention + other.attention, self.head + other.head)
+
+  def times(self, factor: float) -> 'Flops':
+    """Of so many times as many tokens; the head's are per token."""
+    return Flops(factor * self.layers, factor * self.attention, self.head)
+
+  def total(self, loss_tokens: float) -> float:
+    return self.layers + self.attention + self.head * loss_tokens
+
+
+def layer_weights(cfg: transformer.ModelConfig) -> int:
+  """Weights of the matrices that every token passes through."""
+  specs = transformer.spec(cfg)
+  matrices = {name: leaf for name, leaf in specs['layers'].items() if leaf.std is not None}
+  return spec_lib.count([matrices, *([specs['units']] if cfg.unit_tokens else [])])
+
+
+def head_weights(cfg: transformer.ModelConfig) -> int:
+  return (cfg.labels or cfg.vocab) * cfg.width
+
+
+def forward(cfg: transformer.ModelConfig, seen: Seen) -> Flops:
+  """One forward pass. A head of a few labels reads every token, and is counted with the layers."""
+  weights, head = layer_weights(cfg), 2.0 * head_weights(cfg)
+  body = Flops(2.0 * weights * seen.tokens, 4.0 * cfg.layers * cfg.heads * cfg.head_dim * seen.pairs, head)
+  return dataclasses.replace(body, layers=body.layers + head * seen.tokens, head=0.0) if cfg.labels else body
+
+
+def trained(once: Flops, *, frozen: bool = False) -> Flops:
+  """Forward and backward pass, of the forward pass `once`.
+
+  `frozen`: the weights get no gradient themselves (LoRA, whose own small matrices are not counted): what goes back through
+  them to the activations is one product in place of two.
+  """
+  weights = 2 if frozen else 3
+  return Flops(weights * once.layers, 3 * once.attention, weights * once.head)
+
+
+# Pairs, counted on the host from where the blocks are.
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """The blocks of a batch in the order in which they stand, each attribute an array [blocks].
+
+  Attributes:
+    sizes: tokens.
+    first: whether it is the first one of its document.
+    reader, shared: as in BlockLayout.
+  """
+  sizes: np.ndarray
+  first: np.ndarray
+  reader: np.ndarray
+  shared: np.ndarray
+
+
+def blocks_of(layout: blocks_lib.BlockLayout) -> Blocks:
+  """The blocks of a layout of numpy arrays [B, T], before block dropout and sinks."""
+  doc, block = np.asarray(layout.doc), np.asarray(layout.block)
+  there = np.flatnonzero(doc)
+  # Numbered over all rows, so that the end of a row ends a document.
+  number = (doc + (np.arange(len(doc), dtype=doc.dtype) * (doc.shape[1] + 1))[:, None]).ravel()[there]
+  new_doc = np.diff(number, prepend=0) != 0
+  starts = np.flatnonzero(new_doc | (np.diff(block.ravel()[there], prepend=-1) != 0))
+  at = there[starts]
+  return Blocks(np.diff(starts, append=len(there)).astype(float), new_doc[starts], np.asarray(layout.reader).ravel()[at],
+                np.asarray(layout.shared).ravel()[at])
+
+
+def one_document(lengths) -> Blocks:
+  """A document of blocks of these lengths, the last one a reader."""
+  sizes, index = np.asarray(lengths, float), np.arange(len(lengths))
+  return Blocks(sizes, index == 0, index == len(sizes) - 1, np.zeros(len(sizes), bool))
+
+
+def as_one_block(blocks: Blocks) -> Seen:
+  """Full causal attention inside each document."""
+  return Seen(float(blocks.sizes.sum()), float((_own(blocks.sizes) + blocks.sizes * _before(blocks.sizes, blocks)).sum()))
+
+
+def in_blocks(blocks: Blocks, *, sinks: int = 0, drop_rate: float = 0.0, drop_mode: str = 'lift') -> Seen:
+  """Block attention as `blocks.may_attend` allows it, with `sinks` tokens in front of every block but the first of a
+  document; under block dropout (`blocks.drop_blocks`) the mean over its draws. What is neglected there: a document whose
+  first block is removed has its sinks one block later."""
+  text, sink = blocks.sizes, np.where(blocks.first, 0.0, sinks)
+  fixed = blocks.reader | blocks.shared
+  rate = np.where(fixed, 0.0, drop_rate)
+  if drop_mode == 'merge':   # a boundary vanishes, and its sinks; not behind a reader, a shared block or at the start
+    rate = np.where(blocks.first | np.append(True, fixed[:-1]), 0.0, rate)
+    return _in_merged_blocks(blocks, text, sink, rate)
+  size = text + sink
+  visible = 1 - rate if drop_mode in ('isolate', 'remove') else np.ones(len(rate))
+  present = 1 - rate if drop_mode == 'remove' else np.ones(len(rate))
+  reads = np.where(blocks.reader, 1.0, rate if drop_mode in ('lift', 'isolate') else 0.0)
+  before, shared = _before(size * visible, blocks), _before(size * blocks.shared, blocks)
+  pairs = _own(size) + size * (reads * before + (1 - reads) * shared)
+  return Seen(float((present * size).sum()), float((present * pairs).sum()))
+
+
+def _in_merged_blocks(blocks, text, sink, rate):
+  size = text + (1 - rate) * sink   # mean over the draws
+  before, shared = _before(size, blocks), _before(size * blocks.shared, blocks)
+  group, joined = np.zeros(len(text)), 0.0   # tokens of the merged block in front of each: it goes on where merged
+  for i in range(len(text)):
+    group[i] = joined
+    joined = size[i] + rate[i] * joined
+  apart = _own(text + sink) + (text + sink) * np.where(blocks.reader, before, shared)
+  merged = _own(text) + text * (group + shared)
+  return Seen(float(size.sum()), float(((1 - rate) * apart + rate * merged).sum()))
+
+
+def _own(size):
+  return size * (size + 1) / 2
+
+
+def _before(values, blocks):
+  """Sums of values >= 0 over the earlier blocks of each block's document."""
+  total = np.cumsum(values) - values
+  return total - np.maximum.accumulate(np.where(blocks.first, total, 0.0)) if len(values) else total

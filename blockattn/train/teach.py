@@ -1,0 +1,170 @@
+"""The teacher's part of a block distillation, computed once: its likeliest tokens for every token of every row.
+
+`python -m blockattn.train.teach --config configs/distill.py --workdir taught/x`, and then
+`python -m blockattn.train.distill --config configs/distill.py --config.teacher.logits=taught/x --workdir runs/x`
+
+Written are the rows that a training of this config reads, each once, `teacher.top_k` tokens of each position; several
+trainings share them, as long as the rows are the same (model.source, data and blocks are; sinks, dropout, loss, optimizer
+may differ). The training then needs no teacher: it costs what fine-tuning in block mode does. What is lost is measured here:
+the KL between the teacher with full attention and under the block mask, whole and from so many tokens.
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blockattn import blocks, losses, metrics
+from blockattn.data import taught
+from blockattn.models import transformer
+from blockattn.train import command, distill, setup
+
+PART_ROWS = 256
+BIAS_AT = (1, 4, 16, 64, 256)   # numbers of tokens whose KL is compared with the whole
+BIAS_BATCHES = 4
+
+
+def run(config, workdir):
+  """Writes the folder `workdir`; what a run that was stopped has written stays."""
+  place = setup.placement(config)
+  setup.check_batch(config, place)
+  setup.check_teacher(config)
+  options, folder = distill.options_of(config), pathlib.Path(workdir)
+  _claim(folder, setup.teacher_facts(config))
+  source = setup.rows(config, setup.tokenizer(config))
+  needed = setup.needed_rows(config, source)
+  teacher_place = setup.teacher_placement(config, place)
+  cfg, params = setup.load_model(config, place)
+  if config.teacher.top_k >= cfg.vocab:
+    raise ValueError(f'config.teacher.top_k={config.teacher.top_k}: the vocabulary has {cfg.vocab} tokens; keep fewer')
+  teacher = setup.teacher_from(params, cfg, config, teacher_place)
+  del params
+  compute = setup.compute(config, teacher_place, dtype=config.teacher.compute_dtype, remat='none')
+  say = functools.partial(teacher_says, cfg=cfg, compute=compute, options=options, top_k=config.teacher.top_k,
+                          positions=config.blocks.positions)
+  say = jax.jit(say, out_shardings=place.sharding(('batch',)))
+  measure = jax.jit(functools.partial(bias_sums, cfg=cfg, compute=compute, options=options,
+                                      positions=config.blocks.positions))
+  done, own = taught.written_rows(folder), setup.own_rows(place, config.batch)
+  total, sums = len(needed), []
+  with metrics.ProgressLine(total, 'teaching', enabled=jax.process_index() == 0) as progress:
+    size = max(1, PART_ROWS // config.batch) * config.batch
+    for part, first in enumerate(range(0, total, size)):
+      numbers = needed[first:first + size]
+      if all(int(number) in done for number in numbers):
+        continue
+      records = {}
+      for start in range(0, len(numbers), config.batch):
+        rows = _Batch(source, numbers[start:start + config.batch], config.batch, own)
+        batch = place.put_batch(rows.own)
+        if len(sums) < BIAS_BATCHES:
+          sums.append(jax.device_get(measure(teacher, batch)))
+        records |= rows.records(say(teacher, batch), cfg.vocab)
+        progress.update(first + start + len(rows.numbers), {})
+      taught.write_part(folder, f'part-{part:05d}-{jax.process_index():04d}', records)
+    if sums and jax.process_index() == 0:
+      bias = bias_of(sums)
+      progress.say(bias_table(bias))
+      metrics.write_json(folder / 'bias.json', bias)
+
+
+class _Batch:
+  """Rows of one batch, filled up with repetitions of the last, of which this process holds those at the places `own`."""
+
+  def __init__(self, source, numbers, size, own):
+    self.numbers = [int(number) for number in numbers]
+    filled = self.numbers + self.numbers[-1:] * (size - len(self.numbers))
+    self._rows = {place: source[filled[place]] for place in own}
+    self.own = jax.tree.map(lambda *x: np.stack(x), *self._rows.values())
+
+  def records(self, said, vocab) -> dict[int, dict]:
+    """{row number: arrays to write} of the rows that this process holds."""
+    own = {name: _held(x) for name, x in said.items()}
+    rows = {place: {name: x[place] for name, x in own.items()} for place in next(iter(own.values()))}
+    return {self.numbers[place]: taught.record(self._rows[place], arrays, vocab)
+            for place, arrays in sorted(rows.items()) if place < len(self.numbers)}
+
+
+def _held(x) -> dict[int, np.ndarray]:
+  """{row: its values} of the rows of a global array that this process alone answers for."""
+  held = {}
+  for shard in x.addressable_shards:
+    if shard.replica_id == 0:
+      first = shard.index[0].start or 0
+      held |= {first + i: row for i, row in enumerate(np.asarray(shard.data))}
+  return held
+
+
+def _claim(folder, facts):
+  """Says in a new folder what it is made for; one that was begun for something else is refused."""
+  if (folder / taught.META).is_file():
+    setup.check_taught(folder, taught.read_meta(folder), facts)
+  elif jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(folder / taught.META, facts)
+
+
+def teacher_says(teacher, batch, *, cfg, compute, options, top_k, positions) -> dict:
+  """Arrays [B, T, ...] of data/taught.py for a batch, `options.chunk` tokens of each row at a time."""
+  layout = batch['layout']
+  head = transformer.head_of(teacher, cfg)
+  read = lambda layout: transformer.apply(teacher, batch['tokens'], layout, cfg, compute)
+  hidden = {'full': read(blocks.as_one_block(layout))}
+  if options.weights.source == 'teacher':
+    hidden['block'] = read(blocks.with_positions(layout, positions))
+
+  def chunk(inputs):
+    hidden, targets = inputs
+    logits = transformer.project(hidden['full'], head)
+    log_p, ids = jax.lax.top_k(jax.nn.log_softmax(logits / options.temperature), top_k)
+    said = {'ids': ids.astype(jnp.int32), 'log_p': log_p, 'target_log_p': losses.log_prob(logits, targets)}
+    if 'block' in hidden:
+      said['blocked_log_p'] = losses.log_prob(transformer.project(hidden['block'], head), targets)
+    return said
+
+  return losses.map_chunks(chunk, (hidden, batch['targets']), options.chunk)
+
+
+def bias_sums(teacher, batch, *, cfg, compute, options, positions) -> dict:
+  """Sums over text tokens: 'tokens', 'kl' of the teacher from itself under the block mask, and for each of BIAS_AT the KL
+  from so many tokens and the probability that is left for the rest."""
+  layout, head = batch['layout'], transformer.head_of(teacher, cfg)
+  hidden = {name: transformer.apply(teacher, batch['tokens'], own, cfg, compute) for name, own in
+            (('full', blocks.as_one_block(layout)), ('block', blocks.with_positions(layout, positions)))}
+  sizes = [k for k in BIAS_AT if k < cfg.vocab]
+
+  def chunk(head, hidden, per_token, mask):
+    del per_token
+    m = mask.astype(jnp.float32)
+    full, block = (transformer.project(hidden[name], head) for name in ('full', 'block'))
+    log_p, ids = jax.lax.top_k(jax.nn.log_softmax(full / options.temperature), max(sizes))
+    sums = {'tokens': jnp.sum(m), 'kl': jnp.sum(m * losses.forward_kl(full, block, options.temperature))}
+    for k in sizes:
+      rest = 1 - jnp.sum(jnp.exp(log_p[..., :k]), axis=-1)
+      kl = losses.forward_kl_of_top(log_p[..., :k], ids[..., :k], block, options.temperature)
+      sums |= {f'kl_{k}': jnp.sum(m * kl), f'rest_{k}': jnp.sum(m * rest)}
+    return sums
+
+  return losses.sum_over_tokens(chunk, head, hidden, batch['targets'], batch['text'], options.chunk, compute.row_parts)
+
+
+def bias_of(sums) -> dict:
+  """{'kl': nats per token, 'tokens': of how many, 'top': {K: {'kl', 'rest'}}} of the sums of some batches."""
+  total = {name: float(sum(part[name] for part in sums)) for name in sums[0]}
+  tokens = max(total['tokens'], 1.0)
+  sizes = [str(k) for k in BIAS_AT if f'rest_{k}' in total]
+  return {'kl': total['kl'] / tokens, 'tokens': tokens,
+          'top': {k: {'kl': total[f'kl_{k}'] / tokens, 'rest': total[f'rest_{k}'] / tokens} for k in sizes}}
+
+
+def bias_table(bias) -> str:
+  lines = [f'KL(full attention || block mask) of the teacher: {bias["kl"]:.4f} nats per token, {bias["tokens"]:.0f} tokens',
+           *(f'  from {k:>4} tokens and the rest: {top["kl"]:.4f} ({top["kl"] / max(bias["kl"], 1e-9):.1%}), '
+             f'probability of the rest {top["rest"]:.4f}' for k, top in bias['top'].items())]
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  command.main(run)

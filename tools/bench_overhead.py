@@ -1,0 +1,91 @@
+"""The `overhead` command of tools.bench: what the training loop adds to its steps with data and metrics, saving apart."""
+
+import itertools
+import json
+import pathlib
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from blockattn import optim
+from blockattn.train import finetune, loop, setup
+from configs import tiny
+
+WARM_UP = 5   # steps of the loop that are not counted: the first ones compile and fill the buffer of batches
+
+
+def prepare(args):
+  """Block fine-tuning of the tiny teacher on pages of the standard library: (config, place, make a state, step, source)."""
+  config = tiny.get_config('baseline')
+  config.data.segmenter = ''   # it would be another model at work
+  config.steps, config.log_every, config.batch = args.steps + WARM_UP, args.log_every, args.batch
+  place, tokenizer = setup.placement(config), setup.tokenizer(config)
+  cfg, params = setup.load_model(config, place)
+  cfg, block_options = setup.block_options(config, cfg, tokenizer)
+  optimizer, rate = (make(setup.optim_config(config)) for make in (optim.make_optimizer, optim.learning_rate))
+  step = finetune.make_step(cfg, setup.compute(config, place), block_options, finetune.options_of(config), optimizer, rate)
+  copy = jax.jit(lambda params: jax.tree.map(lambda p: p + 0, params))   # a step uses its state up
+  return (config, place, lambda: loop.init_state(copy(params), optimizer), lambda state, batch: step(state, None, batch),
+          setup.rows(config, tokenizer))
+
+
+def alone(state, step, batches) -> float:
+  """Seconds per step over batches that lie on the devices."""
+  start = time.perf_counter()
+  for batch in batches:
+    state, values = step(state, batch)
+  jax.block_until_ready((state, values))
+  return (time.perf_counter() - start) / len(batches)
+
+
+def in_the_loop(config, place, state, step, source) -> float:
+  """Seconds per step of loop.run, which reads its batches, checks and writes metrics, and shows progress."""
+  seen = {}
+
+  def look(step, state):
+    if step in (WARM_UP, config.steps):
+      jax.block_until_ready(state)
+      seen[step] = time.perf_counter()
+    return {}
+
+  batches = setup.batches(config, source)
+  settings = loop.LoopConfig(steps=config.steps, log_every=config.log_every, save_every=config.steps, keep=1,
+                             tokens_per_step=config.batch * config.data.length, label='overhead')
+  with tempfile.TemporaryDirectory() as workdir:
+    loop.run(step, state, batches, settings, workdir, put_batch=place.put_batch, meta={}, watch=look)
+  batches.close()
+  return (seen[config.steps] - seen[WARM_UP]) / (config.steps - WARM_UP)
+
+
+def overhead(args, set_up, machine) -> None:
+  """Times the same steps alone and in the loop, in turn, and prints the table."""
+  set_up(args)
+  config, place, new_state, step, source = prepare(args)
+  stream = setup.batches(config, source)
+  batches = [place.put_batch(batch) for batch in itertools.islice(stream, WARM_UP, config.steps)]   # those of the loop
+  stream.close()
+  alone(new_state(), step, batches[:2])
+  times = {'alone': [], 'in the loop': []}
+  for _ in range(args.samples):
+    times['alone'].append(alone(new_state(), step, batches))
+    times['in the loop'].append(in_the_loop(config, place, new_state(), step, source))
+  facts, base = machine(args), min(times['alone'])
+  print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, load {facts["load"][0]:.1f}, {facts["versions"]}\n'
+        f'{args.steps} steps of {args.batch} rows of T={config.data.length}, a line of metrics every {args.log_every}\n\n'
+        '| step | min ms | median ms | added |\n|---|---|---|---|')
+  for name, seconds in times.items():
+    print(f'| {name} | {1e3 * min(seconds):.1f} | {1e3 * float(np.median(seconds)):.1f} | {min(seconds) / base - 1:+.1%} |')
+  if args.json:
+    args.json.write_text(json.dumps({'machine': facts, 'seconds': times}, indent=1) + '\n')
+
+
+def add_overhead(commands, set_up, machine) -> None:
+  parser = commands.add_parser('overhead', help='what the training loop, with its data and metrics, adds to a step')
+  for name, value, text in (('steps', 20, 'steps per sample'), ('batch', 4, 'rows'), ('samples', 3, 'samples'),
+                            ('log_every', 10, 'steps per line of metrics'), ('cores', 2, 'cores'),
+                            ('devices', 1, 'JAX devices')):
+    parser.add_argument(f'--{name.replace("_", "-")}', type=int, default=value, help=f'{text} (default %(default)s)')
+  parser.add_argument('--json', type=pathlib.Path, metavar='FILE')
+  parser.set_defaults(run=lambda args: overhead(args, set_up, machine))

@@ -1,0 +1,129 @@
+"""The same training on every mesh: how far apart its losses are, and whether checkpoints pass from one mesh to another.
+
+  python -m tools.meshes [--steps 20] [--json FILE]
+
+A short block distillation (configs/tiny.py, with block dropout and token weights) runs on one device, on eight simulated
+devices in every shape of the mesh, and as two and four processes of two devices each, which talk over loopback. Printed is
+how far each run's losses are from those of one device, at most. Then one run passes through many meshes and numbers of
+processes: it is sent SIGTERM after a few steps and started again on the next mesh, and its losses are compared too.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from blockattn import mesh, metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = ('--config=configs/tiny.py', '--config.batch=8', '--config.data.length=256', '--config.data.max_blocks=32',
+          '--config.data.pages.questions=(1,1)', '--config.data.segmenter=', '--config.optim.warmup=2',
+          '--config.log_every=1', '--config.save_every=1000', '--config.compute.tiles=(8,8)',
+          '--config.distill.drop_rate=0.3', '--config.distill.weights.form=relu', '--config.blocks.sinks=4',
+          '--config.chunk=64')
+# The passing run: (processes, devices of each, shape of the mesh), as many steps on each as on the next.
+CHAIN = ((1, 8, (2, 2, 2, 1)), (2, 2, (2, 2, 1, 1)), (1, 1, (1, 1, 1, 1)), (4, 2, (4, 1, 1, 2)), (1, 8, (1, 2, 2, 2)))
+
+
+def shapes(devices: int) -> list[tuple[int, ...]]:
+  """All sizes of the mesh's axes that multiply to so many devices."""
+  divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+  return [shape for shape in itertools.product(divisors, repeat=len(mesh.AXES)) if math.prod(shape) == devices]
+
+
+def command(workdir, steps, processes, devices, shape) -> list[str]:
+  sizes = [f'--config.mesh.{axis}={size}' for axis, size in zip(mesh.AXES, shape, strict=True)]
+  return [sys.executable, '-m', 'launch.processes', '--processes', str(processes), '--devices', str(devices), '-m',
+          'blockattn.train.distill', *CONFIG, f'--config.steps={steps}', *sizes, f'--workdir={workdir}']
+
+
+def start(workdir, *where) -> subprocess.Popen:
+  env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(workdir.parent / 'compiled'),
+                      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  return subprocess.Popen(command(workdir, *where), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
+
+
+def finish(process, expected: int = 0):
+  """Waits for a run. Raises RuntimeError with its last lines if it ends otherwise than expected."""
+  output = process.communicate()[0]
+  if process.returncode != expected:
+    raise RuntimeError(f'exit code {process.returncode}, expected {expected}: {" ".join(process.args)}\n{output[-4000:]}')
+  return output
+
+
+def losses(workdir) -> dict[int, float]:
+  path = workdir / metrics.FILE_NAME
+  return {line['step']: line['loss'] for line in metrics.read_metrics(path)} if path.exists() else {}
+
+
+def apart(workdir, reference) -> float:
+  """The largest difference of two runs' losses. Raises RuntimeError if a step is missing or stands twice."""
+  steps = [line['step'] for line in metrics.read_metrics(workdir / metrics.FILE_NAME)]
+  if steps != sorted(reference):
+    raise RuntimeError(f'{workdir}: steps {steps}, expected {sorted(reference)}')
+  return max(abs(loss - reference[step]) for step, loss in losses(workdir).items())
+
+
+def passing_run(workdir, steps) -> list[str]:
+  """One run that moves from mesh to mesh; returns where it was saved."""
+  saved = []
+  for number, where in enumerate(CHAIN):
+    process, last = start(workdir, steps, *where), number == len(CHAIN) - 1
+    until = (number + 1) * steps // len(CHAIN)
+    while not last and process.poll() is None and max(losses(workdir), default=0) < until:
+      time.sleep(0.05)
+    if not last:
+      process.send_signal(signal.SIGTERM)
+    output = finish(process, 0 if last else 75)
+    saved += [f'step {step} on {name(*where)}' for step in re.findall(r'SIGTERM: saved step (\d+)', output)[:1]]
+  return saved
+
+
+def name(processes, devices, shape) -> str:
+  sizes = ' x '.join(f'{axis}={size}' for axis, size in zip(mesh.AXES, shape, strict=True) if size > 1) or 'one device'
+  return sizes if processes == 1 else f'{processes} processes: {sizes}'
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(prog='python -m tools.meshes', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--steps', type=int, default=20, help='of each run (default %(default)s)')
+  parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='losses of every run')
+  args = parser.parse_args(argv)
+  places = [(1, 1, (1, 1, 1, 1)), *((1, 8, shape) for shape in shapes(8)),
+            *((2, 2, shape) for shape in ((4, 1, 1, 1), (1, 4, 1, 1), (2, 1, 2, 1), (2, 1, 1, 2))),
+            *((4, 2, shape) for shape in ((8, 1, 1, 1), (2, 2, 2, 1), (4, 1, 1, 2)))]
+  folder, results, worst = pathlib.Path(tempfile.mkdtemp(prefix='meshes')), {}, 0.0
+  print('| mesh | largest difference of a loss |\n|---|---|')
+  try:
+    for number, where in enumerate(places):
+      workdir = folder / str(number)
+      finish(start(workdir, args.steps, *where))
+      results[name(*where)] = losses(workdir)
+      worst = max(worst, difference := apart(workdir, results['one device']))
+      print(f'| {name(*where)} | {difference:.1e} |', flush=True)
+    saved = passing_run(folder / 'passing', args.steps)
+    worst = max(worst, difference := apart(folder / 'passing', results['one device']))
+    results['passing'] = losses(folder / 'passing')
+    print(f'| one run, moved: {"; ".join(saved)}; the rest on {name(*CHAIN[-1])} | {difference:.1e} |')
+  finally:
+    shutil.rmtree(folder)
+  print(f'\nlosses from {min(results["one device"].values()):.3f} to {max(results["one device"].values()):.3f}; '
+        f'at most {worst:.1e} apart over {args.steps} steps')
+  if args.json:
+    args.json.write_text(json.dumps(results, indent=1) + '\n')
+  return 0 if worst <= 1e-5 else 1
+
+
+if __name__ == '__main__':
+  sys.exit(main())
