@@ -13,6 +13,9 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 if not ON_DEVICE:
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 8)
+  # Models this small spend most of their time in the compiler. What is compiled for other devices is so in processes of
+  # its own, with all optimizations.
+  jax.config.update('jax_disable_most_optimizations', True)
 
 
 def data_folder() -> pathlib.Path | None:

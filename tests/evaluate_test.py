@@ -52,22 +52,13 @@ def data(tmp_path_factory):
   return data_cases.write_lines(folder / 'test.jsonl', [data_cases.passages_line(0), BLOCKS, b'{', CHAT])
 
 
-@pytest.fixture
-def quick_compilation():
-  """Models this small spend their time in the compiler."""
-  before = jax.config.values['jax_disable_most_optimizations']
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
-
-
 def arguments(models, data, *more):
   teacher, student = models
   return [str(student), '--teacher', str(teacher), '--data', str(data), '--batch', '4', '--max-new', '3',
           '--impl', 'reference', *more]
 
 
-def test_from_folders_to_summary(models, data, tmp_path, capsys, quick_compilation):
+def test_from_folders_to_summary(models, data, tmp_path, capsys):
   assert evaluate.main(arguments(models, data, '--modes', 'block', '--out', str(tmp_path / 'out'))) == 0
   printed = capsys.readouterr().out
   summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())

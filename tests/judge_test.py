@@ -5,7 +5,6 @@ import json
 
 import data_cases
 import hf_cases
-import jax
 import pytest
 
 import blockattn
@@ -48,15 +47,6 @@ def data(tmp_path_factory):
   (folder / 'locomo10.json').write_text(json.dumps([
       {'sample_id': 'c', 'conversation': {'speaker_a': 'Ann', 'speaker_b': 'Bo'} | sessions, 'qa': asked}]))
   return {'qa': str(folder / 'hotpot.jsonl'), 'longbench': str(folder), 'locomo': str(folder)}
-
-
-@pytest.fixture
-def quick_compilation():
-  """Models this small spend their time in the compiler."""
-  before = jax.config.values['jax_disable_most_optimizations']
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', before)
 
 
 class Made:
@@ -187,7 +177,7 @@ def test_stop_ids(tmp_path):
     assert judge.stop_ids(encode.load_tokenizer(tmp_path)) == expected
 
 
-def test_answers_are_those_of_the_masked_forward_pass(model, data, tmp_path, quick_compilation, monkeypatch):
+def test_answers_are_those_of_the_masked_forward_pass(model, data, tmp_path, monkeypatch):
   """In both modes, and where the device's room has to grow."""
   monkeypatch.setattr(judge, '_DEVICE_TOKENS', 64)
   compute = transformer.Compute(dtype='float32', impl='reference')

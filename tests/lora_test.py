@@ -23,13 +23,6 @@ OPTIONS = lora.LoraOptions(rank=3, alpha=6.0)
 pytestmark = pytest.mark.usefixtures('standard_promotion')   # optax
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiles():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def trained(cfg=CFG, options=OPTIONS, seed=3):
   """A student of low rank that has learned something: no matrix is zero."""
   rng = np.random.default_rng(seed)

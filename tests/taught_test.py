@@ -18,13 +18,6 @@ STEPS, VOCAB = 6, 304
 pytestmark = pytest.mark.usefixtures('standard_promotion')   # optax
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compiles():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def config_of(folder, **changes):
   config = resume_test.get_config(folder)
   config.update_from_flattened_dict({'steps': STEPS, 'save_every': STEPS, 'distill.weights.source': 'teacher',

@@ -69,6 +69,7 @@ class Blows:
       while not any(pathlib.Path(workdir).glob(f'checkpoints/{last}/checksums-*')):
         time.sleep(0.01)
     if self.kind == 'interrupt':
+      signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background without it
       os.kill(os.getpid(), signal.SIGINT)
     if self.kind in ('kill', 'late'):
       os.kill(os.getpid(), signal.SIGKILL)

@@ -48,14 +48,7 @@ def traced(folder):
   return names, planes.read_bytes()
 
 
-@pytest.fixture
-def quick_compiles():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
-def test_a_trace_has_the_steps_asked_for_and_the_names_of_the_parts(tmp_path, quick_compiles):
+def test_a_trace_has_the_steps_asked_for_and_the_names_of_the_parts(tmp_path):
   cfg, place, optimizer = train_cases.MODEL, train_cases.placement(), optim.make_optimizer(train_cases.OPTIM)
   options = finetune.FinetuneOptions('block', text_weight=1.0, prompt_weight=0.0, answer_weight=1.0, chunk=16, accumulate=1)
   step = finetune.make_step(cfg, transformer.Compute(impl='reference', placement=place),

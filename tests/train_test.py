@@ -33,13 +33,11 @@ _compiled = []
 
 
 @pytest.fixture(scope='module', autouse=True)
-def quick_compiles():
-  """Compiling is most of what these tests do; and it is counted."""
-  jax.config.update('jax_disable_most_optimizations', True)
+def counted():
+  """Compilations."""
   jax.monitoring.register_event_duration_secs_listener(_count)
   yield
   jax.monitoring.unregister_event_duration_listener(_count)
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def _count(event, seconds, **_):
