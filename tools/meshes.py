@@ -27,7 +27,8 @@ from blockattn import mesh, metrics
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ('--config=configs/tiny.py', '--config.batch=8', '--config.data.length=256', '--config.data.max_blocks=32',
           '--config.data.pages.questions=(1,1)', '--config.data.segmenter=', '--config.optim.warmup=2',
-          '--config.log_every=1', '--config.save_every=1000', '--config.compute.tiles=(8,8)',
+          '--config.optim.lr=1e-3',
+          '--config.log_every=1', '--config.save_every=1000', '--config.compute.tiles=(16,16)',
           '--config.distill.drop_rate=0.3', '--config.distill.weights.form=relu', '--config.blocks.sinks=4',
           '--config.chunk=64')
 # The passing run: (processes, devices of each, shape of the mesh), as many steps on each as on the next.
@@ -48,7 +49,7 @@ def command(workdir, steps, processes, devices, shape) -> list[str]:
 
 def start(workdir, *where) -> subprocess.Popen:
   env = os.environ | {'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(workdir.parent / 'compiled'),
-                      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+                      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
   return subprocess.Popen(command(workdir, *where), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True)
 
