@@ -18,6 +18,7 @@ class OptimConfig:
     b1, b2, eps: of Adam.
     weight_decay: decoupled; matrices only, norms, biases and sinks are spared.
     clip: global gradient norm above which gradients are scaled down.
+    mu_dtype: of Adam's first moment, 'float32' or 'bfloat16'; empty: that of the parameters, as of the second always.
   """
   lr: float
   final_lr: float
@@ -28,10 +29,13 @@ class OptimConfig:
   eps: float
   weight_decay: float
   clip: float
+  mu_dtype: str = ''
 
   def __post_init__(self):
     if not 0 <= self.warmup < max(self.steps, 1):
       raise ValueError(f'optim.warmup={self.warmup} must be at least 0 and below steps={self.steps}')
+    if self.mu_dtype not in ('', 'float32', 'bfloat16'):
+      raise ValueError(f'optim.mu_dtype={self.mu_dtype!r}; choose float32 or bfloat16, or leave it empty')
 
 
 def learning_rate(config: OptimConfig):
@@ -51,4 +55,4 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
   return optax.chain(
       optax.clip_by_global_norm(config.clip),
       optax.adamw(learning_rate(config), b1=config.b1, b2=config.b2, eps=config.eps,
-                  weight_decay=config.weight_decay, mask=mask))
+                  weight_decay=config.weight_decay, mask=mask, mu_dtype=config.mu_dtype or None))

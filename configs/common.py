@@ -68,6 +68,7 @@ def base():
   config.optim.eps = 1e-8
   config.optim.weight_decay = 0.0
   config.optim.clip = 1.0
+  config.optim.mu_dtype = ''       # of Adam's first moment: float32, bfloat16; empty: that of the parameters
 
   config.blocks = ml_collections.ConfigDict()         # block mode, see blocks.BlockOptions
   config.blocks.sinks = 4          # sink tokens in front of every block but a document's first

@@ -241,62 +241,6 @@ def test_unknown_weights_are_refused(kwargs):
     losses.TokenWeights(**kwargs)
 
 
-# The optimizer.
-
-def optim_config(**changes):
-  values = {'lr': 1e-2, 'final_lr': 0.1, 'warmup': 4, 'steps': 20, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8,
-            'weight_decay': 0.1, 'clip': 1.0}
-  return optim.OptimConfig(**values | changes)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def first_update(grads, params, config):
-  optimizer = optim.make_optimizer(config)
-  return optimizer.update(grads, optimizer.init(params), params)[0]
-
-
-@pytest.mark.usefixtures('standard_promotion')
-def test_schedule():
-  steps = jnp.asarray([0, 2, 4, 12, 20, 50])
-  rate = jax.jit(lambda warmup: optim.learning_rate(optim_config(warmup=warmup))(steps), static_argnums=0)
-  np.testing.assert_allclose(rate(4), [0, 5e-3, 1e-2, 5.5e-3, 1e-3, 1e-3], rtol=1e-5)
-  np.testing.assert_allclose(rate(0)[jnp.asarray([0, 4])], [1e-2, 1e-3], rtol=1e-5)
-
-
-@pytest.mark.parametrize('warmup, steps', [(-1, 20), (20, 20), (1, 1)])
-def test_warmup_must_end_before_training(warmup, steps):
-  with pytest.raises(ValueError, match=re.escape(f'optim.warmup={warmup} must be at least 0 and below steps={steps}')):
-    optim_config(warmup=warmup, steps=steps)
-
-
-@pytest.mark.parametrize('name, decays', [
-    ('embed', True), ('head', True), ('layers/q', True), ('layers/down', True), ('layers/q_norm', False),
-    ('layers/attn_norm', False), ('final_norm', False), ('layers/q_bias', False), ('sinks', False)])
-def test_what_decays(name, decays):
-  assert optim.decays(name) is decays
-
-
-@pytest.mark.usefixtures('standard_promotion')
-def test_only_matrices_shrink_without_a_gradient():
-  params = {'embed': jnp.ones((3, 2)), 'sinks': jnp.ones((1, 2)), 'layers': {'q': jnp.ones((2, 2)),
-            'q_bias': jnp.ones(2), 'attn_norm': jnp.ones(2)}}
-  updates = first_update(jax.tree.map(jnp.zeros_like, params), params, optim_config(warmup=0))
-  for shrinks in (updates['embed'], updates['layers']['q']):
-    np.testing.assert_allclose(shrinks, -1e-2 * 0.1, rtol=1e-5)
-  assert not any(np.any(still) for still in (updates['sinks'], updates['layers']['q_bias'],
-                                             updates['layers']['attn_norm']))
-
-
-@pytest.mark.usefixtures('standard_promotion')
-def test_gradients_are_clipped_by_their_global_norm():
-  params = {'a': jnp.zeros(3), 'b': jnp.zeros(4)}
-  # With a huge eps Adam's first step is the clipped gradient times lr / eps.
-  grads = {'a': jnp.full(3, 30.0), 'b': jnp.full(4, -40.0)}
-  updates = first_update(grads, params, optim_config(warmup=0, eps=1e4, clip=2.0))
-  norm = np.sqrt(sum(np.sum(np.square(u)) for u in jax.tree.leaves(updates)))
-  np.testing.assert_allclose(norm, 2.0 * 1e-2 / 1e4, rtol=1e-3)
-
-
 def test_the_top_of_a_teacher_gives_a_lower_bound_that_grows_to_the_whole():
   heads, hidden, _ = case(V, V)
   teacher, student = (hidden[name] @ heads[name].T for name in ('teacher', 'student'))
@@ -360,3 +304,69 @@ def test_mapping_over_chunks_gives_every_token_in_its_place(chunk):
   places = np.arange(B * T, dtype=np.float32).reshape(B, T)
   got = losses.map_chunks(lambda x: {'sum': x[0].sum(-1) + x[1]}, (x, places), chunk)
   np.testing.assert_allclose(got['sum'], x.sum(-1) + places, rtol=1e-6)
+
+
+# The optimizer.
+
+def optim_config(**changes):
+  values = {'lr': 1e-2, 'final_lr': 0.1, 'warmup': 4, 'steps': 20, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8,
+            'weight_decay': 0.1, 'clip': 1.0}
+  return optim.OptimConfig(**values | changes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def first_update(grads, params, config):
+  optimizer = optim.make_optimizer(config)
+  return optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_schedule():
+  steps = jnp.asarray([0, 2, 4, 12, 20, 50])
+  rate = jax.jit(lambda warmup: optim.learning_rate(optim_config(warmup=warmup))(steps), static_argnums=0)
+  np.testing.assert_allclose(rate(4), [0, 5e-3, 1e-2, 5.5e-3, 1e-3, 1e-3], rtol=1e-5)
+  np.testing.assert_allclose(rate(0)[jnp.asarray([0, 4])], [1e-2, 1e-3], rtol=1e-5)
+
+
+@pytest.mark.parametrize('warmup, steps', [(-1, 20), (20, 20), (1, 1)])
+def test_warmup_must_end_before_training(warmup, steps):
+  with pytest.raises(ValueError, match=re.escape(f'optim.warmup={warmup} must be at least 0 and below steps={steps}')):
+    optim_config(warmup=warmup, steps=steps)
+
+
+@pytest.mark.parametrize('name, decays', [
+    ('embed', True), ('head', True), ('layers/q', True), ('layers/down', True), ('layers/q_norm', False),
+    ('layers/attn_norm', False), ('final_norm', False), ('layers/q_bias', False), ('sinks', False)])
+def test_what_decays(name, decays):
+  assert optim.decays(name) is decays
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_only_matrices_shrink_without_a_gradient():
+  params = {'embed': jnp.ones((3, 2)), 'sinks': jnp.ones((1, 2)), 'layers': {'q': jnp.ones((2, 2)),
+            'q_bias': jnp.ones(2), 'attn_norm': jnp.ones(2)}}
+  updates = first_update(jax.tree.map(jnp.zeros_like, params), params, optim_config(warmup=0))
+  for shrinks in (updates['embed'], updates['layers']['q']):
+    np.testing.assert_allclose(shrinks, -1e-2 * 0.1, rtol=1e-5)
+  assert not any(np.any(still) for still in (updates['sinks'], updates['layers']['q_bias'],
+                                             updates['layers']['attn_norm']))
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_gradients_are_clipped_by_their_global_norm():
+  params = {'a': jnp.zeros(3), 'b': jnp.zeros(4)}
+  # With a huge eps Adam's first step is the clipped gradient times lr / eps.
+  grads = {'a': jnp.full(3, 30.0), 'b': jnp.full(4, -40.0)}
+  updates = first_update(grads, params, optim_config(warmup=0, eps=1e4, clip=2.0))
+  norm = np.sqrt(sum(np.sum(np.square(u)) for u in jax.tree.leaves(updates)))
+  np.testing.assert_allclose(norm, 2.0 * 1e-2 / 1e4, rtol=1e-3)
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_the_first_moment_may_be_kept_in_fewer_bits():
+  params = {'q': jnp.ones((3, 2))}
+  half = optim.make_optimizer(optim_config(mu_dtype='bfloat16')).init(params)[1][0]
+  assert half.mu['q'].dtype == jnp.bfloat16 and half.nu['q'].dtype == jnp.float32
+  assert optim.make_optimizer(optim_config()).init(params)[1][0].mu['q'].dtype == jnp.float32
+  with pytest.raises(ValueError, match="optim.mu_dtype='float16'; choose float32 or bfloat16, or leave it empty"):
+    optim_config(mu_dtype='float16')
