@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import pathlib
 import platform
 import re
@@ -62,10 +63,15 @@ def main(run):
 def _errors_as_a_line():
   try:
     yield
-  except (ValueError, FileNotFoundError, loop.NotFinite, checkpoint.NotSaved) as error:
+  except (ValueError, FileNotFoundError, loop.NotFinite) as error:
     if not _is_ours(error):
       raise
     _stop(error)
+  except checkpoint.NotSaved as error:
+    if multihost.is_started():
+      _stop(error)   # the processes end together, without waiting for their threads either
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    os._exit(1)   # else threads of the write that failed would tell of it once more, with a traceback as the last words
   except OSError as error:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
       raise
