@@ -11,6 +11,7 @@ there when its JSON file is, which is written last. A record is a row of the sou
   print          uint32 [1], of the row's tokens: other data is refused rather than misread
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -53,13 +54,10 @@ def write_part(folder: pathlib.Path, name: str, records: Mapping[int, dict[str, 
   metrics.write_json(folder / f'{name}.json', [int(number) for number in records])
 
 
-def written_rows(folder: pathlib.Path) -> dict[int, tuple[pathlib.Path, int]]:
-  """{row number: (file, record in it)} of the complete parts; empty without a folder."""
-  found = {}
-  for listed in sorted(folder.glob('part-*.json')):
-    numbers = json.loads(listed.read_text())
-    found |= {number: (listed.with_suffix('.array_record'), i) for i, number in enumerate(numbers)}
-  return found
+def written_rows(folder: pathlib.Path) -> dict[pathlib.Path, list[int]]:
+  """{file: numbers of its rows} of the complete parts, in order; empty without a folder."""
+  return {listed.with_suffix('.array_record'): json.loads(listed.read_text())
+          for listed in sorted(folder.glob('part-*.json'))}
 
 
 def read_meta(folder: str | os.PathLike) -> dict:
@@ -88,17 +86,15 @@ class TaughtRows:
 
   def __init__(self, source: Any, folder: str | os.PathLike, needed: Sequence[int]):
     self.length, self._source, self._folder = source.length, source, pathlib.Path(folder)
-    self._meta, rows = read_meta(folder), written_rows(self._folder)
-    missing = np.setdiff1d(needed, np.fromiter(rows, np.int64, len(rows)))
+    self._meta, parts = read_meta(folder), written_rows(self._folder)
+    # Where a row is twice, because other processes wrote its part again, the last one counts.
+    self._at = {row: i for i, row in enumerate(itertools.chain.from_iterable(parts.values()))}
+    missing = np.setdiff1d(needed, np.fromiter(self._at, np.int64, len(self._at)))
     if missing.size:
       raise ValueError(f'{folder} lacks {missing.size} of {len(needed)} rows that the training will read, first row '
                        f'{missing[0]}: run blockattn.train.teach with this config and --workdir={folder}; it goes on where '
                        'it stopped')
-    files = sorted({file for file, _ in rows.values()})
-    self._records = grain.sources.ArrayRecordDataSource([os.fspath(file) for file in files]) if files else ()
-    counts = [len(json.loads(file.with_suffix('.json').read_text())) for file in files]
-    starts = dict(zip(files, np.cumsum([0, *counts[:-1]]).tolist(), strict=True))
-    self._at = {row: starts[file] + i for row, (file, i) in rows.items()}
+    self._records = grain.sources.ArrayRecordDataSource([os.fspath(file) for file in parts]) if parts else ()
 
   def __len__(self):
     return len(self._source)

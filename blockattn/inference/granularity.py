@@ -117,7 +117,7 @@ def for_model(granularity: Granularity, model: Any) -> Granularity:
   """With the model's own threshold, `model.options.threshold` in log-odds, adapted to each text, if none is asked for."""
   if granularity.threshold is not None:
     return granularity
-  return dataclasses.replace(granularity, threshold=1 / (1 + math.exp(-model.options.threshold)), adaptive=True)
+  return dataclasses.replace(granularity, threshold=probability(model.options.threshold), adaptive=True)
 
 
 def adapted(granularity: Granularity, log_odds: np.ndarray) -> Granularity:
@@ -136,7 +136,7 @@ def adapted(granularity: Granularity, log_odds: np.ndarray) -> Granularity:
   best = min(logit(float(f1.max()) / 2), granularity.log_odds)
   share = SHORT / (SHORT + len(p))
   moved = granularity.log_odds + share * (best - granularity.log_odds)
-  return dataclasses.replace(granularity, threshold=1 / (1 + math.exp(-moved)), adaptive=False)
+  return dataclasses.replace(granularity, threshold=probability(moved), adaptive=False)
 
 
 def blocks_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds) -> list[tuple[int, int]]:
@@ -234,6 +234,11 @@ def to_blocks(cuts: Sequence[int], length: int) -> list[tuple[int, int]]:
 def logit(p: float) -> float:
   """log p/(1-p); infinite at 0 and 1."""
   return math.log(p) - math.log1p(-p) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
+
+
+def probability(log_odds: float) -> float:
+  """Of which these are the log-odds: the inverse of `logit`."""
+  return 1 / (1 + math.exp(-log_odds))
 
 
 def cuts_by_depth(wanted: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, *, depth: int, limit: int,

@@ -108,7 +108,8 @@ def loss_sums(params, frozen: Frozen, batch, key, models: Models, options: Disti
     per_token['teacher'] = batch['teacher']
   else:
     heads['teacher'] = transformer.head_of(frozen.teacher, models.teacher)
-    hidden |= _teacher_hidden(frozen.teacher, batch, models, options)
+    hidden |= teacher_hidden(frozen.teacher, batch, models.teacher, models.teacher_compute,
+                             positions=models.blocks.positions, blocked=options.weights.source == 'teacher')
   if options.drop_rate > 0:
     layout = blocks.drop_blocks(layout, key, rate=options.drop_rate, mode=options.drop_mode,
                                 positions=models.blocks.positions)
@@ -126,14 +127,14 @@ def loss_sums(params, frozen: Frozen, batch, key, models: Models, options: Disti
 
 
 @jax.named_scope('teacher')
-def _teacher_hidden(teacher, batch, models, options):
-  """The teacher's hidden states with full attention, and under the block mask if the token weights want them."""
+def teacher_hidden(teacher, batch, cfg, compute, *, positions: str, blocked: bool) -> dict:
+  """The teacher's hidden states: {'teacher': x_BTD} with full attention, and 'teacher_block' under the block mask, without
+  sinks, if they are wanted `blocked` too. No gradient."""
   layout = batch['layout']
-  read = lambda layout: jax.lax.stop_gradient(transformer.apply(
-      teacher, batch['tokens'], layout, models.teacher, models.teacher_compute))
+  read = lambda layout: jax.lax.stop_gradient(transformer.apply(teacher, batch['tokens'], layout, cfg, compute))
   hidden = {'teacher': read(blocks.as_one_block(layout))}
-  if options.weights.source == 'teacher':
-    hidden['teacher_block'] = read(blocks.with_positions(layout, models.blocks.positions))
+  if blocked:
+    hidden['teacher_block'] = read(blocks.with_positions(layout, positions))
   return hidden
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import blocks, losses, metrics
+from blockattn import losses, metrics
 from blockattn.data import taught
 from blockattn.models import transformer
 from blockattn.train import command, distill, setup
@@ -47,7 +47,8 @@ def run(config, workdir):
   say = jax.jit(say, out_shardings=place.sharding(('batch',)))
   measure = jax.jit(functools.partial(bias_sums, cfg=cfg, compute=compute, options=options,
                                       positions=config.blocks.positions))
-  done, own = taught.written_rows(folder), setup.own_rows(place, config.batch)
+  done = {row for rows in taught.written_rows(folder).values() for row in rows}
+  own = setup.own_rows(place, config.batch)
   total, sums = len(needed), []
   with metrics.ProgressLine(total, 'teaching', enabled=jax.process_index() == 0) as progress:
     size = max(1, PART_ROWS // config.batch) * config.batch
@@ -108,20 +109,17 @@ def _claim(folder, facts):
 
 def teacher_says(teacher, batch, *, cfg, compute, options, top_k, positions) -> dict:
   """Arrays [B, T, ...] of data/taught.py for a batch, `options.chunk` tokens of each row at a time."""
-  layout = batch['layout']
   head = transformer.head_of(teacher, cfg)
-  read = lambda layout: transformer.apply(teacher, batch['tokens'], layout, cfg, compute)
-  hidden = {'full': read(blocks.as_one_block(layout))}
-  if options.weights.source == 'teacher':
-    hidden['block'] = read(blocks.with_positions(layout, positions))
+  hidden = distill.teacher_hidden(teacher, batch, cfg, compute, positions=positions,
+                                  blocked=options.weights.source == 'teacher')
 
   def chunk(inputs):
     hidden, targets = inputs
-    logits = transformer.project(hidden['full'], head)
+    logits = transformer.project(hidden['teacher'], head)
     log_p, ids = jax.lax.top_k(jax.nn.log_softmax(logits / options.temperature), top_k)
     said = {'ids': ids.astype(jnp.int32), 'log_p': log_p, 'target_log_p': losses.log_prob(logits, targets)}
-    if 'block' in hidden:
-      said['blocked_log_p'] = losses.log_prob(transformer.project(hidden['block'], head), targets)
+    if 'teacher_block' in hidden:
+      said['blocked_log_p'] = losses.log_prob(transformer.project(hidden['teacher_block'], head), targets)
     return said
 
   return losses.map_chunks(chunk, (hidden, batch['targets']), options.chunk)
@@ -130,15 +128,14 @@ def teacher_says(teacher, batch, *, cfg, compute, options, top_k, positions) -> 
 def bias_sums(teacher, batch, *, cfg, compute, options, positions) -> dict:
   """Sums over text tokens: 'tokens', 'kl' of the teacher from itself under the block mask, and for each of BIAS_AT the KL
   from so many tokens and the probability that is left for the rest."""
-  layout, head = batch['layout'], transformer.head_of(teacher, cfg)
-  hidden = {name: transformer.apply(teacher, batch['tokens'], own, cfg, compute) for name, own in
-            (('full', blocks.as_one_block(layout)), ('block', blocks.with_positions(layout, positions)))}
+  head = transformer.head_of(teacher, cfg)
+  hidden = distill.teacher_hidden(teacher, batch, cfg, compute, positions=positions, blocked=True)
   sizes = [k for k in BIAS_AT if k < cfg.vocab]
 
   def chunk(head, hidden, per_token, mask):
     del per_token
     m = mask.astype(jnp.float32)
-    full, block = (transformer.project(hidden[name], head) for name in ('full', 'block'))
+    full, block = (transformer.project(hidden[name], head) for name in ('teacher', 'teacher_block'))
     log_p, ids = jax.lax.top_k(jax.nn.log_softmax(full / options.temperature), max(sizes))
     sums = {'tokens': jnp.sum(m), 'kl': jnp.sum(m * losses.forward_kl(full, block, options.temperature))}
     for k in sizes:
