@@ -11,7 +11,6 @@ started again on the next mesh, and its losses are compared too. Exits with 1 if
 
 import argparse
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -141,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
   print(f'\nlosses from {min(results["one device"].values()):.3f} to {max(results["one device"].values()):.3f}; '
         f'at most {worst:.1e} apart over {args.steps} steps')
   if args.json:
-    args.json.write_text(json.dumps(results, indent=1) + '\n')
+    metrics.write_json(args.json, results)
   return 0 if worst <= 1e-5 else 1
 
 

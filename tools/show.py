@@ -51,7 +51,6 @@ let --aot count.
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import sys
 
@@ -64,7 +63,7 @@ from jax.extend.core import Var
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import config_flags
 
-from blockattn import blocks, mesh as mesh_lib, optim, tree
+from blockattn import blocks, mesh as mesh_lib, metrics, optim, tree
 from blockattn.data import packing
 from blockattn.hf import config as hf_config
 from blockattn.models import lora, segmenter, spec as spec_lib, transformer, weights
@@ -482,7 +481,7 @@ def main(argv: list[str] | None = None) -> int:
     if topology.value:
       shown['compiled'] = aot_step.compile_for(topology.value, config.value)
     if out.value:
-      _write(pathlib.Path(out.value), shown)
+      metrics.write_json(pathlib.Path(out.value), shown)
   except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, RuntimeError) as error:
     err.print(f'show: {error.args[0] if isinstance(error, KeyError) else error}')
     return 2
@@ -517,12 +516,6 @@ def mesh_devices(mesh: str | None, config, topology: str | None) -> int:
   if -1 in dict(config.mesh).values():
     raise ValueError(f'--mesh={mesh} has a -1, all devices that are left: say how many there are, --devices=N')
   return math.prod(dict(config.mesh).values())
-
-
-def _write(path, shown):
-  partial = path.with_name(f'{path.name}.tmp')
-  partial.write_text(json.dumps(shown, indent=2) + '\n', encoding='utf-8')
-  os.replace(partial, path)
 
 
 if __name__ == '__main__':
