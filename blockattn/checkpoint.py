@@ -18,6 +18,7 @@ import pathlib
 import re
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -30,6 +31,7 @@ ARRAYS = ('params', 'opt_state')
 ITEMS = (*ARRAYS, 'data', 'meta')
 _SUMS = 'checksums-*-of-*.json'
 _PART = '.orbax-checkpoint-tmp'   # in the name of a step that is being written
+_REMOVALS = 20                    # tries to remove such a part
 _READERS, _PIECE = 8, 1 << 22     # threads that read files to check them, and bytes that each reads at a time
 
 
@@ -157,9 +159,19 @@ class _Write:
 
   def _give_up(self, error):
     if jax.process_index() == 0 and not self._path.exists():
-      for part in self._path.parent.glob(f'{self._path.name}{_PART}*'):
-        shutil.rmtree(part, ignore_errors=True)
+      self._remove_parts()
     self._error = error
+
+  def _remove_parts(self):
+    """Makes room, as far as threads let it that write on for a moment after the first of them has failed. What they leave
+    is removed by the next start."""
+    for _ in range(_REMOVALS):
+      parts = list(self._path.parent.glob(f'{self._path.name}{_PART}*'))
+      for part in parts:
+        shutil.rmtree(part, ignore_errors=True)
+      time.sleep(0.1)
+      if not any(part.exists() for part in parts):
+        return
 
   def join(self):
     if self._thread.is_alive():

