@@ -55,6 +55,7 @@ def base():
   config.compute.impl = 'auto'     # attention: reference, xla, tpu, gpu; auto: see kernels.api
   config.compute.tiles = ()        # (query tile, key tile); empty: by device
   config.compute.remat = 'none'    # none, dots, full
+  config.compute.sent = -1         # rows over 'context': queries of a row that are sent to far keys, at most; -1: 1 in 64
 
   config.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'context': 1})   # -1: all that is left
   config.rules = mesh.RULES        # logical axis -> mesh axes

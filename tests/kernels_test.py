@@ -1,6 +1,8 @@
 """One suite for every implementation of block attention: the float32 reference says what is right."""
 
+import collections
 import functools
+import math
 import re
 import types
 
@@ -13,7 +15,7 @@ from hypothesis import example, given, settings, strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from blockattn import blocks
-from blockattn.kernels import api, gpu, schedule, tpu, xla
+from blockattn.kernels import api, divided as divided_lib, gpu, schedule, tpu, xla
 from blockattn.kernels.tiles import Tiles, dividing
 
 B, T, N, K, H = 2, 44, 4, 2, 16   # T is not a multiple of any tile
@@ -36,14 +38,14 @@ every_impl = pytest.mark.parametrize('impl', [impl for impl in api.IMPLS if impl
 def attention(impl, tiles):
   """f(q, k, v, layout), in Pallas' interpreter where the kernels' own device is absent."""
   if impl == 'tpu' and jax.default_backend() != 'tpu':
-    return lambda q, k, v, layout: tpu.attention(q, k, v, layout, Tiles(*tiles), interpret=True)
+    return lambda q, k, v, layout: tpu.attention(q, k, v, schedule.token_marks(layout), Tiles(*tiles), interpret=True)[0]
   return functools.partial(api.block_attention, impl=impl, tiles=tiles if jax.default_backend() == 'cpu' else None)
 
 
 @functools.cache
 def with_lse(impl):
   if impl == 'tpu':
-    return jax.jit(functools.partial(tpu.attention_and_lse, tiles=Tiles(8, 8), interpret=True))
+    return jax.jit(lambda q, k, v, layout: tpu.attention(q, k, v, schedule.token_marks(layout), Tiles(8, 8), interpret=True))
   return jax.jit(functools.partial(api.block_attention_and_lse, impl=impl, tiles=(8, 8)))
 
 
@@ -131,6 +133,23 @@ def test_the_logsumexp_of_the_scores(impl, layout):
   weights = np.where(layout_cases.naive_mask(layout)[:, :, None, None], np.exp(scores), 0)
   with np.errstate(divide='ignore'):
     np.testing.assert_allclose(lse, np.log(weights.sum(axis=-1)).reshape(B, T, N), rtol=0, atol=1e-5)
+
+
+@every_impl
+@several
+@given(layout=layout_cases.layouts(B, T))
+def test_gradients_of_the_logsumexp(impl, layout):
+  """With those of the output, as merging needs them; in padding, where it is minus infinity, none are asked for."""
+  q, k, v, grad = arrays()
+  slope = np.where((np.asarray(layout.doc) != 0)[..., None], grad[..., 0], 0).astype(np.float32)
+  for name, result, wanted in zip('qkv', pulled(impl)(layout, q, k, v, grad, slope),
+                                  pulled('reference')(layout, q, k, v, grad, slope)):
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('float32', wanted), err_msg=name)
+
+
+@functools.cache
+def pulled(impl):
+  return jax.jit(lambda layout, q, k, v, *grads: jax.vjp(lambda *x: with_lse(impl)(*x, layout), q, k, v)[1](grads))
 
 
 @every_impl
@@ -222,23 +241,67 @@ def test_on_a_mesh_each_device_computes_its_part():
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
+@pytest.mark.parametrize('impl, sent', [('xla', 0), ('xla', 16), ('xla', None), ('tpu', 16)])
 @several
 @given(layout=layout_cases.layouts(B, 64))
-def test_a_divided_sequence_gives_the_same(layout):
+@example(layout=blocks.from_lengths([[[40, 8, 16]], [[2, 30], [3, 20, 9]]], 64))   # blocks over parts, readers at all places
+@example(layout=blocks.from_lengths([[[12, 12, 12, 13, 15]], [[16, 16, 31, 1]]], 64, shared_first=True))
+def test_a_divided_sequence_gives_the_same(impl, sent, layout):
   """Rows over two, tokens over four devices; outputs and gradients."""
   inputs = arrays(length=64)
-  for result, wanted in zip(divided()(layout, *inputs), compiled('reference', None, 'float32')(layout, *inputs)):
+  for result, wanted in zip(divided(impl, sent)(layout, *inputs), compiled('reference', None, 'float32')(layout, *inputs)):
     np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('float32', wanted))
 
 
+@several
+@given(layout=layout_cases.layouts(B, 64))
+def test_who_reads_beyond_the_part_before(layout):
+  mask = layout_cases.naive_mask(layout)
+  for length in (8, 16, 32):
+    before = np.arange(64) < np.maximum(np.arange(64)[:, None] // length - 1, 0) * length
+    beyond = divided_lib.reach_beyond(schedule.token_marks(layout), length)
+    np.testing.assert_array_equal(beyond, (mask & before).any(axis=-1))
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
+def test_what_is_communicated_grows_with_the_part_and_the_readers():
+  """Bytes of the collectives of the branch for block mode, by device, against those that gather the row."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ('context',))
+  place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(None, 'context')))
+  layout = jax.tree.map(lambda x: place((1, 8192), x.dtype), blocks.from_lengths([[[8192]]], 8192))
+  inputs = [place((1, 8192, heads, 64), jnp.float32) for heads in (4, 4, 4)]
+  attend = lambda sent: jax.jit(lambda layout, *x: api.block_attention_on_mesh(
+      *x, layout, mesh, context_axes=('context',), impl='xla', tiles=(128, 128), sent=sent))
+  sizes = {sent: collectives(attend(sent).lower(layout, *inputs).compile().as_text()) for sent in (0, 128)}
+  row = 8192 * 4 * 64 * 4
+  assert sizes[0]['all-gather'] == 2 * row
+  assert sizes[128]['collective-permute'] == 2 * row / 8
+  assert sizes[128]['all-reduce'] == 2 * 128 * 4 * 64 * 4
+
+
+def collectives(program):
+  """Bytes of the float32 results with four axes, what heads have, by kind of collective."""
+  found = collections.Counter()
+  for line in program.splitlines():
+    if match := re.search(r'= (.*?) (all-gather|all-reduce|collective-permute)(?:-start)?\(', line):
+      for shape in re.findall(r'f32\[(\d+(?:,\d+){3})\]', match[1]):
+        found[match[2]] += 4 * math.prod(map(int, shape.split(',')))
+  return found
+
+
 @functools.cache
-def divided():
+def divided(impl, sent):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ('data', 'context', 'more'))
 
   @jax.jit
   def run(layout, *arrays):
-    attend = lambda q, k, v: api.block_attention_on_mesh(q, k, v, layout, mesh, batch_axes=('data',), impl='xla',
-                                                         context_axes=('context', 'more'), tiles=(8, 16))
+    attend = lambda *x: api.block_attention_on_mesh(*x, layout, mesh, batch_axes=('data',), impl='xla',
+                                                    context_axes=('context', 'more'), tiles=(8, 16), sent=sent)
+    if impl == 'tpu' and jax.default_backend() != 'tpu':
+      kernel = functools.partial(divided_lib.attention, functools.partial(tpu.attention, interpret=True), sent=sent,
+                                 axes=('context', 'more'), others=('data',), tiles=None, own_tiles=Tiles(8, 16))
+      spec = jax.P('data', ('context', 'more'))
+      attend = lambda *x: jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)(*x, layout)
     out, pull = jax.vjp(attend, *arrays[:3])
     return out, *pull(arrays[3])
   return run
@@ -263,10 +326,15 @@ def part_of(impl):
   """f(first, layout, q, k, v, grad) for the 16 queries from `first` on."""
   attend = xla.attention if impl == 'xla' else functools.partial(tpu.attention, interpret=jax.default_backend() != 'tpu')
 
+  def part(q, k, v, layout, first):
+    marks = schedule.token_marks(layout)
+    own = jax.lax.dynamic_slice_in_dim(marks.query, first, 16, axis=2)
+    return attend(q, k, v, schedule.Marks(own, marks.key, first), Tiles(8, 16))[0]
+
   @jax.jit
   def run(first, layout, q, k, v, grad):
     q, grad = (jax.lax.dynamic_slice_in_dim(x, first, 16, axis=1) for x in (q, grad))
-    out, pull = jax.vjp(lambda *x: attend(*x, layout, Tiles(8, 16), first_query=first), q, k, v)
+    out, pull = jax.vjp(lambda *x: part(*x, layout, first), q, k, v)
     return out, *pull(grad)
   return run
 
@@ -275,7 +343,7 @@ def part_of(impl):
 def test_what_cannot_be_divided_over_the_sequence_is_refused():
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ('context',))
   layout = blocks.from_lengths([[], []], T)
-  with pytest.raises(ValueError, match='11 of 44 tokens: a part of a row must be a multiple of the query tile 8'):
+  with pytest.raises(ValueError, match=r'11 queries, \d+ keys: .* must be a multiple of the query tile 8'):
     jax.eval_shape(lambda *x: api.block_attention_on_mesh(*x, layout, mesh, context_axes=('context',), impl='xla',
                                                           tiles=(8, 8)), *arrays()[:3])
   with pytest.raises(ValueError, match='cannot divide the sequence'):
@@ -321,7 +389,8 @@ def test_gpu_kernels_in_the_interpreter(name, cut):
     return [np.asarray(x, np.float32) for x in (out, *pull(jnp.asarray(grad, dtype)))]
 
   # Tile sizes that differ between the passes, and more visits than there are buffers.
-  kernels = jax.jit(lambda *x: gpu.attention(*x, layout, Tiles(128, 64), cut=cut, interpret=plgpu.InterpretGPUParams()))
+  kernels = jax.jit(lambda *x: gpu.attention(*x, schedule.token_marks(layout), Tiles(128, 64), cut=cut,
+                                             interpret=plgpu.InterpretGPUParams())[0])
   expected = run(lambda *x: api.block_attention(*x, layout, impl='reference'), jnp.float32)
   for part, result, wanted in zip(('output', 'dq', 'dk', 'dv'), run(kernels, jnp.bfloat16), expected):
     np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('bfloat16', wanted), err_msg=part)
@@ -341,9 +410,11 @@ def test_a_part_of_the_queries_in_the_gpu_interpreter():
     out, pull = jax.vjp(attend, *(jnp.asarray(x, dtype) for x in (q, k, v)))
     return [np.asarray(x, np.float32) for x in (out, *pull(jnp.asarray(grad, dtype)))]
 
-  kernels = jax.jit(lambda *x: gpu.attention(*x, layout, Tiles(128, 64), first_query=first, cut=schedule.Cut(1, 5),
-                                             interpret=plgpu.InterpretGPUParams()))
   own = slice(first, first + 128)
+  marks = schedule.token_marks(layout)
+  marks = schedule.Marks(marks.query[:, :, own], marks.key, first)
+  kernels = jax.jit(lambda *x: gpu.attention(*x, marks, Tiles(128, 64), cut=schedule.Cut(1, 5),
+                                             interpret=plgpu.InterpretGPUParams())[0])
   results = run(kernels, q[:, own], grad[:, own], jnp.bfloat16)
   expected = run(lambda *x: api.block_attention(*x, layout, impl='reference'), q, grad, jnp.float32)
   expected[:2] = (x[:, own] for x in expected[:2])
@@ -375,13 +446,13 @@ def test_kernels_on_their_device(name, width):
 
 
 @pytest.mark.parametrize('attend, platform, target', [
-    (lambda *x: tpu.attention(*x, Tiles(128, 256)), 'tpu', 'tpu_custom_call'),
-    (lambda *x: gpu.attention(*x, Tiles(128, 128)), 'cuda', 'mosaic_gpu')], ids=['tpu', 'gpu'])
+    (lambda *x: tpu.attention(*x, Tiles(128, 256))[0], 'tpu', 'tpu_custom_call'),
+    (lambda *x: gpu.attention(*x, Tiles(128, 128))[0], 'cuda', 'mosaic_gpu')], ids=['tpu', 'gpu'])
 def test_kernels_lower_for_their_platform(attend, platform, target):
   """Forward, dq and dkv as kernels, from a machine without the device."""
   shapes = [jax.ShapeDtypeStruct((2, 300, heads, 128), jnp.bfloat16) for heads in (N, K, K)]
   layout = blocks.from_lengths([[], []], 300)
-  both = lambda q, k, v, layout: jax.vjp(lambda *x: attend(*x, layout), q, k, v)[1](q)
+  both = lambda q, k, v, layout: jax.vjp(lambda *x: attend(*x, schedule.token_marks(layout)), q, k, v)[1](q)
   checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ('mosaic_gpu_v2', 'tpu_custom_call')]
   exported = jax.export.export(jax.jit(both), platforms=[platform], disabled_checks=checks)(*shapes, layout)
   calls = exported.mlir_module().count(f'@{target}') + exported.mlir_module().count(f'call_target_name = "{target}')
@@ -409,7 +480,7 @@ def test_what_a_gpu_cannot_do_is_said(dtype, head_dim, tiles, says):
   layout = blocks.from_lengths([[], []], 256)
   shapes = [jax.ShapeDtypeStruct((B, 256, heads, head_dim), jnp.dtype(dtype)) for heads in (N, K, K)]
   with pytest.raises(ValueError, match=says):
-    jax.eval_shape(lambda *x: gpu.attention(*x, layout, Tiles(*tiles)), *shapes)
+    jax.eval_shape(lambda *x: gpu.attention(*x, schedule.token_marks(layout), Tiles(*tiles)), *shapes)
 
 
 @pytest.mark.parametrize('capability', ['8.0', '10.0'])
@@ -426,7 +497,7 @@ def test_other_gpus_are_refused(capability):
 def test_what_a_tpu_cannot_do_is_said(length, head_dim, tiles, says):
   layout = blocks.from_lengths([[], []], length)
   with pytest.raises(ValueError, match=says):
-    jax.eval_shape(lambda *x: tpu.attention(*x, layout, Tiles(*tiles)),
+    jax.eval_shape(lambda *x: tpu.attention(*x, schedule.token_marks(layout), Tiles(*tiles)),
                    *(jax.ShapeDtypeStruct((B, length, heads, head_dim), jnp.float32) for heads in (N, K, K)))
 
 

@@ -18,17 +18,21 @@ TILES = [Tiles(8, 8), Tiles(16, 8), Tiles(8, 32), Tiles(64, 64)]
 several = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 dense_mask = jax.jit(blocks.may_attend)
-tile_masks = jax.jit(schedule.tile_masks, static_argnums=1)
 list_visits = jax.jit(schedule.list_visits)
-list_work = jax.jit(schedule.list_work)
+list_work = jax.jit(schedule.list_work, static_argnums=1)
 list_tiles = jax.jit(schedule.list_tiles)
-visited_tiles = jax.jit(schedule.visited_tiles)
+every_owner = jax.jit(schedule.every_owner)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def tile_masks(layout, tiles):
+  return schedule.tile_masks(schedule.token_marks(layout), tiles)
 
 
 @jax.jit
 def mask_by_marks(layout):
-  query_marks, key_marks = schedule.token_marks(layout)
-  return jax.vmap(lambda q, k: schedule.pair_mask(q[:, :, None], k[:, None], 0, 0))(query_marks, key_marks)
+  marks = schedule.token_marks(layout)
+  return jax.vmap(lambda q, k: schedule.pair_mask(q[:, :, None], k[:, None], 0, 0))(marks.query, marks.key)
 
 
 def in_tiles(mask, tiles):
@@ -93,19 +97,16 @@ def test_visits_list_the_tiles_of_the_masks_in_order(layout):
 @given(layout=layout_cases.layouts(ROWS, LENGTH))
 @example(layout=packed([], [[64]]))
 def test_work_lists_hold_each_tile_once_and_every_owner(tiles, layout):
-  """Both orders hold the touched tiles, and diagonal ones for sides that nobody else visits."""
+  """Both orders hold the touched tiles, and the first tile for owners that visit no other."""
   touched, full = map(np.asarray, tile_masks(layout, tiles))
   rows, n, m = touched.shape
-  start = lambda size: np.arange(size) * (LENGTH // size)
-  on_diagonal = ((start(n)[:, None] < start(m) + LENGTH // m) & (start(m) < start(n)[:, None] + LENGTH // n))[None]
-  work = list_work(touched, full)
+  work = list_work(schedule.token_marks(layout), tiles)
   for listed, axes in ((work.by_query, (0, 1, 2)), (work.by_key, (0, 2, 1))):
     owner, other = (np.asarray(x)[:int(listed.count)] for x in (listed.owner, listed.other))
     assert (np.diff(owner) >= 0).all() and len(listed.owner) == rows * schedule.most_visits(n, m)
-    assert set(owner) == set(range(rows * (m if axes[1] == 2 else n)))
-    own, spare = (x.transpose(axes) for x in (touched, np.broadcast_to(on_diagonal, touched.shape)))
+    own = touched.transpose(axes)
     at = owner // own.shape[1], owner % own.shape[1], other >> schedule.FLAG_BITS
-    assert len(set(zip(*at))) == len(owner) and own[at].sum() == own.sum() and (own | spare)[at].all()
+    assert_visits(at, own)
     np.testing.assert_array_equal(other & schedule.PARTIAL == 0, full.transpose(axes)[at])
     changes = np.diff(owner) > 0
     np.testing.assert_array_equal(other & schedule.FIRST != 0, np.concatenate([[True], changes]))
@@ -116,11 +117,11 @@ def test_work_lists_hold_each_tile_once_and_every_owner(tiles, layout):
 @given(layout=layout_cases.layouts(ROWS, LENGTH))
 def test_tile_lists_say_what_the_masks_say(layout):
   touched, full = map(np.asarray, tile_masks(layout, TILES[1]))
-  visited = np.asarray(visited_tiles(touched))
-  assert visited.any(axis=1).all() and visited.any(axis=2).all()
   for axes in ((0, 1, 2), (0, 2, 1)):
-    visit, whole = (x.transpose(axes).reshape(-1, x.transpose(axes).shape[2]) for x in (visited, full))
-    lists = list_tiles(visited.transpose(axes), full.transpose(axes))
+    visited = np.asarray(every_owner(touched.transpose(axes)))
+    assert_visits(np.nonzero(visited), touched.transpose(axes))
+    visit, whole = (x.reshape(-1, x.shape[2]) for x in (visited, full.transpose(axes)))
+    lists = list_tiles(visited, full.transpose(axes))
     np.testing.assert_array_equal(lists.total, visit.sum(axis=1))
     assert (np.diff(lists.total[lists.order]) <= 0).all() and sorted(lists.order.tolist()) == list(range(len(visit)))
     for owner, (partial, total) in enumerate(zip(lists.partial.tolist(), lists.total.tolist())):
@@ -134,7 +135,7 @@ def test_tile_lists_say_what_the_masks_say(layout):
 def test_pieces_make_up_the_lists(cut, layout):
   """Every entry of every list once, and the longest lists are those that are cut."""
   touched, full = tile_masks(layout, TILES[1])
-  lists = list_tiles(visited_tiles(touched), full)
+  lists = list_tiles(every_owner(touched), full)
   pieces = [tuple(map(int, schedule.piece(n, lists.order, lists.total, cut))) for n in range(len(lists.order) + cut.spare)]
   entries = sorted((owner, i) for owner, first, count in pieces for i in range(first, first + count))
   assert entries == [(owner, i) for owner, total in enumerate(lists.total.tolist()) for i in range(total)]
@@ -142,45 +143,65 @@ def test_pieces_make_up_the_lists(cut, layout):
   assert [owner for owner, _, _ in pieces[:len(longest)]] == longest
 
 
-@functools.partial(jax.jit, static_argnames='count')
-def work_of_part(touched, full, first, count):
-  return schedule.list_work(touched, full, (first, count))
+@pytest.mark.parametrize('tiles', TILES[:3], ids=str)
+@several
+@given(layout=layout_cases.layouts(ROWS, LENGTH))
+def test_a_part_of_the_queries(tiles, layout):
+  """The second half of the queries: their rows of the masks, and every owner on both lists."""
+  half = LENGTH // 2
+  marks = schedule.token_marks(layout)
+  part = schedule.Marks(marks.query[:, :, half:], marks.key, half)
+  whole = [np.asarray(x)[:, half // tiles.query:] for x in tile_masks(layout, tiles)]
+  assert_part(part, tiles, *whole)
 
 
 @pytest.mark.parametrize('tiles', TILES[:3], ids=str)
 @several
 @given(layout=layout_cases.layouts(ROWS, LENGTH))
-def test_work_of_a_part_of_the_queries(tiles, layout):
-  """By query the part's rows of the masks, by key every key once."""
-  touched, full = map(np.asarray, tile_masks(layout, tiles))
-  n, m = touched.shape[1] // 2, touched.shape[2]
-  work = work_of_part(touched, full, n, n)
-  visited = np.asarray(visited_tiles(touched))[:, n:]
-  for listed, per_row, axes in ((work.by_query, n, (0, 1, 2)), (work.by_key, m, (0, 2, 1))):
+def test_queries_behind_all_keys(tiles, layout):
+  """The first half's keys, read by the second half's queries, some of which are left out."""
+  half = LENGTH // 2
+  marks = schedule.token_marks(layout)
+  left_out = np.arange(half) % 7 == 3
+  part = schedule.Marks(np.where(left_out, schedule.NO_QUERY, marks.query[:, :, half:]), marks.key[:, :, :half], half)
+  allowed = np.asarray(dense_mask(layout))[:, half:, :half] & ~left_out[:, None]
+  pairs = allowed.reshape(ROWS, half // tiles.query, tiles.query, half // tiles.key, tiles.key)
+  assert_part(part, tiles, pairs.any(axis=(2, 4)), pairs.all(axis=(2, 4)))
+
+
+def assert_part(part, tiles, touched, full):
+  for result, wanted in zip(jax.jit(schedule.tile_masks, static_argnums=1)(part, tiles), (touched, full)):
+    np.testing.assert_array_equal(result, wanted)
+  work = list_work(part, tiles)
+  for listed, axes in ((work.by_query, (0, 1, 2)), (work.by_key, (0, 2, 1))):
     owner, other = (np.asarray(x)[:int(listed.count)] for x in (listed.owner, listed.other))
-    found = np.zeros(visited.transpose(axes).shape, bool)
-    found[owner // per_row, owner % per_row, other >> schedule.FLAG_BITS] = True
-    assert found.sum() == len(owner) and set(owner) == set(range(ROWS * per_row))
-    extra = found.transpose(axes) & ~visited   # keys that nobody visits, listed at the first query tile
-    assert (found.transpose(axes) | ~visited).all()
-    assert not extra[:, 1:].any() and not (extra[:, 0] & visited.any(axis=1)).any()
-  assert int(work.by_query.count) == visited.sum()
+    own = touched.transpose(axes)
+    assert_visits((owner // own.shape[1], owner % own.shape[1], other >> schedule.FLAG_BITS), own)
+
+
+def assert_visits(at, touched):
+  """Indices of visits: each touched tile once, and the first tile of owners that have none."""
+  found = np.zeros(touched.shape, int)
+  np.add.at(found, at, 1)
+  lonely = ~touched.any(axis=2)
+  wanted = touched.copy()
+  wanted[:, :, 0] |= lonely
+  np.testing.assert_array_equal(found, wanted)
 
 
 def test_boundaries_are_traced():
-  count = functools.partial(jax.jit(lambda layout: schedule.tile_masks(layout, TILES[0])[0].sum()))
+  count = jax.jit(lambda layout: schedule.tile_masks(schedule.token_marks(layout), TILES[0])[0].sum())
   one, many = count(packed([[64]], [[64]])), count(packed([[8] * 8], [[8] * 8]))
   assert (one, many) == (2 * 36, 2 * 15)
-  assert count.func._cache_size() == 1
+  assert count._cache_size() == 1
 
 
 def test_nothing_grows_with_the_square_of_the_tokens():
   """The largest array of the whole schedule is per token or per tile."""
   length, tiles = 2048, Tiles(256, 256)
   layout = blocks.from_lengths([[[length]]], length)
-  masks = lambda layout: schedule.tile_masks(layout, tiles)
-  jaxpr = jax.make_jaxpr(lambda layout: (schedule.token_marks(layout), schedule.list_visits(*masks(layout)),
-                                         schedule.list_work(*masks(layout))))(layout)
+  jaxpr = jax.make_jaxpr(lambda marks: (schedule.list_visits(*schedule.tile_masks(marks, tiles)),
+                                        schedule.list_work(marks, tiles)))(schedule.token_marks(layout))
   assert max(array_sizes(jaxpr.jaxpr)) <= 16 * length
 
 
@@ -206,9 +227,10 @@ def test_tiles_that_do_not_nest_are_refused(tiles):
 
 
 def test_padding_makes_whole_tiles_that_nobody_visits():
-  layout = schedule.pad_layout(blocks.from_lengths([[[5, 4]]], 9), Tiles(8, 16))
-  assert layout.doc.shape == (1, 16)
-  touched, full = schedule.tile_masks(layout, Tiles(8, 16))
+  tiles, x = Tiles(8, 16), np.ones((1, 9, 1, 4))
+  *arrays, marks = schedule.whole_tiles(x, x, x, schedule.token_marks(blocks.from_lengths([[[5, 4]]], 9)), tiles)
+  assert {x.shape for x in arrays} == {(1, 16, 1, 4)}
+  touched, full = schedule.tile_masks(marks, tiles)
   assert touched.tolist() == [[[True], [True]]] and not full.any()
 
 

@@ -60,7 +60,7 @@ def _compile(options, body):
   from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
   from blockattn import blocks
-  from blockattn.kernels import gpu, tiles as tile_sizes, tpu
+  from blockattn.kernels import gpu, schedule, tiles as tile_sizes, tpu
 
   target = options.targets[0]
   if target in TPUS:
@@ -81,7 +81,8 @@ def _compile(options, body):
   if body == 'peer':
     forward, inputs = _splash(options, sizes), [abstract((x.shape[2], x.shape[1], H), x.dtype) for x in (q, k, k)]
   else:
-    forward = lambda q, k, v, layout: attention.attention(q, k, v, layout, tile_sizes.Tiles(*sizes))
+    forward = lambda q, k, v, layout: attention.attention(q, k, v, schedule.token_marks(layout),
+                                                          tile_sizes.Tiles(*sizes))[0]
     inputs = [q, k, k, layout]
 
   def both(inputs, grad):

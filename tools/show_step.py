@@ -12,7 +12,9 @@
                  and the batch, an all-reduce over those that share the batch only; per slice
     activations  where a rule cuts heads or mlp ('tensor'): two all-reduces per layer, forward and backward, and in between
                  if remat is 'full'; the teacher's two. Where one cuts tokens ('context'): keys and values of each layer,
-                 gathered for a forward pass, and their gradients back
+                 gathered for a forward pass, and their gradients back; in block mode without readers among the context
+                 blocks (kernels/divided.py) those of the part before, and all-reduces of the queries that are sent and
+                 of what they read (float32)
   time           the longer one of the operations at --mfu of the peak (dense bfloat16) and of the bytes at the bandwidth of
                  all of a device's links, as if one hid behind the other completely
   MFU            what the operations then are of the peak in that time: at most --mfu, less where links are the bound
@@ -30,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import blocks, mesh as mesh_lib, tree
+from blockattn.kernels import divided
 from blockattn.models import flops, spec as spec_lib, transformer
 from blockattn.train import setup
 
@@ -115,8 +118,9 @@ def received_bytes(config, cfg, place, trained) -> dict[str, float]:
   """Bytes that a device receives in a step, at least, by part."""
   local, kept = jnp.dtype(config.compute.dtype).itemsize, jnp.dtype(config.model.dtype).itemsize
   rows = config.batch / place.size('batch') / config.accumulate
-  passes = [_Pass(place, config.data.length if mode == 'full' else _block_length(config), min(local, kept), 1)
-            for mode in _views(config)]
+  read_far = 'distill' in config and config.distill.drop_rate > 0 and config.distill.drop_mode in ('lift', 'isolate')
+  passes = [_Pass(place, config.data.length if mode == 'full' else _block_length(config), min(local, kept), 1,
+                  divided=mode == 'block' and config.compute.sent != 0 and not read_far) for mode in _views(config)]
   if 'distill' in config and not config.teacher.logits:
     sizes = [jnp.dtype(dtype).itemsize for dtype in (config.teacher.dtype, config.teacher.compute_dtype)]
     passes.append(_Pass(setup.teacher_placement(config, place), config.data.length, min(sizes), 0))
@@ -130,8 +134,14 @@ def received_bytes(config, cfg, place, trained) -> dict[str, float]:
     state = rows * one.tokens / one.place.size('tokens') * local
     tensor, context = one.place.size('mlp'), one.place.size('tokens')
     activations += cfg.layers * state * cfg.width * 2 * 2 * _part(tensor) * (forwards + one.backward)
-    heads = cfg.kv_heads / one.place.size('kv_heads')
-    activations += cfg.layers * state * context * 2 * heads * cfg.head_dim * _part(context) * (forwards + one.backward)
+    shared, heads = (n / one.place.size('kv_heads') * cfg.head_dim for n in (cfg.kv_heads, cfg.heads))
+    if one.divided and context > 2:
+      sent = rows * (config.compute.sent if config.compute.sent >= 0 else
+                     divided.most_sent(one.tokens // context, one.tokens))
+      read = state * 2 * shared + sent * 2 * heads * _part(context) * (local + 4)
+    else:
+      read = state * context * 2 * shared * _part(context)
+    activations += cfg.layers * read * (forwards + one.backward)
   slices = config.accumulate
   return {'weights': slices * weights, 'gradients': slices * min(local, kept) * gradient_elements(trained, place),
           'activations': slices * activations}
@@ -139,11 +149,13 @@ def received_bytes(config, cfg, place, trained) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-  """Rows of so many tokens through a model that `place` places, its weights of `size` bytes; `backward`: 1 or 0 times."""
+  """Rows of so many tokens through a model that `place` places, its weights of `size` bytes; `backward`: 1 or 0 times.
+  `divided`: of rows over devices only the last block reads further back than the part before."""
   place: mesh_lib.Placement
   tokens: int
   size: int
   backward: int
+  divided: bool = False
 
 
 def _views(config):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from blockattn import blocks
-from blockattn.kernels import gpu, reference, tiles as tile_sizes, tpu, xla
+from blockattn.kernels import divided, gpu, reference, schedule, tiles as tile_sizes, tpu, xla
 
 IMPLS = ('reference', 'xla', 'tpu', 'gpu')
 _HOME = {'tpu': 'tpu', 'gpu': 'gpu'}   # implementations that run on one platform only
@@ -48,29 +48,27 @@ def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl:
   Raises:
     ValueError: the implementation is unknown, or shapes, dtypes or tiles do not fit together.
   """
-  run = _implementation('attention', q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles)
-  return run(q_BTNH, k_BSKH, v_BSKH, layout)
+  return _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles)[0]
 
 
 def block_attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl: str = 'auto',
                             tiles: tuple[int, int] | None = None):
-  """`block_attention` and what it takes to merge it with attention over other keys (`append.merge`). No gradients.
+  """`block_attention` and what it takes to merge it with attention over other keys (`append.merge`).
 
   Returns:
     (out_BTNH, the logsumexp of each query's scores, float32 [B, T, N], -inf in padding rows).
   """
-  run = _implementation('attention_and_lse', q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles)
-  out, lse = run(q_BTNH, k_BSKH, v_BSKH, layout)
+  out, lse = _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles)
   return out, jnp.where((layout.doc != 0)[..., None], lse, -jnp.inf)
 
 
-def _implementation(function, q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles):
-  """`function` of the module that `impl` means, with its tiles; the arguments are checked."""
+def _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles):
   check_arguments(q_BTNH, k_BSKH, v_BSKH, layout)
   impl = resolve(impl, jax.default_backend())
   if impl == 'reference':
-    return getattr(reference, function)
-  return functools.partial(getattr(_MODULES[impl], function), tiles=_tiles(tiles, impl, q_BTNH))
+    return reference.attention(q_BTNH, k_BSKH, v_BSKH, layout)
+  marks = schedule.token_marks(layout)
+  return _MODULES[impl].attention(q_BTNH, k_BSKH, v_BSKH, marks, _tiles(tiles, impl, q_BTNH))
 
 
 def _tiles(tiles, impl, x_BTNH):
@@ -82,12 +80,11 @@ def _tiles(tiles, impl, x_BTNH):
 def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, mesh: Mesh, *,
                             batch_axes: tuple[str, ...] = (), head_axes: tuple[str, ...] = (),
                             context_axes: tuple[str, ...] = (), impl: str = 'auto',
-                            tiles: tuple[int, int] | None = None):
+                            tiles: tuple[int, int] | None = None, sent: int | None = None):
   """`block_attention` with the batch, the heads and the sequence divided over a mesh, each device on its own part.
 
   The tile loop runs over batch rows one after the other, so automatic sharding would gather them; here every device
-  loops over its own rows and heads, and nothing is communicated. Where the sequence is divided, every device gathers the
-  row's keys and values once and computes the tiles of its own queries.
+  loops over its own rows and heads, and nothing is communicated. How a divided sequence is read, kernels/divided.py says.
 
   Args:
     mesh: the mesh; axes that are in none of the next three hold copies.
@@ -95,6 +92,8 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
     head_axes: mesh axes that divide both N and K.
     context_axes: mesh axes that divide T, into multiples of the tiles; not for impl 'reference'. Tiles that are not given
       are as large as divides.
+    sent: of a divided row, how many queries that read far back are sent to the keys; if there are more, the keys and
+      values are brought to the queries. None: `divided.most_sent`.
 
   Raises:
     ValueError: as `block_attention`, or an axis does not divide its dimension.
@@ -111,21 +110,13 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
     impl = resolve(impl, jax.default_backend())
     if impl == 'reference':
       raise ValueError(f'attention impl {impl!r} cannot divide the sequence over {context_axes}; use impl="xla"')
-    attend = functools.partial(_attend_part, context_axes, impl, tiles)
+    own = None if tiles is None else _tiles(tiles, impl, q_BTNH)
+    attend = jax.named_scope('block_attention')(functools.partial(
+        divided.attention, _MODULES[impl].attention, axes=context_axes, others=batch_axes, sent=sent,
+        tiles=_tiles(None, impl, q_BTNH), own_tiles=own))
   # check_vma=False: the loops of the kernel start from zeros, which the check would want marked per device.
   return jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,
                        check_vma=False)(q_BTNH, k_BSKH, v_BSKH, layout)
-
-
-@jax.named_scope('block_attention')
-def _attend_part(axes, impl, tiles, q_BTNH, k_BSKH, v_BSKH, layout):
-  """On one device: its own queries, everybody's keys."""
-  gather = lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True)
-  k, v, layout = jax.tree.map(gather, (k_BSKH, v_BSKH, layout))
-  length, row = q_BTNH.shape[1], k.shape[1]
-  tiles = tile_sizes.dividing(_tiles(tiles, impl, k), length, row) if tiles is None else _tiles(tiles, impl, k)
-  first = jax.lax.axis_index(axes) * length
-  return _MODULES[impl].attention(q_BTNH, k, v, layout, tiles, first_query=first)
 
 
 def _check_divides(mesh, axes, what, size):

@@ -3,8 +3,7 @@
 The tokens of a prompt's last block, one or some hundreds at a time, read everything that was cached before them. The keys
 are many and the queries few, so the keys are cut in splits that can be computed at the same time (split-K); each gives its
 output with the logsumexp of its scores, and `merge` puts them together. Merging the same way, attention to cached blocks
-and attention within the last block (`api.block_attention_and_lse`) make up the whole. Inference only: no gradients are
-defined for the logsumexp.
+and attention within the last block (`api.block_attention_and_lse`) make up the whole.
 """
 
 import functools
@@ -80,9 +79,20 @@ def merge(out_PBTNH, lse_PBTN):
   Returns:
     (out_BTNH, lse_BTN), float32.
   """
-  lse = lse_PBTN.astype(jnp.float32)
-  peak = lse.max(axis=0)
-  weights = jnp.exp(lse - jnp.where(jnp.isfinite(peak), peak, 0))   # all zero where no part has a key
-  total = weights.sum(axis=0)
-  out = jnp.einsum('pbtn,pbtnh->btnh', weights, out_PBTNH.astype(jnp.float32)) / jnp.where(total > 0, total, 1)[..., None]
-  return out, peak + jnp.log(jnp.where(total > 0, total, 1))
+  peak = lse_PBTN.max(axis=0)
+  out, total = _weighted(out_PBTNH, lse_PBTN, peak)
+  total = jnp.where(total > 0, total, 1)
+  return out / total[..., None], peak + jnp.log(total)
+
+
+def merge_over(axes, out_PBTNH, lse_PBTN):
+  """out_BTNH of `merge` over the parts of all devices of these mesh axes, each of which has some; inside a shard_map."""
+  peak = lax.pmax(lax.stop_gradient(lse_PBTN).max(axis=0), axes)
+  out, total = lax.psum(_weighted(out_PBTNH, lse_PBTN, peak), axes)
+  return out / jnp.where(total > 0, total, 1)[..., None]
+
+
+def _weighted(out_PBTNH, lse_PBTN, peak_BTN):
+  """Sums of the parts by their weights, and of the weights; both zero where no part has a key."""
+  weights = jnp.exp(lse_PBTN - jnp.where(jnp.isfinite(peak_BTN), peak_BTN, 0))
+  return jnp.einsum('pbtn,pbtnh->btnh', weights, out_PBTNH.astype(jnp.float32)), weights.sum(axis=0)

@@ -22,7 +22,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from blockattn import blocks
 from blockattn.kernels import append, schedule
 from blockattn.kernels.reference import MASKED
 from blockattn.kernels.tiles import Tiles
@@ -37,39 +36,26 @@ _SCORES = plgpu.Layout.WGMMA
 _PER_ROW, _PER_COLUMN = _SCORES.reduce(1), _SCORES.reduce(0)
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, first_query=None, cut=None, interpret=None):
-  """Softmax attention over the keys that `blocks.may_attend` allows.
+def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, cut=None, interpret=None):
+  """Softmax attention over the keys that the marks allow.
 
   Args:
-    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked, but for T, which may be less than S.
-    layout: BlockLayout of [B, S] arrays.
-    tiles: (128, key tile) of the forward pass; the backward pass takes tiles of 128 by 64.
-    first_query: int32, traced or not, where in the row the T queries stand, if they are a part of it; it and T are
-      multiples of 128, and S of the key tile too.
+    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked, but for T, which may differ from S.
+    marks: schedule.Marks of T queries and S keys.
+    tiles: (128, key tile) of the forward pass; the backward pass takes tiles of 128 by 64. Of a part of a row T and its
+      first query must be multiples of 128, and S of both sizes.
     cut: schedule.Cut, how the keys of a row's readers are divided over thread blocks; by default `_cut`.
     interpret: parameters of Pallas' GPU interpreter, to run the kernels on any platform.
 
   Returns:
-    [B, T, N, H] in q's dtype.
+    ([B, T, N, H] in q's dtype, the logsumexp of each query's scores, float32 [B, T, N]); both are zero for a query that
+    sees no key.
 
   Raises:
     ValueError: a dtype, a head width or tiles that the kernels do not know, a part that they do not divide, or another
       GPU than Hopper.
   """
-  prepared = _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query, cut, interpret)
-  return _attention(*prepared)[:, :q_BTNH.shape[1]]
-
-
-def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, interpret=None):
-  """(what `attention` returns, the logsumexp of each query's scores, float32 [B, T, N], 0 in padding). No gradients."""
-  T = q_BTNH.shape[1]
-  out, (*_, lse_BNT) = _forward(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, None, None, interpret))
-  return out[:, :T], lse_BNT.swapaxes(1, 2)[:, :T] * math.log(2)
-
-
-def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query, cut, interpret):
-  """The arguments of `_attention`, padded to whole tiles."""
-  H = q_BTNH.shape[3]
+  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   if interpret is None and jax.default_backend() == 'gpu':
     _check_device(jax.devices()[0])
   if q_BTNH.dtype not in DTYPES or H not in HEAD_DIMS:
@@ -77,25 +63,21 @@ def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query, cut, interpret)
                      f'{" or ".join(map(str, HEAD_DIMS))}; use impl="xla"')
   if tiles.query != _COMPUTE * _ROWS or tiles.key % _ROWS:
     raise ValueError(f'tiles {tuple(tiles)}: the GPU kernels take {_COMPUTE * _ROWS} queries by a multiple of {_ROWS} keys')
-  whole = Tiles(tiles.query, max(tiles))
-  q, k, v, layout, marks, first, part = schedule.whole_or_part(q_BTNH, k_BSKH, v_BSKH, layout, whole, first_query)
+  q, k, v, marks = schedule.whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks, Tiles(tiles.query, max(tiles)))
   cut = _cut(*q.shape[:3], k.shape[1]) if cut is None else cut
-  return _How(tiles.key, cut, interpret), q, k, v, marks, _lists(layout, tiles, part, first)
+  how = _How(tiles.key, cut, interpret)
+  out, lse = _attention(how, q, k, v, (marks.query, marks.key), _lists(marks, tiles))
+  return out[:, :T], lse[:, :T]
 
 
-def _lists(layout, tiles, part, first_query):
-  def masks(tiles, part):
-    touched, full = schedule.tile_masks(layout, tiles)
-    return schedule.part_of(schedule.visited_tiles(touched), part), schedule.part_of(full, part)
+def _lists(marks, tiles):
+  def lists(tiles, turn=lambda mask: mask):
+    touched, full = map(turn, schedule.tile_masks(marks, tiles))
+    return schedule.list_tiles(schedule.every_owner(touched), full)
 
-  def masks_by_key(tiles, part):
-    visited, full = masks(tiles, part)
-    return schedule.with_every_key(visited).swapaxes(1, 2), full.swapaxes(1, 2)
-
-  narrow, wide = Tiles(tiles.query, _ROWS), Tiles(_ROWS, tiles.query)
-  of_rows = None if part is None else (part[0] * _COMPUTE, part[1] * _COMPUTE)   # the part in tiles of _ROWS queries
-  return Lists(forward=schedule.list_tiles(*masks(tiles, part)), dq=schedule.list_tiles(*masks(narrow, part)),
-               dkv=schedule.list_tiles(*masks_by_key(wide, of_rows)), first_query=first_query[None])
+  return Lists(forward=lists(tiles), dq=lists(Tiles(tiles.query, _ROWS)),
+               dkv=lists(Tiles(_ROWS, tiles.query), lambda mask: mask.swapaxes(1, 2)),
+               first_query=schedule.first_query(marks)[None])
 
 
 def _cut(rows, queries, heads, keys) -> schedule.Cut:
@@ -305,8 +287,10 @@ def _merge_forward(how, lists, out_BTNH, lse_BNT, out_pieces, lse_pieces):
   """Puts the results of the pieces in their places."""
   cut, (B, N, T) = how.cut, lse_BNT.shape
   parts = lambda x: x.reshape(cut.owners, cut.pieces, *x.shape[1:]).swapaxes(0, 1)
-  out, lse = append.merge(parts(out_pieces), parts(lse_pieces).swapaxes(2, 3) * math.log(2))
-  lse = jnp.where(lse > MASKED / 2, lse / math.log(2), 0)
+  # MASKED times a factor is no number to subtract from itself: fused with the subtraction it is rounded once only.
+  natural = jnp.where(lse_pieces > MASKED / 2, lse_pieces * math.log(2), -jnp.inf)
+  out, lse = append.merge(parts(out_pieces), parts(natural).swapaxes(2, 3))
+  lse = jnp.where(jnp.isfinite(lse), lse / math.log(2), 0)
   tiles, owners = _own_tiles(how, lists, out_BTNH)
   per_row = T // tiles.shape[1]
   lse_BNIT = lse_BNT.reshape(B, N, per_row, -1).at[owners // per_row, :, owners % per_row].set(lse.swapaxes(1, 2))
@@ -412,7 +396,7 @@ def _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
   out, lse, *pieces = _call(how, kernel, 'block_attention_forward', outputs, inputs, lists.forward, N, scratch, how.cut)
   if pieces:
     out, lse = _merge_forward(how, lists.forward, out, lse, *pieces)
-  return out, (q_BTNH, k_BSKH, v_BSKH, marks, lists, out, lse)
+  return (out, lse.swapaxes(1, 2) * math.log(2)), (q_BTNH, k_BSKH, v_BSKH, marks, lists, out, lse)
 
 
 def _dq(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH):
@@ -548,10 +532,13 @@ def _dkv(how, q_BTNH, k_BSKH, v_BSKH, marks, lists, lse_BNT, mean_BNT, grad_BTNH
                scratch, schedule.Cut())
 
 
-def _backward(how, saved, grad_BTNH):
+def _backward(how, saved, grads):
   *inputs, out_BTNH, lse_BNT = saved
-  # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts
+  grad_BTNH, grad_lse_BTN = grads
+  # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts; that of the logsumexp
+  # adds weight * d loss / d logsumexp
   mean_BNT = jnp.einsum('btnh,btnh->bnt', out_BTNH.astype(jnp.float32), grad_BTNH.astype(jnp.float32))
+  mean_BNT -= grad_lse_BTN.swapaxes(1, 2)
   dk, dv = _dkv(how, *inputs, lse_BNT, mean_BNT, grad_BTNH)
   return _dq(how, *inputs, lse_BNT, mean_BNT, grad_BTNH), dk, dv, None, None
 

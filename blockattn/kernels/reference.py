@@ -9,11 +9,6 @@ MASKED = -1e30   # finite, so that a row without any visible key makes no NaN
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout):
-  """The first of what `attention_and_lse` returns."""
-  return attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout)[0]
-
-
-def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout):
   """Softmax attention over the keys that `blocks.may_attend` allows; T == S.
 
   Args:

@@ -29,9 +29,24 @@ from jax import lax
 from blockattn import blocks
 from blockattn.kernels.tiles import Tiles
 
-MARKS = 2
+MARKS = 2   # of a token, on either side
 NO_QUERY = jnp.iinfo(jnp.int32).max
 NO_KEY = -1
+
+
+@flax.struct.dataclass
+class Marks:
+  """Which of some queries may attend to which of some keys. The queries are a row's, a part of it, or stand behind it.
+
+  Attributes:
+    query: int32 [B, MARKS, T].
+    key: int32 [B, MARKS, S].
+    first_query: int32, traced or not, the index of the first query, the keys' being 0 to S - 1; S if all keys are before all
+      queries. None: queries and keys are those of one whole row, T == S.
+  """
+  query: jax.Array
+  key: jax.Array
+  first_query: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -131,27 +146,22 @@ def _round_up(x, multiple):
   return -(-x // multiple) * multiple
 
 
-def pad_tokens(x, tiles: Tiles, axis: int):
-  """Pads a token axis with zeros to whole tiles (in a layout: with padding rows)."""
+def pad_tokens(x, tiles: Tiles, axis: int, value=0):
+  """Pads a token axis to whole tiles."""
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, -x.shape[axis] % max(tiles))
-  return jnp.pad(x, widths)
+  return jnp.pad(x, widths, constant_values=value)
 
 
-def pad_layout(layout: blocks.BlockLayout, tiles: Tiles) -> blocks.BlockLayout:
-  """The layout with padding rows up to whole tiles."""
-  return jax.tree.map(lambda x: pad_tokens(jnp.asarray(x), tiles, axis=1), layout)
-
-
-def token_marks(layout: blocks.BlockLayout):
-  """(query_marks, key_marks), int32 [B, MARKS, T] each: see the head of this file."""
+def token_marks(layout: blocks.BlockLayout) -> Marks:
+  """The marks of whole rows: see the head of this file."""
   doc = jnp.asarray(layout.doc)
   number = jnp.cumsum(blocks.block_starts(layout), axis=1, dtype=jnp.int32)
   offers = 4 * doc + jnp.where(layout.shared, 2, jnp.where(layout.hidden, 0, 1))
   takes = 4 * doc + jnp.where(layout.reader, 1, 2)
   stack = lambda of_block, of_doc, nobody: jnp.stack(
       [jnp.where(doc != 0, x, nobody) for x in (of_block, of_doc)], axis=1).astype(jnp.int32)
-  return stack(number, takes, NO_QUERY), stack(number, offers, NO_KEY)
+  return Marks(stack(number, takes, NO_QUERY), stack(number, offers, NO_KEY))
 
 
 def pair_mask(query_marks, key_marks, query_start, key_start):
@@ -169,33 +179,33 @@ def pair_mask(query_marks, key_marks, query_start, key_start):
   return reached & (key_index[None, :] <= query_index[:, None])
 
 
-def tile_masks(layout: blocks.BlockLayout, tiles: Tiles):
+def tile_masks(marks: Marks, tiles: Tiles):
   """(touched, full): bool [B, query tiles, key tiles] each.
 
   touched: some query of the tile may attend to some key of it. full: every query may attend to every key.
-  T must be a multiple of both sizes, see `pad_layout`.
+  T must be a multiple of the query tile, S of the key tile and the first query of the smaller of them, see `whole_tiles`.
   """
   granule = min(tiles)
-  query_marks, key_marks = token_marks(layout)
-  touched, full = _touched(query_marks, key_marks, granule), _full(query_marks, key_marks, granule)
+  first = 0 if marks.first_query is None else marks.first_query // granule
+  index = (first + jnp.arange(marks.query.shape[2] // granule)[None], jnp.arange(marks.key.shape[2] // granule)[None])
+  touched, full = _touched(marks, index, granule), _full(marks, index, granule)
   rows, n, m = touched.shape[0], tiles.query // granule, tiles.key // granule
   split = lambda x: x.reshape(rows, x.shape[1] // n, n, x.shape[2] // m, m)
   return split(touched).any(axis=(2, 4)), split(full).all(axis=(2, 4))
 
 
-def _touched(query_marks, key_marks, granule):
-  touched = _pairs(jnp.less_equal, _least(query_marks, granule), _most(key_marks, granule)).any(axis=1)
+def _touched(marks, index, granule):
+  touched = _pairs(jnp.less_equal, _least(marks.query, granule), _most(marks.key, granule)).any(axis=1)
   # On the diagonal every token that is there sees itself.
-  present = _most(key_marks[:, 0], granule) != NO_KEY
-  index = jnp.arange(present.shape[1])[None]
-  on_diagonal = _pairs(jnp.equal, index, index) & present[:, :, None]
-  return (touched & _pairs(jnp.greater, index, index)) | on_diagonal
+  present = _most(marks.key[:, 0], granule) != NO_KEY
+  on_diagonal = _pairs(jnp.equal, *index) & present[:, None]
+  return (touched & _pairs(jnp.greater, *index)) | on_diagonal
 
 
-def _full(query_marks, key_marks, granule):
+def _full(marks, index, granule):
   """Before the diagonal, one document on both sides, and no pair of different blocks of which the key is hidden, or of
   which the key is not shared and the query does not read. The key's block differs if its number is smaller."""
-  (of_query, takes), (of_key, offers) = query_marks.swapaxes(0, 1), key_marks.swapaxes(0, 1)
+  (of_query, takes), (of_key, offers) = marks.query.swapaxes(0, 1), marks.key.swapaxes(0, 1)
   query_doc, key_doc = takes >> 2, offers >> 2   # of padding more, and less, than all others
   one_doc = (_pairs(jnp.equal, _most(query_doc, granule), _least(key_doc, granule)) &
              _pairs(jnp.equal, _least(query_doc, granule), _most(key_doc, granule)))
@@ -203,8 +213,7 @@ def _full(query_marks, key_marks, granule):
   first = lambda where: _least(jnp.where(where, of_key, NO_QUERY), granule)
   unseen = _pairs(jnp.greater, _most(of_query, granule), first(hidden))
   unread = _pairs(jnp.greater, _most(jnp.where(not_reader, of_query, NO_KEY), granule), first(not_shared))
-  index = jnp.arange(takes.shape[1] // granule)[None]
-  return _pairs(jnp.greater, index, index) & one_doc & ~unseen & ~unread
+  return _pairs(jnp.greater, *index) & one_doc & ~unseen & ~unread
 
 
 def _least(x, granule):
@@ -240,74 +249,45 @@ def most_visits(n: int, m: int) -> int:
   return sum(-(-(i + 1) * m // n) for i in range(n))
 
 
-def visited_tiles(touched):
-  """The first mask of `tile_masks` with at least one visit for every tile of either side.
-
-  A kernel that writes a tile of its output at the tile's visits then writes all of it. What is added lies on the diagonal,
-  where the mask then allows nothing.
-  """
-  n, m = touched.shape[1:]
-  index = lambda size: jnp.arange(size) * (max(n, m) // size)   # in tiles of the smaller size
-  ends = lambda size: index(size) + max(n, m) // size
-  diagonal = (index(n)[:, None] < ends(m)) & (index(m) < ends(n)[:, None])
-  lonely = ~touched.any(axis=2)[:, :, None] | ~touched.any(axis=1)[:, None, :]
-  return touched | (diagonal & lonely)
+def every_owner(visited):
+  """`visited` [B, n, m] with the first of the m tiles on every list of the n that is empty: a kernel that writes a tile of
+  its output at the tile's visits then writes all of it. The mask of what is added allows nothing."""
+  lonely = ~visited.any(axis=2)
+  return visited.at[:, :, 0].set(visited[:, :, 0] | lonely)
 
 
-def check_part(length: int, row: int, tiles: Tiles) -> None:
-  """Raises ValueError unless the `length` queries of a part are whole tiles, and the `row` tokens of the whole row too."""
-  if length % tiles.query or row % max(tiles):
-    raise ValueError(f'{length} of {row} tokens: a part of a row must be a multiple of the query tile {tiles.query}, and '
-                     f'the row of {max(tiles)}; choose tiles that divide them')
-
-
-def whole_or_part(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, first_query):
-  """What a kernel computes: a row padded to whole tiles, or, where `first_query` is not None, a part of its queries.
-
-  Returns:
-    (q, k, v, layout, marks: (query marks of these queries, key marks of the row), int32 index of the first query, the part
-    in query tiles as `part_of` takes it).
+def whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks: Marks, tiles: Tiles):
+  """(q, k, v, marks) as the kernels compute them: whole rows are padded to whole tiles, a part of a row must be some.
 
   Raises:
     ValueError: the tiles do not divide the part or the row.
   """
-  length = q_BTNH.shape[1]
-  if first_query is None:
-    arrays = [pad_tokens(x, tiles, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH)]
-    layout = pad_layout(layout, tiles)
-    return *arrays, layout, token_marks(layout), jnp.int32(0), None
-  check_part(length, k_BSKH.shape[1], tiles)
-  first = jnp.asarray(first_query, jnp.int32)
-  query_marks, key_marks = token_marks(layout)
-  marks = part_of(query_marks, (first, length), axis=2), key_marks
-  return q_BTNH, k_BSKH, v_BSKH, layout, marks, first, (first // tiles.query, length // tiles.query)
+  if marks.first_query is not None:
+    length, row = q_BTNH.shape[1], k_BSKH.shape[1]
+    if length % tiles.query or row % tiles.key:
+      raise ValueError(f'{length} queries, {row} keys: the queries of a part of a row must be a multiple of the query tile '
+                       f'{tiles.query}, and its keys of the key tile {tiles.key}; choose tiles that divide them')
+    return q_BTNH, k_BSKH, v_BSKH, marks.replace(first_query=jnp.asarray(marks.first_query, jnp.int32))
+  q, k, v = (pad_tokens(x, tiles, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
+  return q, k, v, Marks(pad_tokens(marks.query, tiles, 2, NO_QUERY), pad_tokens(marks.key, tiles, 2, NO_KEY))
 
 
-def part_of(x, part, axis: int = 1):
-  """Of an axis over a row's query tiles, or queries, those of a part (first, how many); all of them if it is None."""
-  return x if part is None else lax.dynamic_slice_in_dim(x, *part, axis=axis)
+def first_query(marks: Marks):
+  return jnp.int32(0) if marks.first_query is None else marks.first_query
 
 
-def with_every_key(visited):
-  """`visited` with keys that no query visits put on the list of the first query tile, which may see nothing of them."""
-  unseen = ~visited.any(axis=1)
-  return visited.at[:, 0].set(visited[:, 0] | unseen)
-
-
-def list_work(touched, full, part=None) -> Work:
-  """The work of all rows, from the masks of `tile_masks`; of a part of the query tiles, see `part_of`."""
-  visited = visited_tiles(touched)
+def list_work(marks: Marks, tiles: Tiles) -> Work:
+  """The work of all rows."""
+  touched, full = tile_masks(marks, tiles)
+  n, m = touched.shape[1:]
+  most = most_visits(n, m) if marks.first_query is None else n * m
   swap = lambda x: x.swapaxes(1, 2)
-  most = most_visits(*touched.shape[1:])
-  if part is not None:
-    visited, full = part_of(visited, part), part_of(full, part)
-    most = visited.shape[1] * visited.shape[2]
-  by_key = _flat_list(swap(with_every_key(visited)), swap(full), most)
-  return Work(by_query=_flat_list(visited, full, most), by_key=by_key)
+  return Work(by_query=_flat_list(every_owner(touched), full, most),
+              by_key=_flat_list(every_owner(swap(touched)), swap(full), most))
 
 
 def list_tiles(visited, full) -> TileLists:
-  """One list per tile of the masks' second axis, from `visited_tiles` and `full`; swap their axes for the other side."""
+  """One list per tile of the masks' second axis, from `every_owner` and `full`; swap their axes for the other side."""
   flat = lambda x: x.reshape(-1, x.shape[2])
   visited, full = flat(visited), flat(full)
   total = visited.sum(axis=1, dtype=jnp.int32)

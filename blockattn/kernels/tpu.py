@@ -21,7 +21,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from blockattn import blocks
 from blockattn.kernels import schedule
 from blockattn.kernels.reference import MASKED
 from blockattn.kernels.tiles import Tiles
@@ -30,47 +29,34 @@ _LANES = 128
 _LIST_BYTES = 768 * 1024   # of the 1 MiB of scalar memory, for the two lists of work
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, first_query=None, interpret=False):
-  """Softmax attention over the keys that `blocks.may_attend` allows.
+def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, interpret=False):
+  """Softmax attention over the keys that the marks allow.
 
   Args:
-    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked, but for T, which may be less than S.
-    layout: BlockLayout of [B, S] arrays.
-    tiles: tile sizes, multiples of 128; cut down to T where they are larger.
-    first_query: int32, traced or not, where in the row the T queries stand, if they are a part of it; it and T are
-      multiples of the query tile, and S of both.
+    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked, but for T, which may differ from S.
+    marks: schedule.Marks of T queries and S keys.
+    tiles: tile sizes, multiples of 128; cut down to T where they are larger. Of a part of a row T and its first query must
+      be multiples of the query tile, and S of the key tile.
     interpret: run the kernels in Pallas' interpreter, on any platform and with tiles of any multiple of 8.
 
   Returns:
-    [B, T, N, H] in q's dtype.
+    ([B, T, N, H] in q's dtype, the logsumexp of each query's scores, float32 [B, T, N]); both are zero for a query that
+    sees no key.
 
   Raises:
     ValueError: the tiles are no multiples of 128, do not divide the part, or are so small that the list of work does not
       fit into scalar memory; or heads are wider than 128 and no multiple of it.
   """
-  out = _attention(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret, first_query))
-  return out.swapaxes(1, 2)[:, :q_BTNH.shape[1]]
-
-
-def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, interpret=False):
-  """(what `attention` returns, the logsumexp of each query's scores, float32 [B, T, N], 0 in padding). No gradients."""
-  T = q_BTNH.shape[1]
-  out, (*_, lse) = _forward(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret))
-  lse = lse.reshape(*out.shape[:3]) * math.log(2)
-  return out.swapaxes(1, 2)[:, :T], lse.swapaxes(1, 2)[:, :T]
-
-
-def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, interpret, first_query=None):
-  """The arguments of `_attention`, padded to whole tiles, heads before tokens."""
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   if H > _LANES and H % _LANES:
     raise ValueError(f'head_dim {H}: on a TPU it must be at most {_LANES} or a multiple of it; use impl="xla"')
   tiles = schedule.clamp_tiles(tiles, T, multiple=8 if interpret else _LANES)
-  *arrays, layout, marks, first, part = schedule.whole_or_part(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query)
-  touched, full = schedule.tile_masks(layout, tiles)
-  work = schedule.list_work(touched, full, part)
-  _check_list(work.by_query.owner.size, tiles, layout.doc.shape)
-  return tiles, interpret, *(x.swapaxes(1, 2) for x in arrays), marks, work, first[None]
+  *arrays, marks = schedule.whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks, tiles)
+  work = schedule.list_work(marks, tiles)
+  _check_list(work.by_query.owner.size, tiles, q_BTNH.shape)
+  out, lse = _attention(tiles, interpret, *(x.swapaxes(1, 2) for x in arrays), (marks.query, marks.key), work,
+                        schedule.first_query(marks)[None])
+  return out.swapaxes(1, 2)[:, :T], lse.swapaxes(1, 2)[:, :T]
 
 
 def _check_list(visits, tiles, shape):
@@ -250,7 +236,7 @@ def _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work, first_query)
   per_query = ((tiles.query, _LANES), jnp.float32)
   scratch = [((tiles.query, H), jnp.float32), per_query, per_query, ((schedule.MARKS, tiles.query, _LANES), jnp.int32)]
   out, lse = grid.call(_forward_kernel, 'block_attention_forward', inputs, outputs, scratch, interpret)
-  return out, (q_BNTH, k_BKSH, v_BKSH, marks, work, first_query, out, lse)
+  return (out, lse.reshape(B, N, T) * math.log(2)), (q_BNTH, k_BKSH, v_BKSH, marks, work, first_query, out, lse)
 
 
 def _dq_kernel(grid, steps, q, k, v, grad, lse, mean, q_marks, k_marks, dq, acc_TH, lse_TL, mean_TL, marks_MTL):
@@ -295,11 +281,14 @@ def _dkv_kernel(grid, steps, q, k, v, grad, lse, mean, q_marks, k_marks, dk, dv,
     dv[...] = dv_acc_SH[...].astype(dv.dtype)
 
 
-def _backward(tiles, interpret, saved, grad_BNTH):
+def _backward(tiles, interpret, saved, grads):
   q_BNTH, k_BKSH, v_BKSH, marks, work, first_query, out_BNTH, lse = saved
+  grad_BNTH, grad_lse_BNT = grads
   H = q_BNTH.shape[3]
-  # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts
-  mean = jnp.sum(out_BNTH.astype(jnp.float32) * grad_BNTH.astype(jnp.float32), axis=-1).reshape(lse.shape)
+  # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts; that of the logsumexp
+  # adds weight * d loss / d logsumexp
+  mean = jnp.sum(out_BNTH.astype(jnp.float32) * grad_BNTH.astype(jnp.float32), axis=-1) - grad_lse_BNT
+  mean = mean.reshape(lse.shape)
   like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
 
   def inputs(grid):

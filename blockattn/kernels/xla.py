@@ -13,42 +13,30 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from blockattn import blocks
 from blockattn.kernels import schedule
 from blockattn.kernels.reference import MASKED
 from blockattn.kernels.tiles import Tiles
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles, first_query=None):
-  """Softmax attention over the keys that `blocks.may_attend` allows.
+def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles):
+  """Softmax attention over the keys that the marks allow.
 
   Args:
-    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked, but for T, which may be less than S.
-    layout: BlockLayout of [B, S] arrays.
-    tiles: tile sizes; cut down to T where they are larger.
-    first_query: int32, traced or not, where in the row the T queries stand, if they are a part of it; it and T are
-      multiples of the query tile, and S of both.
+    q_BTNH, k_BSKH, v_BSKH: as `api.block_attention` takes them, already checked, but for T, which may differ from S.
+    marks: schedule.Marks of T queries and S keys.
+    tiles: tile sizes; cut down to T where they are larger. Of a part of a row T and its first query must be multiples of
+      the query tile, and S of the key tile.
 
   Returns:
-    [B, T, N, H] in q's dtype.
+    ([B, T, N, H] in q's dtype, the logsumexp of each query's scores, float32 [B, T, N]); both are zero for a query that
+    sees no key.
   """
-  return _attention(*_prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query))[:, :q_BTNH.shape[1]]
-
-
-def attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, tiles: Tiles):
-  """(what `attention` returns, the logsumexp of each query's scores, float32 [B, T, N], 0 in padding). No gradients."""
   T = q_BTNH.shape[1]
-  tiles, *arrays = _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles)
-  out, (*_, logsumexp) = _forward(tiles, *arrays)
-  return out[:, :T], _from_query_tiles(logsumexp[..., None], out.shape[1], tiles.query)[:, :T, :, 0]
-
-
-def _prepare(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query=None):
-  """The arguments of `_attention`, padded to whole tiles."""
-  tiles = schedule.clamp_tiles(tiles, q_BTNH.shape[1])
-  *arrays, layout, marks, first, part = schedule.whole_or_part(q_BTNH, k_BSKH, v_BSKH, layout, tiles, first_query)
-  visits = schedule.list_visits(*(schedule.part_of(mask, part) for mask in schedule.tile_masks(layout, tiles)))
-  return tiles, *arrays, marks, visits, first
+  tiles = schedule.clamp_tiles(tiles, T)
+  *arrays, marks = schedule.whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks, tiles)
+  visits = schedule.list_visits(*schedule.tile_masks(marks, tiles))
+  out, lse = _attention(tiles, *arrays, (marks.query, marks.key), visits, schedule.first_query(marks))
+  return out[:, :T], lse[:, :T]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -153,19 +141,22 @@ def _forward(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query):
   q_IKMH = _query_tiles(q_BTNH, k_BSKH.shape[2], tiles.query)
   _, (out, logsumexp) = lax.scan(query_tile, None, (q_IKMH, _steps(tiles, marks, visits, first_query)))
   out_BTNH = _from_query_tiles(out, T, tiles.query)
-  return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query, out_BTNH, logsumexp)
+  lse_BTN = _from_query_tiles(logsumexp[..., None], T, tiles.query)[..., 0]
+  return (out_BTNH, lse_BTN), (q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query, out_BTNH, logsumexp)
 
 
-def _backward(tiles, saved, grad_BTNH):
+def _backward(tiles, saved, grads):
   """One pass over the same visits. Gradients of keys and values are summed transposed, [B, K, H, S]: as a matmul with
   the small side transposed they cost XLA's CPU backend half of what the direct form costs."""
   q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query, out_BTNH, logsumexp = saved
+  grad_BTNH, grad_lse_BTN = grads
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   B, S, K, _ = k_BSKH.shape
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   by_tile = functools.partial(_query_tiles, heads=K, tile=tiles.query)
-  # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts
-  mean = jnp.sum(out_BTNH.astype(jnp.float32) * grad_BTNH.astype(jnp.float32), axis=-1)
+  # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts; that of the logsumexp
+  # adds weight * d loss / d logsumexp
+  mean = jnp.sum(out_BTNH.astype(jnp.float32) * grad_BTNH.astype(jnp.float32), axis=-1) - grad_lse_BTN
 
   def query_tile(carry, inputs):
     q_KMH, grad_KMH, lse_KM, mean_KM, (row, query_start, query_marks, listed) = inputs

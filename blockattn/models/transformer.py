@@ -66,6 +66,7 @@ class Compute:
   impl: str = 'auto'                # attention implementation, see kernels.api
   tiles: tuple[int, int] | None = None
   remat: str = 'none'               # what the backward pass computes again: 'none', 'dots' (all but matmuls), 'full'
+  sent: int | None = None           # of rows divided over devices: see kernels.api.block_attention_on_mesh
   placement: mesh_lib.Placement | None = None
 
   def __post_init__(self):
@@ -244,7 +245,7 @@ def _attend(q, k, v, layout, compute):
   context_axes = place.mesh_axes('tokens') if compute.row_parts > 1 else ()
   return api.block_attention_on_mesh(q, k, v, layout, place.mesh, batch_axes=place.mesh_axes('batch'),
                                      head_axes=place.mesh_axes('kv_heads'), context_axes=context_axes, impl=compute.impl,
-                                     tiles=compute.tiles)
+                                     tiles=compute.tiles, sent=compute.sent)
 
 
 @jax.named_scope('embed')

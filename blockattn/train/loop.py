@@ -328,7 +328,7 @@ def save_run_facts(workdir, config, command=None):
 
 # Keys that do not change what is learned, but for the last bits of its sums; with a dot, all that stand below.
 _FREE_TO_CHANGE = ('log_every', 'save_every', 'keep', 'chunk', 'mesh.', 'rules', 'teacher.rules', 'compute.impl',
-                   'compute.tiles', 'compute.remat', 'data.cache', 'wandb', 'peak_tflops', 'profile')
+                   'compute.tiles', 'compute.remat', 'compute.sent', 'data.cache', 'wandb', 'peak_tflops', 'profile')
 
 
 def resolved(config) -> dict:

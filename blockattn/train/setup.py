@@ -49,6 +49,7 @@ def compute(config, place, **overrides) -> transformer.Compute:
   options = dict(config.compute) | overrides
   options['impl'] = api.resolve(options['impl'], jax.default_backend())
   options['tiles'] = tuple(options['tiles']) or None
+  options['sent'] = None if options['sent'] == -1 else options['sent']
   return transformer.Compute(placement=place, **options)
 
 
