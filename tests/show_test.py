@@ -143,6 +143,19 @@ def test_bytes_that_a_device_receives():
   assert received(fsdp=4, context=2)['activations'] > 0
 
 
+def test_bytes_of_rows_that_are_divided():
+  """Keys and values of 8 heads of 128 in bfloat16, in 36 layers, three times with remat."""
+  def received(**changes):
+    config = finetune.get_config('model=qwen3_4b,ctx=32768,mode=block')
+    config.update_from_flattened_dict({'mesh.fsdp': 1, 'mesh.context': 8} | changes)
+    return show.describe(config, devices=8)['step']['received']['activations']
+  tokens = 32768 + 4 * 256
+  assert received(**{'compute.sent': 0}) == pytest.approx(3 * 36 * 64 * tokens * 2 * 8 * 128 * 2 * 7 / 8)
+  near = 64 * tokens / 8 * 2 * 8 * 128 * 2
+  assert received(**{'compute.sent': 256}) == pytest.approx(3 * 36 * (near + 64 * 256 * 32 * 128 * 2 * 7 / 8 * (2 + 4)))
+  assert received() > near * 3 * 36
+
+
 def test_a_device_that_is_too_small_is_named():
   assert any('more than the 16 GB of a v5e' in text for text in show.describe(qwen(), 64, 'v5e')['warnings'])
   assert not show.describe(qwen(), 64, 'h200')['warnings']
@@ -169,8 +182,11 @@ def test_a_mesh_says_how_many_devices_there_are(tmp_path, monkeypatch, capsys):
   shown = json.loads((tmp_path / 'shown.json').read_text())
   assert shown['mesh'] == {'data': 2, 'fsdp': 32, 'tensor': 1, 'context': 1} == shown['config']['mesh']
   assert 'operations at 40% of 918 TFLOP/s (assumed)' in capsys.readouterr().out
-  for arguments, message in ((['--mesh=data=8,fsdp=32'], 'config.batch=64 must be a multiple of 256'),
-                             (['--mesh=fsdp=-1'], '--devices=N'), (['--device=v1'], 'v5e'),
+  assert show.main([config, '--mesh=data=8,fsdp=32', '--devices=256']) == 2   # and still something is shown
+  said = capsys.readouterr()
+  assert 'config.batch=64 must be a multiple of 256' in said.err and 'shown is --config.batch=256' in said.err
+  assert 'memory of a device' in said.out
+  for arguments, message in ((['--mesh=fsdp=-1'], '--devices=N'), (['--device=v1'], 'v5e'),
                              (['--aot=v5e'], 'give a TPU slice such as v5e:2x2'), (['--aot=h100:2x2'], 'v5e:2x2'),
                              (['--mesh=fsdp=32', '--aot=v5e:4x4'], 'needs 32 devices, here are 16'),
                              (['--config.profile=7:3', '--devices=64'], "profile='7:3'")):

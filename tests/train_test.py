@@ -387,6 +387,8 @@ def test_a_mistake_in_the_options_of_fine_tuning(changes, message):
      'config.data.length = 4100 must be a multiple of 128: 8 devices .config.mesh. share a row'),
     (lambda c: setup.check_batch(c, train_cases.placement(8, context=8)), {'data__max_blocks': 63},
      r'config.blocks.sinks \* config.data.max_blocks = 4348 must be a multiple of 128'),
+    (lambda c: setup.check_batch(c, train_cases.placement(8, context=8), 'tpu'), {},
+     r'config.blocks.sinks \* config.data.max_blocks = 4352 must be a multiple of 1024: .* at least 128 tokens'),
     (lambda c: setup.check_batch(c, None), {'accumulate': 0}, 'config.accumulate=0; give a number from 1'),
     (lambda c: setup.rows(c, None), {'data__kind': 'page'}, "config.data.kind='page'; choose 'files' or 'pages'"),
     (lambda c: setup.rows(c, None), {}, 'config.data.files is empty: give JSON lines files'),

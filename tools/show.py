@@ -92,9 +92,9 @@ def describe(config, devices: int, device: str | None = None, **assumed) -> dict
     ValueError: the config cannot run, naming the key or the parameter.
   """
   cfg, place = student(config), placement(config, devices)
-  _check(config, cfg, place)
-  parameters, memory = parameter_rows(trained(config, cfg), place, config.model.dtype), per_device(config, cfg, place)
   kind = None if device is None else show_step.DEVICES[device]
+  _check(config, cfg, place, kind.platform if kind else 'cpu')
+  parameters, memory = parameter_rows(trained(config, cfg), place, config.model.dtype), per_device(config, cfg, place)
   return {'config': json.loads(config.to_json_best_effort()), 'model': dataclasses.asdict(cfg),
           'mesh': dict(place.mesh.shape), 'parameters': parameters,
           'total': {key: sum(row[key] for row in parameters) for key in ('count', 'bytes')},
@@ -139,12 +139,12 @@ def trained(config, cfg):
   return lora.spec(cfg, low_rank) if low_rank.rank else transformer.spec(cfg)
 
 
-def _check(config, cfg, place):
+def _check(config, cfg, place, platform):
   """What training checks at its start, and here costs nothing."""
   for specs in (transformer.spec(cfg), trained(config, cfg)):
     spec_lib.shardings(specs, place.mesh, place.rules)
   place.check_divisible('query heads', (cfg.heads,), ('kv_heads',))   # attention cuts both along this rule
-  setup.check_batch(config, place)
+  setup.check_batch(config, place, platform)
   setup.optim_config(config)
   setup.check_reports(config)
   if 'distill' in config:
@@ -448,7 +448,8 @@ def _gigabytes(size):
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status: 2 for a config that cannot run."""
+  """The command line. Returns the exit status: 2 for a config that cannot run. If only its batch does not fit, one that
+  does is shown."""
   argv = sys.argv if argv is None else ['tools.show', *argv]
   values = flags.FlagValues()   # its own, so that main can be called twice in a process
   config = config_flags.DEFINE_config_file('config', None, 'Config file, with an optional :argument.', lock_config=True,
@@ -477,6 +478,7 @@ def main(argv: list[str] | None = None) -> int:
     if mesh.value is not None:
       config.value.mesh = parse_mesh(mesh.value)
     count = devices.value or mesh_devices(mesh.value, config.value, topology.value)
+    wrong = round_batch_up(config.value, count)
     shown = describe(config.value, count, device.value, mfu=mfu.value, links=links.value and links.value * _GB)
     if topology.value:
       shown['compiled'] = aot_step.compile_for(topology.value, config.value)
@@ -487,7 +489,20 @@ def main(argv: list[str] | None = None) -> int:
     return 2
   print_description(shown, rich.console.Console(width=None if sys.stdout.isatty() else 150, markup=False,
                                                 highlight=False, soft_wrap=True))
+  if wrong:
+    err.print(f'show: {wrong}; shown is --config.batch={config.value.batch}')
+    return 2
   return 0
+
+
+def round_batch_up(config, devices: int) -> str:
+  """Makes config.batch one that the devices can share, so that there is something to show. Returns what was wrong."""
+  try:
+    setup.check_batch_divides(config, placement(config, devices))
+  except ValueError as error:
+    config.batch = setup.next_batch(config, placement(config, devices))
+    return str(error)
+  return ''
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -49,6 +49,11 @@ class Device:
   memory: float
   links: float
 
+  @property
+  def platform(self) -> str:
+    """JAX's name for it."""
+    return 'tpu' if self.kind.startswith('TPU') else 'gpu'
+
 
 # Sources as of flops.PEAK_TFLOPS.
 DEVICES = {

@@ -2,13 +2,16 @@
 
 from typing import NamedTuple
 
-SMALLEST = 16   # tokens: what a row that is divided over devices may be cut into
-
 
 class Tiles(NamedTuple):
   """Sizes in tokens; one must divide the other."""
   query: int
   key: int
+
+
+def smallest(impl: str) -> int:
+  """What a row that is divided over devices is cut into multiples of, in tokens."""
+  return 128 if impl in ('tpu', 'gpu') else 16
 
 
 def default(impl: str, platform: str, length: int, head_dim: int) -> Tiles:
@@ -37,10 +40,11 @@ def default(impl: str, platform: str, length: int, head_dim: int) -> Tiles:
 
 
 def dividing(tiles: Tiles, length: int, row: int) -> Tiles:
-  """These tiles halved until the query tile divides `length` and both divide `row`; no smaller than SMALLEST."""
+  """These tiles halved until the query tile divides `length` and both divide `row`, as long as they are halves of 16."""
   query, key = tiles
-  while query > SMALLEST and (length % query or row % query):
+  least = smallest('xla')
+  while query > least and (length % query or row % query):
     query //= 2
-  while key > SMALLEST and row % key:
+  while key > least and row % key:
     key //= 2
   return Tiles(query, key)

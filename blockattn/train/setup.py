@@ -357,28 +357,45 @@ def own_rows(place, batch: int) -> list[int]:
   return sorted(held[jax.process_index()])
 
 
-def check_batch(config, place):
-  """Raises ValueError if the global batch cannot be cut over the mesh in config.accumulate slices."""
+def check_batch(config, place, platform: str | None = None):
+  """Raises ValueError if the global batch cannot be cut over the mesh, of devices of JAX's `platform` (default: those here),
+  in config.accumulate slices."""
   for name in ('batch', 'accumulate', 'chunk'):
     if config[name] < 1:
       raise ValueError(f'config.{name}={config[name]}; give a number from 1')
-  _check_length(config, place.size('tokens'))
-  parts = place.size('batch') * config.accumulate
+  _check_length(config, place.size('tokens'), platform or jax.default_backend())
+  check_batch_divides(config, place)
+
+
+def check_batch_divides(config, place):
+  """The last of `check_batch`."""
+  parts = _parts(config, place)
   if config.batch % parts:
     raise ValueError(f'config.batch={config.batch} must be a multiple of {parts}: {place.size("batch")} devices share '
                      f'the rows, in config.accumulate={config.accumulate} slices; change one of them, or put devices on '
                      'the tensor or the context axis (config.mesh)')
 
 
-def _check_length(config, ways):
+def next_batch(config, place) -> int:
+  """The smallest batch from config.batch on that divides."""
+  return -(-config.batch // _parts(config, place)) * _parts(config, place)
+
+
+def _parts(config, place):
+  return max(1, place.size('batch') * config.accumulate)
+
+
+def _check_length(config, ways, platform):
   """Raises ValueError if rows, with and without sinks, cannot be cut into `ways` parts of whole tiles."""
-  data, step = config.data, ways * tiles.SMALLEST
+  impl = config.compute.impl
+  tile = tiles.smallest(api.resolve(impl, platform) if impl == 'auto' else impl)
+  data, step = config.data, ways * tile
   padded = blocks.padded_length(data.length, config.blocks.sinks, data.max_blocks)
   for what, length in (('config.data.length', data.length),
                        ('config.data.length + config.blocks.sinks * config.data.max_blocks', padded)):
     if ways > 1 and length % step:
       raise ValueError(f'{what} = {length} must be a multiple of {step}: {ways} devices (config.mesh) share a row, each '
-                       f'whole tiles of at least {tiles.SMALLEST} tokens')
+                       f'whole tiles of at least {tile} tokens')
 
 
 def check_section(config, name):
