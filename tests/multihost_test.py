@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 import resume_test
+import trace_test
 
-from blockattn import multihost
+from blockattn import metrics, multihost
 from launch import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -49,14 +50,22 @@ def trainer(folder, workdir, *overrides, when=None, sign=None):
 
 
 def test_two_processes_that_are_stopped_and_one_that_goes_on_train_as_one_does(folder):
-  single = resume_test.start(folder, folder / 'single')
+  measured = '--config.peak_tflops=0.001', '--config.profile=4:6'
+  single = resume_test.start(folder, folder / 'single', overrides=measured[:1])
   assert single.returncode == 0, single.stderr
   workdir = folder / 'pair'
-  ends, _ = pair(folder, trainer(folder, workdir), trainer(folder, workdir, when=9, sign=signal.SIGTERM))
+  ends, _ = pair(folder, trainer(folder, workdir, *measured),
+                 trainer(folder, workdir, *measured, when=9, sign=signal.SIGTERM))
   assert [code for code, _ in ends] == [75, 75], ends
   [saved] = re.findall(r'SIGTERM: saved step (\d+) in', ends[0][1])
   assert 9 < int(saved) < resume_test.STEPS == resume_test.newest(folder / 'single')
   assert resume_test.newest(workdir) == int(saved) and 'SIGTERM: saved' not in ends[1][1]
+
+  # What a step needs is counted from the rows of one process, and its time over all: two devices have twice the peak.
+  needed = lambda workdir, peak: [line['mfu'] / line['steps_per_s'] * peak
+                                  for line in metrics.read_metrics(workdir / 'metrics.jsonl') if 'mfu' in line]
+  np.testing.assert_allclose(needed(workdir, 2e9)[-1], needed(folder / 'single', 1e9)[-1], rtol=0.5)
+  assert trace_test.traced(workdir / 'profile')[0].count('train') == 2   # of one process
 
   rest = resume_test.start(folder, workdir)
   assert rest.returncode == 0, rest.stderr

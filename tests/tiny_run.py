@@ -133,10 +133,12 @@ class Seen:
   def _heard(self, event, duration, **kwargs):
     self._count += event == '/jax/core/compile/backend_compile_duration'
 
+  def due(self, step):
+    return step % 500 == 0
+
   def __call__(self, step, state):
-    if step % 500 == 0:
-      resident = int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-      self.rss[step], self.compiled[step] = resident, self._count
+    resident = int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    self.rss[step], self.compiled[step] = resident, self._count
     return {}
 
 

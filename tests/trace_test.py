@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -97,6 +98,23 @@ def test_metrics_are_fetched_when_the_next_step_has_begun(tmp_path):
   run_loop(tmp_path, report=report, steps=4, save_every=4)
   order = list(dict.fromkeys(said))
   assert order == ['begin 1', 'begin 2', 'fetch 1', 'begin 3', 'fetch 2', 'begin 4', 'fetch 3', 'fetch 4']
+
+
+def test_what_looks_at_the_state_takes_no_time_from_training(tmp_path):
+  """Its numbers follow those of the step that it looked at."""
+  class Slow:
+    def due(self, step):
+      return step in (4, 8)
+
+    def __call__(self, step, state):
+      time.sleep(0.5)
+      return {'seen': int(state.step)}
+
+  run_loop(tmp_path, watch=Slow())
+  lines = metrics.read_metrics(tmp_path / 'metrics.jsonl')
+  assert [(line['step'], line['seen']) for line in lines if 'seen' in line] == [(4, 4), (8, 8)]
+  assert [line['step'] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10]
+  assert lines[-1]['time'] - lines[0]['time'] > 1 > 9 / lines[-1]['steps_per_s']
 
 
 def test_mfu_stands_beside_tokens_per_second(tmp_path):

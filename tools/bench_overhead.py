@@ -42,21 +42,29 @@ def alone(state, step, batches) -> float:
 
 def in_the_loop(config, place, state, step, source) -> float:
   """Seconds per step of loop.run, which reads its batches, checks and writes metrics, and shows progress."""
-  seen = {}
-
-  def look(step, state):
-    if step in (WARM_UP, config.steps):
-      jax.block_until_ready(state)
-      seen[step] = time.perf_counter()
-    return {}
-
+  look = _Look((WARM_UP, config.steps))
   batches = setup.batches(config, source)
   settings = loop.LoopConfig(steps=config.steps, log_every=config.log_every, save_every=config.steps, keep=1,
                              tokens_per_step=config.batch * config.data.length, label='overhead')
   with tempfile.TemporaryDirectory() as workdir:
     loop.run(step, state, batches, settings, workdir, put_batch=place.put_batch, meta={}, watch=look)
   batches.close()
-  return (seen[config.steps] - seen[WARM_UP]) / (config.steps - WARM_UP)
+  return (look.seen[config.steps] - look.seen[WARM_UP]) / (config.steps - WARM_UP)
+
+
+class _Look:
+  """When some steps had been done."""
+
+  def __init__(self, steps):
+    self._steps, self.seen = steps, {}
+
+  def due(self, step):
+    return step in self._steps
+
+  def __call__(self, step, state):
+    jax.block_until_ready(state)
+    self.seen[step] = time.perf_counter()
+    return {}
 
 
 def overhead(args, set_up, machine) -> None:

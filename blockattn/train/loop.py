@@ -156,7 +156,8 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
     batches: iterator with `get_state() -> dict`, `set_state(dict)` and `fingerprint`; one item per step.
     put_batch: host batch -> device batch.
     meta: JSON saved with every checkpoint: what the model is.
-    watch: (step, state) -> scalars to write at this step, {} for nothing; called after every step, and may evaluate.
+    watch: what looks at the state now and then, in time that does not count as training: `due(step) -> bool`, and called
+      with (step, state) it gives scalars to write, {} for none.
 
   Returns:
     The state after the last step.
@@ -184,12 +185,14 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
           state, values = step_fn(state, put_batch(batch))
         step += 1
         report.queue(step, values, batch)
-        if watch is not None and (seen := watch(step, state)):
-          writer.write(step, seen)
+        if watch is not None and watch.due(step):
+          with report.pause():
+            if seen := watch(step, state):
+              writer.write(step, seen)
         last, stop = step == config.steps, terminated(step)
         if last or stop or step % config.save_every == 0:
-          report.flush()   # raises before a state that is not finite could be saved
-          saved.save(step, state.params, state.opt_state, batches.get_state(), meta | {'step': step})
+          with report.pause():   # raises before a state that is not finite could be saved
+            saved.save(step, state.params, state.opt_state, batches.get_state(), meta | {'step': step})
         saved.check()   # a write in the background that failed ends the run now, and not at the next one
         if stop and not last:
           saved.wait()
@@ -224,6 +227,11 @@ class _Reporter:
     work = None if self._config.flops is None else self._config.flops(batch)   # on the host, while the devices compute
     self.flush()
     self._waiting = (step, values, work)
+
+  def pause(self):
+    """For what is not training: reports the step that the devices are at, and stops the clock within the block."""
+    self.flush()
+    return self._clock.paused()
 
   def flush(self):
     if self._waiting is None:

@@ -110,9 +110,10 @@ class Watch:
     self._validation, self._every, self._steps, self._batch = validation, every, steps, batch
     self._predict, self._put_batch, self._keep, self.best = predict, put_batch, keep, best
 
+  def due(self, step: int) -> bool:
+    return bool(self._every and self._validation.rows) and (step % self._every == 0 or step == self._steps)
+
   def __call__(self, step, state) -> dict:
-    if not self._every or not self._validation.rows or (step % self._every and step != self._steps):
-      return {}
     threshold, scores = self.measure(state.params)
     plain, bare = (float(np.mean([f1 for name, f1 in scores.items() if name.endswith('*') is starred]))
                    for starred in (False, True))
