@@ -46,6 +46,19 @@ class Tags(html.parser.HTMLParser):
     assert self.open.pop() == tag
 
 
+def test_stored_logits_have_a_page(tmp_path):
+  top = {str(count): {'kl': 2.0 * (1 - 1 / count), 'rest': 0.3 / count} for count in (16, 2, 256)}
+  write(tmp_path, 'bias.json', {'kl': 2.0, 'tokens': 13653.0, 'top': top})
+  write(tmp_path, 'meta.json', {'source': 'some/teacher', 'top_k': 64, 'blocked': False})
+  page = page_of(tmp_path)
+  assert not Tags(page).fetched and '2.0000 nats per token, over 13,653 tokens' in page and 'some/teacher' in page
+  cells = re.findall(r'<tr class=""><td>(\d+)</td><td>([\d.]+)</td><td>([\d.]+%)</td>', page)
+  assert cells == [('2', '1.0000', '50.0%'), ('16', '1.8750', '93.8%'), ('256', '1.9922', '99.6%')]
+  write(tmp_path, 'bias.json', {'kl': 2.0})
+  with pytest.raises(ValueError, match='bias.json.*tokens'):
+    page_of(tmp_path)
+
+
 @pytest.fixture
 def run(tmp_path):
   """A workdir with every file."""

@@ -1,7 +1,7 @@
 """One self-contained page about a run: python -m tools.report WORKDIR writes WORKDIR/report.html.
 
-Any run has one: of every trainer, while it goes on and after it was stopped. Every part comes from a file of the workdir and
-is left out where the file is absent:
+Any run has one: of every trainer and of the storing of a teacher, while it goes on and after it was stopped. Every part
+comes from a file of the workdir and is left out where the file is absent:
 
   run.json, config.json  how the run was started: the command, commit, versions and devices; the resolved config
   metrics.jsonl          how far it has come; curves of every scalar, also of the parts of a run in direct subfolders, drawn
@@ -11,6 +11,7 @@ is left out where the file is absent:
   layout.json            {"lengths": [tokens per block], "mask": ["1..", "11.", ...]}: who attends to whom in one row
   segmented.jsonl        a line per text: {"id": str, "blocks": [str]}, as a segmenter cut it
   examples.jsonl         a line per example: {"blocks": [str], "prompt": str, "response": str, "answers": {model: str}}
+  meta.json, bias.json   of blockattn.train.teach: whose logits were stored and how, and what the kept ones hold of the KL
 """
 
 import argparse
@@ -59,11 +60,11 @@ def render(workdir: str | os.PathLike) -> pathlib.Path:
   workdir = pathlib.Path(workdir)
   if not workdir.is_dir():
     raise FileNotFoundError(f'no folder {workdir}; name the workdir of a run')
-  parts = (summary_part, curves_part, mask_part, segmented_part, examples_part, config_part)
+  parts = (summary_part, curves_part, mask_part, segmented_part, examples_part, taught_part, config_part)
   sections = [section for section in (part(workdir) for part in parts) if section]
   if not sections:
     raise FileNotFoundError(f'{workdir} holds nothing to report: expected at least one of metrics.jsonl, summary.json, '
-                            'layout.json, segmented.jsonl, examples.jsonl, config.json, as a run leaves them in its workdir')
+                            'layout.json, segmented.jsonl, examples.jsonl, bias.json, config.json, as runs leave them')
   path = workdir / 'report.html'
   temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
   temporary.write_text(page(workdir, sections), encoding='utf-8')
@@ -150,6 +151,23 @@ def _need(value: dict[str, Any], keys: Sequence[str], place: str):
 
 def is_number(value: Any) -> bool:
   return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def taught_part(workdir: pathlib.Path) -> str:
+  path = workdir / 'bias.json'
+  bias = _read_json(path)
+  if not bias:
+    return ''
+  _need(bias, ('kl', 'tokens', 'top'), str(path))
+  rows = [[esc(count), f'{top["kl"]:.4f}', f'{top["kl"] / max(bias["kl"], 1e-9):.1%}', f'{top["rest"]:.4f}']
+          for count, top in sorted(bias['top'].items(), key=lambda item: int(item[0]))]
+  note = (f'The KL between the teacher with full attention and under the block mask is {bias["kl"]:.4f} nats per token, '
+          f'over {bias["tokens"]:,.0f} tokens; this much of it is left if the likeliest tokens, and the rest as one, '
+          'are compared.')
+  return section('What stored logits keep', f'<p class="soft">{note}</p>',
+                 table(['Tokens kept', 'KL, nats', 'Share', 'Probability of the rest'], rows),
+                 facts({k.replace('_', ' '): v for k, v in (_read_json(workdir / 'meta.json') or {}).items()
+                        if isinstance(v, (str, int, float))}))
 
 
 # The head of the page.

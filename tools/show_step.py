@@ -141,8 +141,8 @@ def received_bytes(config, cfg, place, trained) -> dict[str, float]:
     activations += cfg.layers * state * cfg.width * 2 * 2 * _part(tensor) * (forwards + one.backward)
     shared, heads = (n / one.place.size('kv_heads') * cfg.head_dim for n in (cfg.kv_heads, cfg.heads))
     if one.divided and context > 2:
-      sent = rows * (config.compute.sent if config.compute.sent >= 0 else
-                     divided.most_sent(one.tokens // context, one.tokens))
+      wanted = None if config.compute.sent == -1 else config.compute.sent
+      sent = rows * divided.most_sent(one.tokens // context, one.tokens, wanted)
       read = state * 2 * shared + sent * 2 * heads * _part(context) * (local + 4)
     else:
       read = state * context * 2 * shared * _part(context)

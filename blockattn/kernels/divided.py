@@ -30,7 +30,7 @@ def attention(run, q_BTNH, k_BTKH, v_BTKH, layout, *, axes, others=(), tiles, ow
     others: further mesh axes over which layouts may differ.
     tiles: for these kernels; made as much smaller as the parts ask for.
     own_tiles: the same, to be taken as they are.
-    sent: how many queries of a row may be sent to the keys; None: `most_sent`. 0: keys and values are always gathered.
+    sent: how many queries of a row may be sent to the keys, see `most_sent`; 0: keys and values are always gathered.
 
   Returns:
     out_BTNH.
@@ -40,7 +40,7 @@ def attention(run, q_BTNH, k_BTKH, v_BTKH, layout, *, axes, others=(), tiles, ow
   """
   T, devices = q_BTNH.shape[1], lax.axis_size(axes)
   S, here = T * devices, lax.axis_index(axes)
-  sent = most_sent(T, S) if sent is None else min(sent, T)
+  sent = most_sent(T, S, sent)
   sized = lambda queries, keys: own_tiles or dividing(tiles, queries, keys)
   gather = lambda x: lax.all_gather(x, axes, axis=1, tiled=True)
   marks = schedule.token_marks(jax.tree.map(gather, layout))   # of the whole row
@@ -60,9 +60,10 @@ def attention(run, q_BTNH, k_BTKH, v_BTKH, layout, *, axes, others=(), tiles, ow
   return lax.cond(most <= sent, divided, gathered, q_BTNH, k_BTKH, v_BTKH)
 
 
-def most_sent(part_length: int, length: int) -> int:
-  """How many queries of a row are sent at most: one in 64, as readers are in long prompts."""
-  return min(part_length, -(-length // 64 // _ROUND) * _ROUND)
+def most_sent(part_length: int, length: int, wanted: int | None = None) -> int:
+  """How many queries of a row are sent at most, in whole tiles; by default one in 64, about a long prompt's readers."""
+  wanted = length // 64 if wanted is None else wanted
+  return min(part_length, -(-wanted // _ROUND) * _ROUND)
 
 
 def part(x_BMS, number, length: int):
