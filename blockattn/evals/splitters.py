@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from blockattn.data import markers
+from blockattn.data import markers, outline
 
 Cutter = Callable[[str], list[int]]
 Embed = Callable[[Sequence[str]], np.ndarray]    # n texts -> [n, D]
@@ -187,66 +187,12 @@ def separator_rule(size: int, kinds: int = len(RULE)) -> Cutter:
   return cut
 
 
-_HEADING = r'''(?mx)^(?:
-    (?P<marks>\#{1,6}|={2,6})[ \t]+\S.*                                             # Markdown, wiki
-  | [^\S\n]*\\(?P<latex>part|chapter|(?:ol)?(?:sub)*section)\*?[\[{].*
-  | (?=\S).{1,120}\r?\n(?P<under>(?P<mark>[=\-~^"'*+\#`])(?P=mark){2,})[ \t]*\r?$   # setext, reStructuredText
-  | (?P<number>\d{1,2}(?:\.\d{1,2})*)\.?[ \t]+[A-Z][^.!?\n]{0,80}$
-  | (?P<word>(?i:part|book|chapter|act|item|article|appendix|scene|section|note|§))[ \t]*(?:\d|[IVXLC]+\b).{0,150}$
-)'''
-_WORDS = {'part': 1, 'book': 1}   # the others are one level below
-
-
-def _level(match: re.Match, underlines: list[str]) -> int:
-  """Level of a heading, 1 is highest. Underlines rank in the order in which a document uses them."""
-  kind = match.lastgroup if match.lastgroup != 'mark' else 'under'
-  found = match[kind]
-  if kind == 'under':
-    if found[0] not in underlines:
-      underlines.append(found[0])
-    return underlines.index(found[0]) + 1
-  if kind == 'latex':
-    return 1 if found in ('part', 'chapter') else 2 + found.count('sub')
-  return {'marks': len(found), 'number': found.count('.') + 1, 'word': _WORDS.get(found.lower(), 2)}[kind]
-
-
-def heading_lines(text: str) -> list[tuple[int, int]]:
-  """(offset, level) of every line that looks like a heading, outside of fenced code."""
-  fences = [match.span() for match in re.finditer(r'(?ms)^(```|~~~).*?^\1', text)]
-  opens, underlines, found = [start for start, _ in fences], [], []
-  for match in re.finditer(_HEADING, text):
-    fence = np.searchsorted(opens, match.start(), 'right') - 1
-    if fence < 0 or match.start() >= fences[fence][1]:
-      found.append((match.start(), _level(match, underlines)))
-  return found
-
-
-def headings(average: int, least: int = 120) -> Cutter:
+def headings(average: int, least: int = outline.SHORT) -> Cutter:
   """Before headings of the deepest level whose sections average `average` characters, or else of the highest level.
 
   A section of fewer than `least` characters, such as a lone heading, is joined to the next one.
   """
-  def cut(text):
-    lines = heading_lines(text)
-    chosen = []
-    for level in sorted({level for _, level in lines}):
-      cuts = _joined_to_next([offset for offset, depth in lines if depth <= level], text, least)
-      if chosen and len(text) / (len(cuts) + 1) < average:
-        break
-      chosen = cuts
-    return chosen
-
-  return cut
-
-
-def _joined_to_next(cuts: Sequence[int], text: str, least: int) -> list[int]:
-  """The first cut, and those that stand at least `least` characters behind the one kept before."""
-  kept, start = [], 0
-  for cut in inner(cuts, text):
-    if cut - start >= least:
-      kept.append(cut)
-      start = cut
-  return kept
+  return lambda text: outline.cuts(outline.heading_lines(text), len(text), average, least)
 
 
 # Libraries.

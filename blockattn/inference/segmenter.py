@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 
 from blockattn import blocks, mesh as mesh_lib
-from blockattn.data import markers, packing
+from blockattn.data import markers, outline as outline_lib, packing
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import segmenter, transformer
 from blockattn.models.transformer import Compute
@@ -60,11 +60,13 @@ class Options:
     length: tokens of a window.
     overlap: share of a window that stands in the one before.
     threshold: log-odds above which a candidate is a cut, if nothing else is asked for.
+    outline: what is added to the log-odds of headings, by what they are in the whole text.
   """
   read: markers.ReadOptions
   length: int
   overlap: float = 0.25
   threshold: float = 0.0
+  outline: outline_lib.Shift | None = None
 
   def __post_init__(self):
     if not 0 <= self.overlap <= 0.75:
@@ -86,8 +88,10 @@ def options_of(folder: pathlib.Path, **overrides) -> Options:
   read = {name: said[name] for name in known if name in said}
   own = {name: said[name] for name in ('length', 'overlap', 'threshold') if name in said} | overrides
   try:
+    if 'outline' in said:
+      own = {'outline': outline_lib.Shift(**said['outline'])} | own
     return Options(markers.ReadOptions(style=said['markers'], **read), **own)
-  except (TypeError, KeyError) as error:
+  except (TypeError, KeyError, ValueError) as error:
     raise ValueError(f'{folder / files.META}: segmenter: {error!r}') from error
 
 
@@ -189,6 +193,8 @@ class Segmenter:
         end = cuts[window.decided - 1] if window.decided <= len(cuts) else len(texts[window.text])
         done += int(end - cuts[window.new - 1])
         progress(done)
+    if self.options.outline is not None:
+      odds = [self.options.outline.apply(text, cuts, values) for text, cuts, values in zip(texts, places, odds, strict=True)]
     return [Scored(cuts, values, np.cumsum(u.counts) if u else np.zeros(1, np.int64))
             for cuts, values, u in zip(places, odds, units, strict=True)]
 
