@@ -7,6 +7,7 @@
         --config.model.source=runs/segmenter/best --config.data.tokenizer=runs/segmenter_tokenizer
     python -m blockattn.train.segment --config configs/segment_tiny.py:stage=3 --workdir runs/segmenter3 \
         --config.model.source=runs/segmenter2/best --config.data.tokenizer=runs/segmenter_tokenizer
+    python -m tools.fit_outline runs/segmenter3/best --data "$BLOCKATTN_DATA"/seg
     (and the files of runs/segmenter3/best to blockattn/assets/tiny_segmenter, configs/segment_tiny.md as README.md)
 
 The second stage reads, too, how alike the words on both sides of a candidate are (`segment.cohesion`); the third sees more
