@@ -393,6 +393,7 @@ def test_a_mistake_in_the_options_of_fine_tuning(changes, message):
     (lambda c: setup.rows(c, None), {'data__kind': 'page'}, "config.data.kind='page'; choose 'files' or 'pages'"),
     (lambda c: setup.rows(c, None), {}, 'config.data.files is empty: give JSON lines files'),
     (lambda c: setup.compute(c, None), {'compute__impl': 'flash'}, "impl 'flash' does not exist; use one of auto"),
+    (lambda c: setup.compute(c, None), {'compute__sent': -2}, 'sent=-2; give a number of queries from 0'),
     (lambda c: setup.compute(c, None), {'compute__remat': 'some'}, "remat='some'; choose one of none, dots, full"),
     (lambda c: setup.architecture(c.model), {'model__fields': {'vocba': 3}},
      "config.model.fields.vocba: no such field; did you mean 'vocab'"),

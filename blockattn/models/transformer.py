@@ -72,6 +72,8 @@ class Compute:
   def __post_init__(self):
     if self.remat not in REMAT:
       raise ValueError(f'remat={self.remat!r}; choose one of {", ".join(REMAT)}')
+    if self.sent is not None and self.sent < 0:
+      raise ValueError(f'sent={self.sent}; give a number of queries from 0')
 
   @property
   def row_parts(self) -> int:
