@@ -91,8 +91,7 @@ class Scores:
     def cut(text):
       self.prepare([text])
       scored = self.known[text]
-      tuned = granularity.Granularity(threshold=granularity.probability(log_odds), adaptive=True)
-      return scored.candidates[scored.log_odds >= granularity.adapted(tuned, scored.log_odds).log_odds].tolist()
+      return granularity.own_cuts(scored.candidates, scored.log_odds, log_odds).tolist()
 
     return cut
 

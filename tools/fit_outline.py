@@ -17,7 +17,7 @@ import numpy as np
 
 from blockattn import mesh
 from blockattn.data import outline
-from blockattn.evals import cuts
+from blockattn.evals import cuts, splitters
 from blockattn.hf import files
 from blockattn.inference import granularity, segmenter as segmenter_lib
 from tools import bench_segment
@@ -37,15 +37,11 @@ def fit(texts, log_odds) -> outline.Shift:
 
 def f1_by_threshold(texts, log_odds) -> np.ndarray:
   """Exact F1, macro over categories, at every one of THRESHOLDS."""
-  return np.array([_f1(texts, log_odds, granularity.probability(threshold)) for threshold in THRESHOLDS.tolist()])
-
-
-def _f1(texts, log_odds, threshold):
-  want, by_category = granularity.Granularity(threshold=threshold, adaptive=True), {}
-  for text, values in zip(texts, log_odds, strict=True):
-    chosen = text.candidates[values >= granularity.adapted(want, values).log_odds]
-    by_category.setdefault(text.category, []).append(cuts.measure(text.cuts, chosen, text.candidates))
-  return cuts.macro({category: cuts.summary(documents) for category, documents in by_category.items()})['f1']
+  known = {text.text: (text.candidates, values) for text, values in zip(texts, log_odds, strict=True)}
+  cutter = lambda threshold: lambda text: granularity.own_cuts(*known[text], threshold).tolist()
+  way = splitters.Baseline('', cutter, tuple({'threshold': threshold} for threshold in THRESHOLDS.tolist()))
+  found = bench_segment.measure(way, texts, lambda category: range(len(THRESHOLDS)))
+  return np.array([cuts.macro(found[option])['f1'] for option in range(len(THRESHOLDS))])
 
 
 def lowest_threshold(f1: np.ndarray, tolerance: float) -> float:

@@ -153,23 +153,6 @@ def is_number(value: Any) -> bool:
   return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def taught_part(workdir: pathlib.Path) -> str:
-  path = workdir / 'bias.json'
-  bias = _read_json(path)
-  if not bias:
-    return ''
-  _need(bias, ('kl', 'tokens', 'top'), str(path))
-  rows = [[esc(count), f'{top["kl"]:.4f}', f'{top["kl"] / max(bias["kl"], 1e-9):.1%}', f'{top["rest"]:.4f}']
-          for count, top in sorted(bias['top'].items(), key=lambda item: int(item[0]))]
-  note = (f'The KL between the teacher with full attention and under the block mask is {bias["kl"]:.4f} nats per token, '
-          f'over {bias["tokens"]:,.0f} tokens; this much of it is left if the likeliest tokens, and the rest as one, '
-          'are compared.')
-  return section('What stored logits keep', f'<p class="soft">{note}</p>',
-                 table(['Tokens kept', 'KL, nats', 'Share', 'Probability of the rest'], rows),
-                 facts({k.replace('_', ' '): v for k, v in (_read_json(workdir / 'meta.json') or {}).items()
-                        if isinstance(v, (str, int, float))}))
-
-
 # The head of the page.
 
 def run_facts(workdir: pathlib.Path) -> str:
@@ -499,6 +482,25 @@ def _clip(blocks: Sequence[str]) -> list[str]:
     shown.append(text)
     left -= len(text)
   return shown
+
+
+# Stored logits.
+
+def taught_part(workdir: pathlib.Path) -> str:
+  path = workdir / 'bias.json'
+  bias = _read_json(path)
+  if not bias:
+    return ''
+  _need(bias, ('kl', 'tokens', 'top'), str(path))
+  rows = [[esc(count), f'{top["kl"]:.4f}', f'{top["kl"] / max(bias["kl"], 1e-9):.1%}', f'{top["rest"]:.4f}']
+          for count, top in sorted(bias['top'].items(), key=lambda item: int(item[0]))]
+  note = (f'The KL between the teacher with full attention and under the block mask is {bias["kl"]:.4f} nats per token, '
+          f'over {bias["tokens"]:,.0f} tokens; this much of it is left if the likeliest tokens, and the rest as one, '
+          'are compared.')
+  return section('What stored logits keep', f'<p class="soft">{note}</p>',
+                 table(['Tokens kept', 'KL, nats', 'Share', 'Probability of the rest'], rows),
+                 facts({k.replace('_', ' '): v for k, v in (_read_json(workdir / 'meta.json') or {}).items()
+                        if isinstance(v, (str, int, float))}))
 
 
 # The config.

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-AVERAGE = 700   # characters of a section, and
-SHORT = 120     # of one that is joined to the next: what builders of documents from structure go by, too
+from blockattn.data.semanticseg import structure_cuts
+
+# Characters of a section, and of one that is joined to the next: what builders of documents from structure go by, too.
+AVERAGE, SHORT = structure_cuts.DEFAULT.average, structure_cuts.DEFAULT.shortest
 
 _RANKS = 7      # of a level, 0 for no heading
 _STEPS = 25     # of a length: 0 for none, then half powers of two from 2 ** 5 characters on

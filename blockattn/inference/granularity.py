@@ -139,6 +139,12 @@ def adapted(granularity: Granularity, log_odds: np.ndarray) -> Granularity:
   return dataclasses.replace(granularity, threshold=probability(moved), adaptive=False)
 
 
+def own_cuts(candidates: np.ndarray, log_odds: np.ndarray, threshold: float) -> np.ndarray:
+  """Those of a text's candidates that a model cuts at whose own threshold, in log-odds, is this one: see `for_model`."""
+  own = adapted(Granularity(threshold=probability(threshold), adaptive=True), log_odds)
+  return candidates[log_odds >= own.log_odds]
+
+
 def blocks_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds) -> list[tuple[int, int]]:
   """The (start, stop) of the blocks of a text.
 
