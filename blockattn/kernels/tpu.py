@@ -4,8 +4,9 @@ The list is computed on the device from the layout (`schedule.list_work`), lies 
 its length is the size of the grid, so tiles that nobody may see cost nothing, not even an empty step, and one compiled
 program serves all layouts. Each kernel has two bodies; tiles in which every pair is allowed take the one without a mask.
 
-Scores are in base 2: queries are multiplied by log2(e) / sqrt(H) beforehand, once. What belongs to a query is kept in HBM
-as a row of lanes, without padding, and spread over columns in VMEM where the kernel needs it so, once per tile.
+Scores are in base 2: the float32 products are multiplied by log2(e) / sqrt(H). Queries scaled beforehand would save that
+multiplication, and be rounded once more, an error that grows with the scores. What belongs to a query is kept in HBM as a
+row of lanes, without padding, and spread over columns in VMEM where the kernel needs it so, once per tile.
 
 Axis names in this file beside the project's: in a kernel T are the queries of a tile and S its keys, L the 128 lanes that
 hold copies of one value, M the marks of a token (see schedule.py).
@@ -76,6 +77,11 @@ def _dot(x, y, contract_x, contract_y):
   precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
   return lax.dot_general(x, y, (((contract_x,), (contract_y,)), ((), ())), precision=precision,
                          preferred_element_type=jnp.float32)
+
+
+def _scores(x, y):
+  """Of queries and keys in either order, in base 2."""
+  return _dot(x, y, 1, 1) * (math.log2(math.e) * x.shape[1] ** -0.5)
 
 
 class _Steps(NamedTuple):
@@ -206,7 +212,7 @@ def _forward_kernel(grid, steps, q, k, v, q_marks, k_marks, out, lse, acc_TH, pe
     marks_MTL[...] = _columns(q_marks[...])
 
   def body(mask):
-    scores_TS = mask(_dot(q[...], k[...], 1, 1))
+    scores_TS = mask(_scores(q[...], k[...]))
     peak = jnp.maximum(peak_TL[...], scores_TS.max(axis=1, keepdims=True))
     # A query that has seen nothing so far has peak MASKED and weights of 1; its first real key makes `decay` zero.
     decay = jnp.exp2(peak_TL[...] - peak)
@@ -227,7 +233,6 @@ def _forward_kernel(grid, steps, q, k, v, q_marks, k_marks, out, lse, acc_TH, pe
 
 def _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work, first_query):
   B, N, T, H = q_BNTH.shape
-  q_BNTH = (q_BNTH.astype(jnp.float32) * (math.log2(math.e) * H ** -0.5)).astype(q_BNTH.dtype)
   grid = _Grid(tiles, q_BNTH.shape, k_BKSH.shape, work.by_query, first_query, owner_is_query=True)
   inputs = [(grid.queries(), q_BNTH), (grid.keys(), k_BKSH), (grid.keys(), v_BKSH),
             (grid.query_marks(), marks[0]), (grid.key_marks(), marks[1])]
@@ -248,7 +253,7 @@ def _dq_kernel(grid, steps, q, k, v, grad, lse, mean, q_marks, k_marks, dq, acc_
     marks_MTL[...] = _columns(q_marks[...])
 
   def body(mask):
-    weights_TS = jnp.exp2(mask(_dot(q[...], k[...], 1, 1)) - _wide(lse_TL[...], grid.tiles.key))
+    weights_TS = jnp.exp2(mask(_scores(q[...], k[...])) - _wide(lse_TL[...], grid.tiles.key))
     slopes_TS = weights_TS * (_dot(grad[...], v[...], 1, 1) - _wide(mean_TL[...], grid.tiles.key))
     acc_TH[...] += _dot(slopes_TS.astype(k.dtype), k[...], 1, 0)
 
@@ -268,7 +273,7 @@ def _dkv_kernel(grid, steps, q, k, v, grad, lse, mean, q_marks, k_marks, dk, dv,
     marks_MSL[...] = _columns(k_marks[...])
 
   def body(mask):
-    weights_ST = jnp.exp2(mask(_dot(k[...], q[...], 1, 1)) - lse[...])
+    weights_ST = jnp.exp2(mask(_scores(k[...], q[...])) - lse[...])
     dv_acc_SH[...] += _dot(weights_ST.astype(grad.dtype), grad[...], 1, 0)
     slopes_ST = weights_ST * (_dot(v[...], grad[...], 1, 1) - mean[...])
     dk_acc_SH[...] += _dot(slopes_ST.astype(q.dtype), q[...], 1, 0)
@@ -277,7 +282,7 @@ def _dkv_kernel(grid, steps, q, k, v, grad, lse, mean, q_marks, k_marks, dk, dv,
 
   @pl.when(_is_last(steps) & (pl.program_id(2) == grid.share - 1))
   def _():
-    dk[...] = (dk_acc_SH[...] * math.log(2)).astype(dk.dtype)   # q holds log2(e) / sqrt(H) already
+    dk[...] = (dk_acc_SH[...] * grid.H ** -0.5).astype(dk.dtype)
     dv[...] = dv_acc_SH[...].astype(dv.dtype)
 
 
