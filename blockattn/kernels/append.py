@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from blockattn.kernels.reference import MASKED
+from blockattn.kernels.reference import MASKED, precision
 
 
 @functools.partial(jax.jit, static_argnames=('splits', 'chunk'))
@@ -48,7 +48,7 @@ def attend_cached(q_BTNH, k_BSKH, v_BSKH, visible_BS, *, splits: int = 1, chunk:
 
 def _attend_split(q_BTKGH, chunks):
   """One split, chunk after chunk: (out [B, T, K, G, H], lse [B, T, K, G])."""
-  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(q_BTKGH.dtype))
 
   def step(carry, chunk):
     acc, peak, total = carry
@@ -95,4 +95,5 @@ def merge_over(axes, out_PBTNH, lse_PBTN):
 def _weighted(out_PBTNH, lse_PBTN, peak_BTN):
   """Sums of the parts by their weights, and of the weights; both zero where no part has a key."""
   weights = jnp.exp(lse_PBTN - jnp.where(jnp.isfinite(peak_BTN), peak_BTN, 0))
-  return jnp.einsum('pbtn,pbtnh->btnh', weights, out_PBTNH.astype(jnp.float32)), weights.sum(axis=0)
+  out = out_PBTNH.astype(jnp.float32)
+  return jnp.einsum('pbtn,pbtnh->btnh', weights, out, precision=precision(out.dtype)), weights.sum(axis=0)

@@ -2,10 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from blockattn import blocks
 
 MASKED = -1e30   # finite, so that a row without any visible key makes no NaN
+
+
+def precision(dtype):
+  """Of matrix products of `dtype`, for every implementation: matrix units round float32 to bfloat16 or TF32 if nobody asks
+  for more, and in the scores that costs the more the larger they are."""
+  return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout):

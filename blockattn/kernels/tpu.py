@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from blockattn.kernels import schedule
-from blockattn.kernels.reference import MASKED
+from blockattn.kernels.reference import MASKED, precision
 from blockattn.kernels.tiles import Tiles
 
 _LANES = 128
@@ -73,9 +73,8 @@ def _attention(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work, first_quer
 
 
 def _dot(x, y, contract_x, contract_y):
-  """Of two matrices, in float32; float32 inputs are not rounded to bfloat16."""
-  precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-  return lax.dot_general(x, y, (((contract_x,), (contract_y,)), ((), ())), precision=precision,
+  """Of two matrices, in float32."""
+  return lax.dot_general(x, y, (((contract_x,), (contract_y,)), ((), ())), precision=precision(x.dtype),
                          preferred_element_type=jnp.float32)
 
 

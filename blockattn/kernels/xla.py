@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from blockattn.kernels import schedule
-from blockattn.kernels.reference import MASKED
+from blockattn.kernels.reference import MASKED, precision
 from blockattn.kernels.tiles import Tiles
 
 
@@ -46,7 +46,8 @@ def _attention(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query):
 
 def _dot(x, y, contract_x, contract_y):
   """Batched over the leading axis (K), one axis of each summed over in float32."""
-  return lax.dot_general(x, y, (((contract_x,), (contract_y,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+  return lax.dot_general(x, y, (((contract_x,), (contract_y,)), ((0,), (0,))), precision=precision(x.dtype),
+                         preferred_element_type=jnp.float32)
 
 
 def _query_tiles(x_BTN, heads, tile):
