@@ -6,7 +6,7 @@
   python -m tools.bench step                                   a distillation step against block fine-tuning
   python -m tools.bench memory                                 the loss's peak memory against T and V
   python -m tools.bench overhead                               what the loop, its data and its metrics add to a step
-  python -m tools.bench gpu                                    our kernels on a GPU against torch and cuDNN
+  python -m tools.bench gpu                                    our kernels on a GPU against torch, cuDNN and tokamax
   python -m tools.bench segment --data FOLDER                  where texts are cut, against splitters
   python -m tools.bench ttft                                   time to the first token over cached blocks
 
@@ -399,7 +399,7 @@ def main() -> None:
   bench_step.add_step(commands, set_up, machine, take_turns)
   bench_step.add_memory(commands, set_up, machine)
   bench_overhead.add_overhead(commands, set_up, machine)
-  bench_gpu.add_gpu(commands, Case, machine, take_turns)
+  bench_gpu.add_gpu(commands, Case, machine)
   bench_segment.add_segment(commands, set_up, machine, take_turns)
   bench_ttft.add_ttft(commands, set_up, machine)
   args = parser.parse_args()

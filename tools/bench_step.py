@@ -1,8 +1,12 @@
 """The `step` and `memory` commands of tools.bench: what a training step costs, in time and in memory."""
 
 import dataclasses
+import functools
 import json
+import operator
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +14,14 @@ import numpy as np
 
 from blockattn import blocks, losses, mesh, optim
 from blockattn.data import encode, packing
-from blockattn.models import lora, spec, transformer, weights
+from blockattn.models import flops, lora, spec, transformer, weights
 from blockattn.train import distill, finetune, loop
 
 SINKS = 4
 TOP_K = 64   # tokens of a stored teacher
 LOW_RANK = lora.LoraOptions(rank=16)
+DROP = 0.2
+DISTILLED, STORED, TUNED, BLOCK = 'distillation', 'distillation, stored teacher', 'block fine-tuning', 'block mode only'
 LORA = 'distillation, LoRA student of rank 16'
 
 
@@ -46,40 +52,86 @@ def stored_teacher(batch, vocab: int) -> dict:
           'blocked_log_p': jnp.full(shape, -4.0)}
 
 
-def make_steps(cfg, batch, args) -> dict:
-  """name -> call; each runs one whole optimizer step on the same batch and waits for it."""
-  place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
-  compute = transformer.Compute(placement=place, remat=args.remat)
-  options = blocks.BlockOptions((0,) * SINKS, 'sequential', args.blocks + 1)
-  config = optim.OptimConfig(lr=1e-4, final_lr=0.1, warmup=1, steps=1000, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0,
-                             clip=1.0)
-  optimizer, rate = optim.make_optimizer(config), optim.learning_rate(config)
-  start = lambda: spec.init(transformer.spec(cfg), jax.random.key(0), 'float32')
-  teacher, states = start(), {}
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Attributes:
+    run: jitted (state, frozen, batch) -> (state, metrics).
+    start: () -> the parameters that are trained.
+    frozen, batch: its other arguments.
+    flops: that the model needs in a step, by the number of loss tokens.
+  """
+  run: Callable
+  start: Callable
+  frozen: Any
+  batch: dict
+  flops: Callable[[float], float]
+
+  def state(self) -> loop.TrainState:
+    return loop.init_state(self.start(), OPTIMIZER)
+
+
+OPTIM = optim.OptimConfig(lr=1e-4, final_lr=0.1, warmup=1, steps=1000, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip=1.0)
+OPTIMIZER = optim.make_optimizer(OPTIM)
+
+
+def make_steps(cfg, batch, compute: transformer.Compute, *, dtype='float32', max_blocks: int, loss_over: str = 'readers',
+               chunk: int = 512) -> dict[str, Callable[[], Step]]:
+  """The steps by name, each made when it is called: one whole optimizer step on the same batch.
+
+  Args:
+    compute: of both models; the teacher's keeps nothing for a backward pass.
+    dtype: of the trained parameters. The teacher has that of the activations.
+    max_blocks: of a row.
+  """
+  options, rate = blocks.BlockOptions((0,) * SINKS, 'sequential', max_blocks), optim.learning_rate(OPTIM)
+  start = lambda dtype=dtype: jax.jit(lambda key: spec.init(transformer.spec(cfg), key, dtype))(jax.random.key(0))
+  teacher = functools.cache(lambda: start(compute.dtype))
   models = distill.Models(cfg, cfg, compute, dataclasses.replace(compute, remat='none'), options)
   goal = distill.DistillOptions(
-      drop_rate=0.2, drop_mode='lift', loss_over=args.loss_over, weights=losses.TokenWeights(), temperature=1.0,
-      ce_weight=0.0, chunk=args.chunk, accumulate=1, seed=0)
-  distilled = distill.make_step(models, goal, optimizer, rate)
-  adapted = distill.make_step(dataclasses.replace(models, low_rank=LOW_RANK), goal, optimizer, rate)
-  small, stored = weights.quantize(teacher, 'float32'), batch | {'teacher': stored_teacher(batch, cfg.vocab)}
-  steps = {'distillation': lambda state: distilled(state, distill.Frozen(teacher), batch),
-           'distillation, teacher of 8 bits': lambda state: distilled(state, distill.Frozen(small), batch),
-           'distillation, stored teacher': lambda state: distilled(state, distill.Frozen(), stored),
-           LORA: lambda state: adapted(state, distill.Frozen(teacher, teacher), batch)}
-  for mode, name in (('both', 'block fine-tuning'), ('full', 'full fine-tuning'), ('block', 'block mode only')):
-    tuned = finetune.make_step(cfg, compute, options, finetune.FinetuneOptions(
-        mode, text_weight=0.0, prompt_weight=0.0, answer_weight=1.0, chunk=args.chunk, accumulate=1), optimizer, rate)
-    steps[name] = lambda state, tuned=tuned: tuned(state, None, batch)
+      drop_rate=DROP, drop_mode='lift', loss_over=loss_over, weights=losses.TokenWeights(), temperature=1.0, ce_weight=0.0,
+      chunk=chunk, accumulate=1, seed=0)
+  cut = flops.blocks_of(jax.device_get(batch['layout']))
+  full, inside = flops.as_one_block(cut), flops.in_blocks(cut, sinks=SINKS)
+  dropped = flops.in_blocks(cut, sinks=SINKS, drop_rate=DROP, drop_mode='lift')
+  count = lambda *views, frozen=False: functools.reduce(operator.add, [
+      flops.trained(flops.forward(cfg, seen), frozen=frozen) for seen in views])
+  read = flops.forward(cfg, full)
+
+  def distillation(frozen, needed, low_rank=lora.NONE, rows=batch, trained=start):
+    made = distill.make_step(dataclasses.replace(models, low_rank=low_rank), goal, OPTIMIZER, rate)
+    return Step(made, trained, frozen, rows, needed.total)
+
+  def adapted():
+    trained = lambda: spec.init(lora.spec(cfg, LOW_RANK), jax.random.key(1), 'float32')
+    return distillation(distill.Frozen(teacher(), teacher()), count(dropped, frozen=True) + read, LOW_RANK, trained=trained)
+
+  def tuned(mode, *views):
+    made = finetune.make_step(cfg, compute, options, finetune.FinetuneOptions(
+        mode, text_weight=0.0, prompt_weight=0.0, answer_weight=1.0, chunk=chunk, accumulate=1), OPTIMIZER, rate)
+    return Step(made, start, None, batch, count(*views).total)
+
+  return {
+      DISTILLED: lambda: distillation(distill.Frozen(teacher()), count(dropped) + read),
+      'distillation, teacher of 8 bits': lambda: distillation(
+          distill.Frozen(weights.quantize(teacher(), compute.dtype)), count(dropped) + read),
+      STORED: lambda: distillation(distill.Frozen(), count(dropped),
+                                   rows=batch | {'teacher': stored_teacher(batch, cfg.vocab)}),
+      LORA: adapted,
+      TUNED: lambda: tuned('both', full, inside),
+      'full fine-tuning': lambda: tuned('full', full),
+      BLOCK: lambda: tuned('block', inside)}
+
+
+def calls_of(steps: dict[str, Callable[[], Step]]) -> dict:
+  """name -> call; each runs a step on from where its last one ended, and waits for it."""
+  made = {name: make() for name, make in steps.items()}
+  states = {name: step.state() for name, step in made.items()}
 
   def call(name):
-    if name not in states:
-      trained = spec.init(lora.spec(cfg, LOW_RANK), jax.random.key(1), 'float32') if name == LORA else start()
-      states[name] = loop.init_state(trained, optimizer)
-    states[name], values = steps[name](states[name])
+    states[name], values = made[name].run(states[name], made[name].frozen, made[name].batch)
     return jax.block_until_ready(values)
 
-  return {name: lambda name=name: call(name) for name in steps}
+  return {name: functools.partial(call, name) for name in steps}
 
 
 def step(args, set_up, machine, take_turns) -> None:
@@ -87,11 +139,13 @@ def step(args, set_up, machine, take_turns) -> None:
   set_up(args)
   cfg = model(args.width, args.layers, args.vocab)
   batch = make_batch(args.rows, args.length, args.blocks, args.question, args.answer, args.vocab)
-  calls = make_steps(cfg, batch, args)
+  place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
+  compute = transformer.Compute(placement=place, remat=args.remat)
+  calls = calls_of(make_steps(cfg, batch, compute, max_blocks=args.blocks + 1, loss_over=args.loss_over, chunk=args.chunk))
   for call in calls.values():
     call()
   times = take_turns(calls, args.samples, args.seconds)
-  base = min(times['block fine-tuning'])
+  base = min(times[TUNED])
   facts = machine(args)
   print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, load {facts["load"][0]:.1f}, {facts["versions"]}\n'
         f'{spec.count(transformer.spec(cfg)) / 1e6:.1f}M parameters, {args.rows} rows of T={args.length}, {args.blocks} '

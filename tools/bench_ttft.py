@@ -34,6 +34,7 @@ from blockattn.models import decode, flops, sizes, spec, transformer
 SMALL = transformer.ModelConfig('qwen3', vocab=8192, width=256, layers=4, heads=4, kv_heads=2, head_dim=64, mlp=768,
                                 rope_theta=1e6, qk_norm=True, tied=True, max_positions=1 << 18)
 STATES = ('all', 'half', 'none', 'memory', 'int8', 'disk')
+SPLIT = ('all', 'memory')   # whose time is taken part by part
 PARTS = ('find', 'fill', 'gather', 'read', 'choose')
 DEFAULT = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 FULL, TORCH = 'full', 'torch'
@@ -85,8 +86,8 @@ def _tokenizer():
   return tokenizers.Tokenizer(tokenizers.models.WordLevel({'?': 0}, unk_token='?'))
 
 
-def ways(model: Model, prompt: Prompt, folder: pathlib.Path) -> dict:
-  """{name: (get ready, run)} of everything that needs no torch. Run gives seconds."""
+def ways(model: Model, prompt: Prompt, folder: pathlib.Path, states=STATES) -> dict:
+  """{name: (get ready, run)} of `full` and of these states. Run gives seconds."""
   request = generate.Request(prompt.blocks, max_new=1)
   some = generate.Request((*prompt.blocks[:-1:2], prompt.blocks[-1]), max_new=1)
   whole = generate.Request((sum(prompt.blocks, ()),), max_new=1)
@@ -100,10 +101,12 @@ def ways(model: Model, prompt: Prompt, folder: pathlib.Path) -> dict:
 
   found = {FULL: (lambda: None, lambda: first(device, whole))}
   for name, prepared in (('all', request), ('half', some), ('none', None)):
-    found[name] = (functools.partial(only, prepared), lambda: first(device, request))
-  stores = {'memory': cache_lib.Store(1 << 40), 'int8': cache_lib.Store(1 << 40, quantize='int8'),
-            'disk': cache_lib.Store(0, folder / 'states', 1 << 40)}
-  for name, store in stores.items():
+    if name in states:
+      found[name] = (functools.partial(only, prepared), lambda: first(device, request))
+  stores = {'memory': lambda: cache_lib.Store(1 << 40), 'int8': lambda: cache_lib.Store(1 << 40, quantize='int8'),
+            'disk': lambda: cache_lib.Store(0, folder / 'states', 1 << 40)}
+  for name in (name for name in stores if name in states):
+    store = stores[name]()
     engine = model.engine(prompt, store)
     engine.prepare([request])
     store.flush()
@@ -180,10 +183,11 @@ def measure(chosen: dict, samples: int) -> dict[str, list[float]]:
   return times
 
 
-def split(model: Model, prompt: Prompt, samples: int, folder: pathlib.Path) -> dict:
-  """{'all' and 'memory': {part: seconds}}, each part's minimum; 'rotate' is within 'gather'."""
+def split(model: Model, prompt: Prompt, samples: int, states=STATES) -> dict:
+  """{'all' and 'memory', if they are among the states: {part: seconds}}, each part's minimum; 'rotate': within 'gather'."""
   parts = {}
-  for name, store in (('all', None), ('memory', cache_lib.Store(1 << 40))):
+  for name in (name for name in SPLIT if name in states):
+    store = cache_lib.Store(1 << 40) if name == 'memory' else None
     engine = model.engine(prompt, store, timed=True)
     request = generate.Request(prompt.blocks, max_new=1)
     engine.prepare([request])
@@ -253,7 +257,7 @@ def lines_of(result: dict) -> list[str]:
 
 def parts_lines(result: dict) -> list[str]:
   lines = []
-  for name in ('all', 'memory'):
+  for name in (name for name in SPLIT if name in result['parts']):
     cells = ' | '.join(f'{1e3 * result["parts"][name][part]:.1f}' for part in ('find', 'gather', 'read', 'choose'))
     lines.append(f'| {result["tokens"]:,} | {name} | {cells} | {1e3 * result["parts"]["rotate"]:.1f} |')
   return lines
@@ -321,7 +325,7 @@ def ttft(args, set_up, machine) -> None:
         '| tokens | states | ms | full / this | limit / this | samples |\n|---|---|---|---|---|---|', flush=True)
   with tempfile.TemporaryDirectory() as folder:
     for length in args.lengths:
-      result = _measure_length(model, length, rate, itemsize, args, pathlib.Path(folder))
+      result = measure_length(model, length, rate, args, pathlib.Path(folder))
       results.append(result)
       print('\n'.join(lines_of(result)), flush=True)
       if args.json:
@@ -334,17 +338,24 @@ def ttft(args, set_up, machine) -> None:
     args.plot.write_text(picture(results, f'Time to the first token, {args.model}, {facts["cpu"]}'))
 
 
-def _measure_length(model, length, rate, itemsize, args, folder) -> dict:
+def measure_length(model, length, rate, args, folder) -> dict:
+  """Everything of one length: {'tokens', 'blocks', 'seconds', 'parts', 'limit'}.
+
+  Args:
+    rate: of `rates`.
+    args: block, last, samples, states, no_torch, as from the command line.
+    folder: for what has to be written.
+  """
   prompt = make_prompt(length, args.block, args.last, model.cfg.vocab)
   with tempfile.TemporaryDirectory(dir=folder) as own:
-    chosen = ways(model, prompt, pathlib.Path(own))
+    chosen = ways(model, prompt, pathlib.Path(own), args.states)
     if not args.no_torch:
       chosen[TORCH] = torch_way(model, prompt, folder)
     seconds = measure(chosen, args.samples)
     del chosen
     gc.collect()
-    parts = split(model, prompt, args.samples, pathlib.Path(own))
-  needed = cost(model.cfg, prompt.with_sinks(), itemsize)
+    parts = split(model, prompt, args.samples, args.states)
+  needed = cost(model.cfg, prompt.with_sinks(), jnp.dtype(model.compute.dtype).itemsize)
   limit = {name: max(own[what] / rate[what] for what in rate) for name, own in needed.items()}
   return {'tokens': prompt.tokens, 'blocks': len(prompt.blocks) - 1, 'seconds': seconds, 'parts': parts, 'limit': limit}
 
@@ -360,6 +371,8 @@ def add_ttft(commands, set_up, machine) -> None:
   parser.add_argument('--samples', type=int, default=3, help=f'of each way, fewer of slow ones {default}')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help=default)
   parser.add_argument('--impl', default='auto', help=f'of attention {default}')
+  parser.add_argument('--states', nargs='+', choices=STATES, default=STATES, help='of the context blocks, beside full '
+                      'prefill (default: all)')
   parser.add_argument('--no-torch', action='store_true', help='leave transformers with torch out')
   parser.add_argument('--peak-tflops', type=float, help='what the device can compute (default: what a matmul reaches)')
   parser.add_argument('--bandwidth-gbs', type=float, help='of its memory (default: what a copy reaches)')
