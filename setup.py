@@ -2,7 +2,7 @@
 
 import setuptools
 
-JAX = '>=0.10,<0.12'
+JAX = '>=0.10,<0.13'
 TORCH = ['torch==2.13.0']   # runs exported students in transformers; what converted checkpoints are compared with
 EVAL = ['jieba>=0.42.1', 'nltk>=3.10']   # words of Chinese answers, stems of English ones
 TEST = [
@@ -43,7 +43,7 @@ setuptools.setup(
         'optax',
         'orbax-checkpoint>=0.12.3,<0.13',
         'grain>=0.2.18',
-    'array-record',
+        'array-record',
         'transformers>=5.17,<6',
         'tokenizers',
         'jinja2',   # chat templates; transformers does not ask for it
@@ -63,8 +63,8 @@ setuptools.setup(
         'kernels-ci': [
             f'jax[tpu]{JAX}',
             'jax-cuda13-plugin==0.10.2; python_version < "3.12"',
-            'jax-cuda13-plugin==0.11.2; python_version >= "3.12"',
-            'jax==0.11.2; python_version >= "3.12"',
+            'jax-cuda13-plugin==0.12.0.1; python_version >= "3.12"',
+            'jax==0.12.0.1; python_version >= "3.12"',
             'nvidia-cuda-nvcc>=13,<14', 'nvidia-nvvm>=13,<14', 'nvidia-cuda-runtime>=13,<14', 'nvidia-nvjitlink>=13,<14',
         ],
         'torch': TORCH,
