@@ -124,8 +124,9 @@ def _attention(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
 
 def _load(ref, layout):
   """A vector from global or shared memory, spread over a warpgroup's registers in `layout`."""
-  index = ((),) if 'idx' in inspect.signature(plgpu.load).parameters else ()   # of no axis: all of it
-  return plgpu.load(ref, *index, layout=layout, optimized=False)
+  index = inspect.signature(plgpu.load).parameters.get('idx')   # jax 0.10 wants one, later ones warn of it
+  all_of_it = ((),) if index and index.default is index.empty else ()
+  return plgpu.load(ref, *all_of_it, layout=layout, optimized=False)
 
 
 def _product(how, x, y_ref, shape):
