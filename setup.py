@@ -63,8 +63,8 @@ setuptools.setup(
         'kernels-ci': [
             f'jax[tpu]{JAX}',
             'jax-cuda13-plugin==0.10.2; python_version < "3.12"',
-            'jax-cuda13-plugin==0.12.0.1; python_version >= "3.12"',
-            'jax==0.12.0.1; python_version >= "3.12"',
+            'jax-cuda13-plugin==0.11.2; python_version >= "3.12"',
+            'jax==0.11.2; python_version >= "3.12"',
             'nvidia-cuda-nvcc>=13,<14', 'nvidia-nvvm>=13,<14', 'nvidia-cuda-runtime>=13,<14', 'nvidia-nvjitlink>=13,<14',
         ],
         'torch': TORCH,
