@@ -2,7 +2,7 @@
 
 import setuptools
 
-JAX = '>=0.10,<0.12'
+JAX = '>=0.10,<0.13'
 TORCH = ['torch==2.13.0']   # runs exported students in transformers; what converted checkpoints are compared with
 EVAL = ['jieba>=0.42.1', 'nltk>=3.10']   # words of Chinese answers, stems of English ones
 TEST = [
@@ -43,7 +43,7 @@ setuptools.setup(
         'optax',
         'orbax-checkpoint>=0.12.3,<0.13',
         'grain>=0.2.18',
-    'array-record',
+        'array-record',
         'transformers>=5.17,<6',
         'tokenizers',
         'jinja2',   # chat templates; transformers does not ask for it

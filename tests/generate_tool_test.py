@@ -43,6 +43,7 @@ def test_a_question_about_files_and_again_from_the_cache(call, tmp_path):
   asked = ('one.txt', 'two.md', '--question', 'what?', '--cache', str(tmp_path))
   code, out, err = call(*asked)
   assert code == 0 and 'first token' in err and '2 computed' in err
+  assert err.startswith('attention: reference (as asked)\n') and 'attention:' not in out
   again, same, err = call(*asked)
   assert (again, same) == (code, out) and '2 disk' in err
   assert re.search(r'8-bit states are 0\.\d\d% off', call(*asked, '--int8')[2])

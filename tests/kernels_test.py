@@ -543,11 +543,31 @@ def test_what_a_gpu_cannot_do_is_said(dtype, head_dim, tiles, says):
     jax.eval_shape(lambda *x: gpu.attention(*x, schedule.token_marks(layout), Tiles(*tiles)), *shapes)
 
 
+def device(platform, kind=None, capability=None):
+  return types.SimpleNamespace(platform=platform, device_kind=kind or platform, compute_capability=capability)
+
+
+H200, B200 = device('gpu', 'NVIDIA H200', '9.0'), device('gpu', 'NVIDIA B200', '10.0')
+
+
+@pytest.mark.parametrize('impl, where, says', [
+    ('auto', device('cpu'), 'xla (auto on cpu)'), ('auto', device('tpu'), 'tpu (auto on tpu)'),
+    ('auto', B200, 'xla (auto on gpu: NVIDIA B200 has compute capability 10.0; impl="gpu" needs 9.0 (H100, H200))'),
+    ('auto', H200, 'xla (auto on gpu: impl="gpu" runs on NVIDIA H200 only if asked for)'),
+    ('gpu', H200, 'gpu (as asked)'), ('xla', B200, 'xla (as asked)'), ('reference', device('tpu'), 'reference (as asked)')])
+def test_a_run_says_which_attention_computes_and_why(impl, where, says):
+  assert str(api.choose(impl, where)) == f'attention: {says}'
+
+
 @pytest.mark.parametrize('capability', ['8.0', '10.0'])
-def test_other_gpus_are_refused(capability):
-  with pytest.raises(ValueError, match=f'NVIDIA X has compute capability {capability}.*use impl="xla"'):
-    gpu._check_device(types.SimpleNamespace(device_kind='NVIDIA X', compute_capability=capability))
-  gpu._check_device(types.SimpleNamespace(device_kind='NVIDIA H200', compute_capability='9.0'))
+def test_other_gpus_are_refused(capability, monkeypatch):
+  other, refusal = device('gpu', 'NVIDIA X', capability), f'NVIDIA X has compute capability {capability}; .* use impl='
+  with pytest.raises(ValueError, match=refusal):
+    api.choose('gpu', other)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(jax, 'devices', lambda: [other])
+  with pytest.raises(ValueError, match=refusal):   # and where nobody chose at the start
+    gpu.attention(*[jnp.zeros((1, 128, 1, 64), jnp.bfloat16)] * 3, None, Tiles(128, 128))
 
 
 @pytest.mark.parametrize('length, head_dim, tiles, says', [

@@ -171,11 +171,13 @@ def test_scalars_of_many_parts_are_a_map(tmp_path):
 def test_how_far_a_run_has_come(tmp_path, last, state):
   """A page of a run that goes on, was stopped, or failed before its first line."""
   write(tmp_path, 'config.json', {'steps': 3})
-  write(tmp_path, 'run.json', {'command': ['x'], 'commit': None, 'devices': ['TPU_0', 'TPU_1', 'TPU_2']})
+  write(tmp_path, 'run.json', {'command': ['x'], 'commit': None, 'devices': ['TPU_0', 'TPU_1', 'TPU_2'],
+                                'attention': {'impl': 'tpu', 'why': 'auto on tpu'}})
   if last:
     write(tmp_path, 'metrics.jsonl', lines({'step': s, 'time': 60 * s, 'loss': 1.0} for s in range(1, last + 1)) + '{"ste')
   shown = dict(re.findall(r'<dt>(.*?)</dt><dd>(.*?)</dd>', page_of(tmp_path)))
   assert shown['state'] == state and shown['devices'] == '3: TPU_0, …' and shown['command'] == 'x'
+  assert shown['attention'] == 'tpu (auto on tpu)'
   assert ('logged' in shown) is bool(last)
   if last:
     assert shown['logged'] == f'1970-01-01 00:01:00 to 1970-01-01 00:0{last}:00 UTC'

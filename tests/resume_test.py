@@ -98,6 +98,7 @@ def straight(folder):
   """The workdir of a run that nothing disturbed."""
   result = start(folder, folder / 'straight')
   assert result.returncode == 0, result.stderr
+  assert result.stdout.startswith('attention: xla (auto on cpu)\n')
   assert 'absl' not in result.stderr and 'checkpoint' not in result.stderr, result.stderr
   return folder / 'straight'
 
@@ -134,6 +135,7 @@ def test_facts_of_a_run_are_kept(straight):
   assert json.loads((straight / 'config.json').read_text())['distill']['drop_mode'] == 'isolate'
   facts = json.loads((straight / 'run.json').read_text())
   assert facts['jax'] == jax.__version__ and len(facts['devices']) == 1 and any('--workdir' in a for a in facts['command'])
+  assert facts['attention'] == {'impl': 'xla', 'why': 'auto on cpu'}
   meta = checkpoint.load_meta(straight / 'checkpoints')
   assert meta['step'] == STEPS and meta['kind'] == 'distill' and meta['model']['learned_sinks'] == 2
   assert meta['blocks']['sink_ids'] == [304, 305]

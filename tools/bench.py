@@ -26,6 +26,7 @@ import os
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -331,11 +332,13 @@ def machine(args) -> dict:
   info = pathlib.Path('/proc/cpuinfo')
   names = [line.split(':', 1)[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] \
       if info.exists() else []
+  impl = getattr(args, 'impl', 'auto')   # the other commands leave it to the device
   return {
       'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
       'platform': platform.platform(), 'python': platform.python_version(), 'versions': versions,
       'cpu': names[0] if names else platform.processor(), 'cpus': os.cpu_count(), 'cores_used': args.cores,
       'jax_devices': [str(device) for device in jax.devices()], 'load': os.getloadavg(),
+      'attention': str(api.choose(impl, jax.devices()[0])),
   }
 
 
@@ -357,7 +360,7 @@ def attention(args) -> None:
     args.samples, args.seconds = min(args.samples, 3), min(args.seconds, 1.0)
   facts, results = machine(args), []
   print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, {args.devices} JAX devices, '
-        f'load {facts["load"][0]:.1f}, {facts["versions"]}\n')
+        f'load {facts["load"][0]:.1f}, {facts["versions"]}\n{facts["attention"]}\n')
   for name, peer in peers(cases[0].heads).items():
     print(f'{name}: {peer.what}')
   print('\n| case | mode | who | min ms | median ms | time / ours |\n|---|---|---|---|---|---|', flush=True)
@@ -403,7 +406,10 @@ def main() -> None:
   bench_segment.add_segment(commands, set_up, machine, take_turns)
   bench_ttft.add_ttft(commands, set_up, machine)
   args = parser.parse_args()
-  args.run(args)
+  try:
+    args.run(args)
+  except ValueError as error:
+    sys.exit(f'bench: {error}')
 
 
 if __name__ == '__main__':

@@ -44,7 +44,8 @@ def add_gpu(commands, make_case, machine) -> None:
 
 def run(args, make_case, machine) -> None:
   facts, peak = machine(args), matmul_peak()
-  print(f'{facts["jax_devices"][0]}, {facts["versions"]}, bfloat16 matrix product {peak:.0f} TFLOP/s\n')
+  print(f'{facts["jax_devices"][0]}, {facts["versions"]}, bfloat16 matrix product {peak:.0f} TFLOP/s\n'
+        f'{facts["attention"]}\n')
   print('| T, block, last | mode | who | ms | effective TFLOP/s | % of peak | time / ours |\n|---|---|---|---|---|---|---|')
   results, (N, K, H) = [], args.shape
   for length in args.length:

@@ -81,6 +81,7 @@ def overhead(args, set_up, machine) -> None:
     times['in the loop'].append(in_the_loop(config, place, new_state(), step, source))
   facts, base = machine(args), min(times['alone'])
   print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, load {facts["load"][0]:.1f}, {facts["versions"]}\n'
+        f'{facts["attention"]}\n'
         f'{args.steps} steps of {args.batch} rows of T={config.data.length}, a line of metrics every {args.log_every}\n\n'
         '| step | min ms | median ms | added |\n|---|---|---|---|')
   for name, seconds in times.items():

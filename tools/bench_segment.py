@@ -353,7 +353,7 @@ def segment(args, set_up, machine, take_turns) -> None:
     segmenter = segmenter_lib.Segmenter.load(args.segmenter)
   token_starts = read_tokenizer(args.tokenizer) if args.tokenizer else None
   facts = machine(args) | {'libraries': versions()}
-  print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, {facts["libraries"]}')
+  print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, {facts["libraries"]}\n{facts["attention"]}')
   log = lambda text: print(text, file=sys.stderr, flush=True)
   all_rows, all_speeds = {}, {}
   for hints in ('kept', 'removed') if args.hints == 'both' else (args.hints,):

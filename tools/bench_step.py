@@ -148,6 +148,7 @@ def step(args, set_up, machine, take_turns) -> None:
   base = min(times[TUNED])
   facts = machine(args)
   print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, load {facts["load"][0]:.1f}, {facts["versions"]}\n'
+        f'{facts["attention"]}\n'
         f'{spec.count(transformer.spec(cfg)) / 1e6:.1f}M parameters, {args.rows} rows of T={args.length}, {args.blocks} '
         f'context blocks, question {args.question}, answer {args.answer}, {SINKS} sinks\n\n'
         '| step | min ms | median ms | time / block fine-tuning |\n|---|---|---|---|')

@@ -304,7 +304,7 @@ def picture(results: list[dict], title: str) -> str:
 
 def load_model(args) -> Model:
   cfg = SMALL if args.model == 'small' else sizes.get(args.model, max_positions=1 << 18)
-  compute = transformer.Compute(dtype=args.dtype, impl=api.resolve(args.impl, jax.default_backend()))
+  compute = transformer.Compute(dtype=args.dtype, impl=api.choose(args.impl, jax.devices()[0]).impl)
   init = jax.jit(lambda: spec.init(transformer.spec(cfg), jax.random.key(0), args.dtype))
   return Model(init(), cfg, compute)
 
@@ -318,7 +318,8 @@ def ttft(args, set_up, machine) -> None:
   off = check(model, make_prompt(min(args.lengths), args.block, args.last, model.cfg.vocab))
   rate = rates(args)
   print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, {facts["jax_devices"]}, load {facts["load"][0]:.1f}, '
-        f'{facts["versions"]}\nmodel {args.model}, {args.dtype}, random weights; blocks of about {args.block} tokens, '
+        f'{facts["versions"]}\n{facts["attention"]}\n'
+        f'model {args.model}, {args.dtype}, random weights; blocks of about {args.block} tokens, '
         f'the last of {args.last}, {len(_SINKS)} sinks; cache {bytes_per_token(model.cfg, itemsize):,} bytes per token, '
         f'{bytes_per_token(model.cfg, 1):,} in int8\nlogits over cached blocks are {off:.1g} standard deviations off the '
         f'masked forward pass; rates {rate["flops"] / 1e12:.3g} TFLOP/s, {rate["bytes"] / 1e9:.3g} GB/s\n\n'

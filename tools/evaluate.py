@@ -209,9 +209,10 @@ def run(options, console, err) -> dict:
     raise ValueError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
   split = PAGES.get(options.data[0]) if len(options.data) == 1 else None
   files = None if split else text_lib.find_files(options.data)   # before models are loaded
-  impl = api.resolve(options.impl, jax.default_backend())
+  attention = api.choose(options.impl, jax.devices()[0])
+  err.print(str(attention))
   subjects, teacher, tokenizer = load_pair(options.model, options.teacher, modes,
-                                           transformer.Compute(dtype=options.dtype, impl=impl))
+                                           transformer.Compute(dtype=options.dtype, impl=attention.impl))
   if files is None:
     docs, examples = page_docs(tokenizer, options.limit or _PAGES_BY_DEFAULT, split=split)
     report, stop = text_lib.Report(), options.stop or PAGE_STOP
@@ -219,7 +220,7 @@ def run(options, console, err) -> dict:
     docs, examples, report = file_docs(files, tokenizer, chat=options.chat, strict=options.strict, limit=options.limit)
     stop = options.stop
   facts = {'model': options.model, 'teacher': options.teacher, 'data': ' '.join(options.data), 'dtype': options.dtype,
-           'impl': impl, 'malformed_lines': report.bad.total()}
+           'impl': attention.impl, 'malformed_lines': report.bad.total()}
   summary = evaluate_all(subjects, teacher, docs, examples, tokenizer, batch=options.batch, max_new=options.max_new,
                          stop=stop, out=options.out, facts=facts)
   print_table(summary, console)

@@ -178,7 +178,9 @@ def run(options, stream, console) -> None:
   elif not pages:
     cut = None if options.segmenter is None else cutting(options.segmenter, options.target_tokens)
     blocks = read_blocks(options.files, cut)   # before the model is loaded
-  compute = transformer.Compute(dtype=options.dtype, impl=api.resolve(options.impl, jax.default_backend()))
+  attention = api.choose(options.impl, jax.devices()[0])
+  console.print(str(attention))
+  compute = transformer.Compute(dtype=options.dtype, impl=attention.impl)
   subject, tokenizer = evaluate.load_subject(options.model, 'block', compute)
   chat = bool(tokenizer.chat_template) if options.chat is None else options.chat
   if pages:

@@ -160,9 +160,11 @@ def run(options, console, err, make_answerer=answerer) -> dict[str, dict]:
   """The command, options as from the command line. Returns the summary of each mode."""
   read, load = SOURCES[options.benchmark]
   data = read(options)
-  impl = api.resolve(options.impl, jax.default_backend())
+  attention = api.choose(options.impl, jax.devices()[0])
+  err.print(str(attention))
   modes = gap.MODES if options.mode == 'both' else (options.mode,)
-  subject, tokenizer = evaluate.load_subject(options.model, modes[0], transformer.Compute(dtype=options.dtype, impl=impl))
+  compute = transformer.Compute(dtype=options.dtype, impl=attention.impl)
+  subject, tokenizer = evaluate.load_subject(options.model, modes[0], compute)
   chat = bool(tokenizer.chat_template) if options.chat is None else options.chat
   options = argparse.Namespace(**vars(options) | {'chat': chat})
   benchmark = load(options, tokenizer, subject, data)

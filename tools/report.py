@@ -161,6 +161,8 @@ def run_facts(workdir: pathlib.Path) -> str:
   for name, value in run.items():
     if name == 'devices' and isinstance(value, list):
       shown[name] = f'{len(value)}: {value[0]}{", …" * (len(value) > 1)}' if value else 'none'
+    elif name == 'attention' and isinstance(value, dict):
+      shown[name] = f'{value.get("impl")} ({value.get("why")})'
     else:
       shown[name] = ' '.join(map(str, value)) if isinstance(value, list) else value
   if (workdir / 'profile').is_dir():

@@ -57,7 +57,7 @@ def main(argv=None) -> None:
   parser.add_argument('--samples', type=int, default=5, help='(default %(default)s)')
   args = parser.parse_args(argv)
   platform = jax.default_backend()
-  impl = api.resolve(args.impl or 'auto', platform)
+  impl = api.choose(args.impl or 'auto', jax.devices()[0]).impl
   print(f'# {jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, forward + backward, '
         f'{args.heads[0]} and {args.heads[1]} heads, blocks of about {args.block}', flush=True)
   for head_dim in args.head_dim:

@@ -1,6 +1,7 @@
 """The entrance to block attention: checks the arguments and calls the chosen implementation."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,32 @@ def resolve(impl: str, platform: str) -> str:
   if _HOME.get(impl, platform) != platform:
     raise ValueError(f'attention impl {impl!r} does not run on {platform}; use impl="auto" or impl="xla"')
   return impl
+
+
+class Choice(NamedTuple):
+  """An implementation, and why it is that one; as text, the line that every run starts with."""
+  impl: str
+  why: str
+
+  def __str__(self):
+    return f'attention: {self.impl} ({self.why})'
+
+
+def choose(impl: str, device) -> Choice:
+  """What `impl` means on a device of JAX's, of which it reads platform, device_kind and compute_capability.
+
+  Raises:
+    ValueError: as `resolve`, or the device is a GPU that the GPU kernels are not for.
+  """
+  chosen = resolve(impl, device.platform)
+  lacking = gpu.lacks(device) if device.platform == 'gpu' else None
+  if chosen == 'gpu' and lacking:
+    raise ValueError(f'{lacking}; use impl="auto" or impl="xla"')
+  if impl != 'auto':
+    return Choice(chosen, 'as asked')
+  if device.platform != 'gpu':
+    return Choice(chosen, f'auto on {device.platform}')
+  return Choice(chosen, 'auto on gpu: ' + (lacking or f'impl="gpu" runs on {device.device_kind} only if asked for'))
 
 
 @jax.named_scope('block_attention')

@@ -56,8 +56,9 @@ def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, cut=N
       GPU than Hopper.
   """
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-  if interpret is None and jax.default_backend() == 'gpu':
-    _check_device(jax.devices()[0])
+  lacking = lacks(jax.devices()[0]) if interpret is None and jax.default_backend() == 'gpu' else None
+  if lacking:
+    raise ValueError(f'{lacking}; use impl="xla"')
   if q_BTNH.dtype not in DTYPES or H not in HEAD_DIMS:
     raise ValueError(f'{q_BTNH.dtype} with head_dim {H}: the GPU kernels take bfloat16 and float16 and head_dim '
                      f'{" or ".join(map(str, HEAD_DIMS))}; use impl="xla"')
@@ -89,10 +90,12 @@ def _cut(rows, queries, heads, keys) -> schedule.Cut:
   return schedule.Cut(owners, pieces) if pieces > 1 else schedule.Cut()
 
 
-def _check_device(device):
-  if str(device.compute_capability).partition('.')[0] != '9':   # wgmma exists on Hopper only
-    raise ValueError(f'{device.device_kind} has compute capability {device.compute_capability}; the GPU kernels need 9.0 '
-                     '(H100, H200); use impl="xla"')
+def lacks(device) -> str | None:
+  """What the kernels need and a GPU does not have, None if nothing."""
+  capability = str(device.compute_capability)
+  if capability.partition('.')[0] == '9':   # wgmma exists on Hopper only
+    return None
+  return f'{device.device_kind} has compute capability {capability}; impl="gpu" needs 9.0 (H100, H200)'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +120,13 @@ def _attention(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
   return _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists)[0]
 
 
-# Small differences between jax 0.10 and 0.11, and between the device and its interpreter, end here.
+# Small differences between jax 0.10 and later, and between the device and its interpreter, end here.
 
 def _load(ref, layout):
   """A vector from global or shared memory, spread over a warpgroup's registers in `layout`."""
-  index = ((),) if inspect.signature(plgpu.load).parameters['idx'].default is inspect.Parameter.empty else ()
-  return plgpu.load(ref, *index, layout=layout, optimized=False)
-
-
-def _transposed(ref):
-  return ref.transpose((1, 0)) if hasattr(ref, 'transpose') else plgpu.transpose_ref(ref, (1, 0))
+  index = inspect.signature(plgpu.load).parameters.get('idx')   # jax 0.10 wants one, later ones warn of it
+  all_of_it = ((),) if index and index.default is index.empty else ()
+  return plgpu.load(ref, *all_of_it, layout=layout, optimized=False)
 
 
 def _product(how, x, y_ref, shape):
@@ -143,7 +143,7 @@ def _product_transposed(how, x_ref, y_ref, shape):
   """x @ y.T in float32."""
   if how.interpret is not None:
     return jnp.dot(x_ref[...], y_ref[...].T, preferred_element_type=jnp.float32)
-  return _product(how, x_ref, _transposed(y_ref), shape)
+  return _product(how, x_ref, y_ref.transpose((1, 0)), shape)
 
 
 def _add_product(how, acc, x, y_ref, meanwhile=lambda: None):

@@ -46,6 +46,9 @@ def main(run):
     with _errors_as_a_line(), multihost.joined(where.value), _errors_as_a_line():
       setup.use_cpu_cores(config.value)
       check_hosts(config.value, workdir.value)
+      attention = loop.attention(config.value)
+      if jax.process_index() == 0:
+        print(attention, flush=True)
       with loop.only_run_in(workdir.value):
         run(config.value, workdir.value)
 

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from blockattn import checkpoint, locks, metrics, multihost, trace
+from blockattn.kernels import api
 from blockattn.models import flops as flops_lib
 
 EXIT_PREEMPTED = 75   # EX_TEMPFAIL: saved, start me again
@@ -310,8 +311,13 @@ def only_run_in(workdir):
     yield
 
 
+def attention(config) -> api.Choice:
+  """The implementation of attention that config.compute.impl means on the devices here, see `api.choose`."""
+  return api.choose(config.compute.impl, jax.devices()[0])
+
+
 def save_run_facts(workdir, config, command=None):
-  """Writes config.json, the resolved config, and run.json: the command, the git commit and the versions.
+  """Writes config.json, the resolved config, and run.json: the command, the git commit, the versions and what computes.
 
   A workdir that holds a checkpoint of another config is refused: resuming under a changed config would silently be
   neither run. Where and how it is computed, and what is written of it, may change: see _FREE_TO_CHANGE.
@@ -331,7 +337,8 @@ def save_run_facts(workdir, config, command=None):
                        'Use a new --workdir, or the old values')
   metrics.write_json(path, new)
   metrics.write_json(workdir / 'run.json', {'command': command or sys.argv, 'commit': git_commit(), 'jax': jax.__version__,
-                                    'devices': [str(d) for d in jax.devices()]})
+                                              'devices': [str(d) for d in jax.devices()],
+                                              'attention': attention(config)._asdict()})
 
 
 # Keys that do not change what is learned, but for the last bits of its sums; with a dot, all that stand below.
