@@ -93,7 +93,7 @@ def test_what_differs_is_named_before_anything_is_loaded(folder):
   workdir = folder / 'differing'
   ends, _ = pair(folder, trainer(folder, workdir), trainer(folder, workdir, '--config.optim.lr=0.5', '--config.seed=3'))
   for code, output in ends:
-    assert code == 1 and 'Traceback' not in output, output
+    assert code == 2 and 'Traceback' not in output, output
     assert 'the 2 processes of this run differ in config.optim.lr: 0.003 in process 0 on ' in output
     assert '0.5 in process 1 on ' in output and 'config.seed: 0 in process 0' in output
   assert not workdir.exists()
@@ -180,7 +180,7 @@ def test_one_of_several_does_not_train_alone(name):
 
 def test_auto_without_a_cluster(folder):
   result = resume_test.start(folder, folder / 'nowhere', overrides=['--multihost=auto'])
-  assert result.returncode == 1 and 'Traceback' not in result.stderr
+  assert result.returncode == 2 and 'Traceback' not in result.stderr
   assert 'error: --multihost=auto: JAX finds no cluster here' in result.stderr and 'BLOCKATTN_COORDINATOR' in result.stderr
 
 
