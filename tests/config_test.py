@@ -9,7 +9,10 @@ import types
 
 import pytest
 
-from blockattn import mesh
+from blockattn import errors, mesh
+from blockattn.data import encode
+from blockattn.hf import files
+from blockattn.models import sizes
 from blockattn.train import command, distill, finetune, loop, segment, setup
 from configs import common
 from launch import sweep
@@ -246,3 +249,54 @@ def test_a_value_that_no_trainer_takes(name, changes, message):
   config.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=message):
     TRAINERS[next(part for part in TRAINERS if part in config)].options_of(config)
+
+
+# What a user is told.
+
+
+def raised(call) -> BaseException:
+  with pytest.raises(BaseException) as caught:
+    call()
+  return caught.value
+
+
+def test_what_a_user_can_mend_is_one_line(tmp_path):
+  (tmp_path / 'file').write_text('')
+  loop.save_run_facts(tmp_path, common.base())
+  (tmp_path / 'checkpoints' / '1').mkdir(parents=True)
+  (tmp_path / 'config.json').write_bytes(b'{"a": "\xff')
+  for call, line in (
+      (lambda: (tmp_path / 'file' / 'x').mkdir(), f'{tmp_path}/file/x: Not a directory; repair it, or name another path'),
+      (lambda: (tmp_path / 'nothing').read_text(), f'{tmp_path}/nothing: No such file or directory; '),
+      (lambda: (tmp_path / ('x' * 300)).touch(), 'File name too long; '),
+      (lambda: loop.save_run_facts(tmp_path, common.base()), f'{tmp_path}/config.json is no valid JSON: '),
+      (lambda: setup.architecture(common.base().model), 'config.model.fields lacks family'),
+      (lambda: sizes.get('qwen'), "no model size 'qwen'; ")):
+    assert line in errors.line_of(raised(call))
+  for call in (lambda: int('x'), lambda: {}['x'], lambda: 1 / 0):
+    assert errors.line_of(raised(call)) is None   # ours to repair: the traceback is needed
+
+
+def test_a_name_on_the_hub_without_a_network_is_one_line(monkeypatch):
+  import httpx
+
+  def fail(*_, **__):
+    raise httpx.ConnectError('[Errno -2] Name or service not known')
+
+  monkeypatch.setattr(files.huggingface_hub, 'snapshot_download', fail)
+  monkeypatch.setattr('transformers.AutoTokenizer.from_pretrained', fail)
+  for call in (lambda: files.locate('owner/model'), lambda: encode.load_tokenizer('owner/model')):
+    line = errors.line_of(raised(call))
+    assert line.startswith('owner/model is nothing here, and downloading it from the hub failed: [Errno -2] Name or service')
+    assert 'hf download owner/model' in line and 'hf auth login' in line and '\n' not in line
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(command, 'read_config', stop)
+  monkeypatch.setattr(command, '_leave', lambda code: (_ for _ in ()).throw(SystemExit(code)))
+  with pytest.raises(SystemExit, match='130'):
+    command.main(None)
+  assert capsys.readouterr().err.startswith('Ctrl-C: ended; the same command starts again')

@@ -12,7 +12,7 @@ import train_cases
 
 from blockattn import blocks, checkpoint, losses, mesh as mesh_lib, optim, tree
 from blockattn.models import transformer
-from blockattn.train import distill, finetune, loop, setup
+from blockattn.train import distill, finetune, loop, setup, teach
 from configs import common
 
 STEPS = 5
@@ -408,6 +408,9 @@ def test_a_config_of_another_trainer():
     distill.options_of(config_with(common.add_finetune))
   with pytest.raises(ValueError, match=r'no keys config.finetune: call common.add_finetune in its get_config'):
     finetune.options_of(common.base())
+  for trainer in (distill, teach):   # said before anything is asked of a section that is not there
+    with pytest.raises(ValueError, match='no keys config.distill; it is for blockattn.train.finetune'):
+      trainer.run(config_with(common.add_finetune), '/nowhere')
   with pytest.raises(ValueError, match='config.model.source is empty: distillation needs a trained teacher'):
     distill.run(config_with(batch=8), '/nowhere')
 
