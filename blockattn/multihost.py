@@ -29,6 +29,8 @@ import jax
 from jax._src import distributed  # its client is JAX's only door to the key-value store; orbax goes through it too
 from jax.experimental import multihost_utils
 
+from blockattn import errors
+
 EXIT_LOST = 76   # a device or another process was lost: nothing is wrong with the run, start it again
 
 # Of `auto`, where neither JAX nor a cluster knows: set by launch/local.sh, or by hand.
@@ -207,10 +209,12 @@ def _is_complaint(error) -> bool:
 
 
 def _code_of(error) -> int:
+  if errors.line_of(error) is not None:
+    return errors.EXIT_MEND
   if isinstance(error, SystemExit):
     return error.code if isinstance(error.code, int) else 1
   if isinstance(error, KeyboardInterrupt):
-    return 130
+    return errors.EXIT_INTERRUPTED
   # What a collective says whose other side is gone; too little memory will be so the next time too.
   lost = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error)
   return EXIT_LOST if lost else 1
@@ -219,6 +223,11 @@ def _code_of(error) -> int:
 def _text_of(error) -> str:
   if isinstance(error, SystemExit):
     return str(error.code)
+  if isinstance(error, KeyboardInterrupt):
+    return 'interrupted (Ctrl-C)'
+  line = errors.line_of(error)
+  if line is not None:
+    return f'error: {line}'
   text = ''.join(traceback.format_exception(error)).rstrip()
   if _code_of(error) == EXIT_LOST:
     text += (f'\nA device or another process was lost. Start the same command again to go on from the newest checkpoint '

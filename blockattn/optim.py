@@ -4,7 +4,7 @@ import dataclasses
 
 import optax
 
-from blockattn import tree
+from blockattn import errors, tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,11 +13,11 @@ class OptimConfig:
   Attributes:
     lr: peak learning rate.
     final_lr: where the cosine ends, as a fraction of lr.
-    warmup: steps of linear warm-up.
+    warmup: steps of linear warm-up: step k of them, from 1, has k / warmup of the peak. 0 is as 1: step 1 has all of it.
     steps: total optimizer steps; the cosine ends here.
     b1, b2, eps: of Adam.
     weight_decay: decoupled; matrices only, norms, biases and sinks are spared.
-    clip: global gradient norm above which gradients are scaled down.
+    clip: global gradient norm above which gradients are scaled down; 0: they never are.
     mu_dtype: of Adam's first moment, 'float32' or 'bfloat16'; empty: that of the parameters, as of the second always.
   """
   lr: float
@@ -32,16 +32,24 @@ class OptimConfig:
   mu_dtype: str = ''
 
   def __post_init__(self):
-    if not 0 <= self.warmup < max(self.steps, 1):
-      raise ValueError(f'optim.warmup={self.warmup} must be at least 0 and below steps={self.steps}')
+    errors.check_number('config.steps', self.steps, 1, 2 ** 31 - 1)
+    errors.check_number('config.optim.warmup', self.warmup, 0, below=self.steps, hint=', which is config.steps')
+    for name in ('lr', 'weight_decay', 'clip'):
+      errors.check_number(f'config.optim.{name}', getattr(self, name), 0)
+    for name in ('b1', 'b2'):
+      errors.check_number(f'config.optim.{name}', getattr(self, name), 0, below=1)
+    errors.check_number('config.optim.eps', self.eps, above=0)
+    errors.check_number('config.optim.final_lr', self.final_lr, 0, 1)
     if self.mu_dtype not in ('', 'float32', 'bfloat16'):
-      raise ValueError(f'optim.mu_dtype={self.mu_dtype!r}; choose float32 or bfloat16, or leave it empty')
+      raise ValueError(f'config.optim.mu_dtype={self.mu_dtype!r}; choose float32 or bfloat16, or leave it empty')
 
 
 def learning_rate(config: OptimConfig):
-  """step -> learning rate."""
-  return optax.warmup_cosine_decay_schedule(0.0 if config.warmup else config.lr, config.lr, config.warmup,
-                                            config.steps, config.lr * config.final_lr)
+  """Finished steps -> learning rate of the next."""
+  # The ramp begins at the first step of it, not at 0: a step without a rate would cost as much as any other.
+  ramp = max(config.warmup, 1)
+  return optax.warmup_cosine_decay_schedule(config.lr / ramp, config.lr, ramp - 1, config.steps,
+                                            config.lr * config.final_lr)
 
 
 def decays(name: str) -> bool:
@@ -53,6 +61,6 @@ def decays(name: str) -> bool:
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
   mask = lambda params: tree.map_named(lambda name, _: decays(name), params)
   return optax.chain(
-      optax.clip_by_global_norm(config.clip),
+      optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
       optax.adamw(learning_rate(config), b1=config.b1, b2=config.b2, eps=config.eps,
                   weight_decay=config.weight_decay, mask=mask, mu_dtype=config.mu_dtype or None))

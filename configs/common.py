@@ -32,13 +32,13 @@ _BOOLS = {'': True, '1': True, 'true': True, '0': False, 'false': False}
 def base():
   """Keys that both trainers read. Locked: a config file that sets a key which does not exist is an error."""
   config = ml_collections.ConfigDict()
-  config.seed = 0                  # first values, order of the data, block dropout
+  config.seed = 0                  # first values, order of the data, block dropout; 0 to 4294967295
   config.steps = 1000              # optimizer steps
   config.batch = 16                # rows of a global batch
   config.accumulate = 1            # slices that a batch is computed in, one after the other
   config.chunk = 512               # tokens per row whose logits exist at a time
-  config.log_every = 10
-  config.save_every = 500
+  config.log_every = 10            # steps between two lines of metrics
+  config.save_every = 500          # steps between two checkpoints
   config.keep = 2                  # checkpoints to keep
   config.peak_tflops = 0.0         # of a device, for MFU; 0: known by its kind, and no MFU where it is not (CPUs)
   config.profile = ''              # steps whose trace is written into WORKDIR/profile: '10:15' are 10 to 14
@@ -51,31 +51,31 @@ def base():
   config.model.dtype = 'float32'   # of the trained parameters and the optimizer
 
   config.compute = ml_collections.ConfigDict()        # of transformer.Compute
-  config.compute.dtype = 'float32'
+  config.compute.dtype = 'float32'   # of activations: float32, bfloat16
   config.compute.impl = 'auto'     # attention: reference, xla, tpu, gpu; auto: see kernels.api
   config.compute.tiles = ()        # (query tile, key tile); empty: by device
-  config.compute.remat = 'none'    # none, dots, full
+  config.compute.remat = 'none'    # what the backward pass computes again: none, dots (all but matmuls), full
   config.compute.sent = -1         # rows over 'context': queries of a row that are sent to far keys, at most; -1: 1 in 64
 
   config.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'context': 1})   # -1: all that is left
   config.rules = mesh.RULES        # logical axis -> mesh axes
 
   config.optim = ml_collections.ConfigDict()          # of optim.OptimConfig
-  config.optim.lr = 1e-4
+  config.optim.lr = 1e-4           # peak learning rate
   config.optim.final_lr = 0.1      # end of the cosine, as a fraction of lr
-  config.optim.warmup = 100
-  config.optim.b1 = 0.9
-  config.optim.b2 = 0.95
-  config.optim.eps = 1e-8
-  config.optim.weight_decay = 0.0
-  config.optim.clip = 1.0
+  config.optim.warmup = 100        # steps of linear warm-up; the first has lr / warmup
+  config.optim.b1 = 0.9            # of Adam: decay of the mean of gradients
+  config.optim.b2 = 0.95           # of Adam: decay of the mean of their squares
+  config.optim.eps = 1e-8          # of Adam: added to the root of the latter
+  config.optim.weight_decay = 0.0  # decoupled, of matrices only
+  config.optim.clip = 1.0          # gradient norm above which gradients are scaled down; 0: never
   config.optim.mu_dtype = ''       # of Adam's first moment: float32, bfloat16; empty: that of the parameters
 
   config.blocks = ml_collections.ConfigDict()         # block mode, see blocks.BlockOptions
   config.blocks.sinks = 4          # sink tokens in front of every block but a document's first
   config.blocks.sink_kind = 'token'   # 'token': an existing one; 'learned': new embedding rows
   config.blocks.sink_text = '\n'   # the token of kind 'token', and where learned ones start
-  config.blocks.positions = 'sequential'   # or 'local'
+  config.blocks.positions = 'sequential'   # 'sequential', or 'local': every context block starts at 0
 
   config.data = ml_collections.ConfigDict()
   config.data.kind = 'files'       # 'files', or 'pages' of Python's standard library
@@ -83,7 +83,7 @@ def base():
   config.data.length = 4096        # tokens of a row, T
   config.data.max_blocks = 64      # most blocks of a row
   config.data.block_tokens = 0     # 0: the blocks that are given; else blocks of so many tokens, cut anywhere
-  config.data.files = ()           # JSON lines: files, folders or globs; comma-separated on the command line
+  config.data.files = ()           # JSON lines: files, folders or globs; with commas between them on the command line
   config.data.chat = False         # wrap plain examples in the tokenizer's chat template
   config.data.strict = False       # stop at the first malformed line instead of counting it
   config.data.too_long = 'drop'    # or 'cut': leave out context blocks without the answer
@@ -91,16 +91,16 @@ def base():
   config.data.segmenter = ''       # cuts new blocks: a folder, a hub name, or 'tiny', the embedded one; empty: those given
   config.data.segment = ml_collections.ConfigDict()
   config.data.segment.target = 0   # wanted length of a block in the segmenter's tokens; 0: where the text has one
-  config.data.segment.minimum = 0  # bounds of a block's length; 0: see inference/granularity.py
-  config.data.segment.maximum = 0
+  config.data.segment.minimum = 0  # least length of a block; 0: see inference/granularity.py
+  config.data.segment.maximum = 0  # greatest length of a block; 0: likewise
   config.data.segment.pages = 1.0  # kind 'pages': share of the pages that it cuts
   config.data.pages = ml_collections.ConfigDict()     # of stdlib.PageStyle
-  config.data.pages.members = (2, 4)
-  config.data.pages.questions = (1, 1)
-  config.data.pages.doc_chars = 40
-  config.data.pages.renamed = 0.7
-  config.data.pages.split_words = 3
-  config.data.pages.seed = 0
+  config.data.pages.members = (2, 4)   # fewest and most members of a page
+  config.data.pages.questions = (1, 1)   # fewest and most questions of a page
+  config.data.pages.doc_chars = 40   # characters of what follows a docstring's first sentence
+  config.data.pages.renamed = 0.7  # share of pages whose names are made up
+  config.data.pages.split_words = 3   # words of a sentence's end in the block of its name; 0: whole sentences
+  config.data.pages.seed = 0       # other pages
   return config.lock()
 
 
@@ -108,7 +108,7 @@ def _add_lora(config):
   config.lora = ml_collections.ConfigDict()             # of lora.LoraOptions
   config.lora.rank = 0             # train a difference of this rank to a frozen model; 0: train all parameters
   config.lora.alpha = 16.0         # the difference counts alpha / rank times
-  config.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
+  config.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')   # matrices that get a difference
 
 
 def add_distill(config):
@@ -125,13 +125,13 @@ def add_distill(config):
     config.distill.drop_rate = 0.2            # block dropout, per context block
     config.distill.drop_mode = 'lift'         # lift, isolate, merge, remove
     config.distill.loss_over = 'readers'      # readers, text, answer
-    config.distill.temperature = 1.0
+    config.distill.temperature = 1.0          # of both distributions in the KL
     config.distill.ce_weight = 0.0            # of cross-entropy beside the KL
     config.distill.weights = ml_collections.ConfigDict()   # of losses.TokenWeights
     config.distill.weights.form = 'relu'      # relu, exp, none
     config.distill.weights.source = 'student'   # whose block-mode probability makes the gap: student, teacher
-    config.distill.weights.floor = 0.1
-    config.distill.weights.cap = 5.0          # nats
+    config.distill.weights.floor = 0.1        # weight of a token without a gap, of relu
+    config.distill.weights.cap = 5.0          # nats above which a gap counts no more
 
 
 def add_finetune(config):
@@ -150,8 +150,8 @@ def add_segment(config):
   with config.unlocked():
     config.segment = ml_collections.ConfigDict()
     config.segment.markers = 'text'           # text, token, none, pooled: see data/markers.py
-    config.segment.head = 1024                # tokens that are read of a long unit: the first,
-    config.segment.tail = 256                 # and the last
+    config.segment.head = 1024                # tokens that are read of a long unit: the first
+    config.segment.tail = 256                 # tokens that are read of a long unit: the last
     config.segment.inner = 0                  # the first of a unit that does not begin a line; 0: head
     config.segment.middle = 0                 # of what lies between, so many tokens spread over it (pooled)
     config.segment.cohesion = False           # read with each unit how like its surroundings are (pooled)
@@ -162,14 +162,14 @@ def add_segment(config):
     config.segment.eval_rows = 16             # rows of every category, and as many without hints
     config.segment.export_dtype = 'bfloat16'  # of the best parameters, in WORKDIR/best
     config.segment.draw = ml_collections.ConfigDict()   # of segment_pipeline.DrawOptions
-    config.segment.draw.temperature = 4.0
-    config.segment.draw.variants = 4
-    config.segment.draw.bare = 0.4
-    config.segment.draw.hints = 0.3
-    config.segment.draw.variation = 0.3
-    config.segment.draw.short = 0.2
-    config.segment.draw.mosaic = 0.08
-    config.segment.draw.join = 0.5
-    config.segment.draw.skip = 0.1
-    config.segment.draw.drop = 0.1
-    config.segment.draw.tolerance = 0
+    config.segment.draw.temperature = 4.0     # 1: categories as often as they come; a large one: all alike
+    config.segment.draw.variants = 4          # texts that are made of each document
+    config.segment.draw.bare = 0.4            # probability that a variant loses all surface hints
+    config.segment.draw.hints = 0.3           # else, that it loses those of a kind
+    config.segment.draw.variation = 0.3       # of each change of a surface
+    config.segment.draw.short = 0.2           # that an excerpt ends after 4 to 60 units
+    config.segment.draw.mosaic = 0.08         # that a text is made of short excerpts of several documents
+    config.segment.draw.join = 0.5            # that an excerpt continues the text before it
+    config.segment.draw.skip = 0.1            # share of units inside blocks that are left out
+    config.segment.draw.drop = 0.1            # share of the tokens of a pooled unit that are read as nothing
+    config.segment.draw.tolerance = 0         # candidates so near to a cut are not trained on

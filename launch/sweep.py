@@ -28,7 +28,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
-import json
 import os
 import pathlib
 import re
@@ -42,7 +41,8 @@ from typing import Any
 import yaml
 
 from blockattn import checkpoint
-from blockattn.train import command, loop, setup
+from blockattn.hf import files
+from blockattn.train import command, loop
 
 HERE = pathlib.Path(__file__).resolve().parent
 TRAINERS = ('distill', 'finetune', 'segment')   # a section of a config, and the module of blockattn.train
@@ -128,7 +128,8 @@ def value_text(value: Any) -> str:
   if isinstance(value, bool):
     return str(value).lower()
   if isinstance(value, (tuple, list)):
-    return ','.join(map(value_text, value))
+    text = ','.join(map(value_text, value))
+    return text if command.read_list(text) == tuple(value) else repr(tuple(value))
   return str(value)
 
 
@@ -175,17 +176,7 @@ def parse(args: Sequence[str]):
   Raises:
     ValueError: an unknown key, or a value that is not of its type.
   """
-  from absl import flags
-  from ml_collections import config_flags
-  argv = ['sweep', *args]
-  command.check_overrides(argv)
-  values = flags.FlagValues()
-  flag = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
-  try:
-    values(argv)
-  except flags.Error as error:
-    raise ValueError(str(error).strip().splitlines()[-1]) from error
-  return flag.value
+  return command.read_config(args)[0]
 
 
 def _check_meant(config, path, common, changes):
@@ -204,8 +195,6 @@ def check_values(config) -> str:
     raise ValueError(f'the config has keys of {", ".join(sections) or "no trainer"}; a config is for one of '
                      f'{", ".join(TRAINERS)}')
   importlib.import_module(f'blockattn.train.{sections[0]}').options_of(config)
-  setup.loop_config(config, sections[0])
-  setup.optim_config(config)
   return sections[0]
 
 
@@ -214,7 +203,7 @@ def _newest(workdir: pathlib.Path, config) -> int | None:
   path = workdir / 'config.json'
   if step is None or not path.exists():
     return None
-  changed = loop.differing_keys(json.loads(path.read_text()), loop.resolved(config))
+  changed = loop.differing_keys(files.read_json(path), loop.resolved(config))
   if changed:
     raise ValueError(f'{workdir} holds a run with another config: {", ".join(changed)} differ; use another --workdir')
   return step

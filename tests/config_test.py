@@ -2,16 +2,24 @@
 
 import importlib
 import json
+import math
 import pathlib
 import re
 import types
 
 import pytest
 
-from blockattn.train import command, distill, finetune, segment, setup
+from blockattn import errors, mesh
+from blockattn.data import encode
+from blockattn.hf import files
+from blockattn.models import sizes
+from blockattn.train import command, distill, finetune, loop, segment, setup
 from configs import common
+from launch import sweep
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = f'--config={ROOT}/configs/tiny.py'
+TRAINERS = {'distill': distill, 'finetune': finetune, 'segment': segment}
 NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if 'def get_config(' in path.read_text())
 
 
@@ -38,12 +46,9 @@ def test_a_config_parses(name, arg):
   """It becomes the options of its trainer, and JSON."""
   config = module(name).get_config(arg)
   assert json.loads(config.to_json_best_effort())['seed'] == config.seed
-  trainers = {'distill': distill, 'finetune': finetune, 'segment': segment}
-  part, trainer = next((part, trainer) for part, trainer in trainers.items() if part in config)
+  part, trainer = next((part, trainer) for part, trainer in TRAINERS.items() if part in config)
   assert config.is_locked and config[part].is_locked
   assert trainer.options_of(config).accumulate == config.accumulate
-  setup.optim_config(config)
-  setup.loop_config(config, name)
   if not config.model.source:
     setup.architecture(config.model)
 
@@ -113,18 +118,185 @@ def test_a_value_of_another_type(text, message):
     ('--config.zebra=1', 'known: accumulate, batch, .*weights.source')])
 def test_a_mistyped_override_names_the_nearest_key(override, message):
   with pytest.raises(ValueError, match=message):
-    command.check_overrides(['x', f'--config={ROOT}/configs/tiny.py', '--workdir=w', '--config.steps=3', override])
+    command.read_config([TINY, '--workdir=w', '--config.steps=3', override])
 
 
-def test_overrides_that_exist():
-  command.check_overrides(['x', '--config', f'{ROOT}/configs/tiny.py', '--workdir', 'w', '--config.optim.lr=1',
-                         '--config.optim.b1', '0.5', '--noconfig.data.chat', '--config.mesh', '{}',
-                         '--config.data.files=a,b', '--config.data.pages.members=(1, 2)', '--config.rules[0]=x'])
-  command.check_overrides(['x', '--workdir=w'])   # no --config: absl says so
+@pytest.mark.parametrize('args, message', [
+    (['--workdir=w'], '--config is missing: give --config FILE'), (['--config'], '--config: a file is missing behind it'),
+    ([TINY, '--config.optim.lr'], 'lacks its value'), ([TINY, '--config.steps=1.5'], "^--config.steps=1.5: .*'1.5'$"),
+    ([f'{TINY}:basline=1'], r"^config argument 'basline': did you mean 'baseline'\?$")])
+def test_a_command_line_that_cannot_be_used(args, message):
+  with pytest.raises(ValueError, match=message):
+    command.read_config(args)
 
 
-def test_a_config_file_that_cannot_be_used():
-  with pytest.raises(FileNotFoundError, match='/nowhere/x.py: no such config file'):
-    command.check_overrides(['x', '--config=/nowhere/x.py'])
-  with pytest.raises(ValueError, match=r"^config argument 'basline': did you mean 'baseline'\?$"):
-    command.check_overrides(['x', f'--config={ROOT}/configs/tiny.py:basline=1'])
+def test_what_the_command_line_says():
+  """In whatever order and form; what is not about the config is handed back."""
+  config, rest = command.read_config([
+      '--config.optim.lr=1', '--config.optim.b1', '0.5', '--config.data.chat', '--noconfig.data.strict', '--workdir', 'w',
+      '--config', TINY.partition('=')[2], '-config.steps=7', '--config.blocks.sink_text=a,b'])
+  assert (config.optim.lr, config.optim.b1, config.data.chat, config.data.strict) == (1.0, 0.5, True, False)
+  assert config.steps == 7 and config.blocks.sink_text == 'a,b' and rest == ['--workdir', 'w'] and config.is_locked
+
+
+@pytest.mark.parametrize('key, texts, value', [
+    ('data.files', ['a.jsonl,b.jsonl'], ('a.jsonl', 'b.jsonl')), ('data.files', ['a.jsonl, more/'], ('a.jsonl', 'more/')),
+    ('data.files', ['/x/my data/train.jsonl'], ('/x/my data/train.jsonl',)), ('data.files', ['2024,7'], ('2024', '7')),
+    ('data.files', ['a', 'b,c'], ('a', 'b', 'c')), ('data.files', ["'a,b','c'"], ('a,b', 'c')), ('data.files', [''], ()),
+    ('lora.targets', ['q,k'], ('q', 'k')), ('lora.targets', ["('q', 'v')"], ('q', 'v')), ('lora.targets', ['q'], ('q',)),
+    ('compute.tiles', ['64,128'], (64, 128)), ('data.pages.members', ['(1, 2)'], (1, 2)),
+    ('data.pages.members', ['1', '2'], (1, 2)),
+    ('teacher.rules', ["(('batch', ('data', 'fsdp')), ('mlp', None))"], (('batch', ('data', 'fsdp')), ('mlp', None)))])
+def test_a_list_on_the_command_line(key, texts, value):
+  config, _ = command.read_config([TINY, *(f'--config.{key}={text}' for text in texts)])
+  assert loop.flat(config.to_dict())[key] == value
+  again, _ = command.read_config([TINY, f'--config.{key}={sweep.value_text(value)}'])   # as a sweep writes it
+  assert loop.flat(again.to_dict())[key] == value
+
+
+def test_a_file_of_overrides(tmp_path):
+  file, other, run = tmp_path / 'a.yaml', tmp_path / 'b.json', tmp_path / 'config.json'
+  file.write_text('optim: {lr: 1e-3, warmup: 3}\ndata.files: [a, b c]\nsteps: 7\nmodel.fields.vocab: 9\n')
+  other.write_text('{"optim": {"warmup": 4}}')
+  config, _ = command.read_config(['--config.steps=8', f'--overrides={file}', '--overrides', str(other), TINY])
+  assert (config.optim.lr, config.optim.warmup, config.steps) == (1e-3, 4, 8)   # the command line has the last word
+  assert config.data.files == ('a', 'b c') and config.model.fields.vocab == 9 and config.is_locked
+  run.write_text(json.dumps(loop.resolved(config)))
+  assert command.read_config([TINY, f'--overrides={run}'])[0].to_dict() == config.to_dict()
+  for text, message in (('optim: {lrr: 1}', "a.yaml: optim.lrr: no such key; did you mean 'optim.lr'"),
+                        ('steps: many', "a.yaml: steps='many'; this key takes int, such as 300"),
+                        ('[1, 2]', 'a.yaml: give keys and values'), ('a: [', 'a.yaml: neither YAML nor JSON')):
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+      command.read_config([TINY, f'--overrides={file}'])
+
+
+def test_files_that_are_not_there():
+  for args in (['--config=/nowhere/x.py'], [TINY, '--overrides=/nowhere/x.py']):
+    with pytest.raises(FileNotFoundError, match='/nowhere/x.py: no such'):
+      command.read_config(args)
+
+
+@pytest.mark.parametrize('section', ['distill', 'finetune', 'segment'])
+def test_help_shows_every_key_with_what_it_means(section):
+  shown = [line.strip() for line in command.help_text([], section).splitlines()]
+  config = common.base()
+  getattr(common, f'add_{section}')(config)
+  said = command.comments(ROOT / 'configs' / 'common.py')
+  for key in loop.flat(config.to_dict()):
+    assert said.get(key) or key.startswith('mesh.'), f'{key} has no comment in configs/common.py'
+    assert any(line.startswith(f'{key}=') for line in shown), key
+  assert [line for line in shown if line.startswith('optim.clip=1.0 ') and line.endswith('0: never')]
+  own = command.help_text([f'--config={ROOT}/configs/tiny.py'], section)
+  assert 'data.files=' in own and 'optim.lr=0.003' in own and '--overrides FILE' in own
+
+
+# Numbers.
+
+def numeric_keys(config) -> dict:
+  """{dotted key: value} of all numbers of a config, and of all lists of numbers."""
+  is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
+  return {key: value for key, value in loop.flat(config.to_dict()).items()
+          if is_number(value) or (isinstance(value, tuple) and value and all(map(is_number, value)))}
+
+
+# What may be -1. Nothing may be NaN or infinite.
+MAY_BE_MINUS_1 = {'compute.sent', *(f'mesh.{axis}' for axis in mesh.AXES)}
+
+
+@pytest.mark.parametrize('name, arg', [('distill', ''), ('finetune', ''), ('segment', ''), ('segment_tiny', ''),
+                                       ('tiny', ''), ('tiny', 'baseline'), ('tiny_teacher', '')])
+def test_every_number_has_a_range(name, arg):
+  config = module(name).get_config(arg)
+  with config.unlocked():
+    config.compute.tiles = (64, 64)
+  trainer = TRAINERS[next(part for part in TRAINERS if part in config)]
+  trainer.options_of(config)
+  keys = numeric_keys(config)
+  assert len(keys) > 40
+  for key, value in keys.items():
+    for bad in (math.nan, math.inf, -math.inf, -1, 10 ** 30):
+      if bad == -1 and key in MAY_BE_MINUS_1 or bad == 10 ** 30 and key not in BOUNDED:
+        continue
+      section, last = config, key.rpartition('.')[2]
+      for part in key.split('.')[:-1]:
+        section = section[part]
+      with config.ignore_type():
+        section[last] = (bad,) * len(value) if isinstance(value, tuple) else bad
+      with pytest.raises(ValueError) as refused:
+        trainer.options_of(config)
+      assert f'config.{key}' in str(refused.value) and '\n' not in str(refused.value), (key, bad, refused.value)
+      with config.ignore_type():
+        section[last] = value
+  trainer.options_of(config)
+
+
+# Numbers that would be computed with for ever, or be read as others.
+BOUNDED = {'seed', 'steps', 'batch', 'blocks.sinks', 'data.length', 'data.max_blocks', 'distill.drop_rate', 'optim.final_lr',
+           'optim.b1', 'optim.b2', 'optim.warmup', 'data.segment.pages', 'data.pages.renamed', 'segment.draw.join'}
+
+
+@pytest.mark.parametrize('name, changes, message', [
+    ('tiny', {'steps': 0}, 'config.steps=0; give a number from 1 to'), ('tiny', {'compute.tiles': (64,)}, 'two numbers'),
+    ('tiny', {'compute.dtype': 'float8'}, "config.compute.dtype='float8'; choose one of float32, bfloat16"),
+    ('tiny', {'teacher.dtype': 'int4'}, "config.teacher.dtype='int4'; choose one of float32, bfloat16, int8"),
+    ('tiny', {'optim.warmup': 300}, 'config.optim.warmup=300; give a number from 0 below 300, which is config.steps'),
+    ('tiny', {'data.pages.members': (3, 2)}, 'config.data.pages.members=2; give a number from 3'),
+    ('segment', {'segment.export_dtype': 'foo'}, "config.segment.export_dtype='foo'; choose one of float32, bfloat16"),
+    ('segment_tiny', {'model.fields.heads': 0}, 'config.model.fields.heads=0; give a number from 1')])
+def test_a_value_that_no_trainer_takes(name, changes, message):
+  config = module(name).get_config()
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
+    TRAINERS[next(part for part in TRAINERS if part in config)].options_of(config)
+
+
+# What a user is told.
+
+
+def raised(call) -> BaseException:
+  with pytest.raises(BaseException) as caught:
+    call()
+  return caught.value
+
+
+def test_what_a_user_can_mend_is_one_line(tmp_path):
+  (tmp_path / 'file').write_text('')
+  loop.save_run_facts(tmp_path, common.base())
+  (tmp_path / 'checkpoints' / '1').mkdir(parents=True)
+  (tmp_path / 'config.json').write_bytes(b'{"a": "\xff')
+  for call, line in (
+      (lambda: (tmp_path / 'file' / 'x').mkdir(), f'{tmp_path}/file/x: Not a directory; repair it, or name another path'),
+      (lambda: (tmp_path / 'nothing').read_text(), f'{tmp_path}/nothing: No such file or directory; '),
+      (lambda: (tmp_path / ('x' * 300)).touch(), 'File name too long; '),
+      (lambda: loop.save_run_facts(tmp_path, common.base()), f'{tmp_path}/config.json is no valid JSON: '),
+      (lambda: setup.architecture(common.base().model), 'config.model.fields lacks family'),
+      (lambda: sizes.get('qwen'), "no model size 'qwen'; ")):
+    assert line in errors.line_of(raised(call))
+  for call in (lambda: int('x'), lambda: {}['x'], lambda: 1 / 0):
+    assert errors.line_of(raised(call)) is None   # ours to repair: the traceback is needed
+
+
+def test_a_name_on_the_hub_without_a_network_is_one_line(monkeypatch):
+  import httpx
+
+  def fail(*_, **__):
+    raise httpx.ConnectError('[Errno -2] Name or service not known')
+
+  monkeypatch.setattr(files.huggingface_hub, 'snapshot_download', fail)
+  monkeypatch.setattr('transformers.AutoTokenizer.from_pretrained', fail)
+  for call in (lambda: files.locate('owner/model'), lambda: encode.load_tokenizer('owner/model')):
+    line = errors.line_of(raised(call))
+    assert line.startswith('owner/model is nothing here, and downloading it from the hub failed: [Errno -2] Name or service')
+    assert 'hf download owner/model' in line and 'hf auth login' in line and '\n' not in line
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):
+  def stop(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(command, 'read_config', stop)
+  monkeypatch.setattr(command, '_leave', lambda code: (_ for _ in ()).throw(SystemExit(code)))
+  with pytest.raises(SystemExit, match='130'):
+    command.main(None)
+  assert capsys.readouterr().err.startswith('Ctrl-C: ended; the same command starts again')

@@ -115,8 +115,8 @@ def test_one_of_four_is_killed_and_two_go_on(folder):
 def test_what_goes_wrong_ends_both_with_one_line(folder, blow, line):
   workdir = folder / blow.replace(':', '')
   ends, seconds = together(folder, workdir, 2, blow)
-  assert [code for code, _ in ends] == [1, 1] and seconds < 90, ends
-  assert all(line in output for _, output in ends), ends
+  assert [code for code, _ in ends] == [2, 2] and seconds < 90, ends
+  assert all(line in output and 'Traceback' not in output for _, output in ends), ends
   assert newest(workdir) in (None, SAVE_EVERY) and not left_over(workdir)
 
 
@@ -129,7 +129,7 @@ def test_two_in_one_workdir_a_full_disk_and_a_damaged_checkpoint(folder):
     wait_for(workdir / 'stopped', first)
     facts = (workdir / 'run.json').read_text()
     code, output = alone(folder, workdir, '', '--config.log_every=1')
-    assert code == 1 and 'Traceback' not in output, output
+    assert code == 2 and 'Traceback' not in output, output
     assert f'error: {workdir}: another run is at work here (process {first.pid} on ' in output
     assert 'another --workdir' in output and (workdir / 'run.json').read_text() == facts
   finally:
@@ -137,7 +137,7 @@ def test_two_in_one_workdir_a_full_disk_and_a_damaged_checkpoint(folder):
     first.communicate()
 
   code, output = alone(folder, workdir, f'limit:{SAVE_EVERY + 2}')
-  assert code == 1, output
+  assert code == 2, output
   assert re.search(rf'error: step {2 * SAVE_EVERY} could not be saved in {workdir}/checkpoints: File too large \(.* of .* '
                    rf'are free there\)\. Step {SAVE_EVERY} stands: start the same command again', output), output
   assert newest(workdir) == SAVE_EVERY   # what a thread wrote after the removal goes with the next start
@@ -147,7 +147,7 @@ def test_two_in_one_workdir_a_full_disk_and_a_damaged_checkpoint(folder):
   file = max((workdir / 'checkpoints' / str(2 * SAVE_EVERY) / 'params').rglob('d/*'), key=lambda file: file.stat().st_size)
   flip(file)
   code, output = alone(folder, workdir)
-  assert code == 1 and 'Traceback' not in output, output
+  assert code == 2 and 'Traceback' not in output, output
   [advice] = re.findall(rf'error: {file} has other content than was written\. Step {SAVE_EVERY} stands too: to go on from '
                         r'there, move this one away \((mv \S+ \S+)\) and start the same command again', output)
   subprocess.run(advice.split(), check=True)
@@ -180,7 +180,7 @@ def test_a_disk_that_is_full(folder, tmp_path):
   try:
     workdir = disk / 'run'
     code, output = alone(folder, workdir, f'fill:{SAVE_EVERY + 2}')
-    assert code == 1
+    assert code == 2
     said = f'error: step {2 * SAVE_EVERY} could not be saved in {workdir}/checkpoints: No space left'
     line, = (line for line in output.splitlines() if said in line)   # threads of the write may speak while it is said
     assert re.search(r' on device \(.* of 4.0 MiB are free there', line), output

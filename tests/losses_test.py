@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -322,15 +321,18 @@ def first_update(grads, params, config):
 
 @pytest.mark.usefixtures('standard_promotion')
 def test_schedule():
-  steps = jnp.asarray([0, 2, 4, 12, 20, 50])
-  rate = jax.jit(lambda warmup: optim.learning_rate(optim_config(warmup=warmup))(steps), static_argnums=0)
-  np.testing.assert_allclose(rate(4), [0, 5e-3, 1e-2, 5.5e-3, 1e-3, 1e-3], rtol=1e-5)
+  """By the number of finished steps: the first of four warm-up steps has a quarter of the peak, the fourth all of it."""
+  steps = jnp.asarray([0, 1, 3, 12, 21, 50])
+  rate = jax.jit(lambda warmup: optim.learning_rate(optim_config(warmup=warmup, steps=21))(steps), static_argnums=0)
+  np.testing.assert_allclose(rate(4), [2.5e-3, 5e-3, 1e-2, 5.5e-3, 1e-3, 1e-3], rtol=1e-5)
+  np.testing.assert_array_equal(rate(0), rate(1))
   np.testing.assert_allclose(rate(0)[jnp.asarray([0, 4])], [1e-2, 1e-3], rtol=1e-5)
 
 
 @pytest.mark.parametrize('warmup, steps', [(-1, 20), (20, 20), (1, 1)])
 def test_warmup_must_end_before_training(warmup, steps):
-  with pytest.raises(ValueError, match=re.escape(f'optim.warmup={warmup} must be at least 0 and below steps={steps}')):
+  message = f'config.optim.warmup={warmup}; give a number from 0 below {steps}, which is config.steps'
+  with pytest.raises(ValueError, match=message):
     optim_config(warmup=warmup, steps=steps)
 
 
@@ -360,6 +362,16 @@ def test_gradients_are_clipped_by_their_global_norm():
   updates = first_update(grads, params, optim_config(warmup=0, eps=1e4, clip=2.0))
   norm = np.sqrt(sum(np.sum(np.square(u)) for u in jax.tree.leaves(updates)))
   np.testing.assert_allclose(norm, 2.0 * 1e-2 / 1e4, rtol=1e-3)
+  off = first_update(grads, params, optim_config(warmup=0, eps=1e4, clip=0.0))
+  np.testing.assert_allclose(off['b'], 40.0 * 1e-2 / 1e4, rtol=1e-2)
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_the_first_step_of_the_warm_up_learns_at_the_rate_that_is_reported():
+  config = optim_config(warmup=4, weight_decay=0.0, clip=0.0)
+  update = first_update({'q': jnp.ones(2)}, {'q': jnp.ones(2)}, config)   # Adam's first step is one of length lr
+  np.testing.assert_allclose(update['q'], -optim.learning_rate(config)(0), rtol=1e-5)
+  np.testing.assert_allclose(update['q'], -1e-2 / 4, rtol=1e-5)
 
 
 @pytest.mark.usefixtures('standard_promotion')

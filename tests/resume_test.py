@@ -117,6 +117,7 @@ def test_a_run_that_is_killed_and_terminated_ends_as_if_nothing_had_happened(fol
 
   result = start(folder, workdir)
   assert result.returncode == 0, result.stderr
+  assert f'going on from step 21 of {STEPS}, saved in {workdir}' in result.stdout
   steps, values = losses(workdir)
   assert steps == list(range(1, STEPS + 1)) == losses(straight)[0]
   np.testing.assert_allclose(values, losses(straight)[1], rtol=1e-6)
@@ -156,7 +157,7 @@ def test_a_run_that_goes_wrong_stops_with_one_line(folder):
   """A teacher with one broken embedding: all is well until the token is read."""
   workdir = folder / 'broken'
   result = start(folder, workdir, overrides=[f'--config.model.source={folder}/broken_teacher', '--config.save_every=1'])
-  assert result.returncode == 1, result.stderr
+  assert result.returncode == 2, result.stderr
   last = losses(workdir)[0][-1]
   assert last > 1
   assert f'error: step {last + 1}: loss = nan, grad_norm = nan. The last good checkpoint is kept' in result.stderr
@@ -165,7 +166,7 @@ def test_a_run_that_goes_wrong_stops_with_one_line(folder):
 
 def test_a_mistyped_override_is_one_line(folder):
   result = start(folder, folder / 'mistyped', overrides=['--config.optim.lrr=1'])
-  assert result.returncode == 1 and not (folder / 'mistyped').exists()
+  assert result.returncode == 2 and not (folder / 'mistyped').exists()
   assert result.stderr.strip() == "error: --config.optim.lrr: no such key; did you mean 'optim.lr'?"
 
 
@@ -218,11 +219,14 @@ def test_lines_hold_means(tmp_path):
   assert float(state.params['w']) == int(state.step) == 10 and saved_steps(tmp_path) == [8, 10]
 
 
-def test_a_finished_run_started_again_does_nothing(tmp_path):
+def test_a_finished_run_started_again_says_so_and_does_nothing(tmp_path, capsys):
   run_loop(tmp_path)
   text = (tmp_path / 'metrics.jsonl').read_text()
   unread = Numbers(before=lambda n: pytest.fail('a batch was read'))
+  capsys.readouterr()
   assert float(run_loop(tmp_path, unread).params['w']) == 10 and (tmp_path / 'metrics.jsonl').read_text() == text
+  said = capsys.readouterr().out
+  assert f'finished already: step 10 of 10 is saved in {tmp_path}/checkpoints. To train longer, give a new --workdir' in said
   assert float(run_loop(tmp_path, steps=12).params['w']) == 12 and losses(tmp_path)[0] == list(range(1, 13))
 
 
@@ -244,6 +248,34 @@ def test_sigterm_saves_at_once_and_leaves_the_handler_as_it_was(tmp_path):
   assert stopped.value.code == 75 and saved_steps(tmp_path) == [4, 6]
   assert signal.getsignal(signal.SIGTERM) is before
   assert float(run_loop(tmp_path).params['w']) == 10 and losses(tmp_path)[0] == list(range(1, 11))
+
+
+@pytest.fixture
+def ctrl_c_raises():
+  """As in a shell's foreground; the tests may have been started in its background."""
+  old = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, old)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, ctrl_c_raises, capsys):
+  press = lambda n: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] if n == 5 else None   # a launcher repeats it
+  with pytest.raises(loop.Preempted) as stopped:
+    run_loop(tmp_path, Numbers(press))
+  said = capsys.readouterr()
+  assert stopped.value.code == 130 and saved_steps(tmp_path) == [4, 6]
+  assert 'Ctrl-C: saving after the step under way; again to end at once' in said.err
+  assert f'Ctrl-C: saved step 6 in {tmp_path}/checkpoints; start the same command again to go on' in said.out
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert float(run_loop(tmp_path).params['w']) == 10 and 'going on from step 6 of 10' in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, ctrl_c_raises, monkeypatch):
+  monkeypatch.setattr(loop._Signals, 'ONE_PRESS_S', -1.0)
+  monkeypatch.setattr(os, '_exit', lambda code: (_ for _ in ()).throw(SystemExit(code)))
+  with pytest.raises(SystemExit, match='130'):
+    run_loop(tmp_path, Numbers(lambda n: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)] if n == 5 else None))
+  assert saved_steps(tmp_path) == [4]
 
 
 def test_sigterm_in_the_last_step_is_the_end(tmp_path):

@@ -59,6 +59,12 @@ def test_rows_hold_labels_where_decisions_are_read(style):
     assert np.array_equal(row['labels'][known] == 1, is_title[known])
 
 
+def test_rows_that_are_too_short_for_the_longest_unit_are_refused():
+  with pytest.raises(ValueError, match='config.data.length=25 is too short: .* = 7 tokens have to fit; give more than 25'):
+    drawn('text', length=25)
+  assert drawn('text', length=26)[0]['tokens'].shape == (26,)
+
+
 def test_layouts_are_those_of_blocks():
   ours, theirs = segment_pipeline.plain_layout([3, 5], 10), blocks.from_lengths([[[3], [5]]], 10)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0], strict=True), ours, theirs)
@@ -240,7 +246,7 @@ def test_a_segmenter_starts_to_read_cohesion_as_it_was(tmp_path):
 
 
 def test_mistakes_in_the_config_are_named(tmp_path):
-  config = config_of(tmp_path, steps=1)
+  config = config_of(tmp_path, steps=3)
   config.segment.cut_weight = 0.0
   with pytest.raises(ValueError, match='cut_weight'):
     segment.options_of(config)

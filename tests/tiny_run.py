@@ -69,7 +69,6 @@ class Blows:
       while not any(pathlib.Path(workdir).glob(f'checkpoints/{last}/checksums-*')):
         time.sleep(0.01)
     if self.kind == 'interrupt':
-      signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background without it
       os.kill(os.getpid(), signal.SIGINT)
     if self.kind in ('kill', 'late'):
       os.kill(os.getpid(), signal.SIGKILL)
@@ -90,6 +89,7 @@ def fill(path, leave):
 
 def run(config, workdir):
   blows = Blows(os.environ.get('BLOW'))
+  signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background without it
   place = setup.placement(config)
   loop.save_run_facts(workdir, config)
   batches = setup.batches(config, Numbered(blows.at if blows.kind == 'unreadable' else -1))

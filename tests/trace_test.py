@@ -36,7 +36,7 @@ def test_a_bad_range_ends_the_trainer_before_anything_is_loaded(tmp_path):
   command = [sys.executable, '-m', 'blockattn.train.distill', '--config=configs/distill.py', f'--workdir={tmp_path}/run',
              '--profile=400:600']
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-  assert done.returncode == 1 and "error: profile='400:600': the run has the steps 1 to 500" in done.stderr
+  assert done.returncode == 2 and "error: profile='400:600': the run has the steps 1 to 500" in done.stderr
   assert not (tmp_path / 'run').exists()
 
 

@@ -61,7 +61,6 @@ import rich.table
 from absl import flags
 from jax.extend.core import Var
 from jax.sharding import AbstractMesh, AxisType
-from ml_collections import config_flags
 
 from blockattn import blocks, mesh as mesh_lib, metrics, optim, tree
 from blockattn.data import packing
@@ -144,21 +143,18 @@ def _check(config, cfg, place, platform):
   for specs in (transformer.spec(cfg), trained(config, cfg)):
     spec_lib.shardings(specs, place.mesh, place.rules)
   place.check_divisible('query heads', (cfg.heads,), ('kv_heads',))   # attention cuts both along this rule
-  setup.check_batch(config, place, platform)
-  setup.optim_config(config)
-  setup.check_reports(config)
   if 'distill' in config:
     distill.options_of(config)
-    setup.check_teacher(config)
     other = setup.teacher_placement(config, place)
     spec_lib.shardings(_teacher_specs(cfg), place.mesh, other.rules)
     other.check_divisible('query heads of the teacher', (cfg.heads,), ('kv_heads',))
   elif 'finetune' in config:
-    finetune.FinetuneOptions(**dict(config.finetune), chunk=config.chunk, accumulate=config.accumulate)
+    finetune.options_of(config)
   elif 'segment' in config:
     segment.options_of(config)
   else:
     raise ValueError('config has no `distill`, `finetune` or `segment` part; see configs/common.py')
+  setup.check_batch(config, place, platform)
 
 
 def _warnings(config, cfg):
@@ -450,10 +446,8 @@ def _gigabytes(size):
 def main(argv: list[str] | None = None) -> int:
   """The command line. Returns the exit status: 2 for a config that cannot run. If only its batch does not fit, one that
   does is shown."""
-  argv = sys.argv if argv is None else ['tools.show', *argv]
+  argv = sys.argv[1:] if argv is None else argv
   values = flags.FlagValues()   # its own, so that main can be called twice in a process
-  config = config_flags.DEFINE_config_file('config', None, 'Config file, with an optional :argument.', lock_config=True,
-                                           flag_values=values, sys_argv=argv)
   devices = flags.DEFINE_integer('devices', None, 'How many devices there will be; default: as many as --mesh says, or 1.',
                                  lower_bound=1, flag_values=values)
   mesh = flags.DEFINE_string('mesh', None, 'AXIS=SIZE,... in place of config.mesh; axes left out are 1, one may be -1.',
@@ -465,23 +459,22 @@ def main(argv: list[str] | None = None) -> int:
                              lower_bound=0.001, flag_values=values)
   topology = flags.DEFINE_string('aot', None, 'TPU slice such as v5e:4x4 to compile the step for.', flag_values=values)
   out = flags.DEFINE_string('json', None, 'File to keep the result in.', flag_values=values)
-  show_help = flags.DEFINE_bool('help', False, 'This text.', short_name='h', flag_values=values)
   err = rich.console.Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
   try:
-    command.check_overrides(argv)
-    rest = values(argv)[1:]
-    if show_help.value:
+    if command.HELP & set(argv):
       print(__doc__)
       return 0
-    if rest or config.value is None:
-      raise ValueError(f'unexpected arguments {rest}' if rest else '--config=FILE is missing')
+    config, rest = command.read_config(argv)
+    rest = values(['tools.show', *rest])[1:]
+    if rest:
+      raise ValueError(f'unexpected arguments {rest}')
     if mesh.value is not None:
-      config.value.mesh = parse_mesh(mesh.value)
-    count = devices.value or mesh_devices(mesh.value, config.value, topology.value)
-    wrong = round_batch_up(config.value, count)
-    shown = describe(config.value, count, device.value, mfu=mfu.value, links=links.value and links.value * _GB)
+      config.mesh = parse_mesh(mesh.value)
+    count = devices.value or mesh_devices(mesh.value, config, topology.value)
+    wrong = round_batch_up(config, count)
+    shown = describe(config, count, device.value, mfu=mfu.value, links=links.value and links.value * _GB)
     if topology.value:
-      shown['compiled'] = aot_step.compile_for(topology.value, config.value)
+      shown['compiled'] = aot_step.compile_for(topology.value, config)
     if out.value:
       metrics.write_json(pathlib.Path(out.value), shown)
   except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError, RuntimeError) as error:
@@ -490,7 +483,7 @@ def main(argv: list[str] | None = None) -> int:
   print_description(shown, rich.console.Console(width=None if sys.stdout.isatty() else 150, markup=False,
                                                 highlight=False, soft_wrap=True))
   if wrong:
-    err.print(f'show: {wrong}; shown is --config.batch={config.value.batch}')
+    err.print(f'show: {wrong}; shown is --config.batch={config.batch}')
     return 2
   return 0
 

@@ -10,6 +10,7 @@ switched off: "<|im_end|>" in a passage becomes the tokens of these ten characte
 tokenizer's own marking ("special": true); added tokens without it, such as Qwen's <think>, are ordinary vocabulary.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from blockattn import errors
 from blockattn.data import text as text_lib
 
 TOO_LONG = ('drop', 'cut')
@@ -61,7 +63,8 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
   """A transformers fast tokenizer, from a local folder without any network access, or by its name on the hub.
 
   Raises:
-    FileNotFoundError: `name` is a path, not a hub name, and no such folder with a tokenizer.json exists.
+    FileNotFoundError: `name` is a path, not a hub name, and no such folder with a tokenizer.json exists; or it cannot be
+      downloaded.
     ValueError: the tokenizer has no fast version.
   """
   import transformers  # slow to import
@@ -71,7 +74,8 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
     raise FileNotFoundError(f'{name}: no such folder; give a folder with a tokenizer.json, or a name on the hub')
   if local and not os.path.isfile(os.path.join(name, 'tokenizer.json')):
     raise FileNotFoundError(f'{name}: no tokenizer.json in this folder; save the tokenizer with save_pretrained first')
-  tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+  with contextlib.nullcontext() if local else errors.hub(name):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
   if not tokenizer.is_fast:
     raise ValueError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
   return tokenizer

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from blockattn import blocks as blocks_lib
+from blockattn import blocks as blocks_lib, errors
 from blockattn.data import markers, variation
 from blockattn.data.semanticseg import hints
 from blockattn.models.segmenter import IGNORED
@@ -57,9 +57,12 @@ class DrawOptions:
   tolerance: int = 0
 
   def __post_init__(self):
-    if self.variants < 1 or self.temperature <= 0 or self.tolerance < 0:
-      raise ValueError(f'config.segment.draw: variants={self.variants}, temperature={self.temperature}, '
-                       f'tolerance={self.tolerance}; give at least one variant, a temperature above 0, a tolerance from 0')
+    where = 'config.segment.draw.'
+    errors.check_number(f'{where}temperature', self.temperature, above=0)
+    errors.check_number(f'{where}variants', self.variants, 1)
+    errors.check_number(f'{where}tolerance', self.tolerance, 0)
+    for name in ('bare', 'hints', 'variation', 'short', 'mosaic', 'join', 'skip', 'drop'):
+      errors.check_number(where + name, getattr(self, name), 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +176,7 @@ class DrawnRows:
     rows: of an epoch; there is no end of them.
 
   Raises:
-    ValueError: no documents.
+    ValueError: no documents, or rows too short for the longest unit that the reader reads.
   """
 
   def __init__(self, documents: Sequence[Any], reader: markers.Reader, options: DrawOptions, seed: int,
@@ -184,6 +187,11 @@ class DrawnRows:
       self._by_category[document.category].append(number)
     if not self._documents:
       raise ValueError('no documents to train on')
+    self._least = 3 * reader.options.longest + reader.options.ahead   # positions that a text is begun in
+    if options.length <= self._least:
+      raise ValueError(f'config.data.length={options.length} is too short: three units of up to config.segment.head + tail '
+                       f'= {reader.options.longest - 1} tokens have to fit; give more than {self._least}, or a smaller '
+                       'config.segment.head and tail')
     self.length, self._reader, self._options, self._seed, self._rows = options.length, reader, options, seed, rows
     self._coded = {}
     self.categories = sorted(self._by_category)
@@ -196,9 +204,8 @@ class DrawnRows:
 
   def __getitem__(self, row: int) -> dict:
     rng = np.random.default_rng((self._seed, int(row)))
-    least = 3 * self._reader.options.longest + self._reader.options.ahead
     parts, room, category = [], self.length, self._category(rng)
-    while room > least:
+    while room > self._least:
       coded, ended = self._text(category, room, rng)
       stop = self._reader.fit(coded.units, 0, room)
       part = place_labels(coded, self._reader, 0, stop, ended and stop == len(coded))

@@ -34,6 +34,8 @@ import warnings
 
 import numpy as np
 
+from blockattn import errors
+
 # Tests, tools with a user interface of their own, generated tables: little prose, or prose that repeats itself.
 _SKIPPED = frozenset({'test', 'tests', 'idlelib', 'idle_test', 'site-packages', 'lib2to3', 'turtledemo', 'pydoc_data',
                       'ensurepip', '__pycache__', '__phello__', '_pyrepl'})
@@ -82,6 +84,17 @@ class PageStyle:
   renamed: float = 0.0
   split_words: int = 0
   seed: int = 0
+
+  def __post_init__(self):
+    for name in ('members', 'questions'):
+      pair = getattr(self, name)
+      if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
+        raise ValueError(f'config.data.pages.{name}={pair}; give two numbers, the fewest and the most: 2,4')
+      errors.check_number(f'config.data.pages.{name}', pair[0], 1)
+      errors.check_number(f'config.data.pages.{name}', pair[1], pair[0])
+    errors.check_number('config.data.pages.renamed', self.renamed, 0, 1)
+    for name in ('doc_chars', 'split_words', 'seed'):
+      errors.check_number(f'config.data.pages.{name}', getattr(self, name), 0)
 
 
 def first_sentence(doc):

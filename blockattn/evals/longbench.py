@@ -30,6 +30,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from blockattn import errors
 from blockattn.data import text
 from blockattn.evals import answers, longbench_scores as scores
 
@@ -164,11 +165,8 @@ def _download(name):
   if os.path.isabs(repo) or repo.startswith(('.', '~')) or repo.count('/') != 1 or '' in repo.split('/'):
     raise FileNotFoundError(f'{name}: no folder and no zip file, and no name on the hub (owner/dataset) either')
   import huggingface_hub
-  try:
+  with errors.hub(str(name)):
     return huggingface_hub.hf_hub_download(repo, ARCHIVE, repo_type='dataset', revision=revision or None)
-  except OSError as error:
-    raise FileNotFoundError(f'{name} is nothing here, and downloading its {ARCHIVE} from the hub failed: {error}; '
-                            'fetch it elsewhere and give its path') from error
 
 
 def _record(line, where):

@@ -14,6 +14,8 @@ import safetensors
 import safetensors.numpy
 import tokenizers
 
+from blockattn import errors
+
 META = 'blockattn.json'
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -49,11 +51,9 @@ def locate(name: os.PathLike | str) -> pathlib.Path:
   if folder.is_absolute() or repo.startswith(('.', '~')) or repo.count('/') != 1 or '' in repo.split('/'):
     raise FileNotFoundError(f'no folder {name}, and it is no hub name (owner/model or owner/model@revision) either')
   # '*' of the patterns matches '/', too: keep out other formats' copies that some repositories hold in folders.
-  try:
+  with errors.hub(str(name)):
     return pathlib.Path(huggingface_hub.snapshot_download(
         repo, revision=revision or None, allow_patterns=list(DOWNLOADED), ignore_patterns=['*/*', 'consolidated*']))
-  except OSError as e:
-    raise FileNotFoundError(f'{name} is no folder here, and downloading it from the hub failed: {e}') from e
 
 
 def read_json(path: pathlib.Path) -> dict:

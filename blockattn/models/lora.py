@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from blockattn import tree
+from blockattn import errors, tree
 from blockattn.models import transformer, weights
 from blockattn.models.spec import ParamSpec
 
@@ -30,13 +30,12 @@ class LoraOptions:
 
   def __post_init__(self):
     object.__setattr__(self, 'targets', tuple(self.targets))
-    if self.rank < 0 or self.alpha <= 0:
-      raise ValueError(f'lora.rank={self.rank}, lora.alpha={self.alpha}: give a rank from 1 (0: no LoRA) and an alpha '
-                       'above 0')
+    errors.check_number('config.lora.rank', self.rank, 0, hint='; 0: no LoRA')
+    errors.check_number('config.lora.alpha', self.alpha, above=0)
     unknown = [name for name in self.targets if name not in weights.CONTRACTED]
     if unknown or not self.targets:
       hint = tree.did_you_mean(unknown[0], weights.CONTRACTED) if unknown else 'name at least one'
-      raise ValueError(f'lora.targets={self.targets}: {hint}')
+      raise ValueError(f'config.lora.targets={self.targets}: {hint}')
 
   @property
   def factor(self) -> float:

@@ -1,19 +1,28 @@
-"""The command line of the trainers: `--config FILE[:ARG] --workdir DIR [--config.key=value ...]`."""
+"""The command line of the trainers: `--config FILE[:ARG] --workdir DIR [--overrides FILE] [--config.KEY=VALUE ...]`."""
 
+import argparse
+import ast
 import contextlib
-import errno
+import importlib.util
+import json
 import os
 import pathlib
 import platform
 import re
 import sys
-import traceback
+import tokenize
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from flax import traverse_util
 
-from blockattn import checkpoint, multihost, tree
+from blockattn import checkpoint, errors, multihost, tree
 from blockattn.train import loop, setup
+
+_OVERRIDE = re.compile(r'--?(no)?config\.([^=]+)(?:=(.*))?', re.S)
+_COMMON = pathlib.Path(__file__).resolve().parents[2] / 'configs' / 'common.py'   # of the checkout, as all configs are
+HELP = frozenset(('--help', '-help', '-h', '--helpshort', '--helpfull'))
 
 
 def quiet_libraries():
@@ -22,63 +31,81 @@ def quiet_libraries():
   logging.set_verbosity(logging.WARNING)
 
 
-def main(run):
-  """Command line of a trainer: `--config FILE[:ARG] --workdir DIR [--multihost WHERE] [--profile FIRST:END]
-  [--config.key=value ...]`."""
-  from absl import app, flags
-  from ml_collections import config_flags
-  config = config_flags.DEFINE_config_file('config', None, 'Config file, with an optional :argument.', lock_config=True)
-  workdir = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, metrics, the resolved config.')
-  where = flags.DEFINE_string('multihost', None, 'One of several processes of a run: auto, or ADDRESS:PORT,N,I (where '
-                              'process 0 is reached, the number of processes, the number of this one).')
-  profile = flags.DEFINE_string('profile', None, 'FIRST:END, such as 10:15: writes a trace of these steps, END not '
-                                'included, into WORKDIR/profile; short for --config.profile.')
-  flags.mark_flags_as_required(['config', 'workdir'])
+def main(run, section: str | None = None):
+  """Command line of a trainer.
 
-  def start(argv):
-    if len(argv) > 1:
-      raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-    quiet_libraries()
-    if profile.value is not None:
-      config.value.profile = profile.value
-    with _errors_as_a_line():
-      setup.check_reports(config.value)
-    with _errors_as_a_line(), multihost.joined(where.value), _errors_as_a_line():
-      setup.use_cpu_cores(config.value)
-      check_hosts(config.value, workdir.value)
-      attention = loop.attention(config.value)
-      if jax.process_index() == 0:
-        print(attention, flush=True)
-      with loop.only_run_in(workdir.value):
-        run(config.value, workdir.value)
+  Args:
+    run: (config, workdir) -> anything.
+    section: the config's section of this trainer, for --help without a config.
+  """
+  from absl import app
+  argv = sys.argv[1:]
+  with _errors_as_a_line():
+    if HELP & set(argv):
+      print(help_text([arg for arg in argv if arg not in HELP], section))
+      return
+    config, rest = read_config(argv)
+    options = _parser().parse_args(rest)
+    if not options.workdir:
+      raise ValueError('--workdir is empty: name the folder of the run, for its checkpoints, metrics and config')
+    if options.profile is not None:
+      config.profile = options.profile
 
-  def parse(argv):
-    try:
-      check_overrides(argv)
-    except (ValueError, FileNotFoundError) as error:
-      _stop(error)
-    return app.parse_flags_with_usage(argv)
+    def start(_):
+      quiet_libraries()
+      setup.check_reports(config)
+      with multihost.joined(options.multihost):
+        setup.use_cpu_cores(config)
+        check_hosts(config, options.workdir)
+        if jax.process_index() == 0:
+          print(loop.attention(config), flush=True)
+        with loop.only_run_in(options.workdir):
+          run(config, options.workdir)
 
-  app.run(start, flags_parser=parse)
+    app.run(start, argv=sys.argv[:1])
+
+
+def _parser() -> argparse.ArgumentParser:
+  main_spec = getattr(sys.modules['__main__'], '__spec__', None)
+  parser = argparse.ArgumentParser(
+      prog=f'python -m {main_spec.name}' if main_spec else None, add_help=False, allow_abbrev=False,
+      usage='%(prog)s --config FILE[:ARG] --workdir DIR [--overrides FILE] [--config.KEY=VALUE ...]')
+  add = parser.add_argument
+  # The first two are taken by `read_config` before they come here.
+  add('--config', metavar='FILE[:ARG]', help='config file, with an optional argument of its get_config')
+  add('--overrides', metavar='FILE', help='values of the config, YAML or JSON, nested or with dotted keys; also the '
+      'config.json of a run. What --config.KEY says goes before it')
+  add('--workdir', '-workdir', metavar='DIR', required=True,
+      help='folder of the run: checkpoints, metrics, the resolved config')
+  add('--multihost', '-multihost', metavar='WHERE', help='one of several processes of a run: auto, or ADDRESS:PORT,N,I '
+      '(where process 0 is reached, the number of processes, the number of this one)')
+  add('--profile', '-profile', metavar='FIRST:END', help='such as 10:15: writes a trace of these steps, END not included, '
+      'into WORKDIR/profile; short for --config.profile')
+  return parser
 
 
 @contextlib.contextmanager
 def _errors_as_a_line():
   try:
     yield
-  except (ValueError, FileNotFoundError, loop.NotFinite) as error:
-    if not _is_ours(error):
+  except KeyboardInterrupt:
+    print('Ctrl-C: ended; the same command starts again, and goes on from what stands in its --workdir, if anything does',
+          file=sys.stderr, flush=True)
+    _leave(errors.EXIT_INTERRUPTED)
+  except Exception as error:
+    line = errors.line_of(error)
+    if line is None:
       raise
-    _stop(error)
-  except checkpoint.NotSaved as error:
-    if multihost.is_started():
-      _stop(error)   # the processes end together, without waiting for their threads either
-    print(f'error: {error}', file=sys.stderr, flush=True)
-    os._exit(1)   # else threads of the write that failed would tell of it once more, with a traceback as the last words
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-      raise
-    _stop(f'{error}: make room there, then start the same command again to go on from the newest checkpoint')
+    print(f'error: {line}', file=sys.stderr, flush=True)
+    if isinstance(error, checkpoint.NotSaved):
+      _leave(errors.EXIT_MEND)
+    sys.exit(errors.EXIT_MEND)
+
+
+def _leave(code: int):
+  """Ends the process without its threads, which would have the last words: tracebacks of what this one has said already."""
+  sys.stdout.flush()
+  os._exit(code)
 
 
 def check_hosts(config, workdir):
@@ -96,48 +123,221 @@ def check_hosts(config, workdir):
                                       'kind of device': jax.local_devices()[0].device_kind})
 
 
-def _stop(error):
-  sys.exit(f'error: {error}')   # to stderr, exit code 1
+# The config that a command line speaks of.
 
+def read_config(argv: Sequence[str]) -> tuple[Any, list[str]]:
+  """(the locked ConfigDict that the arguments make, the arguments that are not about it).
 
-def _is_ours(error) -> bool:
-  """Whether a line of this package raised the error on purpose: its text says what to do, and a traceback adds nothing."""
-  innermost = traceback.extract_tb(error.__traceback__)[-1]
-  package = pathlib.Path(__file__).resolve().parents[1]
-  return pathlib.Path(innermost.filename).resolve().is_relative_to(package) and innermost.line.startswith('raise ')
-
-
-def check_overrides(argv):
-  """Checks the command line's config file and the names of its overrides; config_flags is short with both.
+  It is that of --config, with the values of the --overrides files, one after the other, and then those of --config.KEY,
+  wherever they stand.
 
   Raises:
-    FileNotFoundError: no such config file.
-    ValueError: the config file refuses its argument, or a --config.KEY is no key; names the nearest.
+    FileNotFoundError: no such file.
+    ValueError: the config file refuses its argument, a key does not exist (names the nearest), or a value is not of its
+      type.
   """
+  path, files, argv = _take_files(argv)
+  if path is None:
+    raise ValueError('--config is missing: give --config FILE[:ARG], such as configs/tiny.py')
+  overrides, rest = _take_overrides(argv, _load([f'--config={path}']))
+  config = _load([f'--config={path}', *overrides])
+  said = [match[2] for match in map(_OVERRIDE.match, overrides)]
+  for file in files:
+    values = read_overrides(file, config)
+    for key in [key for key in values if any(key == name or key.startswith(f'{name}.') for name in said)]:
+      del values[key]
+    with config.unlocked():
+      config.update_from_flattened_dict(values)
+  return config, rest
+
+
+def _take_files(argv):
+  """(value of --config, values of --overrides, all other arguments)."""
+  path, files, rest, given = None, [], [], iter(argv)
+  for arg in given:
+    match = re.fullmatch(r'--?(config|overrides)(?:=(.*))?', arg, re.S)
+    if match is None:
+      rest.append(arg)
+      continue
+    value = next(given, None) if match[2] is None else match[2]
+    if not value:
+      raise ValueError(f'{arg}: a file is missing behind it')
+    path, files = (value, files) if match[1] == 'config' else (path, [*files, value])
+  return path, files, rest
+
+
+def _take_overrides(argv, config) -> tuple[list[str], list[str]]:
+  """(overrides in the form --config.KEY=VALUE that config_flags takes, all other arguments)."""
+  known, overrides, lists, rest, given = config.to_dict(), [], {}, [], iter(argv)
+  for arg in given:
+    match = _OVERRIDE.fullmatch(arg)
+    if match is None:
+      rest.append(arg)
+      continue
+    no, key, text = match.groups()
+    _check_key(key, known, f'--config.{key}')
+    now = traverse_util.flatten_dict(known, sep='.').get(key)
+    if text is None and (no or isinstance(now, bool)):
+      text = 'false' if no else 'true'
+    elif text is None:
+      text = next(given, None)
+    if text is None:
+      raise ValueError(f'{arg} lacks its value: {arg}=...')
+    if isinstance(now, tuple):
+      lists[key] = lists.get(key, ()) + read_list(text, texts=key.endswith('files'))
+    else:
+      overrides.append(f'--config.{key}={text}')
+  return overrides + [f'--config.{key}={value!r}' for key, value in lists.items()], rest
+
+
+def read_list(text: str, texts: bool = False) -> tuple:
+  """'a.jsonl,more/' -> ('a.jsonl', 'more/'); '64,128' -> (64, 128).
+
+  What is in brackets or quotes is read as Python reads it, which is how to write a text with a comma in it.
+
+  Args:
+    texts: what looks like a number is a text, too.
+  """
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = None
+  value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+  kinds = (str,) if texts else (str, int, float, tuple, list)
+  if all(isinstance(part, kinds) and not isinstance(part, bool) for part in value):
+    return value
+  return tuple(part.strip() for part in text.split(',') if part.strip())
+
+
+def _load(args):
+  """The ConfigDict of `--config=FILE --config.KEY=VALUE ...`; errors as of `read_config`."""
   from absl import flags
   from ml_collections import ConfigDict, config_flags
-  override = re.compile(r'--?(?:no)?config\.([^=\[]+)')
-  plain, values = [arg for arg in argv if not override.match(arg)], flags.FlagValues()
-  flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=plain)
+  argv, values = ['', *args], flags.FlagValues()
+  flag = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
   try:
-    values(plain, known_only=True)
-  except flags.Error as error:   # a get_config that raised, with its traceback as text
-    kind, _, text = str(error).strip().splitlines()[-1].partition(': ')
+    values(argv)
+  except flags.Error as error:   # also of a get_config that raised, with its traceback as text
+    text = str(error).strip()
+    if 'Traceback' not in text:
+      raise ValueError(f'--{" ".join(text.removeprefix("flag ").removeprefix("--").split())}') from None
+    kind, _, said = text.splitlines()[-1].partition(': ')
     if kind != 'ValueError':
-      return   # no text for the user: let absl print all of it
-    raise ValueError(text) from None
-  if flag.value is None:
-    return   # absl says that it is required
+      raise   # no text for the user: all of it is needed
+    raise ValueError(said) from None
   if not isinstance(flag.value, ConfigDict):
     raise FileNotFoundError(f'{values["config"].config_filename}: no such config file')
-  for name in (match[1] for match in map(override.match, argv) if match):
-    _check_key(name, flag.value.to_dict())
+  return flag.value
 
 
-def _check_key(name, config):
+def _check_key(name, config: dict, said: str):
+  """Raises ValueError if the config has no such key."""
   known = traverse_util.flatten_dict(config, keep_empty_nodes=True, sep='.')
   if name in known or any(key.startswith(f'{name}.') for key in known):
     return
   same = [key for key in known if key.rsplit('.')[-1] == name.rsplit('.')[-1]]   # the right key of the wrong section
   hint = f'did you mean {same[0]!r}?' if len(same) == 1 else tree.did_you_mean(name, known)
-  raise ValueError(f'--config.{name}: no such key; {hint}')
+  raise ValueError(f'{said}: no such key; {hint}')
+
+
+def read_overrides(path: str, config) -> dict[str, Any]:
+  """{dotted key: value} of a file of --overrides, checked against the config.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: neither YAML nor JSON, no mapping, a key that does not exist, or a value of another type than the config's.
+  """
+  import yaml
+  file, known = pathlib.Path(path).expanduser(), config.to_dict()
+  if not file.is_file():
+    raise FileNotFoundError(f'--overrides={path}: no such file')
+  try:
+    text = file.read_text(encoding='utf-8')
+    values = json.loads(text) if text.lstrip().startswith('{') else yaml.safe_load(text)
+  except (ValueError, RecursionError, yaml.YAMLError) as error:
+    raise ValueError(f'{path}: neither YAML nor JSON: {" ".join(str(error).split())}') from error
+  if not isinstance(values, dict):
+    raise ValueError(f'{path}: give keys and values, as in `optim: {{lr: 0.001}}` or `optim.lr: 0.001`')
+  now = traverse_util.flatten_dict(known, keep_empty_nodes=True, sep='.')
+  values = {key: _tuples(value) for key, value in loop.flat(values).items()}
+  for key, value in values.items():
+    if now.get(key.rpartition('.')[0]) is traverse_util.empty_node:   # it says nothing of its keys, as model.fields
+      continue
+    _check_key(key, known, f'{path}: {key}')
+    values[key] = _like(now.get(key), value, f'{path}: {key}')
+  return values
+
+
+def _tuples(value):
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _like(now, value, said):
+  """The value, if it is of the type that stands there now."""
+  if isinstance(now, float) and not isinstance(value, bool):
+    with contextlib.suppress(TypeError, ValueError):   # YAML reads 1e-4 as a text
+      return float(value)
+  if type(now) is not type(value):
+    raise ValueError(f'{said}={value!r}; this key takes {type(now).__name__}, such as {now!r}')
+  return value
+
+
+# --help
+
+def help_text(argv: Sequence[str], section: str | None) -> str:
+  """The options, and every key of the config with its value and what it means: of --config, else of all that the trainer
+  reads."""
+  path = _take_files(argv)[0]
+  config = _load([f'--config={path}']) if path else _defaults(section)
+  if config is None:
+    return f'{_parser().format_help()}\ngive --config FILE --help to see its keys'
+  ours = comments(_COMMON) if _COMMON.is_file() else {}
+  said = ours | comments(pathlib.Path(path.partition(':')[0])) | ours if path else ours   # in the order of ours
+  values = traverse_util.flatten_dict(config.to_dict(), keep_empty_nodes=True, sep='.')
+  order, groups = {key: number for number, key in enumerate(said)}, {}
+  at = lambda key: order.get(key, order.get(key.rpartition('.')[0], len(order)))
+  for key in sorted(values, key=lambda key: ('.' in key, at(key))):
+    groups.setdefault(key.rpartition('.')[0], []).append(key)
+  lines = [_parser().format_help(), f'keys of {path or "a config"}, each given as --config.KEY=VALUE; lists with commas:']
+  for group, keys in groups.items():
+    lines += ['', f'  {group or "the run"}{f": {said[group]}" if said.get(group) else ""}']
+    lines += [_described(f'{key}={_shown(values[key])}', said.get(key, '')) for key in keys]
+  return '\n'.join(lines)
+
+
+def _described(pair: str, said: str) -> str:
+  between = ' ' if len(pair) <= 44 else f'\n{"":49}'
+  return f'    {pair:<44}{between}{said}'.rstrip()
+
+
+def _shown(value) -> str:
+  if value is traverse_util.empty_node:
+    return '{}'
+  if isinstance(value, tuple) and not any(isinstance(part, tuple) for part in value):
+    return ','.join(map(str, value))
+  return str(value) if str(value) == str(value).strip() else repr(value)
+
+
+def _defaults(section):
+  """The config of a trainer as configs/common.py has it; None if there is none here."""
+  if not _COMMON.is_file():
+    return None
+  spec = importlib.util.spec_from_file_location('common_config', _COMMON)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.base()
+  if section:
+    getattr(module, f'add_{section}')(config)
+  return config
+
+
+def comments(path: pathlib.Path) -> dict[str, str]:
+  """{dotted key: the comment behind it} of every `config.KEY = ...` in a source file, in its order."""
+  with tokenize.open(path) as file:
+    source = file.read()
+  behind = {token.start[0]: token.string.lstrip('# ') for token in tokenize.generate_tokens(iter(
+      source.splitlines(keepends=True)).__next__) if token.type == tokenize.COMMENT}
+  assigned = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)]
+  keys = {ast.unparse(node.targets[0]): behind.get(node.end_lineno, '')
+          for node in sorted(assigned, key=lambda node: node.lineno)}
+  return {key.removeprefix('config.'): said for key, said in keys.items() if key.startswith('config.')}

@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from blockattn import blocks, losses, optim
+from blockattn import blocks, errors, losses, optim
 from blockattn.models import lora, transformer
 from blockattn.train import command, loop, setup
 
@@ -46,11 +46,14 @@ class DistillOptions:
 
   def __post_init__(self):
     if self.drop_mode not in blocks.DROP_MODES:
-      raise ValueError(f'distill.drop_mode={self.drop_mode!r}; choose one of {", ".join(blocks.DROP_MODES)}')
+      raise ValueError(f'config.distill.drop_mode={self.drop_mode!r}; choose one of {", ".join(blocks.DROP_MODES)}')
     if self.loss_over not in LOSS_OVER:
-      raise ValueError(f'distill.loss_over={self.loss_over!r}; choose one of {", ".join(LOSS_OVER)}')
-    if not 0 <= self.drop_rate <= 1 or self.temperature <= 0:
-      raise ValueError('distill.drop_rate must be within 0 and 1, and distill.temperature above 0')
+      raise ValueError(f'config.distill.loss_over={self.loss_over!r}; choose one of {", ".join(LOSS_OVER)}')
+    errors.check_number('config.distill.drop_rate', self.drop_rate, 0, 1)
+    errors.check_number('config.distill.temperature', self.temperature, above=0)
+    errors.check_number('config.distill.ce_weight', self.ce_weight, 0)
+    errors.check_number('config.distill.weights.floor', self.weights.floor, 0)
+    errors.check_number('config.distill.weights.cap', self.weights.cap, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +164,11 @@ def run(config, workdir):
 
   The params of a LoRA student are the trained ones alone, as its checkpoints hold them.
   """
-  place = setup.placement(config)
-  setup.check_batch(config, place)
-  setup.check_teacher(config)
+  options, optim_config, low_rank = options_of(config), setup.optim_config(config), setup.lora_options(config)
   if not config.model.source:
     raise ValueError('config.model.source is empty: distillation needs a trained teacher, a Hugging Face folder or name')
-  options, optim_config, low_rank = options_of(config), setup.optim_config(config), setup.lora_options(config)
+  place = setup.placement(config)
+  setup.check_batch(config, place)
   teacher_place = setup.teacher_placement(config, place)
   loop.save_run_facts(workdir, config)
   tokenizer = setup.tokenizer(config)
@@ -192,11 +194,11 @@ def run(config, workdir):
 
 
 def options_of(config) -> DistillOptions:
-  setup.check_section(config, 'distill')
+  setup.check_config(config, 'distill')
   fields = dict(config.distill)
   weights = losses.TokenWeights(**dict(fields.pop('weights')))
   return DistillOptions(**fields, weights=weights, chunk=config.chunk, accumulate=config.accumulate, seed=config.seed)
 
 
 if __name__ == '__main__':
-  command.main(run)
+  command.main(run, 'distill')

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from blockattn import blocks, losses, optim
+from blockattn import blocks, errors, losses, optim
 from blockattn.models import lora, transformer
 from blockattn.train import command, loop, setup
 
@@ -35,7 +35,9 @@ class FinetuneOptions:
 
   def __post_init__(self):
     if self.mode not in MODES:
-      raise ValueError(f'finetune mode {self.mode!r}; choose one of {", ".join(MODES)}')
+      raise ValueError(f'config.finetune.mode={self.mode!r}; choose one of {", ".join(MODES)}')
+    for name in ('text_weight', 'prompt_weight', 'answer_weight'):
+      errors.check_number(f'config.finetune.{name}', getattr(self, name), 0)
     if self.text_weight + self.prompt_weight + self.answer_weight <= 0:
       raise ValueError('all token weights of finetune are 0: there is nothing to learn')
 
@@ -84,9 +86,10 @@ def _measure(sums):
 
 def run(config, workdir):
   """Trains as the config says; returns (ModelConfig, params, BlockOptions); of LoRA, the trained params alone."""
+  options, optim_config = options_of(config), setup.optim_config(config)
   place = setup.placement(config)
   setup.check_batch(config, place)
-  options, optim_config, compute = options_of(config), setup.optim_config(config), setup.compute(config, place)
+  compute = setup.compute(config, place)
   low_rank, frozen = setup.lora_options(config), None
   loop.save_run_facts(workdir, config)
   tokenizer = setup.tokenizer(config)
@@ -107,9 +110,9 @@ def run(config, workdir):
 
 
 def options_of(config) -> FinetuneOptions:
-  setup.check_section(config, 'finetune')
+  setup.check_config(config, 'finetune')
   return FinetuneOptions(**dict(config.finetune), chunk=config.chunk, accumulate=config.accumulate)
 
 
 if __name__ == '__main__':
-  command.main(run)
+  command.main(run, 'finetune')

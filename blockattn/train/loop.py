@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blockattn import checkpoint, locks, metrics, multihost, trace
+from blockattn import checkpoint, errors, locks, metrics, multihost, trace
+from blockattn.hf import files
 from blockattn.kernels import api
 from blockattn.models import flops as flops_lib
 
@@ -37,7 +40,7 @@ class NotFinite(FloatingPointError):
 
 
 class Preempted(SystemExit):
-  """SIGTERM came; the state is saved and the process ends with code 75."""
+  """SIGTERM or Ctrl-C came; the state is saved and the process ends with code 75 or 130."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,7 @@ class LoopConfig:
 
   def __post_init__(self):
     for name in ('steps', 'log_every', 'save_every', 'keep'):
-      if getattr(self, name) < 1:
-        raise ValueError(f'config.{name}={getattr(self, name)}; give a number from 1')
+      errors.check_number(f'config.{name}', getattr(self, name), 1)
 
 
 def init_state(params, optimizer) -> TrainState:
@@ -165,7 +167,7 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
 
   Raises:
     NotFinite: the loss or gradient norm of a step was NaN or Inf; the last good checkpoint is kept.
-    Preempted: SIGTERM came; the state is saved; exit code 75.
+    Preempted: SIGTERM or Ctrl-C came; the state is saved; exit code 75 or 130.
     checkpoint.NotSaved: a checkpoint could not be written; those before it stand.
     checkpoint.Damaged: the newest checkpoint is not what was written.
     ValueError: the newest checkpoint is of other data.
@@ -173,13 +175,19 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
   folder = pathlib.Path(workdir) / 'checkpoints'
   multihost.check_equal('data', batches.fingerprint)
   with checkpoint.Checkpoints(folder, keep=config.keep) as saved, \
-      multihost.failing_ends_all(agreed=(NotFinite, Preempted)), _Sigterm() as terminated:
+      multihost.failing_ends_all(agreed=(NotFinite, Preempted)), _Signals() as signals:
     state, step = _resume(saved, state, batches)
     first = jax.process_index() == 0
     with metrics.MetricWriter(workdir, jax.process_index(), resume_step=step, wandb_project=config.wandb) as writer, \
         metrics.ProgressLine(config.steps, config.label, enabled=first) as progress, \
         trace.Profiler(pathlib.Path(workdir) / 'profile', config.profile if first else None) as profiler:
       report = _Reporter(config, writer, progress)
+      if step >= config.steps:
+        progress.say(f'finished already: step {step} of {config.steps} is saved in {folder}. To train longer, give a new '
+                     f'--workdir and a larger --config.steps; to go on from what was learned, export it '
+                     f'(python -m tools.convert to_hf {workdir} FOLDER) and give --config.model.source=FOLDER')
+      elif step:
+        progress.say(f'going on from step {step} of {config.steps}, saved in {folder}')
       while step < config.steps:
         with profiler.step(step + 1, state):
           batch = next(batches)
@@ -190,15 +198,16 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
           with report.pause():
             if seen := watch(step, state):
               writer.write(step, seen)
-        last, stop = step == config.steps, terminated(step)
+        last, stop = step == config.steps, signals.stop(step)
         if last or stop or step % config.save_every == 0:
           with report.pause():   # raises before a state that is not finite could be saved
             saved.save(step, state.params, state.opt_state, batches.get_state(), meta | {'step': step})
         saved.check()   # a write in the background that failed ends the run now, and not at the next one
         if stop and not last:
           saved.wait()
-          progress.say(f'SIGTERM: saved step {step} in {folder}; start the same command again to go on')
-          raise Preempted(EXIT_PREEMPTED)
+          name, code = ('Ctrl-C', errors.EXIT_INTERRUPTED) if signals.interrupted else ('SIGTERM', EXIT_PREEMPTED)
+          progress.say(f'{name}: saved step {step} in {folder}; start the same command again to go on')
+          raise Preempted(code)
   return state
 
 
@@ -266,28 +275,56 @@ def _check_finite(step, values):
                     'lower optim.lr, or lower optim.clip')
 
 
-class _Sigterm:
-  """Within the block, SIGTERM sets a flag instead of ending the process; asked for at every step, by its number.
+class _Signals:
+  """Within the block, SIGTERM and Ctrl-C ask for an end after the step under way, rather than ending the process.
 
-  In a run of several processes, which have to stop at the same step, JAX notices the signal and says when.
+  In a run of several processes, which have to stop at the same step, JAX notices SIGTERM and says when; Ctrl-C is handed on
+  to it. A second Ctrl-C ends the process at once.
   """
+  ONE_PRESS_S = 1.0   # a launcher hands on the Ctrl-C that the terminal has sent to us already
+
+  def __init__(self):
+    self._terminated, self._pressed, self._old = False, None, {}
+
+  @property
+  def interrupted(self) -> bool:
+    return self._pressed is not None
+
+  def stop(self, step: int) -> bool:
+    """Whether to stop after this step; to be asked at every step."""
+    if multihost.is_started():
+      return multihost.preempted(step)
+    return self._terminated or self.interrupted
 
   def __enter__(self):
-    self._flag, self._old = False, None
+    handlers = {signal.SIGTERM: self._terminate, signal.SIGINT: self._interrupt}
     if multihost.is_started():
-      return multihost.preempted
+      del handlers[signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:   # as the shell starts what runs in the background
+      del handlers[signal.SIGINT]
     try:
-      self._old = signal.signal(signal.SIGTERM, self._set)
+      self._old = {sign: signal.signal(sign, handler) for sign, handler in handlers.items()}
     except ValueError:   # not the main thread: whoever runs us there handles signals
       pass
-    return lambda step: self._flag
+    return self
 
-  def _set(self, *_):
-    self._flag = True
+  def _terminate(self, *_):
+    self._terminated = True
+
+  def _interrupt(self, *_):
+    now = time.monotonic()
+    if self._pressed is None:
+      self._pressed = now
+      print('Ctrl-C: saving after the step under way; again to end at once', file=sys.stderr, flush=True)
+      if multihost.is_started():
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif now - self._pressed > self.ONE_PRESS_S:
+      print('Ctrl-C: ended without saving; the same command goes on from the newest checkpoint', file=sys.stderr, flush=True)
+      os._exit(errors.EXIT_INTERRUPTED)   # whatever is being written is finished or removed by the next start
 
   def __exit__(self, *_):
-    if self._old is not None:
-      signal.signal(signal.SIGTERM, self._old)
+    for sign, handler in self._old.items():
+      signal.signal(sign, handler)
 
 
 @contextlib.contextmanager
@@ -331,7 +368,7 @@ def save_run_facts(workdir, config, command=None):
   workdir.mkdir(parents=True, exist_ok=True)
   path, new = workdir / 'config.json', resolved(config)
   if path.exists() and checkpoint.newest_step(workdir / 'checkpoints') is not None:
-    changed = differing_keys(json.loads(path.read_text()), new)
+    changed = differing_keys(files.read_json(path), new)
     if changed:
       raise ValueError(f'{workdir} holds a run with another config: {", ".join(changed)} differ. '
                        'Use a new --workdir, or the old values')

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from blockattn import optim
+from blockattn import errors, optim
 from blockattn.data import markers, segment_pipeline
 from blockattn.data.semanticseg import hints, schema
 from blockattn.hf import config as hf_config, convert, files
@@ -36,8 +36,7 @@ class SegmentOptions:
   accumulate: int
 
   def __post_init__(self):
-    if self.cut_weight <= 0:
-      raise ValueError(f'config.segment.cut_weight={self.cut_weight}; give a number above 0')
+    errors.check_number('config.segment.cut_weight', self.cut_weight, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +226,8 @@ def run(config, workdir):
 
 
 def options_of(config) -> SegmentOptions:
-  setup.check_section(config, 'segment')
+  setup.check_config(config, 'segment')
+  draw_options(config)
   return SegmentOptions(config.segment.cut_weight, config.accumulate)
 
 
@@ -277,4 +277,4 @@ def _best_so_far(folder):
 
 
 if __name__ == '__main__':
-  command.main(run)
+  command.main(run, 'segment')

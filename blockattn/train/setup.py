@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import blocks, mesh as mesh_lib, optim, trace, tree
+from blockattn import blocks, errors, mesh as mesh_lib, optim, trace, tree
 from blockattn.data import encode, pipeline, stdlib, taught as taught_lib
 from blockattn.hf import convert
 from blockattn.inference import cutter as segment_cutter, granularity
@@ -96,11 +96,9 @@ def block_options(config, cfg, tokenizer) -> tuple[transformer.ModelConfig, bloc
   """The student's ModelConfig and BlockOptions from config.blocks.
 
   Raises:
-    ValueError: sink_text is not a single token of the tokenizer, or the number or the kind of sinks is no good.
+    ValueError: sink_text is not a single token of the tokenizer, or the kind of sinks is no good.
   """
   b = config.blocks
-  if b.sinks < 0:
-    raise ValueError(f'config.blocks.sinks={b.sinks}; give a number from 0')
   if b.sink_kind == 'learned':
     ids = tuple(range(cfg.vocab, cfg.vocab + b.sinks))
     cfg = dataclasses.replace(cfg, learned_sinks=b.sinks)
@@ -136,14 +134,6 @@ def teacher_from(params, cfg, config, place):
     return jax.jit(quantize, out_shardings=weights.quantized_shardings(shardings))(params)
   copy = lambda params: jax.tree.map(lambda p: jnp.array(p, config.teacher.dtype, copy=True), params)
   return jax.jit(copy, out_shardings=shardings)(params)
-
-
-def check_teacher(config):
-  """Raises ValueError if config.teacher has a dtype that no teacher can have."""
-  choices = {'dtype': ('float32', 'bfloat16', 'int8'), 'compute_dtype': ('float32', 'bfloat16')}
-  for name, known in choices.items():
-    if config.teacher[name] not in known:
-      raise ValueError(f'config.teacher.{name}={config.teacher[name]!r}; choose one of {", ".join(known)}')
 
 
 def teacher_facts(config) -> dict:
@@ -221,7 +211,7 @@ def loop_config(config, label, cfg=None) -> loop.LoopConfig:
     cfg: the trained model's ModelConfig, to count operations for MFU; None: not counted.
 
   Raises:
-    ValueError: a number below 1, a bad config.peak_tflops, config.profile or config.wandb.
+    ValueError: a number below 1, a bad config.profile or config.wandb.
   """
   check_reports(config)
   count, peak = None, 0.0
@@ -241,12 +231,9 @@ def check_reports(config):
   """Checks what a run reports to whom, before anything is loaded.
 
   Raises:
-    ValueError: config.profile is no range of the run's steps, config.peak_tflops is below 0, or config.wandb asks for a
-      package that is not installed.
+    ValueError: config.profile is no range of the run's steps, or config.wandb asks for a package that is not installed.
   """
   trace.parse_steps(config.profile, config.steps)
-  if config.peak_tflops < 0:
-    raise ValueError(f'config.peak_tflops={config.peak_tflops}; give the TFLOP/s of a device, or 0')
   if config.wandb and importlib.util.find_spec('wandb') is None:
     raise ValueError(f'config.wandb={config.wandb!r} needs Weights & Biases: pip install "blockattn[log]"')
 
@@ -327,11 +314,14 @@ def pages(data, tokenizer, *, split: str, own_blocks: bool = False, **style):
   """Pages of Python's standard library, of the containers of a split; `style` replaces fields. `own_blocks`: no segmenter
   cuts any of them."""
   containers = stdlib.split_containers(stdlib.read_containers(), split)
-  page_style = stdlib.PageStyle(**{name: tuple(v) if isinstance(v, (list, tuple)) else v
-                                   for name, v in (dict(data.pages) | style).items()})
-  return pipeline.PageRows(containers, page_style, tokenizer, length=data.length, max_blocks=data.max_blocks,
+  return pipeline.PageRows(containers, page_style(data, **style), tokenizer, length=data.length, max_blocks=data.max_blocks,
                            block_tokens=data.block_tokens, cutter=None if own_blocks else cutter(data),
                            cut_share=data.segment.pages)
+
+
+def page_style(data, **style) -> stdlib.PageStyle:
+  return stdlib.PageStyle(**{name: tuple(v) if isinstance(v, (list, tuple)) else v
+                             for name, v in (dict(data.pages) | style).items()})
 
 
 def batches(config, source):
@@ -360,9 +350,6 @@ def own_rows(place, batch: int) -> list[int]:
 def check_batch(config, place, platform: str | None = None):
   """Raises ValueError if the global batch cannot be cut over the mesh, of devices of JAX's `platform` (default: those here),
   in config.accumulate slices."""
-  for name in ('batch', 'accumulate', 'chunk'):
-    if config[name] < 1:
-      raise ValueError(f'config.{name}={config[name]}; give a number from 1')
   _check_length(config, place.size('tokens'), platform or jax.default_backend())
   check_batch_divides(config, place)
 
@@ -396,6 +383,71 @@ def _check_length(config, ways, platform):
     if ways > 1 and length % step:
       raise ValueError(f'{what} = {length} must be a multiple of {step}: {ways} devices (config.mesh) share a row, each '
                        f'whole tiles of at least {tile} tokens')
+
+
+def check_config(config, trainer: str):
+  """Checks what can be said of a config before a device or a file is touched; the first thing that a trainer does.
+
+  Args:
+    trainer: the section that it reads: 'distill', 'finetune' or 'segment'.
+
+  Raises:
+    ValueError: the config is for another trainer, or a value is out of its range; names the key.
+  """
+  check_section(config, trainer)
+  check_numbers(config)
+  choices = {'model.dtype': ('float32', 'bfloat16'), 'compute.dtype': ('float32', 'bfloat16')}
+  if trainer == 'distill':
+    choices |= {'teacher.dtype': ('float32', 'bfloat16', 'int8'), 'teacher.compute_dtype': ('float32', 'bfloat16')}
+  if trainer == 'segment':
+    choices |= {'segment.export_dtype': ('float32', 'bfloat16')}
+  flat = loop.flat(config.to_dict())
+  for key, known in choices.items():
+    if flat[key] not in known:
+      raise ValueError(f'config.{key}={flat[key]!r}; choose one of {", ".join(known)}')
+  optim_config(config)
+  if 'lora' in config:
+    lora_options(config)
+  loop_config(config, trainer)
+
+
+# The ranges of the numbers that no dataclass answers for, as arguments of errors.check_number. Seeds: JAX reads 32 bits of
+# one, and would take 2 ** 32 for 0.
+_FROM_1, _FROM_0, _SHARE = {'low': 1}, {'low': 0}, {'low': 0, 'high': 1}
+_RANGES = {
+    'seed': {'low': 0, 'below': 2 ** 32}, 'batch': _FROM_1, 'accumulate': _FROM_1, 'chunk': _FROM_1,
+    'peak_tflops': _FROM_0 | {'hint': ', the TFLOP/s of a device; 0: as its kind says'},
+    'compute.sent': {'low': -1, 'hint': ' queries, or -1'},
+    'blocks.sinks': {'low': 0, 'high': 1024},
+    'data.length': {'low': 2, 'high': 2 ** 24}, 'data.max_blocks': {'low': 1, 'high': 2 ** 24}, 'data.block_tokens': _FROM_0,
+    'data.segment.target': _FROM_0, 'data.segment.minimum': _FROM_0, 'data.segment.maximum': _FROM_0,
+    'data.segment.pages': _SHARE, 'teacher.top_k': _FROM_1,
+    'segment.head': _FROM_1, 'segment.tail': _FROM_1, 'segment.inner': _FROM_0, 'segment.middle': _FROM_0,
+    'segment.ahead': _FROM_1, 'segment.eval_every': _FROM_0, 'segment.eval_rows': _FROM_1,
+    'model.fields.norm_eps': {'above': 0}, 'model.fields.rope_theta': {'above': 0},
+    **{f'model.fields.{name}': _FROM_1 for name in (
+        'vocab', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp', 'max_positions')},
+    **{f'model.fields.{name}': _FROM_0 for name in ('learned_sinks', 'labels', 'unit_tokens')}}
+
+
+def check_numbers(config):
+  """Raises ValueError, naming the key, if a number that no dataclass answers for is out of its range."""
+  flat = loop.flat(config.to_dict())
+  for key, limits in _RANGES.items():
+    if key in flat:
+      errors.check_number(f'config.{key}', flat[key], **limits)
+  for axis, size in config.mesh.items():
+    if size != -1:
+      errors.check_number(f'config.mesh.{axis}', size, 1, hint=', or -1: all devices that are left')
+  for size in config.compute.tiles:
+    errors.check_number('config.compute.tiles', size, 1)
+  if len(config.compute.tiles) not in (0, 2):
+    raise ValueError(f'config.compute.tiles={config.compute.tiles}; give two numbers, of a query tile and of a key tile: '
+                     '128,128')
+  # What a step reads is numbered in 32 bits.
+  errors.check_number('config.batch * config.data.length', config.batch * config.data.length, 1, 2 ** 31 - 1,
+                      hint=' tokens of a step')
+  page_style(config.data)
 
 
 def check_section(config, name):

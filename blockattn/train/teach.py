@@ -28,13 +28,21 @@ BIAS_BATCHES = 4
 
 def run(config, workdir):
   """Writes the folder `workdir`; what a run that was stopped has written stays."""
+  options, folder = distill.options_of(config), pathlib.Path(workdir)
   place = setup.placement(config)
   setup.check_batch(config, place)
-  setup.check_teacher(config)
-  options, folder = distill.options_of(config), pathlib.Path(workdir)
   _claim(folder, setup.teacher_facts(config))
   source = setup.rows(config, setup.tokenizer(config))
   needed = setup.needed_rows(config, source)
+  done = {row for rows in taught.written_rows(folder).values() for row in rows}
+  total, missing = len(needed), sum(int(number) not in done for number in needed)
+  first = jax.process_index() == 0
+  if not missing:
+    if first:
+      print(f'finished already: all {total} rows are in {folder}; train with --config.teacher.logits={folder}')
+    return
+  if first and missing < total:
+    print(f'going on: {total - missing} of {total} rows are in {folder}')
   teacher_place = setup.teacher_placement(config, place)
   cfg, params = setup.load_model(config, place)
   if config.teacher.top_k >= cfg.vocab:
@@ -47,13 +55,11 @@ def run(config, workdir):
   say = jax.jit(say, out_shardings=place.sharding(('batch',)))
   measure = jax.jit(functools.partial(bias_sums, cfg=cfg, compute=compute, options=options,
                                       positions=config.blocks.positions))
-  done = {row for rows in taught.written_rows(folder).values() for row in rows}
-  own = setup.own_rows(place, config.batch)
-  total, sums = len(needed), []
-  with metrics.ProgressLine(total, 'teaching', enabled=jax.process_index() == 0) as progress:
+  own, sums = setup.own_rows(place, config.batch), []
+  with metrics.ProgressLine(total, 'teaching', enabled=first) as progress:
     size = max(1, PART_ROWS // config.batch) * config.batch
-    for part, first in enumerate(range(0, total, size)):
-      numbers = needed[first:first + size]
+    for part, begin in enumerate(range(0, total, size)):
+      numbers = needed[begin:begin + size]
       if all(int(number) in done for number in numbers):
         continue
       records = {}
@@ -63,9 +69,9 @@ def run(config, workdir):
         if len(sums) < BIAS_BATCHES:
           sums.append(jax.device_get(measure(teacher, batch)))
         records |= rows.records(say(teacher, batch), cfg.vocab)
-        progress.update(first + start + len(rows.numbers), {})
+        progress.update(begin + start + len(rows.numbers), {})
       taught.write_part(folder, f'part-{part:05d}-{jax.process_index():04d}', records)
-    if sums and jax.process_index() == 0:
+    if sums and first:
       bias = bias_of(sums)
       progress.say(bias_table(bias))
       metrics.write_json(folder / 'bias.json', bias)
@@ -164,4 +170,4 @@ def bias_table(bias) -> str:
 
 
 if __name__ == '__main__':
-  command.main(run)
+  command.main(run, 'distill')

@@ -1,0 +1,81 @@
+"""What a user is told of what he can mend: one line that names the key or the file, and the remedy.
+
+What he gives is refused with a ValueError (a missing file: FileNotFoundError) whose text is that line; `line_of` tells such
+errors from faults of ours, whose traceback is needed.
+"""
+
+import contextlib
+import errno
+import linecache
+import math
+import numbers
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+EXIT_MEND = 2          # the user can mend it; the same command would fail again
+EXIT_INTERRUPTED = 130   # Ctrl-C, as shells have it
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_number(name: str, value: Any, low: float | None = None, high: float | None = None, *, above: float | None = None,
+                 below: float | None = None, hint: str = ''):
+  """Checks that a value is a finite number within its range.
+
+  Args:
+    name: as the user writes it: 'config.optim.lr'.
+    low, high: the least and the greatest that it may be.
+    above, below: bounds that it may not reach itself.
+    hint: what else to say of it.
+
+  Raises:
+    ValueError: it is not, NaN and infinity included.
+  """
+  bounds = ((low, 'from {}', lambda a, b: a >= b), (above, 'above {}', lambda a, b: a > b),
+            (high, 'to {}', lambda a, b: a <= b), (below, 'below {}', lambda a, b: a < b))
+  bounds = [(bound, words, holds) for bound, words, holds in bounds if bound is not None]
+  if not (isinstance(value, numbers.Real) and math.isfinite(value) and all(holds(value, b) for b, _, holds in bounds)):
+    words = ' '.join(['give a number', *(words.format(bound) for bound, words, _ in bounds)])
+    raise ValueError(f'{name}={value}; {words}{hint}')
+
+
+def line_of(error: BaseException) -> str | None:
+  """The line that tells a user what to mend; None of an error that is none of his."""
+  kinds = (ValueError, KeyError, OSError, FloatingPointError, RuntimeError)
+  if isinstance(error, kinds) and _is_raised_by_us(error):
+    return str(error.args[0] if isinstance(error, KeyError) else error)
+  if isinstance(error, OSError) and error.errno in _FULL:
+    return f'{error}: make room there, then start the same command again to go on from the newest checkpoint'
+  if isinstance(error, OSError) and error.filename is not None:
+    return f'{error.filename}: {error.strerror}; repair it, or name another path'
+  return None
+
+
+def _is_raised_by_us(error) -> bool:
+  """Whether a line of this package raised the error on purpose: its text says what to do, and a traceback adds nothing."""
+  at = error.__traceback__
+  while at is not None and at.tb_next is not None:
+    at = at.tb_next
+  if at is None:
+    return False
+  file, package = at.tb_frame.f_code.co_filename, pathlib.Path(__file__).resolve().parent
+  line = linecache.getline(file, at.tb_lineno).strip()
+  return pathlib.Path(file).resolve().is_relative_to(package) and line.startswith('raise ')
+
+
+@contextlib.contextmanager
+def hub(name: str) -> Iterator[None]:
+  """Within the block, what keeps `name` from being downloaded becomes one line.
+
+  Raises:
+    FileNotFoundError: no network, no such name, or no access to it.
+  """
+  import httpx  # what the hub's client asks with; slow to import
+  try:
+    yield
+  except (OSError, httpx.HTTPError) as error:
+    said = ' '.join(str(error).split())
+    raise FileNotFoundError(f'{name} is nothing here, and downloading it from the hub failed: {said} Where there is no '
+                            f'network, download it elsewhere (hf download {name}) and name its folder; what is private or '
+                            'gated needs `hf auth login`') from error
