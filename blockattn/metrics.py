@@ -20,6 +20,8 @@ from typing import Any, TextIO
 import rich.console
 import rich.progress
 
+from blockattn import disk
+
 FILE_NAME = 'metrics.jsonl'
 RESERVED = ('step', 'time')
 
@@ -110,9 +112,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def write_json(path: pathlib.Path, value: Any):
   """Writes JSON in one move: a reader never sees half of it."""
-  partial = path.with_name(path.name + '.tmp')
-  partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-  os.replace(partial, path)
+  disk.write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
 
 
 def truncate(path: str | os.PathLike, last_step: int | None):
@@ -129,9 +129,7 @@ def truncate(path: str | os.PathLike, last_step: int | None):
           (last_step is None or _parse(line, f'{path}:{number}')['step'] <= last_step)]
   new = ''.join(line + '\n' for line in kept)
   if new != text:
-    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
-    temporary.write_text(new, encoding='utf-8')
-    os.replace(temporary, path)
+    disk.write_text(path, new)
 
 
 def _parse(line: str, place: str) -> dict[str, Any]:

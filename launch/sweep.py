@@ -43,6 +43,7 @@ import yaml
 
 from blockattn import checkpoint
 from blockattn.train import command, loop, setup
+from tools import arguments
 
 HERE = pathlib.Path(__file__).resolve().parent
 TRAINERS = ('distill', 'finetune', 'segment')   # a section of a config, and the module of blockattn.train
@@ -203,6 +204,7 @@ def check_values(config) -> str:
   if len(sections) != 1:
     raise ValueError(f'the config has keys of {", ".join(sections) or "no trainer"}; a config is for one of '
                      f'{", ".join(TRAINERS)}')
+  command.check_local(config)
   importlib.import_module(f'blockattn.train.{sections[0]}').options_of(config)
   setup.loop_config(config, sections[0])
   setup.optim_config(config)
@@ -354,8 +356,8 @@ def say(text: str):
 
 
 def _arguments(argv: Sequence[str] | None):
-  parser = argparse.ArgumentParser(prog='python -m launch.sweep', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m launch.sweep', description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', required=True, metavar='FILE[:ARG]', help='config file with a sweep')
   parser.add_argument('--workdir', required=True, type=pathlib.Path, help='folder of the sweep, a folder per point in it')
   parser.add_argument('--points', default='', metavar='ARG', help='argument of the sweep')

@@ -28,11 +28,11 @@ from collections.abc import Mapping, Sequence
 import rich.console
 import rich.table
 
-from blockattn import checkpoint, metrics
+from blockattn import checkpoint, disk, metrics
 from blockattn.evals import answers
 from blockattn.hf import files
 from blockattn.train import loop
-from tools import report
+from tools import arguments, report
 
 _LISTED = 5   # ids that are said of each kind of mismatch
 _SWEEP_SCALARS = ('loss', 'kl', 'ce', 'teacher_ce', 'recall', 'tokens_per_s')   # of the table on the terminal
@@ -224,13 +224,6 @@ def sweep_page(folder: str | os.PathLike, sweep: Mapping) -> str:
   return report.page(folder, [part for part in parts if part])
 
 
-def write_text(path: pathlib.Path, text: str):
-  """Writes a file in one move: a reader never sees half of it."""
-  partial = path.with_name(path.name + '.tmp')
-  partial.write_text(text, encoding='utf-8')
-  os.replace(partial, path)
-
-
 def print_sweep(sweep: Mapping, console: rich.console.Console) -> None:
   head, rows = sweep_columns(sweep)
   keys = len(sweep['keys'])
@@ -250,8 +243,8 @@ def make_console(**more) -> rich.console.Console:
 
 
 def _arguments(argv: Sequence[str] | None):
-  parser = argparse.ArgumentParser(prog='python -m tools.compare', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.compare', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('a', nargs='?', help='folder of a run')
   parser.add_argument('b', nargs='?', help='folder of the other')
   parser.add_argument('--measure', help='what is compared (default: of each task its first measure)')
@@ -273,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     result = read_sweep(options.sweep) if options.sweep else compare(options.a, options.b, options.measure)
     if options.html:
-      write_text(pathlib.Path(options.html), sweep_page(options.sweep, result))
+      disk.write_text(options.html, sweep_page(options.sweep, result))
     if options.json:
       metrics.write_json(pathlib.Path(options.json), result)
   except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from blockattn import checkpoint, mesh
 from blockattn.hf import config, convert, files
 from blockattn.models import lora, spec, transformer
+from tools import arguments
 
 # What blockattn.json of an export takes over from a checkpoint's meta.
 CARRIED = ('source', 'kind', 'blocks', 'step', 'segmenter')
@@ -143,8 +144,8 @@ def _progress(title):
 
 
 def _parser():
-  parser = argparse.ArgumentParser(prog='python -m tools.convert', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.convert', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   commands = parser.add_subparsers(dest='command', required=True)
   for name, first in (('from_hf', 'source'), ('to_hf', 'workdir')):
     command = commands.add_parser(name)

@@ -24,7 +24,7 @@ from blockattn.evals import gap
 from blockattn.hf import convert
 from blockattn.train import command, distill, finetune, setup
 from configs import tiny
-from tools import evaluate, report
+from tools import arguments, evaluate, report
 
 QUESTIONS = 3
 SEGMENTED = 4   # pages in the report
@@ -177,8 +177,8 @@ def _relative(path):
 
 
 def main(argv=None) -> int:
-  parser = argparse.ArgumentParser(prog='python -m tools.demo', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.demo', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', default='runs/demo')
   parser.add_argument('--docs', type=int, default=256, help='questions of the evaluation')
   parser.add_argument('--steps', type=int, help='training steps of each model (default: as in configs/tiny.py)')

@@ -22,12 +22,11 @@ import os
 import pathlib
 import re
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from blockattn import metrics
-from tools import charts
+from blockattn import disk, metrics
+from tools import arguments, charts
 
 REFERENCE = 'teacher_full'
 BEFORE = 'student_block_before'
@@ -66,9 +65,7 @@ def render(workdir: str | os.PathLike) -> pathlib.Path:
     raise FileNotFoundError(f'{workdir} holds nothing to report: expected at least one of metrics.jsonl, summary.json, '
                             'layout.json, segmented.jsonl, examples.jsonl, bias.json, config.json, as runs leave them')
   path = workdir / 'report.html'
-  temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
-  temporary.write_text(page(workdir, sections), encoding='utf-8')
-  os.replace(temporary, path)
+  disk.write_text(path, page(workdir, sections))
   return path
 
 
@@ -514,8 +511,8 @@ def config_part(workdir: pathlib.Path) -> str:
 
 
 def main():
-  parser = argparse.ArgumentParser(prog='python -m tools.report', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.report', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('workdir', help='folder of a run')
   try:
     print(render(parser.parse_args().workdir))

@@ -12,7 +12,7 @@ import traceback
 import jax
 from flax import traverse_util
 
-from blockattn import checkpoint, multihost, tree
+from blockattn import checkpoint, disk, multihost, tree
 from blockattn.train import loop, setup
 
 
@@ -42,6 +42,7 @@ def main(run):
     if profile.value is not None:
       config.value.profile = profile.value
     with _errors_as_a_line():
+      check_local(config.value)
       setup.check_reports(config.value)
     with _errors_as_a_line(), multihost.joined(where.value), _errors_as_a_line():
       setup.use_cpu_cores(config.value)
@@ -78,6 +79,12 @@ def _errors_as_a_line():
     _stop(f'{error}: make room there, then start the same command again to go on from the newest checkpoint')
 
 
+def check_local(config):
+  """Raises ValueError if a value of the config is a path on another machine; names the key."""
+  for key, value in loop.flat(loop.resolved(config)).items():
+    disk.check_local(f'config.{key}={one}' for one in (value if isinstance(value, list) else [value]))
+
+
 def check_hosts(config, workdir):
   """In a run of several processes, checks that all run the same, before anything is loaded or compiled.
 
@@ -105,14 +112,17 @@ def _is_ours(error) -> bool:
 
 
 def check_overrides(argv):
-  """Checks the command line's config file and the names of its overrides; config_flags is short with both.
+  """Checks the command line's config file, the names of its overrides and its paths; config_flags is short with the first
+  two.
 
   Raises:
     FileNotFoundError: no such config file.
-    ValueError: the config file refuses its argument, or a --config.KEY is no key; names the nearest.
+    ValueError: a path is on another machine, the config file refuses its argument, or a --config.KEY is no key; names
+      the nearest.
   """
   from absl import flags
   from ml_collections import ConfigDict, config_flags
+  disk.check_local(argv)
   override = re.compile(r'--?(?:no)?config\.([^=\[]+)')
   plain, values = [arg for arg in argv if not override.match(arg)], flags.FlagValues()
   flag = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=plain)
