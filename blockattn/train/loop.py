@@ -341,7 +341,7 @@ _FREE_TO_CHANGE = ('log_every', 'save_every', 'keep', 'chunk', 'mesh.', 'rules',
 
 def resolved(config) -> dict:
   """The config as config.json holds it."""
-  return json.loads(config.to_json_best_effort())
+  return json.loads(config.to_json_best_effort(), parse_constant=str)   # JSON has no infinity
 
 
 def differing_keys(old: dict, new: dict) -> list[str]:
