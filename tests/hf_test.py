@@ -164,12 +164,32 @@ def test_exported_folder_is_complete(exported):
   assert {path.name for path in folder.iterdir()} == {
       *shards, files.INDEX, 'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
       'chat_template.jinja', 'README.md', 'blockattn.json', 'LICENSE'}
-  assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044 for path in folder.iterdir())
+  assert len({stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}) == 1   # what the umask gives, see disk_test
   raw = json.loads((folder / 'config.json').read_text())
   assert raw['eos_token_id'] == 0 and raw['architectures'] == ['LlamaForCausalLM']
   assert config.read_meta(folder) == {'learned_sinks': 0, 'vocab': CFG.vocab, 'kind': 'distill'}
   with safetensors.safe_open(folder / shards[0], 'np') as shard:
     assert shard.metadata() == {'format': 'pt'}
+
+
+@pytest.mark.parametrize('said, message', [
+    ({'sink_ids': [1]}, "\"blocks\" lacks 'positions', 'max_blocks'"), ('all', '"blocks" is \'all\', not a JSON object'),
+    ({'sink_ids': [1.5], 'positions': 'local', 'max_blocks': 1}, r"'sink_ids'\[0\] is 1.5, not a whole number"),
+    ({'sink_ids': '12', 'positions': 'local', 'max_blocks': 1}, "'sink_ids' is '12', not a list"),
+    ({'sink_ids': [], 'positions': 'local', 'max_blocks': 'x'}, "'max_blocks' is 'x', not a whole number"),
+    ({'sink_ids': [], 'positions': 'local', 'max_blocks': -1}, 'max_blocks=-1'),
+    ({'sink_ids': [], 'positions': 'global', 'max_blocks': 1}, "positions='global'; choose one of")])
+def test_malformed_block_options_are_named(said, message):
+  with pytest.raises(ValueError, match=f'here.json: .*{message}'):
+    config.block_options({'blocks': said}, where='here.json')
+
+
+def test_more_sinks_than_rows_are_refused(exported, tmp_path):
+  folder, _ = exported
+  (tmp_path / 'config.json').write_text((folder / 'config.json').read_text())
+  (tmp_path / files.META).write_text(f'{{"learned_sinks": {CFG.vocab}}}')
+  with pytest.raises(ValueError, match=f'{files.META}: learned_sinks is {CFG.vocab}, of {CFG.vocab} rows'):
+    config.read(tmp_path)
 
 
 def test_one_tensor_above_the_limit_gets_a_shard_alone():

@@ -273,7 +273,7 @@ def test_what_is_no_sweep(tmp_path, capsys):
   (tmp_path / 'x').mkdir()
   (tmp_path / 'x' / 'config.json').write_text('{"other": 1}')
   assert compare.main(['--sweep', str(tmp_path)]) == 2
-  assert 'x/config.json: no key steps' in capsys.readouterr().err
+  assert "x/config.json lacks 'steps'" in capsys.readouterr().err
   for args in (['--sweep', 'a', 'b'], ['a'], ['a', 'b', '--html', 'c']):
     with pytest.raises(SystemExit, match='2'):
       compare.main(args)

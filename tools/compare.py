@@ -30,7 +30,6 @@ import rich.table
 
 from blockattn import checkpoint, disk, metrics
 from blockattn.evals import answers
-from blockattn.hf import files
 from blockattn.train import loop
 from tools import arguments, report
 
@@ -67,7 +66,7 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, measure: str | None = No
     tasks[task], sampled[task] = _task(task, own, measure)
   every = answers.Averages(macro={'macro': [[task] for task in sampled]})
   macro = [answers.interval(x) for x in answers.average_over(sampled, {}, every)['macro'].values()]
-  facts = lambda folder: files.read_json(folder / answers.RUN) | {'folder': str(folder)}
+  facts = lambda folder: disk.read_json(folder / answers.RUN, {'mode': str, 'model': str}) | {'folder': str(folder)}
   return {'a': facts(a), 'b': facts(b), 'tasks': tasks, **({'macro': macro[0]} if len(tasks) > 1 and macro else {}),
           'only_a': sorted(set(ours) - set(theirs)), 'only_b': sorted(set(theirs) - set(ours)),
           'other_prompt': [name for name in common if ours[name]['key'] != theirs[name]['key']]}
@@ -140,13 +139,11 @@ def read_sweep(folder: str | os.PathLike) -> dict:
     ValueError: a broken file, which it names.
   """
   folder = pathlib.Path(folder)
-  configs = {path.parent.name: loop.flat(files.read_json(path)) for path in sorted(folder.glob('*/config.json'))}
+  configs = {path.parent.name: loop.flat(disk.read_json(path, {'steps': int}))
+             for path in sorted(folder.glob('*/config.json'))}
   if not configs:
     raise FileNotFoundError(f'{folder}: no point of a sweep in it, that is no folder with a config.json; give the '
                             '--workdir of launch.sweep')
-  for name, config in configs.items():
-    if 'steps' not in config:
-      raise ValueError(f'{folder / name}/config.json: no key steps; it is no trainer\'s')
   keys = sorted({key for config in configs.values() for key in config})
   keys = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
   points = [_point(folder / name, config, {key: config.get(key) for key in keys}) for name, config in configs.items()]
