@@ -69,7 +69,7 @@ def test_when_one_fails_the_others_are_ended_and_its_code_is_kept(tmp_path):
           'if me == "2":\n  signal.signal(signal.SIGTERM, signal.SIG_IGN)\n'   # has to be killed
           'time.sleep(100)')
   (tmp_path / 'script.py').write_text('import os, signal, sys, time\nme = os.environ["BLOCKATTN_PROCESS"]\n' + body)
-  started = processes.start_all([str(tmp_path / 'script.py')], 3, 1, os.environ)
+  started = list(processes.start_all([str(tmp_path / 'script.py')], 3, 1, os.environ))
   start = time.monotonic()
   assert processes.wait_for_all(started, patience_s=1.0) == 17
   assert [p.returncode for p in started] == [-signal.SIGTERM, 17, -signal.SIGKILL] and time.monotonic() - start < 30
@@ -84,6 +84,27 @@ def test_signals_are_handed_on(tmp_path, sign):
   process.send_signal(sign)
   process.communicate(timeout=60)
   assert process.returncode == 75
+
+
+def test_a_signal_between_two_starts_stops_what_has_started(tmp_path, monkeypatch):
+  script = tmp_path / 'script.py'
+  script.write_text('import time\ntime.sleep(100)')
+  start_all, started = processes.start_all, []
+
+  def interrupted(*args):
+    for process in start_all(*args):
+      started.append(process)
+      os.kill(os.getpid(), signal.SIGTERM)   # when it runs, and before main knows of it
+      yield process
+
+  monkeypatch.setattr(processes, 'start_all', interrupted)
+  old = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    assert processes.main(['--processes=3', str(script)]) == 128 + signal.SIGTERM
+  finally:
+    for sign, handler in old.items():
+      signal.signal(sign, handler)
+  assert [process.returncode for process in started] == [-signal.SIGTERM]   # and the others are not started
 
 
 def test_only_trainers_are_told_of_multihost():

@@ -223,7 +223,8 @@ def test_windows_too_short_for_two_units_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('said, message', [
-    ({'threshold': None}, "'threshold' is None, not a number"), ({'cohesion': 'yes'}, "'cohesion' is 'yes', not true or false"),
+    ({'threshold': None}, "'threshold' is None, not a number"),
+    ({'cohesion': 'yes'}, "'cohesion' is 'yes', not true or false"),
     ({'separators': '('}, 'unterminated subpattern'), ({'length': 9.5}, "'length' is 9.5, not a whole number"),
     ({'overlap': float('nan')}, 'overlap=nan')])
 def test_what_a_folder_says_is_checked(tmp_path, said, message):
