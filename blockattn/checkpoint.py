@@ -154,8 +154,8 @@ def _without_echoes():
 
 
 def _without_late_writes(hook):
-  """`sys.unraisablehook` that is silent where tensorstore's threads, after the first of them has failed to write, find nobody
-  whom to tell of the others: on a full disk that is a traceback per file."""
+  """`sys.unraisablehook` that is silent where tensorstore's threads, after the first of them has failed to write, find
+  nobody whom to tell of the others: on a full disk that is a traceback per file."""
   def hear(raised):
     if raised.exc_type is not RuntimeError or str(raised.exc_value) != 'Event loop is closed':
       hook(raised)

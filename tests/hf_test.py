@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import stat
 
 import hf_cases
@@ -10,9 +11,10 @@ import pytest
 import safetensors.numpy
 import tokenizers
 import transformers
+import yaml
 
 from blockattn import mesh, tree
-from blockattn.hf import config, convert, files, names
+from blockattn.hf import card, config, convert, files, names
 from blockattn.models import sizes
 from tools import convert as cli
 
@@ -389,3 +391,55 @@ def test_cli_says_what_is_wrong(tmp_path, capsys):
   assert cli.main(['to_hf', str(tmp_path / 'none'), str(tmp_path / 'out')]) == 2
   assert 'checkpoint' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
+
+
+# The card.
+
+CARD = '---\nlicense: other\nlicense_name: llama3.1\nlanguage: [en, de]\nbase_model: org/base\ntags: [chat]\n---\n# Theirs\n'
+
+
+def front(text):
+  _, head, body = text.split('---\n', 2)
+  return yaml.safe_load(head), body
+
+
+@pytest.mark.parametrize('source, theirs, base', [
+    ('Qwen/Qwen3-4B@main', '# no front matter', 'Qwen/Qwen3-4B'), ('Qwen/Qwen3-4B', CARD, 'Qwen/Qwen3-4B'),
+    ('work/qwen3/hf', CARD, 'org/base'), (None, CARD, 'org/base'), ('/data/model', None, None),
+    (None, '---\nlicense: [\n---\n', None), (None, '---\n- 1\n---\n', None)])
+def test_a_card_says_what_the_model_began_as_and_under_which_licence(tmp_path, source, theirs, base):
+  if theirs is not None:
+    (tmp_path / 'README.md').write_text(theirs)
+  head, _ = front(card.text(CFG, {'source': source}, tmp_path))
+  assert head.get('base_model') == base and head['library_name'] == 'transformers' and head['tags'] == ['block-attention']
+  assert head['pipeline_tag'] == 'text-generation'
+  inherited = {name: head.get(name) for name in ('license', 'license_name', 'language')}
+  assert inherited == ({'license': 'other', 'license_name': 'llama3.1', 'language': ['en', 'de']} if theirs == CARD else
+                       dict.fromkeys(inherited))
+
+
+def test_an_export_has_a_card_with_blocks_training_and_usage_that_runs(tmp_path, source, capsys):
+  torch = pytest.importorskip('torch')
+  cfg = hf_cases.MODELS['qwen3_tied']
+  meta = {'kind': 'distill', 'step': 7, 'blocks': {'sink_ids': [3, 3], 'positions': 'local', 'max_blocks': 4}}
+  save(hf_cases.random_params(cfg, 'float32'), cfg, tmp_path / 'a', source, meta=meta, card=CARD)
+  assert cli.main(['from_hf', str(tmp_path / 'a'), str(tmp_path / 'work'), '--dtype', 'float32']) == 0
+  (tmp_path / 'work' / 'config.json').write_text('{"steps": 9, "optim": {"lr": 0.001}, "secret": "x"}')
+  (tmp_path / 'work' / 'run.json').write_text('{"commit": "abc+"}')
+  assert cli.main(['to_hf', str(tmp_path / 'work'), str(tmp_path / 'b'), '--dtype', 'float32']) == 0
+  head, body = front((tmp_path / 'b' / 'README.md').read_text())
+  assert (head['license'], head['base_model']) == ('other', 'org/base')
+  for line in ('- trained by: distill', '- step: 7', '- sinks in front of every block but the first: 2, token ids [3, 3]',
+               '- positions: local', '- steps: 9', '- optim.lr: 0.001', '- commit of blockattn: abc+'):
+    assert f'{line}\n' in body
+  assert 'secret' not in body and 'tools.generate FOLDER' in body
+  capsys.readouterr()
+  with torch.no_grad():
+    exec(re.search('```python\n(.*?)```', body, re.DOTALL)[1].replace('FOLDER', str(tmp_path / 'b')), {})
+  assert capsys.readouterr().out.strip()
+
+
+def test_a_segmenters_card_is_of_another_task():
+  cfg = dataclasses.replace(CFG, labels=2)
+  head, body = front(card.text(cfg, {'kind': 'segment'}, facts={'f1': 0.8}))
+  assert head['pipeline_tag'] == 'token-classification' and '- f1: 0.8\n' in body and 'tools.segment' in body

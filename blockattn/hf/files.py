@@ -25,7 +25,8 @@ COPIED = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'spe
           'added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model', 'generation_config.json')
 LICENCES = ('LICENSE*', 'NOTICE*', 'USE_POLICY*')
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl')
-DOWNLOADED = ('config.json', META, '*.safetensors', INDEX, *COPIED, *LICENCES)
+CARD = 'README.md'
+DOWNLOADED = ('config.json', META, '*.safetensors', INDEX, CARD, *COPIED, *LICENCES)
 
 
 @dataclasses.dataclass(frozen=True)
