@@ -403,14 +403,16 @@ def front(text):
   return yaml.safe_load(head), body
 
 
-@pytest.mark.parametrize('source, theirs, base', [
-    ('Qwen/Qwen3-4B@main', '# no front matter', 'Qwen/Qwen3-4B'), ('Qwen/Qwen3-4B', CARD, 'Qwen/Qwen3-4B'),
-    ('work/qwen3/hf', CARD, 'org/base'), (None, CARD, 'org/base'), ('/data/model', None, None),
-    (None, '---\nlicense: [\n---\n', None), (None, '---\n- 1\n---\n', None)])
-def test_a_card_says_what_the_model_began_as_and_under_which_licence(tmp_path, source, theirs, base):
+@pytest.mark.parametrize('source, theirs, base, name', [
+    ('Qwen/Qwen3-4B@main', '# no front matter', 'Qwen/Qwen3-4B', 'Qwen/Qwen3-4B'),
+    ('Qwen/Qwen3-4B', CARD, 'Qwen/Qwen3-4B', 'Qwen/Qwen3-4B'), ('/home/me/model', CARD, 'org/base', 'model'),
+    (None, CARD, 'org/base', None), ('', None, None, None), (None, '---\nlicense: [\n---\n', None, None),
+    (None, '---\n- 1\n---\n', None, None)])
+def test_a_card_says_what_the_model_began_as_and_under_which_licence(tmp_path, source, theirs, base, name):
   if theirs is not None:
     (tmp_path / 'README.md').write_text(theirs)
-  head, _ = front(card.text(CFG, {'source': source}, tmp_path))
+  head, body = front(card.text(CFG, {'source': source}, tmp_path))
+  assert re.findall('- began as: (.*)\n', body) == ([name] if name else []) and '/home' not in body
   assert head.get('base_model') == base and head['library_name'] == 'transformers' and head['tags'] == ['block-attention']
   assert head['pipeline_tag'] == 'text-generation'
   inherited = {name: head.get(name) for name in ('license', 'license_name', 'language')}

@@ -66,10 +66,11 @@ def text(cfg: ModelConfig, meta: Mapping[str, Any], origin: pathlib.Path | None 
     facts: of its training, by name.
   """
   is_segmenter = bool(cfg.labels)
-  head = front_matter(meta.get('source'), origin, 'token-classification' if is_segmenter else 'text-generation',
+  source = meta.get('source') or ''
+  head = front_matter(source, origin, 'token-classification' if is_segmenter else 'text-generation',
                       'text-segmentation' if is_segmenter else 'block-attention')
   said = {'architecture': config.architecture(cfg), 'trained by': meta.get('kind'), 'step': meta.get('step'),
-          'began as': meta.get('source')}
+          'began as': _hub_name(source) or pathlib.Path(source).name or None}   # a path of this machine says nothing
   parts = [f'---\n{head}---\n', f'# {title or ("Segmenter" if is_segmenter else "Block attention model")}\n', _list(said),
            '## Use\n\nWith `blockattn` installed, FOLDER being where this file is.\n'
            f'{_SEGMENTER if is_segmenter else _ENGINE}']
@@ -80,7 +81,7 @@ def text(cfg: ModelConfig, meta: Mapping[str, Any], origin: pathlib.Path | None 
   return '\n'.join(parts)
 
 
-def front_matter(source: str | None, origin: pathlib.Path | None, task: str, tag: str) -> str:
+def front_matter(source: str, origin: pathlib.Path | None, task: str, tag: str) -> str:
   """The YAML at the top, which the hub reads: licence and languages are those of the model that it began as."""
   said = _said(origin)
   data = {name: said[name] for name in _INHERITED if said.get(name)}
@@ -102,8 +103,8 @@ def _said(origin: pathlib.Path | None) -> dict:
     return {}
 
 
-def _hub_name(source: str | None) -> str | None:
-  found = _HUB_NAME.fullmatch(source or '')
+def _hub_name(source: str) -> str | None:
+  found = _HUB_NAME.fullmatch(source)
   return found[1] if found and not pathlib.Path(source).exists() else None
 
 
