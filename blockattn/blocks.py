@@ -247,6 +247,8 @@ class BlockOptions:
   def __post_init__(self):
     if self.positions not in POSITION_SCHEMES:
       raise ValueError(f'positions={self.positions!r}; choose one of {", ".join(POSITION_SCHEMES)}')
+    if self.max_blocks < 1 or min(self.sink_ids, default=0) < 0:
+      raise ValueError(f'max_blocks={self.max_blocks}, sink_ids={self.sink_ids}: blocks are counted from 1, ids from 0')
 
 
 def block_mode(tokens, layout: BlockLayout, options: BlockOptions):

@@ -11,12 +11,12 @@ as other values. They are written after the step, by every process its share; a 
 
 import concurrent.futures
 import contextlib
-import json
 import logging
 import os
 import pathlib
 import re
 import shutil
+import sys
 import threading
 import time
 import zlib
@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import orbax.checkpoint as ocp
 
-from blockattn import metrics, tree
+from blockattn import disk, metrics, tree
 
 ARRAYS = ('params', 'opt_state')
 ITEMS = (*ARRAYS, 'data', 'meta')
@@ -61,9 +61,12 @@ class Checkpoints:
 
   def __enter__(self) -> 'Checkpoints':
     self._quiet.enter_context(_without_echoes())
+    self._hook, sys.unraisablehook = sys.unraisablehook, _without_late_writes(sys.unraisablehook)
     return self
 
   def __exit__(self, kind, *_):
+    if kind is None:   # else threads of a write that failed may yet come to their end
+      sys.unraisablehook = self._hook
     with self._quiet:
       # An error that is on its way says more than that of a write beside it.
       with contextlib.suppress(*(() if kind is None else (Exception,))):
@@ -104,8 +107,8 @@ class Checkpoints:
     verify(self.folder, step, index=jax.process_index(), count=jax.process_count())
 
   def data(self, step: int) -> dict:
-    """The `data` item of a step."""
-    return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))['data']
+    """The `data` item of a step. Raises Damaged."""
+    return _restored(self._manager, step, data=ocp.args.JsonRestore())['data']
 
   def restore(self, step: int, params, opt_state):
     """Reads a step back, unchecked: see `verify`.
@@ -115,11 +118,28 @@ class Checkpoints:
 
     Returns:
       (params, opt_state, meta).
+
+    Raises:
+      Damaged: an item is not there, or cannot be read.
     """
-    got = self._manager.restore(step, args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state),
-        meta=ocp.args.JsonRestore()))
+    got = _restored(self._manager, step, params=ocp.args.StandardRestore(params),
+                    opt_state=ocp.args.StandardRestore(opt_state), meta=ocp.args.JsonRestore())
     return got['params'], got['opt_state'], got['meta']
+
+
+def _restored(manager, step: int, **items):
+  """{item: what is read of it}. A step without checksums may hold anything: whatever stops the reading is its damage."""
+  path = pathlib.Path(manager.directory) / str(step)
+  for item in items:
+    if not (path / item).is_dir():
+      raise Damaged(_what_to_do(path, f'{path} has no {item}'))
+  try:
+    with _without_echoes():
+      return manager.restore(step, args=ocp.args.Composite(**items))
+  except (MemoryError, jax.errors.JaxRuntimeError):   # of this process or of another one
+    raise
+  except Exception as error:
+    raise Damaged(_what_to_do(path, f'{path}: its {" or ".join(items)} cannot be read: {_reason(error)}')) from error
 
 
 @contextlib.contextmanager
@@ -131,6 +151,15 @@ def _without_echoes():
     yield
   finally:
     log.removeFilter(is_news)
+
+
+def _without_late_writes(hook):
+  """`sys.unraisablehook` that is silent where tensorstore's threads, after the first of them has failed to write, find
+  nobody whom to tell of the others: on a full disk that is a traceback per file."""
+  def hear(raised):
+    if raised.exc_type is not RuntimeError or str(raised.exc_value) != 'Event loop is closed':
+      hook(raised)
+  return hear
 
 
 class _Write:
@@ -184,12 +213,12 @@ class _Write:
 
 def _why_not(path: pathlib.Path, error: Exception) -> str:
   """What the user is told of a step that was not saved."""
-  disk = shutil.disk_usage(path.parent)
+  room = shutil.disk_usage(path.parent)
   before = [step for step in steps(path.parent) if step < int(path.name)]
   go_on = (f'Step {before[-1]} stands: start the same command again to go on from it' if before else
            'No step before it stands: start the same command again')
-  return (f'step {path.name} could not be saved in {path.parent}: {_reason(error)} ({_bytes(disk.free)} of '
-          f'{_bytes(disk.total)} are free there). {go_on}, after making room or seeing to what is in the way')
+  return (f'step {path.name} could not be saved in {path.parent}: {_reason(error)} ({_bytes(room.free)} of '
+          f'{_bytes(room.total)} are free there). {go_on}, after making room or seeing to what is in the way')
 
 
 def _reason(error: BaseException) -> str:
@@ -272,9 +301,12 @@ def _known(path: pathlib.Path) -> dict[str, list[int]]:
   known = {}
   for file in path.glob(_SUMS):
     try:
-      known |= json.loads(file.read_text())
-    except ValueError:
-      raise Damaged(_what_to_do(path, f'{file} is no JSON')) from None
+      facts = disk.read_json(file, {str: [int]})
+      if any(len(fact) != 2 for fact in facts.values()):
+        raise ValueError(f'{file} lists other things than sizes and checksums')
+    except ValueError as error:
+      raise Damaged(_what_to_do(path, str(error))) from None
+    known |= facts
   return known
 
 
@@ -296,7 +328,9 @@ def _what_to_do(path: pathlib.Path, wrong: str) -> str:
 
 def _has_its_sizes(path: pathlib.Path) -> bool:
   try:
-    return not any(_wrong_size(path / name, size) for name, (size, _) in _known(path).items())
+    known = _known(path)
+    return (all((path / item).is_dir() for item in ('params', 'meta')) and
+            not any(_wrong_size(path / name, size) for name, (size, _) in known.items()))
   except Damaged:
     return False
 
@@ -321,7 +355,7 @@ def load_meta(folder, step: int | None = None) -> dict:
   with _reader(folder) as manager:
     step = _step_of(manager, folder, step, 'meta')
     verify(folder, step, ('meta',))
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
+    return _restored(manager, step, meta=ocp.args.JsonRestore())['meta']
 
 
 def load_params(folder, abstract, step: int | None = None):
@@ -338,10 +372,17 @@ def load_params(folder, abstract, step: int | None = None):
   with _reader(folder) as manager:
     step = _step_of(manager, folder, step, 'params')
     verify(folder, step, ('params',))
+    _check_shapes(folder, _shapes_of(pathlib.Path(manager.directory) / str(step)), abstract)
+    return _restored(manager, step, params=ocp.args.StandardRestore(abstract))['params']
+
+
+def _shapes_of(path: pathlib.Path):
+  """The tree of what a step's `params` are, read from their index."""
+  try:
     # Not the manager's item_metadata, which reads those of all items: others may be damaged.
-    stored = ocp.StandardCheckpointHandler().metadata(manager.directory / str(step) / 'params')
-    _check_shapes(folder, stored.tree, abstract)
-    return manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))['params']
+    return ocp.StandardCheckpointHandler().metadata(path / 'params').tree
+  except Exception as error:   # see `_restored`
+    raise Damaged(_what_to_do(path, f'{path}: its params cannot be read: {_reason(error)}')) from error
 
 
 def _check_shapes(folder, stored, wanted):

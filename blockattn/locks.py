@@ -26,12 +26,22 @@ def held(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
   Raises:
     Held: another process has it, unless `wait`.
   """
-  with open(path, 'a+') as file:
-    if _lock(file, wait):
+  with _open(path) as file:
+    if _lock(file, wait) and file.writable():
       file.truncate(0)
       file.write(f'process {os.getpid()} on {socket.gethostname()}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}')
       file.flush()
     yield
+
+
+def _open(path):
+  try:
+    return open(path, 'a+')
+  except PermissionError as error:   # another user's, which can be locked all the same
+    try:
+      return open(path)
+    except OSError:
+      raise error from None
 
 
 def _lock(file, wait) -> bool:

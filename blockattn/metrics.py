@@ -1,8 +1,7 @@
 """Numbers of a run: written to files, timed, shown on a line.
 
 `metrics.jsonl` holds one JSON object per line: `step`, `time` (seconds since the epoch) and the scalars by name.
-JSON has no NaN and no infinity, so these are written as the strings "NaN", "Infinity" and "-Infinity"; `read_metrics`
-turns them back into floats.
+JSON has no NaN and no infinity, so these are written as null; `read_metrics` gives NaN for it.
 """
 
 import collections
@@ -11,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import sys
 import time
 import uuid
@@ -19,6 +19,8 @@ from typing import Any, TextIO
 
 import rich.console
 import rich.progress
+
+from blockattn import disk
 
 FILE_NAME = 'metrics.jsonl'
 RESERVED = ('step', 'time')
@@ -65,8 +67,8 @@ class MetricWriter:
     if self._file is None:
       return
     now, values = time.time(), _as_floats(scalars)
-    line = {'step': int(step), 'time': round(now, 3)} | {name: _to_json(value) for name, value in values.items()}
-    self._file.write(json.dumps(line, allow_nan=False) + '\n')
+    line = {'step': int(step), 'time': round(now, 3)} | values
+    self._file.write(json.dumps(_finite(line), allow_nan=False) + '\n')
     if self._board is not None:
       for name, value in values.items():
         if math.isfinite(value):   # it would warn of every other one
@@ -97,22 +99,28 @@ class MetricWriter:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The lines of a `metrics.jsonl`, oldest first, non-finite numbers as floats.
+  """The lines of a `metrics.jsonl`, oldest first, numbers that are not finite as NaN.
 
   A last line without its newline, left by a killed process, is skipped.
 
   Raises:
-    ValueError: a line is no JSON object with a step; names the file and the line.
+    ValueError: a line is no JSON object of numbers with a step; names the file and the line.
   """
-  lines = pathlib.Path(path).read_text(encoding='utf-8').split('\n')[:-1]
+  lines = disk.read_text(path).split('\n')[:-1]
   return [_parse(line, f'{path}:{number}') for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def write_json(path: pathlib.Path, value: Any):
-  """Writes JSON in one move: a reader never sees half of it."""
-  partial = path.with_name(path.name + '.tmp')
-  partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-  os.replace(partial, path)
+  """Writes JSON in one move: a reader never sees half of it. Numbers that are not finite are null there."""
+  disk.write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + '\n')
+
+
+def _finite(value):
+  if isinstance(value, Mapping):
+    return {key: _finite(inner) for key, inner in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(inner) for inner in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def truncate(path: str | os.PathLike, last_step: int | None):
@@ -123,25 +131,24 @@ def truncate(path: str | os.PathLike, last_step: int | None):
   path = pathlib.Path(path)
   if not path.exists():
     return
-  text = path.read_text(encoding='utf-8')
+  text = disk.read_text(path)
   whole = text.split('\n')[:-1]
   kept = [line for number, line in enumerate(whole, start=1) if line.strip() and
           (last_step is None or _parse(line, f'{path}:{number}')['step'] <= last_step)]
   new = ''.join(line + '\n' for line in kept)
   if new != text:
-    temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
-    temporary.write_text(new, encoding='utf-8')
-    os.replace(temporary, path)
+    disk.write_text(path, new)
 
 
 def _parse(line: str, place: str) -> dict[str, Any]:
   try:
-    entry = json.loads(line)
-  except json.JSONDecodeError as e:
-    raise ValueError(f'{place}: not JSON ({e.msg}); repair or delete the line') from e
-  if not isinstance(entry, dict) or not isinstance(entry.get('step'), int):
-    raise ValueError(f'{place}: expected an object with an integer "step"; repair or delete the line')
-  return {name: float(value) if value in ('NaN', 'Infinity', '-Infinity') else value for name, value in entry.items()}
+    entry = disk.parse_json(line, place, {'step': int})
+    # Runs of before wrote texts where there is null now.
+    entry = {name: math.nan if value in (None, 'NaN', 'Infinity', '-Infinity') else value for name, value in entry.items()}
+    disk.check_form(entry, {str: disk.NUMBER}, place)
+  except ValueError as error:
+    raise ValueError(f'{error}; repair or delete the line') from error
+  return entry
 
 
 def _as_floats(scalars: Mapping[str, float]) -> dict[str, float]:
@@ -156,12 +163,6 @@ def _as_floats(scalars: Mapping[str, float]) -> dict[str, float]:
   return values
 
 
-def _to_json(value: float) -> float | str:
-  if math.isfinite(value):
-    return value
-  return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
-
-
 def _tensorboard(folder: pathlib.Path, resume_step: int | None):
   # Imported here: who only reads metrics.jsonl needs neither tensorboardX nor protobuf.
   import tensorboardX
@@ -170,7 +171,7 @@ def _tensorboard(folder: pathlib.Path, resume_step: int | None):
 
 
 def _wandb_run(project: str, workdir: pathlib.Path):
-  """The W&B run of this workdir; its id is kept in a file so that a resumed run goes on in the same one."""
+  """The W&B run of this workdir, with its config; its id is kept in a file so that a resumed run goes on in the same one."""
   try:
     import wandb
   except ImportError as e:
@@ -178,10 +179,26 @@ def _wandb_run(project: str, workdir: pathlib.Path):
   id_file = workdir / 'wandb_id.txt'
   if not id_file.exists():
     id_file.write_text(uuid.uuid4().hex[:12] + '\n')
+  config = workdir / 'config.json'
   run = wandb.init(project=project, name=workdir.resolve().name, dir=str(workdir), id=id_file.read_text().strip(),
-                   resume='allow')
+                   resume='allow', config=disk.read_json(config) if config.exists() else None)
   run.define_metric('*', step_metric='step')   # W&B's own step may not go back, ours does on a resume
+  if run.offline:
+    _log_again(run, workdir / FILE_NAME)
   return run
+
+
+def _log_again(run, path: pathlib.Path):
+  """Gives a run that is kept on disk, to be sent later, all lines of `metrics.jsonl`, in place of the folders of earlier
+  starts: these hold steps that were dropped since. What has been sent stays."""
+  own = pathlib.Path(run.dir).parent
+  earlier = [folder for folder in own.parent.glob(f'offline-run-*-{run.id}') if folder != own]
+  if not path.exists() or any(next(folder.glob('*.synced'), None) for folder in earlier):
+    return
+  for entry in read_metrics(path):
+    run.log({name: value for name, value in entry.items() if name != 'time'})
+  for folder in earlier:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class StepClock:

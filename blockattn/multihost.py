@@ -14,6 +14,7 @@ processes have different numbers of devices.
 
 import contextlib
 import dataclasses
+import ipaddress
 import json
 import os
 import socket
@@ -100,8 +101,8 @@ def _place(said, address, count, index) -> Place:
     place = Place(address.strip(), int(count), int(index))
   except ValueError:
     raise ValueError(f'{said}: the number of processes and the number of this one are integers') from None
-  if not (colon and host and port.isdigit()):
-    raise ValueError(f'{said}: the address of process 0 is HOST:PORT, as 10.0.0.2:{PORT}')
+  if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
+    raise ValueError(f'{said}: the address of process 0 is HOST:PORT, as 10.0.0.2:{PORT}, with a port from 1 to 65535')
   if not 0 <= place.index < place.count:
     raise ValueError(f'{said}: processes have the numbers 0 to {place.count - 1}')
   return place
@@ -145,6 +146,8 @@ def _start(place: Place | None):
                                     'process_id': place.index}
   if place is not None and 'JAX_LOCAL_DEVICE_IDS' not in os.environ:
     where['cluster_detection_method'] = 'deactivate'   # else Slurm's number of a task would choose its GPU too
+  if place is not None and _is_loopback(place.address):
+    where['coordinator_bind_address'] = place.address   # else process 0 listens to every machine of the network
   if place is not None:
     _say(f'process {place.index} of {place.count} on {socket.gethostname()}: process 0 is to be at {place.address}')
   try:
@@ -156,6 +159,13 @@ def _start(place: Place | None):
     raise ValueError(f'--multihost=auto: JAX finds no cluster here ({error}); it knows TPU pods, Slurm (under srun), '
                      f'Kubernetes and Open MPI. Elsewhere set {COORDINATOR}=HOST:PORT, {COUNT} and {INDEX}, or give '
                      '--multihost=HOST:PORT,N,I') from error
+
+
+def _is_loopback(address: str) -> bool:
+  host = address.rpartition(':')[0].strip('[]')
+  with contextlib.suppress(ValueError):   # a name
+    return ipaddress.ip_address(host).is_loopback
+  return host == 'localhost'
 
 
 def is_started() -> bool:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from blockattn import multihost
 
@@ -26,13 +26,14 @@ PATIENCE_S = 10.0
 _TRAINERS = 'blockattn.train.'
 
 
-def start_all(command: Sequence[str], processes: int, devices: int, environ: Mapping[str, str]) -> list[subprocess.Popen]:
-  """The processes of one run of `python COMMAND`, on a free port of the loopback device."""
+def start_all(command: Sequence[str], processes: int, devices: int,
+              environ: Mapping[str, str]) -> Iterator[subprocess.Popen]:
+  """Starts the processes of one run of `python COMMAND`, on a free port of the loopback device, one after the other."""
   shared = {**environ, multihost.COORDINATOR: f'127.0.0.1:{free_port()}', multihost.COUNT: str(processes),
             'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': str(devices), 'PYTHONUNBUFFERED': '1'}
-  return [subprocess.Popen([sys.executable, *as_one_of_several(command)], env=shared | {multihost.INDEX: str(i)},
+  for i in range(processes):
+    yield subprocess.Popen([sys.executable, *as_one_of_several(command)], env=shared | {multihost.INDEX: str(i)},
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
-          for i in range(processes)]
 
 
 def as_one_of_several(command: Sequence[str]) -> list[str]:
@@ -109,10 +110,19 @@ def own_arguments(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
   """The command line. Returns the exit status."""
   options, command = _arguments(sys.argv[1:] if argv is None else argv)
-  started = []
+  started, came = [], []
+
+  def hand_on(sign, _):
+    came.append(sign)
+    send(started, sign)
+
   for sign in (signal.SIGTERM, signal.SIGINT):   # before the first is started: none is to be left alone
-    signal.signal(sign, lambda sign, _: send(started, sign))
-  started += start_all(command, options.processes, options.devices, os.environ)
+    signal.signal(sign, hand_on)
+  for process in start_all(command, options.processes, options.devices, os.environ):
+    started.append(process)
+    if came:   # while it was started, and not yet known
+      send([process], came[-1])
+      break
   readers = [threading.Thread(target=show, args=(i, p)) for i, p in enumerate(started)]
   for reader in readers:
     reader.start()

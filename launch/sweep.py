@@ -40,9 +40,9 @@ from typing import Any
 
 import yaml
 
-from blockattn import checkpoint
-from blockattn.hf import files
+from blockattn import checkpoint, disk
 from blockattn.train import command, loop
+from tools import arguments
 
 HERE = pathlib.Path(__file__).resolve().parent
 TRAINERS = ('distill', 'finetune', 'segment')   # a section of a config, and the module of blockattn.train
@@ -148,7 +148,10 @@ def plan(path: str, workdir: pathlib.Path, arg: str = '', common: Sequence[str] 
 
   Raises:
     FileNotFoundError, ValueError: names the point and the key at fault.
+    NotADirectoryError: the workdir is a file.
   """
+  if workdir.exists() and not workdir.is_dir():
+    raise NotADirectoryError(f'{workdir} is a file; name a folder for the points')
   return [_checked(path, workdir, changes, common) for changes in read_points(path, arg)]
 
 
@@ -194,6 +197,7 @@ def check_values(config) -> str:
   if len(sections) != 1:
     raise ValueError(f'the config has keys of {", ".join(sections) or "no trainer"}; a config is for one of '
                      f'{", ".join(TRAINERS)}')
+  command.check_local(config)
   importlib.import_module(f'blockattn.train.{sections[0]}').options_of(config)
   return sections[0]
 
@@ -203,7 +207,7 @@ def _newest(workdir: pathlib.Path, config) -> int | None:
   path = workdir / 'config.json'
   if step is None or not path.exists():
     return None
-  changed = loop.differing_keys(files.read_json(path), loop.resolved(config))
+  changed = loop.differing_keys(disk.read_json(path), loop.resolved(config))
   if changed:
     raise ValueError(f'{workdir} holds a run with another config: {", ".join(changed)} differ; use another --workdir')
   return step
@@ -239,7 +243,12 @@ def run_local(points: Sequence[Point], wrap: Sequence[str] = ()) -> int:
   try:
     for number, point in enumerate(points, start=1):
       say(f'{number}/{len(points)} {point.name}: {"from the start" if point.step is None else f"from step {point.step}"}')
-      code = _run_one([sys.executable, *wrap, *point.command], point.workdir / 'log.txt', signals)
+      try:
+        code = _run_one([sys.executable, *wrap, *point.command], point.workdir / 'log.txt', signals)
+      except OSError as error:   # the folder cannot be made, or the command is too long for the system
+        failed.append(point)
+        say(f'{point.name}: FAILED to start: {error}')
+        continue
       if signals.came is not None:
         say(f'stopped at {point.name}, code {code}; the same command goes on')
         return code if code == EXIT_PREEMPTED else 128 + signals.came
@@ -256,6 +265,8 @@ def _run_one(command, log: pathlib.Path, signals: Signals) -> int:
   log.parent.mkdir(parents=True, exist_ok=True)
   with log.open('ab') as out:
     signals.child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    if signals.came is not None:   # while it was started, and not yet known
+      signals(signals.came, None)
     code = signals.child.wait()
   return code if code >= 0 else 128 - code
 
@@ -285,17 +296,24 @@ def run_slurm(points: Sequence[Point], options: Sequence[str] = ()) -> int:
     if where in queued:
       say(f'{point.name}: queued already')
       continue
-    point.workdir.mkdir(parents=True, exist_ok=True)
     # The comment says in the queue whose job it is, so that no workdir gets two.
-    result = subprocess.run(['sbatch', '--parsable', f'--job-name={point.name}', f'--comment={where}',
-                             f'--output={where}/slurm-%j.log', *options, str(HERE / 'slurm.sbatch'),
-                             *_absolute(point)], capture_output=True, text=True)
-    if result.returncode:
-      failed.append(point)
-      say(f'{point.name}: FAILED to submit: {result.stderr.strip()}')
-    else:
-      say(f'{point.name}: job {result.stdout.strip()}')
+    said, wrong = _told(['sbatch', '--parsable', f'--job-name={point.name}', f'--comment={where}',
+                         f'--output={where}/slurm-%j.log', *options, str(HERE / 'slurm.sbatch'), *_absolute(point)],
+                        folder=point.workdir)
+    failed += [point] if wrong else []
+    say(f'{point.name}: {f"FAILED to submit: {wrong}" if wrong else f"job {said}"}')
   return _summary(points, failed, 'submitted')
+
+
+def _told(command: Sequence[str], text: str = '', folder: pathlib.Path | None = None) -> tuple[str, str]:
+  """(what a command says, '') or ('', why it failed); a `folder` is made first."""
+  try:
+    if folder is not None:
+      folder.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run(command, input=text, capture_output=True, text=True)
+  except OSError as error:   # the folder cannot be made, or the command is too long for the system
+    return '', str(error)
+  return ('', result.stderr.strip() or f'code {result.returncode}') if result.returncode else (result.stdout.strip(), '')
 
 
 def _absolute(point: Point) -> list[str]:
@@ -307,10 +325,9 @@ def run_jobsets(points: Sequence[Point], file: pathlib.Path) -> int:
   failed = []
   documents = {point.name: jobset(file, point) for point in points}   # all of them, before the first is applied
   for point in points:
-    result = subprocess.run(['kubectl', 'apply', '-f', '-'], input=documents[point.name], capture_output=True, text=True)
-    if result.returncode:
-      failed.append(point)
-    say(f'{point.name}: {"FAILED: " + result.stderr.strip() if result.returncode else result.stdout.strip()}')
+    said, wrong = _told(['kubectl', 'apply', '-f', '-'], documents[point.name])
+    failed += [point] if wrong else []
+    say(f'{point.name}: {f"FAILED: {wrong}" if wrong else said}')
   return _summary(points, failed, 'applied')
 
 
@@ -318,17 +335,20 @@ def jobset(file: pathlib.Path, point: Point) -> str:
   """The documents of a JobSet file, as YAML, with the point's name and command in place of the file's own.
 
   Raises:
-    ValueError: the file has not one JobSet with one container.
+    ValueError: the file is no YAML, or has not one JobSet with one container.
   """
-  documents = [d for d in yaml.safe_load_all(file.read_text(encoding='utf-8')) if d]
-  sets = [d for d in documents if d.get('kind') == 'JobSet']
+  try:
+    documents = [d for d in yaml.safe_load_all(disk.read_text(file)) if d]
+  except yaml.YAMLError as error:
+    raise ValueError(f'{file} is no YAML: {" ".join(str(error).split())}') from error
+  sets = [d for d in documents if isinstance(d, dict) and d.get('kind') == 'JobSet']
   try:
     [one] = sets
+    one['metadata']['name'] = kubernetes_name(one['metadata']['name'], point.name)
     [container] = one['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']['containers']
-  except (ValueError, KeyError, IndexError, TypeError) as error:
-    raise ValueError(f'{file}: expected one JobSet whose first replicated job has one container') from error
-  one['metadata']['name'] = kubernetes_name(one['metadata']['name'], point.name)
-  container['args'] = [*point.command, '--multihost=auto']
+    container['args'] = [*point.command, '--multihost=auto']
+  except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    raise ValueError(f'{file}: expected one JobSet with a name, whose first replicated job has one container') from error
   return yaml.safe_dump_all(documents, sort_keys=False)
 
 
@@ -343,8 +363,8 @@ def say(text: str):
 
 
 def _arguments(argv: Sequence[str] | None):
-  parser = argparse.ArgumentParser(prog='python -m launch.sweep', description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m launch.sweep', description=__doc__, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', required=True, metavar='FILE[:ARG]', help='config file with a sweep')
   parser.add_argument('--workdir', required=True, type=pathlib.Path, help='folder of the sweep, a folder per point in it')
   parser.add_argument('--points', default='', metavar='ARG', help='argument of the sweep')
@@ -357,6 +377,9 @@ def _arguments(argv: Sequence[str] | None):
   for arg in common:
     if not re.match(r'--config\.[^=]+=', arg):
       parser.error(f'{arg}: no such option; values of the config are given as --config.KEY=VALUE')
+  for name in ('processes', 'devices'):
+    if vars(options)[name] is not None and vars(options)[name] < 1:
+      parser.error(f'--{name} {vars(options)[name]}: give a number from 1')
   return options, common
 
 
@@ -380,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       return run_slurm(left, shlex.split(options.sbatch))
     if options.run == 'jobset':
       return run_jobsets(left, options.jobset)
-  except (ValueError, FileNotFoundError, subprocess.CalledProcessError) as error:
+  except (ValueError, OSError, subprocess.CalledProcessError) as error:
     say(f'sweep: {error}')
     return 2
   for point in left:

@@ -22,7 +22,10 @@ VM is yours to make and to delete:
 
   gcloud compute tpus tpu-vm create NAME --zone=ZONE --accelerator-type=v5litepod-32 --version=v2-alpha-tpuv5-lite
 
-Environment: TPU_ENV='BLOCKATTN_DATA=/mnt/data WANDB_API_KEY=...', what the run shall find in its environment.
+Environment: TPU_ENV, what the run shall find in its environment, as a shell reads it. A value may have blanks, and goes
+on up to the next NAME=. It travels in a file, so that no list of processes shows it:
+
+  TPU_ENV='BLOCKATTN_DATA=/mnt/data WANDB_API_KEY=... XLA_FLAGS=--xla_dump_to=/tmp/dump --xla_dump_hlo_as_text'
 USAGE
 }
 
@@ -57,20 +60,51 @@ setup() {
 # Words as a shell on the other side reads them back.
 quoted() { printf '%q ' "$@"; }
 
+# Lines `export NAME=VALUE` of what TPU_ENV holds.
+environment() {
+  local words=() word name='' value=''
+  # xargs reads quotes and blanks as a shell does, and runs nothing of it.
+  xargs printf '%s' <<<"${TPU_ENV:-}" >/dev/null 2>&1 || fail 'TPU_ENV: a quote has no end'
+  while IFS= read -r -d '' word; do words+=("$word"); done < <(xargs printf '%s\0' <<<"${TPU_ENV:-}")
+  for word in ${words[@]+"${words[@]}"}; do   # bash before 4.4, as on a Mac, takes an empty list for an unknown name
+    if [[ $word =~ ^[A-Za-z_][A-Za-z0-9_]*= ]]; then
+      [ -z "$name" ] || printf 'export %s=%q\n' "$name" "$value"
+      name=${word%%=*} value=${word#*=}
+    elif [ -z "$word" ]; then
+      continue   # of an empty TPU_ENV
+    else
+      [ -n "$name" ] || fail "TPU_ENV begins with $word; give NAME=VALUE ..."
+      value+=" $word"
+    fi
+  done
+  [ -z "$name" ] || printf 'export %s=%q\n' "$name" "$value"
+}
+
 run() {
   [ $# -gt 0 ] || fail 'nothing to run: add -m blockattn.train.distill --config ... --workdir ...'
   case "$*" in
     *--multihost*) ;;
     '-m blockattn.train.'*) set -- "$@" --multihost=auto ;;
   esac
-  local environment=()
-  read -ra environment <<<"${TPU_ENV:-}"
+  local folder exports
+  exports=$(environment)
+  folder=$(mktemp -d)   # for this user alone
+  printf '%s\n' "$exports" >"$folder/run.env"
+  gcloud compute tpus tpu-vm scp "$folder/run.env" "$name:run.env" --zone="$zone" --worker=all
+  rm -r "$folder"
   # What is started has its own session, so that it outlives the connection; its exit code is kept for `status`.
   everywhere "set -e
+    chmod 600 ~/run.env
     cd ~/blockattn || exit
-    if [ -s ~/run.pid ] && kill -0 \$(cat ~/run.pid) 2>/dev/null; then echo 'a run is under way; stop it first' >&2; exit 1; fi
+    if [ -s ~/run.pid ] && kill -0 \$(cat ~/run.pid) 2>/dev/null; then
+      rm ~/run.env
+      echo 'a run is under way; stop it first' >&2
+      exit 1
+    fi
     rm -f ~/run.code
-    setsid nohup bash -c $(quoted "$(quoted env "BLOCKATTN_EXTRAS=tpu" PYTHONUNBUFFERED=1 "${environment[@]}" ./launch/local.sh "$@")& echo \$! >~/run.pid; wait \$!; echo \$? >~/run.code") >~/run.log 2>&1 </dev/null &
+    export BLOCKATTN_EXTRAS=tpu PYTHONUNBUFFERED=1
+    . ~/run.env && rm ~/run.env
+    setsid nohup bash -c $(quoted "$(quoted ./launch/local.sh "$@")& echo \$! >~/run.pid; wait \$!; echo \$? >~/run.code") >~/run.log 2>&1 </dev/null &
     sleep 1"
 }
 

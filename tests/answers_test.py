@@ -94,7 +94,7 @@ def test_another_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('line, message', [
-    ('{"id": 1', 'predictions.jsonl:1: not a line'), ('{"id": "y"}', ':1: lacks key, ')])
+    ('{"id": 1', 'predictions.jsonl:1 is no valid JSON'), ('{"id": "y"}', ":1 lacks 'task', ")])
 def test_a_broken_line_is_named(tmp_path, line, message):
   run([item('x')], tmp_path)
   path = tmp_path / 'predictions.jsonl'

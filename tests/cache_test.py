@@ -1,6 +1,7 @@
 """The store of block states: what is kept, what is dropped, and what other processes and a broken disk do to it."""
 
 import dataclasses
+import errno
 import os
 import pathlib
 import subprocess
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from blockattn import mesh as mesh_lib
 from blockattn.inference import cache
@@ -161,6 +163,38 @@ def test_a_changed_byte_anywhere_is_a_miss_and_the_file_goes(tmp_path):
     path.write_bytes(whole)
     assert same(store.get(key(1))[0], state(1))
     store.put(key(1), state(1))
+
+
+def test_another_users_files_are_hits_and_what_cannot_be_read_stays(tmp_path, monkeypatch):
+  def refuse(path, *_, **__):
+    raise PermissionError(errno.EPERM, 'not the owner', str(path))
+
+  tmp_path.chmod(0o777)
+  with cache.Store(memory_bytes=0, folder=tmp_path) as store:
+    store.put(key(1), state(1))
+    store.flush()
+    path = files(tmp_path)[0]
+    assert path.parent.stat().st_mode & 0o777 == 0o777   # others may write where they may write above
+    monkeypatch.setattr(os, 'utime', refuse)   # as on a mount that is only read
+    assert same(store.get(key(1))[0], state(1))
+    monkeypatch.setattr(cache.safetensors, 'safe_open', refuse)
+    assert store.get(key(1)) is None and path.exists() and store.counts.corrupt == 0
+
+
+def test_what_is_no_state_of_the_model_is_a_miss(tmp_path):
+  k = np.zeros(SHAPE, np.float32)
+  others = [{'k': k}, {'k': k, 'w': k}, {'k': k, 'v': k[:1]}, {'k': k[0], 'v': k[0]}, {'k': k, 'v': k, 'k_scale': k},
+            {'k': k.astype(np.int8), 'v': k.astype(np.int8)}, {'k': k[:, :4], 'v': k[:, :4]}]
+  with cache.Store(memory_bytes=0, folder=tmp_path) as store:
+    for i, arrays in enumerate(others):
+      path = tmp_path / key(i)[:2] / f'{key(i)}.safetensors'
+      path.parent.mkdir(exist_ok=True)
+      metadata = {'format': cache.FORMAT, 'checksum': cache._checksum(arrays)}
+      path.write_bytes(safetensors.numpy.save(arrays, metadata=metadata))
+      assert store.get(key(i), SHAPE) is None and not path.exists()
+      os.mkfifo(path)   # to open it would be to wait for somebody who writes to it
+      assert store.get(key(i)) is None and path.exists()
+    assert store.counts.corrupt == len(others)
 
 
 def test_nonsense_is_refused(tmp_path):

@@ -230,9 +230,48 @@ def test_another_step_is_offered_only_if_its_files_are_there(folder):
     checkpoint.verify(folder, 4)
 
 
-def test_damaged_checksums_are_damage(folder):
-  (folder / '4' / 'checksums-0-of-1.json').write_text('{"params/')
-  with pytest.raises(checkpoint.Damaged, match='checksums-0-of-1.json is no JSON'):
+@pytest.mark.parametrize('text, message', [
+    ('{"params/', 'is no valid JSON'), ('[["params/a", 3]]', 'is a list, not a JSON object'),
+    ('{"params/a": 3}', "'params/a' is 3, not a list"), ('{"params/a": [3]}', 'other things than sizes')])
+def test_damaged_checksums_are_damage(folder, text, message):
+  (folder / '4' / 'checksums-0-of-1.json').write_text(text)
+  with pytest.raises(checkpoint.Damaged, match=f'checksums-0-of-1.json.*{message}'):
+    checkpoint.verify(folder, 4)
+
+
+@pytest.mark.parametrize('item, damage', [
+    ('params', 'gone'), ('opt_state', 'gone'), ('data', 'gone'), ('meta', 'gone'), ('params', 'cut'), ('opt_state', 'cut'),
+    ('data', 'cut'), ('meta', 'cut')])
+def test_damage_to_a_step_without_checksums_is_a_line_too(state, folder, item, damage):
+  """As an interrupted copy leaves it."""
+  path = folder / '4'
+  (path / 'checksums-0-of-1.json').unlink()
+  if damage == 'gone':
+    shutil.rmtree(path / item)
+  else:
+    for file in files_of(folder, 4, item):
+      file.write_bytes(file.read_bytes()[:5])
+  like = checkpoint.abstract_like({'params': state.params, 'opt_state': state.opt_state})
+
+  def resume():
+    with checkpoint.Checkpoints(folder) as saved:
+      saved.data(4)
+      saved.restore(4, like['params'], like['opt_state'])
+
+  readers = [resume] + ([lambda: checkpoint.load_meta(folder)] if (item, damage) == ('meta', 'cut') else []) + (
+      [lambda: checkpoint.load_params(folder, abstract())] if (item, damage) == ('params', 'cut') else [])
+  for read in readers:
+    with pytest.raises(checkpoint.Damaged, match=rf'^{path}(:| has) .*{item}.*Step 3 stands too: .*mv {path} {path}.dam'):
+      read()
+
+
+def test_an_empty_folder_with_a_number_is_no_way_out(folder):
+  (folder / '9').mkdir()
+  with pytest.raises(checkpoint.Damaged, match=rf'{folder}/9 has no data. Step 4 stands too'):
+    with checkpoint.Checkpoints(folder) as saved:
+      saved.data(saved.newest())
+  flip(files_of(folder, 4, 'params')[-1])
+  with pytest.raises(checkpoint.Damaged, match='Step 3 stands too'):
     checkpoint.verify(folder, 4)
 
 

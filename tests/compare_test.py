@@ -72,9 +72,22 @@ def test_the_command(runs, tmp_path, capsys):
   assert json.loads((tmp_path / 'out.json').read_text()) == compare.compare(a, b)
 
 
+@pytest.mark.parametrize('change, message', [
+    ({'scores': {}}, 'jsonl:1 has no scores'), ({'scores': {'em': '1'}}, "jsonl:1: 'scores': 'em' is '1', not a number"),
+    ({'task': 3}, "jsonl:1: 'task' is 3, not a text"), ({'key': None}, "jsonl:1: 'key' is None, not a text")])
+def test_rows_of_another_form_are_named(runs, capsys, change, message):
+  path = runs[1] / 'predictions.jsonl'
+  first, *more = path.read_text().splitlines(keepends=True)
+  path.write_text(json.dumps(json.loads(first) | change) + '\n' + ''.join(more))
+  assert compare.main(list(map(str, runs))) == 2 and message in capsys.readouterr().err
+
+
 def test_what_is_no_run(runs, tmp_path, capsys):
   other = write(tmp_path / 'c', [('z', 'z', {'em': 1}, 'k')])
   for pair, message in (((runs[0], other), "no item in common, first 'x0' and 'z'"),
                         ((runs[0], tmp_path), 'no predictions.jsonl')):
     assert compare.main(list(map(str, pair))) == 2
     assert message in capsys.readouterr().err
+  for text, message in ((b'\xff', 'run.json is no UTF-8 text'), (b'{"mode": "full"}', "run.json lacks 'model'")):
+    (runs[0] / 'run.json').write_bytes(text)
+    assert compare.main(list(map(str, runs))) == 2 and message in capsys.readouterr().err

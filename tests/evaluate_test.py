@@ -14,7 +14,7 @@ import rich.console
 
 from blockattn import blocks, checkpoint
 from blockattn.data import stdlib, text as text_lib
-from blockattn.hf import config as hf_config, convert
+from blockattn.hf import convert
 from blockattn.models import transformer
 from blockattn.train import setup
 from tools import evaluate
@@ -121,11 +121,6 @@ def test_a_teacher_with_another_tokenizer_is_refused(models, data, tmp_path, cap
   data_cases.tiny_tokenizer.cache_clear()   # it has the new token, too
   assert evaluate.main(arguments((teacher, models[1]), data)) == 2
   assert "first 'one more'" in capsys.readouterr().err
-
-
-def test_malformed_block_options_are_named():
-  with pytest.raises(ValueError, match='here.*sink_ids, positions'):
-    hf_config.block_options({'blocks': {'sink_ids': [1]}}, where='here')
 
 
 def test_documents_and_examples_stay_together(models, data):

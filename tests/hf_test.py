@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import stat
 
 import hf_cases
@@ -10,9 +11,10 @@ import pytest
 import safetensors.numpy
 import tokenizers
 import transformers
+import yaml
 
 from blockattn import mesh, tree
-from blockattn.hf import config, convert, files, names
+from blockattn.hf import card, config, convert, files, names
 from blockattn.models import sizes
 from tools import convert as cli
 
@@ -164,12 +166,32 @@ def test_exported_folder_is_complete(exported):
   assert {path.name for path in folder.iterdir()} == {
       *shards, files.INDEX, 'config.json', 'generation_config.json', 'tokenizer.json', 'tokenizer_config.json',
       'chat_template.jinja', 'README.md', 'blockattn.json', 'LICENSE'}
-  assert all(stat.S_IMODE(path.stat().st_mode) & 0o044 == 0o044 for path in folder.iterdir())
+  assert len({stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}) == 1   # what the umask gives, see disk_test
   raw = json.loads((folder / 'config.json').read_text())
   assert raw['eos_token_id'] == 0 and raw['architectures'] == ['LlamaForCausalLM']
   assert config.read_meta(folder) == {'learned_sinks': 0, 'vocab': CFG.vocab, 'kind': 'distill'}
   with safetensors.safe_open(folder / shards[0], 'np') as shard:
     assert shard.metadata() == {'format': 'pt'}
+
+
+@pytest.mark.parametrize('said, message', [
+    ({'sink_ids': [1]}, "\"blocks\" lacks 'positions', 'max_blocks'"), ('all', '"blocks" is \'all\', not a JSON object'),
+    ({'sink_ids': [1.5], 'positions': 'local', 'max_blocks': 1}, r"'sink_ids'\[0\] is 1.5, not a whole number"),
+    ({'sink_ids': '12', 'positions': 'local', 'max_blocks': 1}, "'sink_ids' is '12', not a list"),
+    ({'sink_ids': [], 'positions': 'local', 'max_blocks': 'x'}, "'max_blocks' is 'x', not a whole number"),
+    ({'sink_ids': [], 'positions': 'local', 'max_blocks': -1}, 'max_blocks=-1'),
+    ({'sink_ids': [], 'positions': 'global', 'max_blocks': 1}, "positions='global'; choose one of")])
+def test_malformed_block_options_are_named(said, message):
+  with pytest.raises(ValueError, match=f'here.json: .*{message}'):
+    config.block_options({'blocks': said}, where='here.json')
+
+
+def test_more_sinks_than_rows_are_refused(exported, tmp_path):
+  folder, _ = exported
+  (tmp_path / 'config.json').write_text((folder / 'config.json').read_text())
+  (tmp_path / files.META).write_text(f'{{"learned_sinks": {CFG.vocab}}}')
+  with pytest.raises(ValueError, match=f'{files.META}: learned_sinks is {CFG.vocab}, of {CFG.vocab} rows'):
+    config.read(tmp_path)
 
 
 def test_one_tensor_above_the_limit_gets_a_shard_alone():
@@ -369,3 +391,57 @@ def test_cli_says_what_is_wrong(tmp_path, capsys):
   assert cli.main(['to_hf', str(tmp_path / 'none'), str(tmp_path / 'out')]) == 2
   assert 'checkpoint' in capsys.readouterr().err
   assert not list(tmp_path.iterdir())
+
+
+# The card.
+
+CARD = '---\nlicense: other\nlicense_name: llama3.1\nlanguage: [en, de]\nbase_model: org/base\ntags: [chat]\n---\n# Theirs\n'
+
+
+def front(text):
+  _, head, body = text.split('---\n', 2)
+  return yaml.safe_load(head), body
+
+
+@pytest.mark.parametrize('source, theirs, base, name', [
+    ('Qwen/Qwen3-4B@main', '# no front matter', 'Qwen/Qwen3-4B', 'Qwen/Qwen3-4B'),
+    ('Qwen/Qwen3-4B', CARD, 'Qwen/Qwen3-4B', 'Qwen/Qwen3-4B'), ('/home/me/model', CARD, 'org/base', 'model'),
+    (None, CARD, 'org/base', None), ('', None, None, None), (None, '---\nlicense: [\n---\n', None, None),
+    (None, '---\n- 1\n---\n', None, None)])
+def test_a_card_says_what_the_model_began_as_and_under_which_licence(tmp_path, source, theirs, base, name):
+  if theirs is not None:
+    (tmp_path / 'README.md').write_text(theirs)
+  head, body = front(card.text(CFG, {'source': source}, tmp_path))
+  assert re.findall('- began as: (.*)\n', body) == ([name] if name else []) and '/home' not in body
+  assert head.get('base_model') == base and head['library_name'] == 'transformers' and head['tags'] == ['block-attention']
+  assert head['pipeline_tag'] == 'text-generation'
+  inherited = {name: head.get(name) for name in ('license', 'license_name', 'language')}
+  assert inherited == ({'license': 'other', 'license_name': 'llama3.1', 'language': ['en', 'de']} if theirs == CARD else
+                       dict.fromkeys(inherited))
+
+
+def test_an_export_has_a_card_with_blocks_training_and_usage_that_runs(tmp_path, source, capsys):
+  torch = pytest.importorskip('torch')
+  cfg = hf_cases.MODELS['qwen3_tied']
+  meta = {'kind': 'distill', 'step': 7, 'blocks': {'sink_ids': [3, 3], 'positions': 'local', 'max_blocks': 4}}
+  save(hf_cases.random_params(cfg, 'float32'), cfg, tmp_path / 'a', source, meta=meta, card=CARD)
+  assert cli.main(['from_hf', str(tmp_path / 'a'), str(tmp_path / 'work'), '--dtype', 'float32']) == 0
+  (tmp_path / 'work' / 'config.json').write_text('{"steps": 9, "optim": {"lr": 0.001}, "secret": "x"}')
+  (tmp_path / 'work' / 'run.json').write_text('{"commit": "abc+"}')
+  assert cli.main(['to_hf', str(tmp_path / 'work'), str(tmp_path / 'b'), '--dtype', 'float32']) == 0
+  head, body = front((tmp_path / 'b' / 'README.md').read_text())
+  assert (head['license'], head['base_model']) == ('other', 'org/base')
+  for line in ('- trained by: distill', '- step: 7', '- sinks in front of every block but the first: 2, token ids [3, 3]',
+               '- positions: local', '- steps: 9', '- optim.lr: 0.001', '- commit of blockattn: abc+'):
+    assert f'{line}\n' in body
+  assert 'secret' not in body and 'tools.generate FOLDER' in body
+  capsys.readouterr()
+  with torch.no_grad():
+    exec(re.search('```python\n(.*?)```', body, re.DOTALL)[1].replace('FOLDER', str(tmp_path / 'b')), {})
+  assert capsys.readouterr().out.strip()
+
+
+def test_a_segmenters_card_is_of_another_task():
+  cfg = dataclasses.replace(CFG, labels=2)
+  head, body = front(card.text(cfg, {'kind': 'segment'}, facts={'f1': 0.8}))
+  assert head['pipeline_tag'] == 'token-classification' and '- f1: 0.8\n' in body and 'tools.segment' in body

@@ -19,6 +19,7 @@ import pytest
 import resume_test
 import yaml
 
+from blockattn.train import loop
 from launch import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -69,7 +70,7 @@ def test_when_one_fails_the_others_are_ended_and_its_code_is_kept(tmp_path):
           'if me == "2":\n  signal.signal(signal.SIGTERM, signal.SIG_IGN)\n'   # has to be killed
           'time.sleep(100)')
   (tmp_path / 'script.py').write_text('import os, signal, sys, time\nme = os.environ["BLOCKATTN_PROCESS"]\n' + body)
-  started = processes.start_all([str(tmp_path / 'script.py')], 3, 1, os.environ)
+  started = list(processes.start_all([str(tmp_path / 'script.py')], 3, 1, os.environ))
   start = time.monotonic()
   assert processes.wait_for_all(started, patience_s=1.0) == 17
   assert [p.returncode for p in started] == [-signal.SIGTERM, 17, -signal.SIGKILL] and time.monotonic() - start < 30
@@ -84,6 +85,27 @@ def test_signals_are_handed_on(tmp_path, sign):
   process.send_signal(sign)
   process.communicate(timeout=60)
   assert process.returncode == 75
+
+
+def test_a_signal_between_two_starts_stops_what_has_started(tmp_path, monkeypatch):
+  script = tmp_path / 'script.py'
+  script.write_text('import time\ntime.sleep(100)')
+  start_all, started = processes.start_all, []
+
+  def interrupted(*args):
+    for process in start_all(*args):
+      started.append(process)
+      os.kill(os.getpid(), signal.SIGTERM)   # when it runs, and before main knows of it
+      yield process
+
+  monkeypatch.setattr(processes, 'start_all', interrupted)
+  old = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    assert processes.main(['--processes=3', str(script)]) == 128 + signal.SIGTERM
+  finally:
+    for sign, handler in old.items():
+      signal.signal(sign, handler)
+  assert [process.returncode for process in started] == [-signal.SIGTERM]   # and the others are not started
 
 
 def test_only_trainers_are_told_of_multihost():
@@ -182,10 +204,24 @@ def test_the_parts_of_the_jobset_fit_each_other():
   assert {('pods', 'list'), ('services', 'list'), ('jobs', 'get')} <= granted
   assert job['parallelism'] == job['completions'] and job['completionMode'] == 'Indexed' and job['backoffLimit'] == 0
   [container] = pod['containers']
-  assert job['podFailurePolicy']['rules'][0]['onExitCodes']['containerName'] == container['name']
+  [codes] = [rule['onExitCodes'] for rule in job['podFailurePolicy']['rules']]
+  assert codes == {'containerName': container['name'], 'operator': 'In', 'values': [1, 2, loop.EXIT_PREEMPTED]}
   assert pod['restartPolicy'] == 'Never'   # a pod failure policy asks for it
   assert container['args'][-1] == '--multihost=auto' and container['args'][:2] == ['-m', 'blockattn.train.distill']
   assert {m['name'] for m in container['volumeMounts']} == {v['name'] for v in pod['volumes']}
+
+
+@pytest.mark.parametrize('reason, code, action', [
+    ('PodFailurePolicy', 75, 'RestartJobSetAndIgnoreMaxRestarts'), ('PodFailurePolicy', 1, 'FailJobSet'),
+    ('PodFailurePolicy', 2, 'FailJobSet'), ('BackoffLimitExceeded', 76, None)])   # None: a restart that counts
+def test_what_a_jobset_does_about_an_end(reason, code, action):
+  """JobSet takes the first rule whose reasons and patterns have the job's; the message is Kubernetes' own."""
+  message = f'Container train for pod default/x75 failed with exit code {code} matching FailJob rule at index 0'
+  message = message if reason == 'PodFailurePolicy' else 'Job has reached the specified backoff limit'
+  rules = jobset_documents()[-1]['spec']['failurePolicy']['rules']
+  fits = [rule['action'] for rule in rules if reason in rule['onJobFailureReasons'] and
+          any(re.search(pattern, message) for pattern in rule.get('onJobFailureMessagePatterns', ['']))]
+  assert next(iter(fits), None) == action
 
 
 # launch/tpu_vm.sh
@@ -196,8 +232,12 @@ def gcloud(tmp_path):
   bin, hosts = tmp_path / 'bin', [tmp_path / 'host 0', tmp_path / 'host1']
   for host in hosts:
     (host / 'blockattn' / 'launch').mkdir(parents=True)
-    executable(host / 'blockattn' / 'launch' / 'local.sh', '#!/bin/bash\necho "$HOME: extras $BLOCKATTN_EXTRAS, $X: $*"\n'
-               'trap "exit 75" TERM\n[ "$1" = -c ] && exit\nfor i in $(seq 300); do sleep 0.1; done\n')
+    executable(host / 'blockattn' / 'launch' / 'local.sh', '''#!/bin/bash
+echo "$HOME: extras $BLOCKATTN_EXTRAS, $X;$Y;$KEY;$Z: $*"
+trap "exit 75" TERM
+[ "$1" = -c ] && exit
+for i in $(seq 300); do sleep 0.1; done
+''')
   executable(bin / 'gcloud', f'''#!{sys.executable}
 import os, shutil, subprocess, sys
 args = sys.argv[1:]
@@ -206,6 +246,7 @@ for host in {[str(h) for h in hosts]!r}:
   if args[3] == 'ssh':
     assert args[4] == 'name'
     command = args[-1].removeprefix('--command=')
+    open({str(tmp_path / 'commands')!r}, 'a').write(command)
     code = subprocess.run(['bash', '-c', command], env=os.environ | {{'HOME': host}}, cwd=host).returncode
   else:
     code = shutil.copy(args[4], os.path.join(host, args[5].removeprefix('name:'))) is None
@@ -224,13 +265,16 @@ def test_a_run_on_a_tpu_vm(gcloud):
   call, hosts = gcloud
   assert 'no run' in call('status', 'name', 'zone').stdout
   command = ('-m', 'blockattn.train.distill', '--config=a b', '--workdir=it\'s "x"')
-  started = call('run', 'name', 'zone', *command, TPU_ENV='X=1')
-  assert started.returncode == 0, started.stderr
+  # Of several flags none is lost, quoted or not; nothing in it is run; and no list of processes shows it.
+  started = call('run', 'name', 'zone', *command, TPU_ENV='Y="two words" KEY=$(id)\nX=--one=a --two=b Z=\'--c --d\' --e')
+  assert started.returncode == 0 and not any((host / 'run.env').exists() for host in hosts), started.stderr
   assert call('status', 'name', 'zone').stdout.count(': runs') == 2
   again = call('run', 'name', 'zone', *command)
   assert again.returncode != 0 and 'a run is under way' in again.stderr
   for host in hosts:
-    assert (host / 'run.log').read_text() == f'{host}: extras tpu, 1: {" ".join(command)} --multihost=auto\n'
+    assert (host / 'run.log').read_text() == (
+        f'{host}: extras tpu, --one=a --two=b;two words;$(id);--c --d --e: {" ".join(command)} --multihost=auto\n')
+  assert 'two words' not in (hosts[0].parent / 'commands').read_text()
   assert call('stop', 'name', 'zone').returncode == 0
   deadline = time.monotonic() + 20
   while (status := call('status', 'name', 'zone').stdout).count('ended with code 75') != 2:
@@ -256,9 +300,11 @@ def test_the_hosts_of_a_tpu_vm_get_the_commit(gcloud):
 @needs_bash
 @pytest.mark.parametrize('args, code, message', [
     ((), 2, 'usage:'), (('help',), 0, 'usage: launch/tpu_vm.sh'), (('start', 'name', 'zone'), 1, 'no command start'),
-    (('run', 'name'), 1, 'needs NAME and ZONE'), (('run', 'name', 'zone'), 1, 'nothing to run')])
+    (('run', 'name'), 1, 'needs NAME and ZONE'), (('run', 'name', 'zone'), 1, 'nothing to run'),
+    (('run', 'name', 'zone', '-c', 'env: --a B=1'), 1, 'TPU_ENV begins with --a'),
+    (('run', 'name', 'zone', '-c', "env: A='b"), 1, 'TPU_ENV: a quote has no end')])
 def test_wrong_arguments_of_tpu_vm(gcloud, args, code, message):
-  result = gcloud[0](*args)
+  result = gcloud[0](*args, TPU_ENV=args[-1].removeprefix('env: ') if args[-1:] and 'env: ' in args[-1] else '')
   assert result.returncode == code and message in result.stdout + result.stderr
 
 
@@ -278,7 +324,7 @@ def sbatch(tmp_path):
     env = {'PATH': f'{bin}:{os.environ["PATH"]}', 'CALLS': str(calls), 'CODE': '0', 'STATE': 'RUNNING', 'SLURM_JOB_ID': '7',
            'SLURM_JOB_NODELIST': 'n[1-2]', 'SLURM_SUBMIT_DIR': str(ROOT), 'BLOCKATTN_PYTHON': str(python)} | env
     result = subprocess.run([shutil.which('bash'), str(ROOT / 'launch' / 'slurm.sbatch'), *args], env=env, text=True,
-                            capture_output=True, timeout=30)
+                            capture_output=True, timeout=30, cwd=tmp_path)
     return result.returncode, calls.read_text(), result.stderr, str(python)
   return call
 
@@ -297,7 +343,8 @@ def test_a_job_that_ends_well(sbatch):
     ({'CODE': '75', 'SLURM_RESTART_COUNT': '99'}, True, -signal.SIGTERM, 'saved; back into the queue'),
     ({'CODE': '75', 'STATE': 'CANCELLED'}, False, 75, 'the job is CANCELLED'),
     ({'CODE': '76'}, True, -signal.SIGTERM, 'lost (code 76), restart 1 of 10'),
-    ({'CODE': '134', 'SLURM_RESTART_COUNT': '3', 'MAX_RESTARTS': '3'}, False, 134, 'lost (code 134) 4 times'),
+    ({'CODE': '76', 'SLURM_RESTART_COUNT': '99'}, True, -signal.SIGTERM, 'restart 1 of 10'),   # 99 were saved
+    ({'CODE': '134', 'MAX_RESTARTS': '0'}, False, 134, 'lost (code 134) 1 times'),
     ({'CODE': '1'}, False, 1, 'failed with code 1'),
     ({'SLURM_GPUS_ON_NODE': '8', 'SLURM_NTASKS_PER_NODE': '1'}, False, 2, '--ntasks-per-node=8'),
     ({'SLURM_SUBMIT_DIR': '/'}, False, 2, 'no checkout'),
@@ -306,6 +353,21 @@ def test_how_a_job_ends(sbatch, env, requeued, code, message):
   ended, calls, said, _ = sbatch('-m', 'x', **env)
   assert ended == code and message in said
   assert ('scontrol requeue 7' in calls) == requeued
+
+
+@needs_bash
+@pytest.mark.parametrize('given', [['--workdir=runs/a b'], ['--workdir', 'runs/a b']])
+def test_losses_of_a_job_are_counted_over_its_starts(sbatch, tmp_path, given):
+  losses = tmp_path / 'runs' / 'a b' / 'losses-of-job-5_3'
+  task = {'SLURM_JOB_ID': '5', 'SLURM_ARRAY_JOB_ID': '5', 'SLURM_ARRAY_TASK_ID': '3', 'MAX_RESTARTS': '2'}
+  said = []
+  for code in ('76', '75', '137', '75', '76'):
+    ended, calls, words, _ = sbatch('-m', 'x', *given, CODE=code, **task)
+    said.append(words.splitlines()[-1])
+    assert ('scontrol requeue 5_3\n' in calls) == (ended == -signal.SIGTERM)   # the task, not the array of its name
+  assert 'restart 1 of 2' in said[0] and 'saved' in said[1] and 'restart 2 of 2' in said[2] and 'saved' in said[3]
+  assert ended == 76 and '(code 76) 3 times' in said[4]
+  assert [line.split(', ')[1] for line in losses.read_text().splitlines()] == ['code 76', 'code 137', 'code 76']
 
 
 SLURM = ('munged', 'slurmctld', 'slurmd', 'sbatch', 'scancel', 'scontrol', 'squeue')

@@ -44,10 +44,13 @@ def test_a_line_is_valid_json_even_when_the_loss_is_not_finite(tmp_path):
     raise AssertionError(f'{name} is not JSON')
 
   entry = json.loads(lines(tmp_path)[0], parse_constant=reject)
-  assert (entry['step'], entry['loss'], entry['grad_norm'], entry['low'], entry['lr']) == (
-      1, 'NaN', 'Infinity', '-Infinity', 0.5)
-  back = metrics.read_metrics(tmp_path / metrics.FILE_NAME)[0]
-  assert math.isnan(back['loss']) and back['grad_norm'] == math.inf and back['low'] == -math.inf
+  assert (entry['step'], entry['loss'], entry['grad_norm'], entry['low'], entry['lr']) == (1, None, None, None, 0.5)
+  with (tmp_path / metrics.FILE_NAME).open('a') as file:   # as runs wrote it before
+    file.write('{"step": 2, "loss": "NaN", "grad_norm": "Infinity", "low": "-Infinity"}\n')
+  for back in metrics.read_metrics(tmp_path / metrics.FILE_NAME):
+    assert all(math.isnan(back[name]) for name in ('loss', 'grad_norm', 'low'))
+  metrics.write_json(tmp_path / 'a.json', {'kl': [math.nan, (1.5, math.inf)]})
+  assert json.loads((tmp_path / 'a.json').read_text(), parse_constant=reject) == {'kl': [None, [1.5, None]]}
 
 
 def test_resume_drops_later_steps_and_appends(tmp_path):
@@ -73,11 +76,15 @@ def test_a_half_written_last_line_is_dropped(tmp_path):
 
 def test_a_broken_line_is_named(tmp_path):
   path = tmp_path / metrics.FILE_NAME
-  path.write_text('{"step": 1}\n[1, 2]\n')
-  with pytest.raises(ValueError, match=r'metrics\.jsonl:2: expected an object'):
-    metrics.MetricWriter(tmp_path, resume_step=1)
-  path.write_text('loss 3\n')
-  with pytest.raises(ValueError, match=r'metrics\.jsonl:1: not JSON'):
+  for line, message in (('[1, 2]', 'is a list, not a JSON object'), ('loss 3', 'is no valid JSON'), ('{}', "lacks 'step'"),
+                        ('{"step": "2"}', "'step' is '2', not a whole number"), ('[' * 100_000, 'is no valid JSON'),
+                        ('{"step": 2, "loss": [3]}', "'loss' is a list, not a number"),
+                        ('{"step": 2, "loss": 1' + '0' * 400 + '}', "'loss' is 10*, not a number")):
+    path.write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=rf'metrics\.jsonl:2:? {message}.*; repair or delete the line'):
+      metrics.MetricWriter(tmp_path, resume_step=1)
+  path.write_bytes(b'\xff\n')
+  with pytest.raises(ValueError, match=r'metrics\.jsonl is no UTF-8 text'):
     metrics.read_metrics(path)
 
 
@@ -118,10 +125,16 @@ def _say(*entry):
 
 def init(**options):
   _say('init', options)
-  return Run()
+  return Run(options)
 
 
 class Run:
+  def __init__(self, options):
+    starts = sum(json.loads(line)[0] == 'init' for line in LOG.read_text().splitlines())
+    self.id, self.offline = options['id'], options['project'] == 'offline'
+    self.dir = pathlib.Path(options['dir'], 'wandb', f'offline-run-{starts}-{self.id}', 'files')
+    self.dir.mkdir(parents=True)
+
   def define_metric(self, *args, **kwargs):
     _say('define_metric', args, kwargs)
 
@@ -133,22 +146,44 @@ class Run:
 """
 
 
-def test_weights_and_biases_get_every_line_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, monkeypatch):
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+  """A stand-in for W&B; called, it gives what it was told."""
   (tmp_path / 'wandb.py').write_text(WANDB)
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+  yield lambda: [json.loads(line) for line in (tmp_path / 'wandb.log').read_text().splitlines()]
+  sys.modules.pop('wandb', None)
+
+
+def test_weights_and_biases_get_every_line_and_a_resumed_run_goes_on_in_the_same_one(tmp_path, wandb):
   workdir = tmp_path / 'my_run'
+  workdir.mkdir()
+  metrics.write_json(workdir / 'config.json', {'optim': {'lr': 1e-3}})
   for steps, resume in (((1, 2), 0), ((2,), 1)):
     write_steps(workdir, steps, resume_step=resume, wandb_project='blocks')
   write_steps(tmp_path / 'other', [1], process_index=1, wandb_project='blocks')   # process 0 alone writes
-  said = [json.loads(line) for line in (tmp_path / 'wandb.log').read_text().splitlines()]
-  monkeypatch.delitem(sys.modules, 'wandb')
+  said = wandb()
   assert [entry[0] for entry in said] == ['init', 'define_metric', 'log', 'log', 'finish', 'init', 'define_metric', 'log',
                                           'finish']
   first, again = (entry[1] for entry in said if entry[0] == 'init')
   assert first == again and first['project'] == 'blocks' and first['name'] == 'my_run' and first['resume'] == 'allow'
+  assert first['config'] == {'optim': {'lr': 1e-3}}
   assert [entry[1] for entry in said if entry[0] == 'log'] == [
       {'loss': 0.5, 'step': 1}, {'loss': 1.0, 'step': 2}, {'loss': 1.0, 'step': 2}]
+
+
+def test_a_run_that_is_sent_later_holds_no_step_twice(tmp_path, wandb):
+  logged = lambda: [entry[1]['step'] for entry in wandb() if entry[0] == 'log']
+  folders = lambda: sorted(path.name.split('-')[2] for path in (tmp_path / 'run' / 'wandb').iterdir())
+  options = {'wandb_project': 'offline'}
+  write_steps(tmp_path / 'run', (1, 2, 3), resume_step=0, **options)
+  write_steps(tmp_path / 'run', (2,), resume_step=1, **options)
+  assert logged() == [1, 2, 3, 1, 2] and folders() == ['2']   # the second folder has all that counts
+  [folder] = (tmp_path / 'run' / 'wandb').iterdir()
+  (folder / 'run.wandb.synced').touch()
+  write_steps(tmp_path / 'run', (3,), resume_step=2, **options)
+  assert logged()[5:] == [3] and folders() == ['2', '3']   # what has been sent is not sent again
 
 
 def test_without_weights_and_biases_the_extra_is_named(tmp_path, monkeypatch):

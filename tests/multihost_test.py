@@ -158,6 +158,7 @@ def test_where_a_process_stands(text, environ, place):
 @pytest.mark.parametrize('text, environ, message', [
     ('yes', {}, "--multihost=yes: give 'auto', or ADDRESS:PORT,N,I"),
     ('host,4,3', {}, 'the address of process 0 is HOST:PORT, as 10.0.0.2:8476'),
+    ('host:99999,1,0', {}, 'with a port from 1 to 65535'), ('host:0,1,0', {}, 'with a port from 1 to 65535'),
     ('host:80,4,4', {}, 'processes have the numbers 0 to 3'),
     ('host:80,4,-1', {}, 'processes have the numbers 0 to 3'),
     ('host:80,four,1', {}, 'are integers'),
@@ -166,6 +167,15 @@ def test_where_a_process_stands(text, environ, place):
 def test_a_place_that_is_none(text, environ, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     multihost.read_place(text, environ)
+
+
+@pytest.mark.parametrize('host, inside', [('127.0.0.1', True), ('localhost', True), ('[::1]', True), ('10.0.0.1', False),
+                                          ('node-0', False), ('127.example.org', False)])
+def test_processes_of_one_machine_are_reached_from_it_alone(monkeypatch, host, inside):
+  asked = {}
+  monkeypatch.setattr(multihost.jax.distributed, 'initialize', lambda **options: asked.update(options))
+  multihost._start(multihost.Place(f'{host}:80', 2, 0))
+  assert asked.get('coordinator_bind_address') == (f'{host}:80' if inside else None)
 
 
 @pytest.mark.parametrize('name', [multihost.COUNT, 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'SKYPILOT_NUM_NODES'])

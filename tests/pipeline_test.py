@@ -313,6 +313,12 @@ def stored(tmp_path):
   return sorted(path for path in (tmp_path / 'cache').iterdir() if path.suffix != '.lock')
 
 
+def test_a_store_is_for_those_that_the_umask_lets_in(cached, tmp_path):
+  made = tmp_path / 'made'
+  made.mkdir()
+  assert [path.stat().st_mode for path in stored(tmp_path)] == [made.stat().st_mode]
+
+
 def test_the_second_use_does_not_encode(cached, tmp_path):
   again, docs, report = cached()
   assert not again and len(docs) == 5

@@ -12,7 +12,7 @@ from tools import charts, report
 def write(folder, name, value):
   path = folder / name
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(value if isinstance(value, str) else json.dumps(value))
+  path.write_bytes(value if isinstance(value, bytes) else (value if isinstance(value, str) else json.dumps(value)).encode())
   return path
 
 
@@ -212,19 +212,34 @@ def test_only_the_parts_that_are_there(tmp_path):
 
 
 @pytest.mark.parametrize('name, text, message', [
-    ('summary.json', '{', r'summary.json: not JSON .*; write it again or delete it'),
-    ('summary.json', '[]', r'summary.json: expected a JSON object, found list'),
-    ('layout.json', '{"mask": []}', r"layout.json: lacks 'lengths'; it has 'mask'"),
+    ('summary.json', '{', 'summary.json is no valid JSON'),
+    ('summary.json', '[]', 'summary.json is a list, not a JSON object'),
+    ('layout.json', '{"mask": []}', r"layout.json lacks 'lengths'; it has 'mask'"),
     ('layout.json', '{"lengths": [1], "mask": ["1.", "1"]}', r'layout.json: mask row 1 must be 2 characters'),
     ('layout.json', '{"lengths": [3], "mask": ["1"]}', r'layout.json: lengths must .* at most the 1 rows'),
-    ('segmented.jsonl', '{"blocks": []}\n', "segmented.jsonl:1: lacks 'id'"),
-    ('examples.jsonl', '{"blocks": []}\n', r"examples.jsonl:1: lacks 'prompt', 'response', 'answers'"),
+    ('segmented.jsonl', '{"blocks": []}\n', "segmented.jsonl:1 lacks 'id'"),
+    ('segmented.jsonl', '{"id": "a", "blocks": [1]}\n', r"segmented.jsonl:1: 'blocks'\[0\] is 1, not a text"),
+    ('layout.json', '{"lengths": ["1"], "mask": ["1"]}', r"layout.json: 'lengths'\[0\] is '1', not a whole number"),
+    ('layout.json', '{"lengths": [1], "mask": [1]}', r"layout.json: 'mask'\[0\] is 1, not a text"),
+    ('bias.json', '{"kl": "1", "tokens": 1, "top": {}}', "bias.json: 'kl' is '1', not a number"),
+    ('summary.json', b'\xff', 'summary.json is no UTF-8 text'),
+    ('metrics.jsonl', b'\xff\n', 'metrics.jsonl is no UTF-8 text'),
+    ('examples.jsonl', '{"blocks": []}\n', r"examples.jsonl:1 lacks 'prompt', 'response', 'answers'"),
 ])
 def test_broken_files_are_named(tmp_path, name, text, message):
   write(tmp_path, name, text)
   with pytest.raises(ValueError, match=message):
     report.render(tmp_path)
   assert not (tmp_path / 'report.html').exists()
+
+
+def test_odd_values_do_no_harm(tmp_path):
+  """Facts of a run that nothing depends on: what is no number, or none of this world, is shown or left out."""
+  write(tmp_path, 'config.json', {'steps': 'many'})
+  write(tmp_path, 'run.json', {'devices': 3, 'command': {}})
+  write(tmp_path, 'summary.json', {'a': {'exact_match': 'x', 'n': 10 ** 400, 'f1': None}, 'seconds': {'b': 10 ** 400}})
+  write(tmp_path, 'metrics.jsonl', lines([{'step': 1, 'time': 1e300, 'loss': 1}, {'step': 2, 'time': 1, 'loss': None}]))
+  assert 'step 2' in page_of(tmp_path)
 
 
 def test_nothing_to_report(tmp_path):

@@ -220,3 +220,14 @@ def test_windows_too_short_for_two_units_are_refused(tmp_path):
   folder = folder_of(tmp_path, 'none')
   with pytest.raises(ValueError, match='room for two units'):
     inference.Segmenter.load(folder, length=16)
+
+
+@pytest.mark.parametrize('said, message', [
+    ({'threshold': None}, "'threshold' is None, not a number"),
+    ({'cohesion': 'yes'}, "'cohesion' is 'yes', not true or false"),
+    ({'separators': '('}, 'unterminated subpattern'), ({'length': 9.5}, "'length' is 9.5, not a whole number"),
+    ({'overlap': float('nan')}, 'overlap=nan')])
+def test_what_a_folder_says_is_checked(tmp_path, said, message):
+  (tmp_path / files.META).write_text(json.dumps({'segmenter': {'markers': 'text', 'length': 8192} | said}))
+  with pytest.raises(ValueError, match=f'{files.META}: segmenter: .*{message}'):
+    inference.options_of(tmp_path)

@@ -112,8 +112,12 @@ def test_a_wrong_command(config_file, tmp_path, capsys):
                         (['--config', str(with_sweep(tmp_path, 'add(seed=1)')), '--points', 'x'], 'takes no argument')):
     assert sweep.main([*args, *where]) == 2
     assert message in capsys.readouterr().err
-  with pytest.raises(SystemExit, match='2'):
-    sweep.main(['--config', str(config_file), *where, '--runs', 'local'])
+  for option, value in (('--runs', 'local'), ('--processes', '0'), ('--devices', '0')):
+    with pytest.raises(SystemExit, match='2'):
+      sweep.main(['--config', str(config_file), *where, option, value])
+  (tmp_path / 'runs').write_text('')
+  assert sweep.main(['--config', str(config_file), *where, '--run=local']) == 2
+  assert f'{tmp_path}/runs is a file; name a folder' in capsys.readouterr().err
 
 
 def test_finished_points_are_skipped(config_file, tmp_path, capsys):
@@ -159,6 +163,29 @@ def test_a_point_that_fails_does_not_stop_the_others(tmp_path, capsys):
   assert '4/4 d: from the start' in said and said.endswith('2 of 4 points failed: b c\n')
   assert [(p.workdir / 'log.txt').read_text() for p in points][::3] == ['well\n', 'too\n']
   assert sweep.run_local(points[:1]) == 0 and (tmp_path / 'a' / 'log.txt').read_text() == 'well\nwell\n'
+
+
+def test_a_point_that_cannot_start_does_not_stop_the_others(tmp_path, commands, capsys):
+  long, folder = point(tmp_path, 'long', 'x' * 200_000), point(tmp_path, 'file', 'print("x")')
+  folder.workdir.write_text('')
+  for run, word in ((sweep.run_local, 'start'), (sweep.run_slurm, 'submit')):
+    assert run([long, folder, point(tmp_path, f'well {word}', 'print("too")')]) == 1
+    said = capsys.readouterr().err
+    assert f'long: FAILED to {word}: [Errno 7]' in said and f'file: FAILED to {word}: [Errno 17]' in said
+    assert (tmp_path / f'well {word}').is_dir() and said.endswith('2 of 3 points failed: long file\n')
+
+
+def test_a_signal_while_a_point_is_started_reaches_it(tmp_path, monkeypatch):
+  popen = subprocess.Popen
+
+  def interrupted(*args, **kwargs):
+    process = popen(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGTERM)   # when it runs, and before the sweep knows of it
+    return process
+
+  monkeypatch.setattr(sweep.subprocess, 'Popen', interrupted)
+  assert sweep.run_local([point(tmp_path, name, 'import time; time.sleep(60)') for name in 'ab']) == 128 + signal.SIGTERM
+  assert not (tmp_path / 'b').exists()
 
 
 @pytest.mark.parametrize('saved, code', [(75, 75), (3, 128 + signal.SIGTERM)])
@@ -225,11 +252,15 @@ def test_a_jobset_per_point(commands, config_file, tmp_path):
   assert sum(d['kind'] == 'ServiceAccount' for d in documents) == 2   # applied again, it stays as it is
 
 
-def test_a_file_that_holds_no_jobset(commands, config_file, tmp_path, capsys):
-  (tmp_path / 'mine.yaml').write_text('kind: Job\n')
+@pytest.mark.parametrize('text, message', [
+    ('kind: Job\n', 'expected one JobSet'), ('- 1\n- 2\n', 'expected one JobSet'), ('plain', 'expected one JobSet'),
+    ('kind: JobSet\nspec: []\n', 'expected one JobSet'), ('{', 'is no YAML'), (b'\xff', 'is no UTF-8 text')])
+def test_a_file_that_holds_no_jobset(commands, config_file, tmp_path, capsys, text, message):
+  (tmp_path / 'mine.yaml').write_bytes(text if isinstance(text, bytes) else text.encode())
   assert sweep.main(['--config', str(config_file), '--workdir', '/runs', '--run', 'jobset', '--jobset',
                      str(tmp_path / 'mine.yaml')]) == 2
-  assert 'expected one JobSet' in capsys.readouterr().err and commands.read_text() == ''
+  said = capsys.readouterr().err
+  assert f'sweep: {tmp_path}/mine.yaml' in said and message in said and commands.read_text() == ''
 
 
 # tools/compare.py --sweep
@@ -273,7 +304,7 @@ def test_what_is_no_sweep(tmp_path, capsys):
   (tmp_path / 'x').mkdir()
   (tmp_path / 'x' / 'config.json').write_text('{"other": 1}')
   assert compare.main(['--sweep', str(tmp_path)]) == 2
-  assert 'x/config.json: no key steps' in capsys.readouterr().err
+  assert "x/config.json lacks 'steps'" in capsys.readouterr().err
   for args in (['--sweep', 'a', 'b'], ['a'], ['a', 'b', '--html', 'c']):
     with pytest.raises(SystemExit, match='2'):
       compare.main(args)

@@ -10,7 +10,6 @@ interruption. The key is read from the environment variable that --key-env names
 failed (the same command asks for them again); 2 if files or options are no good or the server refuses.
 """
 
-import argparse
 import collections
 import functools
 import json
@@ -23,10 +22,11 @@ import rich.progress
 
 from blockattn.data import markers, text as text_lib
 from blockattn.data.semanticseg import annotate, completions
+from tools import arguments
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(prog='tools.annotate', description=__doc__.split('\n\n')[0])
+  parser = arguments.Parser(prog='tools.annotate', description=__doc__.split('\n\n')[0])
   options, limits = annotate.Options(), completions.Limits()
   add = parser.add_argument
   add('files', nargs='+', help='.jsonl, .jsonl.gz or text files')

@@ -23,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 
+from tools import arguments
+
 TPUS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
 GPUS = ('h200',)
 BODIES = ('partial', 'full')   # of the TPU kernels; 'peer' stands for splash attention
@@ -183,8 +185,8 @@ def compile_once(target: str, arguments: list[str]) -> dict:
 
 def _arguments(argv):
   numbers = lambda count: lambda text: _numbers(text, count)
-  parser = argparse.ArgumentParser(prog='python -m tools.aot', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.aot', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('targets', nargs='+', choices=[*TPUS, *GPUS])
   parser.add_argument('--shape', type=numbers(3), default=(32, 8, 128), metavar='N,K,H',
                       help='query heads, key/value heads, width; the default is that of Qwen3-4B and Llama-3.1-8B')

@@ -36,7 +36,7 @@ import numpy as np
 
 from blockattn import blocks
 from blockattn.kernels import api
-from tools import bench_gpu, bench_overhead, bench_segment, bench_step, bench_ttft
+from tools import arguments, bench_gpu, bench_overhead, bench_segment, bench_step, bench_ttft
 
 MODES = ('forward', 'forward+backward')
 OURS = 'ours'
@@ -395,8 +395,8 @@ def add_attention(commands) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(prog='python -m tools.bench', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.bench', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   commands = parser.add_subparsers(required=True, metavar='command')
   add_attention(commands)
   bench_step.add_step(commands, set_up, machine, take_turns)

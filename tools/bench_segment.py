@@ -15,15 +15,14 @@ import html
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from blockattn import disk
 from blockattn.data import markers
 from blockattn.data.semanticseg import hints as hints_lib, schema
 from blockattn.evals import cuts, splitters
@@ -320,10 +319,7 @@ def _cell(x, y, value, weight):
 def write(path: pathlib.Path, text: str) -> None:
   """Writes a file that appears when it is whole."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile('w', dir=path.parent, delete=False, encoding='utf-8') as file:
-    file.write(text)
-  os.chmod(file.name, 0o644)
-  os.replace(file.name, path)
+  disk.write_text(path, text)
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Builds the SemanticSeg dataset from files of documents that are cut into blocks.
 
   python -m tools.build_semanticseg seg/ --out semanticseg/ --drop-duplicates --tokenizer Qwen3-4B
-  python -m tools.build_semanticseg seg/ --out gs://bucket/seg --beam --beam-runner DataflowRunner --beam-options '...'
+  python -m tools.build_semanticseg seg/ --out /shared/seg --beam --beam-runner FlinkRunner --beam-options '...'
 
 The files are {split}_{category}.jsonl or .jsonl.gz, a document a line: {"id", "category", "source", "license", "blocks"}.
 In --out: semantic_seg/{category}/1.0.0 and semantic_seg/all/1.0.0 (TFDS, ArrayRecord; see blockattn/data/semanticseg/
@@ -16,7 +16,6 @@ Documents that nobody has cut yet become such files by two other commands:
 The exit code is 0, also with bad lines, which are left out; 2 if files or options are no good.
 """
 
-import argparse
 import contextlib
 import hashlib
 import importlib
@@ -32,13 +31,14 @@ import rich.table
 
 from blockattn.data import encode, text as text_lib
 from blockattn.data.semanticseg import dedupe, schema, statistics
+from tools import arguments
 
 COMMANDS = {'structure': 'tools.structure', 'annotate': 'tools.annotate'}
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(prog='tools.build_semanticseg', description=__doc__.split('\n\n')[0],
-                                   epilog=f'Other commands: {", ".join(COMMANDS)} (see their --help).')
+  parser = arguments.Parser(prog='tools.build_semanticseg', description=__doc__.split('\n\n')[0],
+                            epilog=f'Other commands: {", ".join(COMMANDS)} (see their --help).')
   parser.add_argument('folders', nargs='+', metavar='FOLDER', help='folders, files or globs')
   parser.add_argument('--out', required=True, help='folder of the dataset')
   parser.add_argument('--categories', nargs='+', help='build only these, and not `all`')

@@ -28,11 +28,10 @@ from collections.abc import Mapping, Sequence
 import rich.console
 import rich.table
 
-from blockattn import checkpoint, metrics
+from blockattn import checkpoint, disk, metrics
 from blockattn.evals import answers
-from blockattn.hf import files
 from blockattn.train import loop
-from tools import report
+from tools import arguments, report
 
 _LISTED = 5   # ids that are said of each kind of mismatch
 _SWEEP_SCALARS = ('loss', 'kl', 'ce', 'teacher_ce', 'recall', 'tokens_per_s')   # of the table on the terminal
@@ -67,7 +66,7 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, measure: str | None = No
     tasks[task], sampled[task] = _task(task, own, measure)
   every = answers.Averages(macro={'macro': [[task] for task in sampled]})
   macro = [answers.interval(x) for x in answers.average_over(sampled, {}, every)['macro'].values()]
-  facts = lambda folder: files.read_json(folder / answers.RUN) | {'folder': str(folder)}
+  facts = lambda folder: disk.read_json(folder / answers.RUN, {'mode': str, 'model': str}) | {'folder': str(folder)}
   return {'a': facts(a), 'b': facts(b), 'tasks': tasks, **({'macro': macro[0]} if len(tasks) > 1 and macro else {}),
           'only_a': sorted(set(ours) - set(theirs)), 'only_b': sorted(set(theirs) - set(ours)),
           'other_prompt': [name for name in common if ours[name]['key'] != theirs[name]['key']]}
@@ -140,13 +139,11 @@ def read_sweep(folder: str | os.PathLike) -> dict:
     ValueError: a broken file, which it names.
   """
   folder = pathlib.Path(folder)
-  configs = {path.parent.name: loop.flat(files.read_json(path)) for path in sorted(folder.glob('*/config.json'))}
+  configs = {path.parent.name: loop.flat(disk.read_json(path, {'steps': int}))
+             for path in sorted(folder.glob('*/config.json'))}
   if not configs:
     raise FileNotFoundError(f'{folder}: no point of a sweep in it, that is no folder with a config.json; give the '
                             '--workdir of launch.sweep')
-  for name, config in configs.items():
-    if 'steps' not in config:
-      raise ValueError(f'{folder / name}/config.json: no key steps; it is no trainer\'s')
   keys = sorted({key for config in configs.values() for key in config})
   keys = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
   points = [_point(folder / name, config, {key: config.get(key) for key in keys}) for name, config in configs.items()]
@@ -224,13 +221,6 @@ def sweep_page(folder: str | os.PathLike, sweep: Mapping) -> str:
   return report.page(folder, [part for part in parts if part])
 
 
-def write_text(path: pathlib.Path, text: str):
-  """Writes a file in one move: a reader never sees half of it."""
-  partial = path.with_name(path.name + '.tmp')
-  partial.write_text(text, encoding='utf-8')
-  os.replace(partial, path)
-
-
 def print_sweep(sweep: Mapping, console: rich.console.Console) -> None:
   head, rows = sweep_columns(sweep)
   keys = len(sweep['keys'])
@@ -250,8 +240,8 @@ def make_console(**more) -> rich.console.Console:
 
 
 def _arguments(argv: Sequence[str] | None):
-  parser = argparse.ArgumentParser(prog='python -m tools.compare', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.compare', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('a', nargs='?', help='folder of a run')
   parser.add_argument('b', nargs='?', help='folder of the other')
   parser.add_argument('--measure', help='what is compared (default: of each task its first measure)')
@@ -273,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     result = read_sweep(options.sweep) if options.sweep else compare(options.a, options.b, options.measure)
     if options.html:
-      write_text(pathlib.Path(options.html), sweep_page(options.sweep, result))
+      disk.write_text(options.html, sweep_page(options.sweep, result))
     if options.json:
       metrics.write_json(pathlib.Path(options.json), result)
   except (OSError, ValueError) as error:

@@ -19,12 +19,17 @@ import sys
 import jax
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from blockattn import checkpoint, mesh
-from blockattn.hf import config, convert, files
+from blockattn import checkpoint, disk, mesh
+from blockattn.hf import card as card_lib, config, convert, files
 from blockattn.models import lora, spec, transformer
+from blockattn.train import loop
+from tools import arguments
 
 # What blockattn.json of an export takes over from a checkpoint's meta.
 CARRIED = ('source', 'kind', 'blocks', 'step', 'segmenter')
+# And what its card says of the run's config.
+_SHOWN = ('steps', 'batch', 'seed', 'data.kind', 'data.length', 'optim.lr', 'distill.temperature', 'distill.ce_weight',
+          'distill.drop_rate', 'distill.drop_mode', 'distill.weights.form', 'finetune.mode', 'lora.rank')
 
 
 def from_hf(source: str, out: str, dtype: str, overwrite: bool = False):
@@ -36,7 +41,7 @@ def from_hf(source: str, out: str, dtype: str, overwrite: bool = False):
   folder = files.locate(source)
   with files.new_folder(pathlib.Path(out), overwrite) as new:
     (new / 'hf').mkdir()
-    files.copy_companions(folder, new / 'hf', also=('config.json', files.META))
+    files.copy_companions(folder, new / 'hf', also=('config.json', files.META, files.CARD))
     with _progress(f'reading {folder}') as report:
       cfg, params = convert.load(folder, dtype, report=report)
     meta = {'kind': 'from_hf', 'blocks': None} | _carried(config.read_meta(folder))
@@ -54,9 +59,11 @@ def to_hf(workdir: str, out: str, dtype: str, step: int | None = None, source: s
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
   cfg, params, _ = load_run(workdir, dtype, one, step, source)
   carried = _carried(meta)
+  card = pathlib.Path(card).read_text(encoding='utf-8') if card else card_lib.text(
+      cfg, carried | {'source': meta.get('source')}, companions, facts=_training(pathlib.Path(workdir)))
   with _progress(f'writing {out}') as report:
     convert.save(params, cfg, out, source=companions, meta=carried, dtype=dtype, overwrite=overwrite, report=report,
-                 card=pathlib.Path(card).read_text(encoding='utf-8') if card else default_card(cfg, carried))
+                 card=card)
 
 
 def load_run(workdir: str | os.PathLike, dtype: str, place: mesh.Placement, step: int | None = None,
@@ -97,17 +104,15 @@ def model_of(meta: dict) -> transformer.ModelConfig:
   return transformer.ModelConfig(**fields)
 
 
-def default_card(cfg: transformer.ModelConfig, meta: dict) -> str:
-  """README.md of an export whose author gave none: what it is, and what a user of it has to know."""
-  lines = ['---', 'library_name: transformers', 'tags: [block-attention]', '---', '', '# Block attention model', '',
-           f'- architecture: {config.architecture(cfg)}',
-           *(f'- {key}: {meta[key]}' for key in CARRIED if meta.get(key) is not None)]
-  if cfg.learned_sinks:
-    lines += ['', f'The last {cfg.learned_sinks} token ids, from {cfg.vocab} on, are learned block sinks: they stand '
-                  'in front of every block but the first and are never generated.']
-  lines += ['', 'Loaded as it is, the model attends to the whole prompt. How it attends in blocks is said by '
-                f'`{files.META}`: which sinks stand in front of a block, and how positions are counted.', '']
-  return '\n'.join(lines)
+def _training(workdir: pathlib.Path) -> dict:
+  """What the card says of the training: the values of its config that decide most, and the commit that it ran at."""
+  facts = {}
+  if (workdir / 'config.json').exists():
+    said = loop.flat(disk.read_json(workdir / 'config.json'))
+    facts |= {key: said[key] for key in _SHOWN if key in said}
+  if (workdir / 'run.json').exists():
+    facts['commit of blockattn'] = disk.read_json(workdir / 'run.json').get('commit')
+  return facts
 
 
 def _carried(meta):
@@ -143,8 +148,8 @@ def _progress(title):
 
 
 def _parser():
-  parser = argparse.ArgumentParser(prog='python -m tools.convert', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.convert', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   commands = parser.add_subparsers(dest='command', required=True)
   for name, first in (('from_hf', 'source'), ('to_hf', 'workdir')):
     command = commands.add_parser(name)

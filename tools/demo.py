@@ -21,10 +21,10 @@ import rich.table
 from blockattn import blocks, mesh, metrics
 from blockattn.data import stdlib
 from blockattn.evals import gap
-from blockattn.hf import convert
+from blockattn.hf import card as card_lib, convert
 from blockattn.train import command, distill, finetune, setup
 from configs import tiny
-from tools import evaluate, report
+from tools import arguments, evaluate, report
 
 QUESTIONS = 3
 SEGMENTED = 4   # pages in the report
@@ -90,14 +90,12 @@ def make_subjects(config, cfg, student, finetuned, options):
 
 def export(folder, params, cfg, options, config, summary):
   score = lambda name: f'{summary[name]["exact_match"]:.1%} exact match, KL to the teacher {summary[name]["kl"]:.3f} nats'
-  card = '\n'.join([
-      '---', 'library_name: transformers', 'tags: [block-attention]', '---', '', '# Tiny block-attention student', '',
-      'Distilled by `./launch/local.sh demo` of blockattn. It answers from documentation pages whose blocks were encoded '
-      'one at a time; `blockattn.json` says which sinks stand in front of a block and how positions are counted.', '',
-      f'- teacher, full attention: {score("teacher_full")}',
-      f'- the same weights under the block mask: {score("student_block_before")}',
-      f'- this student under the block mask: {score("student_block_after")}', ''])
   meta = setup.model_meta(cfg, options, pathlib.Path(config.model.source).name, 'distill')
+  card = card_lib.text(cfg, meta, pathlib.Path(config.model.source), title='Tiny block-attention student', facts={
+      'command': '`./launch/local.sh demo`',
+      'teacher, full attention': score('teacher_full'),
+      'the same weights under the block mask': score('student_block_before'),
+      'this student under the block mask': score('student_block_after')})
   convert.save(params, cfg, folder, source=config.model.source, meta=meta, card=card, dtype='float32', overwrite=True)
 
 
@@ -177,8 +175,8 @@ def _relative(path):
 
 
 def main(argv=None) -> int:
-  parser = argparse.ArgumentParser(prog='python -m tools.demo', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.demo', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', default='runs/demo')
   parser.add_argument('--docs', type=int, default=256, help='questions of the evaluation')
   parser.add_argument('--steps', type=int, help='training steps of each model (default: as in configs/tiny.py)')

@@ -36,7 +36,7 @@ from blockattn.kernels import api
 from blockattn.models import transformer
 from blockattn.train import setup
 from configs import common
-from tools import compare, convert
+from tools import arguments, compare, convert
 
 PAGES = {'pages': 'test', 'pages:validation': 'validation'}   # --data -> split of blockattn.data.stdlib
 PAGE_STOP = '\n'   # a page may ask several questions, one after the other
@@ -177,8 +177,8 @@ def _distance_table(results, right):
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(prog='python -m tools.evaluate', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.evaluate', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('model', help='the student: Hugging Face folder, hub name, or work directory')
   parser.add_argument('--teacher', required=True, help='the same of the teacher')
   parser.add_argument('--data', required=True, nargs='+', help=f'JSON lines: files, folders, globs; or {" or ".join(PAGES)}')

@@ -20,7 +20,7 @@ from blockattn.data import outline
 from blockattn.evals import cuts, splitters
 from blockattn.hf import files
 from blockattn.inference import granularity, segmenter as segmenter_lib
-from tools import bench_segment
+from tools import arguments, bench_segment
 
 THRESHOLDS = np.arange(-1.5, 1.75, 0.25)
 
@@ -70,8 +70,8 @@ def run(options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog='python -m tools.fit_outline', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.fit_outline', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('folder', type=pathlib.Path, help='an exported segmenter')
   parser.add_argument('--data', type=pathlib.Path, required=True, help='folder of {split}_{category}.jsonl[.gz]')
   parser.add_argument('--limit', type=int, default=80, help='training documents of a category (default %(default)s)')

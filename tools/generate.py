@@ -37,7 +37,7 @@ from blockattn.data import encode, text as text_lib
 from blockattn.inference import cache as cache_lib, cutter, generate
 from blockattn.kernels import api
 from blockattn.models import transformer
-from tools import evaluate
+from tools import arguments, evaluate
 
 _GIB = 1 << 30
 _PAGES, _SOME_PAGES = 'pages', 3
@@ -221,8 +221,8 @@ def _store(options) -> cache_lib.Store:
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(prog='python -m tools.generate', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.generate', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   default = '(default: %(default)s)'
   parser.add_argument('model', help='Hugging Face folder, hub name, or work directory')
   parser.add_argument('files', nargs='+', help='text files or JSON lines; or pages')

@@ -21,6 +21,7 @@ import time
 from blockattn import hf
 from blockattn.data import encode, text as text_lib
 from blockattn.hf import config as hf_config, files as hf_files
+from tools import arguments
 
 
 def load(name, dtype: str):
@@ -91,8 +92,8 @@ def run(args) -> bool:
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(prog='python -m tools.generate_torch', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.generate_torch', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('model', help='Hugging Face folder or hub name')
   parser.add_argument('files', nargs='+', help='text files, a block each; or JSON lines')
   parser.add_argument('--question', help='about the text files')

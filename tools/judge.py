@@ -31,7 +31,7 @@ from blockattn.evals import answers, gap, locomo, longbench, qa
 from blockattn.inference import cache as cache_lib, cutter, generate
 from blockattn.kernels import api
 from blockattn.models import transformer
-from tools import compare, evaluate
+from tools import arguments, compare, evaluate
 from tools.generate import cutting, stop_ids
 
 MODES = (*gap.MODES, 'both')
@@ -241,8 +241,8 @@ def print_summary(summary: dict, console: rich.console.Console) -> None:
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(prog='python -m tools.judge', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.judge', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   common = argparse.ArgumentParser(add_help=False)
   common.add_argument('model', help='Hugging Face folder, hub name, or work directory')
   common.add_argument('--data', required=True, nargs='+', help='longbench: folder, data.zip or hub name; locomo: '

@@ -28,6 +28,7 @@ from blockattn import mesh, metrics
 from blockattn.hf import convert
 from blockattn.models import spec, transformer
 from configs import tiny
+from tools import arguments
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 CONFIG = ('--config=configs/tiny.py', '--config.batch=8', '--config.data.length=256', '--config.data.max_blocks=32',
@@ -113,8 +114,8 @@ def name(processes, devices, shape) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(prog='python -m tools.meshes', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.meshes', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--steps', type=int, default=20, help='of each run (default %(default)s)')
   parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='losses of every run')
   args = parser.parse_args(argv)

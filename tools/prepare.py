@@ -7,7 +7,6 @@ same files, tokenizer, length and options starts in seconds. The exit code is 0;
 line; 2 if files, tokenizer or options are no good.
 """
 
-import argparse
 import contextlib
 import os
 import sys
@@ -20,12 +19,13 @@ import rich.progress
 import rich.table
 
 from blockattn.data import encode, packing, pipeline, text as text_lib
+from tools import arguments
 
 _COLUMNS = ('file', 'lines', 'examples', 'bad', 'too long', 'cut', 'docs', 'tokens', 'tokens/s', 'rows', 'padding')
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(prog='tools.prepare', description=__doc__.split('\n\n')[0])
+  parser = arguments.Parser(prog='tools.prepare', description=__doc__.split('\n\n')[0])
   parser.add_argument('files', nargs='+', help='.jsonl or .jsonl.gz files, folders, globs')
   parser.add_argument('--tokenizer', required=True, help='a local folder, or a name on the hub')
   parser.add_argument('--length', required=True, type=int, help='tokens of a row')

@@ -22,12 +22,11 @@ import os
 import pathlib
 import re
 import time
-import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from blockattn import metrics
-from tools import charts
+from blockattn import disk, metrics
+from tools import arguments, charts
 
 REFERENCE = 'teacher_full'
 BEFORE = 'student_block_before'
@@ -48,6 +47,7 @@ KL_BY_POSITION = 'KL to the teacher by the position in a row, nats'
 MAX_CELLS = 128
 MAX_EXAMPLES = 20
 MAX_CHARS = 20000
+_FAR = 1e11   # seconds; no clock shows a later time
 
 
 def render(workdir: str | os.PathLike) -> pathlib.Path:
@@ -66,9 +66,7 @@ def render(workdir: str | os.PathLike) -> pathlib.Path:
     raise FileNotFoundError(f'{workdir} holds nothing to report: expected at least one of metrics.jsonl, summary.json, '
                             'layout.json, segmented.jsonl, examples.jsonl, bias.json, config.json, as runs leave them')
   path = workdir / 'report.html'
-  temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
-  temporary.write_text(page(workdir, sections), encoding='utf-8')
-  os.replace(temporary, path)
+  disk.write_text(path, page(workdir, sections))
   return path
 
 
@@ -125,32 +123,11 @@ def model_name(key: str) -> str:
 
 # Files.
 
-def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
-  """The object in a JSON file; None if there is no such file."""
+def _read_json(path: pathlib.Path, form: Any = dict) -> dict[str, Any] | None:
+  """The object in a JSON file, see `disk.check_form`; None if there is no such file."""
   if not path.exists():
     return None
-  return _parse_object(path.read_text(encoding='utf-8'), str(path))
-
-
-def _parse_object(text: str, place: str) -> dict[str, Any]:
-  try:
-    value = json.loads(text)
-  except json.JSONDecodeError as e:
-    raise ValueError(f'{place}: not JSON ({e}); write it again or delete it') from e
-  if not isinstance(value, dict):
-    raise ValueError(f'{place}: expected a JSON object, found {type(value).__name__}')
-  return value
-
-
-def _need(value: dict[str, Any], keys: Sequence[str], place: str):
-  missing = [key for key in keys if key not in value]
-  if missing:
-    present = ', '.join(map(repr, value)) or 'no keys'
-    raise ValueError(f'{place}: lacks {", ".join(map(repr, missing))}; it has {present}')
-
-
-def is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
+  return disk.read_json(path, form)
 
 
 # The head of the page.
@@ -174,14 +151,14 @@ def progress(workdir: pathlib.Path) -> dict[str, str]:
   """How far the run has come, by what it has logged; nothing where this is no folder of a training."""
   path, config = workdir / metrics.FILE_NAME, _read_json(workdir / 'config.json') or {}
   lines = metrics.read_metrics(path) if path.exists() else []
-  steps = config['steps'] if is_number(config.get('steps')) else None
+  steps = config['steps'] if disk.is_number(config.get('steps')) else None
   if not lines:
     return {'state': f'no step of {steps:,} is logged'} if steps and (workdir / 'run.json').exists() else {}
   last = max(line['step'] for line in lines)
   of = '' if steps is None else f' of {steps:,}'
   state = 'finished' if steps is not None and last >= steps else 'not finished'
   shown = {'state': f'step {last:,}{of}' + (f', {state}' if of else '')}
-  times = [line['time'] for line in lines if is_number(line.get('time')) and line['time'] > 0]
+  times = [line['time'] for line in lines if disk.is_number(line.get('time')) and 0 < line['time'] < _FAR]
   if times:
     form = '%Y-%m-%d %H:%M:%S'
     shown['logged'] = ' to '.join(dict.fromkeys(time.strftime(form, time.gmtime(t)) for t in (times[0], times[-1]))) + ' UTC'
@@ -198,7 +175,7 @@ def summary_part(workdir: pathlib.Path) -> str:
   models = {k: v for k, v in summary.items() if isinstance(v, dict) and set(v) & set(COLUMNS)}
   seconds = summary['seconds'] if isinstance(summary.get('seconds'), dict) else {}
   rest = {k: v for k, v in summary.items() if k not in models and k != 'seconds'}
-  plain = {k: f'{v:g}' if is_number(v) else v for k, v in rest.items() if is_number(v) or isinstance(v, str)}
+  plain = {k: f'{v:g}' if disk.is_number(v) else v for k, v in rest.items() if disk.is_number(v) or isinstance(v, str)}
   nested = {k: v for k, v in rest.items() if k not in plain}
   return section('Results', model_table(models) if models else '', verdict(models),
                  facts({k.replace('_', ' '): v for k, v in plain.items()}),
@@ -207,7 +184,7 @@ def summary_part(workdir: pathlib.Path) -> str:
 
 def model_table(models: dict[str, dict[str, Any]]) -> str:
   known = [c for c in COLUMNS if any(c in m for m in models.values())]
-  others = sorted({c for m in models.values() for c, v in m.items() if is_number(v)} - set(COLUMNS))
+  others = sorted({c for m in models.values() for c, v in m.items() if disk.is_number(v)} - set(COLUMNS))
   reference = models.get(REFERENCE)
   rows = [[esc(model_name(key))] + [cell(c, m.get(c), None if m is reference else (reference or {}).get(c))
                                     for c in known + others] for key, m in models.items()]
@@ -219,11 +196,11 @@ def model_table(models: dict[str, dict[str, Any]]) -> str:
 
 def cell(column: str, value: Any, reference: Any) -> str:
   """A value of the table with its difference to the reference under it."""
-  if not is_number(value):
+  if not disk.is_number(value):
     return '–' if value is None else esc(value)
   text = figure(column, value)
   _, direction = COLUMNS[column] if column in COLUMNS else ('', 0)
-  if not is_number(reference) or column == 'n' or not math.isfinite(value - reference):
+  if not disk.is_number(reference) or column == 'n' or not math.isfinite(value - reference):
     return text
   difference = value - reference
   css = 'good' if difference * direction > 0 else 'bad' if difference * direction < 0 else ''
@@ -246,7 +223,7 @@ def figure(column: str, value: float, signed: bool = False) -> str:
 
 def verdict(models: dict[str, dict[str, Any]]) -> str:
   """How much of the accuracy that blocks cost each training gives back, and how far to trust the figures."""
-  scores = {k: m['exact_match'] for k, m in models.items() if is_number(m.get('exact_match'))}
+  scores = {k: m['exact_match'] for k, m in models.items() if disk.is_number(m.get('exact_match'))}
   if not {REFERENCE, BEFORE} <= set(scores):
     return ''
   gap = scores[REFERENCE] - scores[BEFORE]
@@ -254,13 +231,13 @@ def verdict(models: dict[str, dict[str, Any]]) -> str:
   if not (gap > 0 and trained):
     return ''
   shares = ', '.join(f'{esc(model_name(k))}: {(s - scores[BEFORE]) / gap:.0%}' for k, s in trained.items())
-  sizes = [m['n'] for m in models.values() if is_number(m.get('n')) and m['n'] > 0]
+  sizes = [m['n'] for m in models.values() if disk.is_number(m.get('n')) and m['n'] > 0]
   trust = f' One standard error of a share is at most {50 / math.sqrt(min(sizes)):.1f} points.' if sizes else ''
   return f'<p>Of the exact match lost to blocks ({gap * 100:.1f} points), training gives back: {shares}.{trust}</p>'
 
 
 def time_table(seconds: dict[str, Any]) -> str:
-  spent = {part: value for part, value in seconds.items() if is_number(value) and math.isfinite(value)}
+  spent = {part: value for part, value in seconds.items() if disk.is_number(value) and math.isfinite(value)}
   longest = max(spent.values(), default=0)
   if longest <= 0:
     return ''
@@ -321,7 +298,7 @@ def read_curves(workdir: pathlib.Path) -> dict[str, dict[str, list[charts.Point]
   for run, path in files.items():
     for entry in metrics.read_metrics(path) if path.exists() else ():
       for name, value in entry.items():
-        if name not in metrics.RESERVED + NO_CURVE and is_number(value):
+        if name not in metrics.RESERVED + NO_CURVE and disk.is_number(value):
           curves.setdefault(name, {}).setdefault(run, []).append((entry['step'], float(value)))
   return curves
 
@@ -346,12 +323,11 @@ def legend(colours: dict[str, int]) -> str:
 
 def mask_part(workdir: pathlib.Path) -> str:
   path = workdir / 'layout.json'
-  layout = _read_json(path)
+  layout = _read_json(path, {'lengths': [int], 'mask': (str, list)})
   if layout is None:
     return ''
-  _need(layout, ('lengths', 'mask'), str(path))
   lengths, mask = layout['lengths'], _mask_rows(layout['mask'], path)
-  if not all(is_number(n) and n > 0 for n in lengths) or sum(lengths) > len(mask):
+  if not all(n > 0 for n in lengths) or sum(lengths) > len(mask):
     raise ValueError(f'{path}: lengths must be positive and sum to at most the {len(mask)} rows of the mask')
   factor = math.ceil(len(mask) / MAX_CELLS)
   scaled = f' One cell stands for {factor} × {factor} tokens.' if factor > 1 else ''
@@ -368,6 +344,7 @@ def mask_part(workdir: pathlib.Path) -> str:
 def _mask_rows(mask: Any, path: pathlib.Path) -> list[str]:
   """Rows without spaces; the mask may be a list of rows or one text, as blocks.picture makes it."""
   lines = mask.splitlines() if isinstance(mask, str) else mask
+  disk.check_form(lines, [str], f"{path}: 'mask'")
   rows = [''.join(line.split()) for line in lines]
   for i, row in enumerate(rows):
     if len(row) != len(rows) or set(row) - {'1', '.'}:
@@ -424,13 +401,12 @@ def _edges(lengths: Sequence[int], factor: int, size: int) -> str:
 # Examples.
 
 def segmented_part(workdir: pathlib.Path) -> str:
-  shown, count = _articles(workdir / 'segmented.jsonl', segmented)
+  shown, count = _articles(workdir / 'segmented.jsonl', segmented, {'id': (str, int), 'blocks': [str]})
   note = 'Plain text, with the blocks that the segmenter cut it into in alternating colours.'
   return section('Blocks from the segmenter', f'<p class="soft">{count}{note}</p>', *shown) if shown else ''
 
 
-def segmented(value: dict[str, Any], place: str) -> str:
-  _need(value, ('id', 'blocks'), place)
+def segmented(value: dict[str, Any]) -> str:
   count = f'{esc(value["id"])}: {len(value["blocks"])} blocks'
   return (f'<article class="example"><p class="soft">{count}</p>'
           f'<div class="text" tabindex="0">{coloured(value["blocks"])}</div></article>')
@@ -440,17 +416,18 @@ def coloured(blocks: Sequence[str]) -> str:
   return ''.join(f'<span class="t{i % 2}">{esc(text)}</span>' for i, text in enumerate(_clip(blocks)))
 
 
-def _articles(path, article):
-  """(`article(object, place)` of the first lines of a file, a note if it has more); ([], '') without the file."""
+def _articles(path, article, form):
+  """(`article(object)` of the first lines of a file, a note if it has more); ([], '') without the file."""
   if not path.exists():
     return [], ''
-  lines = [(i, line) for i, line in enumerate(path.read_text(encoding='utf-8').splitlines(), start=1) if line.strip()]
-  shown = [article(_parse_object(line, f'{path}:{i}'), f'{path}:{i}') for i, line in lines[:MAX_EXAMPLES]]
+  lines = [(i, line) for i, line in enumerate(disk.read_text(path).split('\n'), start=1) if line.strip()]
+  shown = [article(disk.parse_json(line, f'{path}:{i}', form)) for i, line in lines[:MAX_EXAMPLES]]
   return shown, f'The first {MAX_EXAMPLES} of {len(lines)}. ' if len(lines) > MAX_EXAMPLES else ''
 
 
 def examples_part(workdir: pathlib.Path) -> str:
-  shown, count = _articles(workdir / 'examples.jsonl', example)
+  shown, count = _articles(workdir / 'examples.jsonl', example, {'blocks': [str], 'prompt': str, 'response': str,
+                                                                 'answers': {str: str}})
   if not shown:
     return ''
   note = ('Context blocks in alternating colours, then the last block, which reads them all. An answer is right if it '
@@ -458,8 +435,7 @@ def examples_part(workdir: pathlib.Path) -> str:
   return section('Examples', f'<p class="soft">{count}{note}</p>', *shown)
 
 
-def example(value: dict[str, Any], place: str) -> str:
-  _need(value, ('blocks', 'prompt', 'response', 'answers'), place)
+def example(value: dict[str, Any]) -> str:
   prompt = f'<span class="prompt">{esc(value["prompt"])}</span>'
   rows = [['<td>Expected answer</td>', f'<td class="answer">{esc(value["response"])}</td>', '<td></td>']]
   for model, answer in value['answers'].items():
@@ -490,12 +466,11 @@ def _clip(blocks: Sequence[str]) -> list[str]:
 
 def taught_part(workdir: pathlib.Path) -> str:
   path = workdir / 'bias.json'
-  bias = _read_json(path)
+  bias = _read_json(path, {'kl': disk.NUMBER, 'tokens': disk.NUMBER, 'top': {str: {'kl': disk.NUMBER, 'rest': disk.NUMBER}}})
   if not bias:
     return ''
-  _need(bias, ('kl', 'tokens', 'top'), str(path))
   rows = [[esc(count), f'{top["kl"]:.4f}', f'{top["kl"] / max(bias["kl"], 1e-9):.1%}', f'{top["rest"]:.4f}']
-          for count, top in sorted(bias['top'].items(), key=lambda item: int(item[0]))]
+          for count, top in sorted(bias['top'].items(), key=lambda item: (len(item[0]), item[0]))]   # numbers, by size
   note = (f'The KL between the teacher with full attention and under the block mask is {bias["kl"]:.4f} nats per token, '
           f'over {bias["tokens"]:,.0f} tokens; this much of it is left if the likeliest tokens, and the rest as one, '
           'are compared.')
@@ -516,8 +491,8 @@ def config_part(workdir: pathlib.Path) -> str:
 
 
 def main():
-  parser = argparse.ArgumentParser(prog='python -m tools.report', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.report', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('workdir', help='folder of a run')
   try:
     print(render(parser.parse_args().workdir))

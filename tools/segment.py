@@ -37,7 +37,7 @@ import rich.progress
 
 import blockattn
 from blockattn.inference import granularity
-from tools import segment_page
+from tools import arguments, segment_page
 
 JSON_LINES = ('.jsonl', '.jsonl.gz')
 BATCH = 1 << 20   # characters that are scored together
@@ -63,8 +63,8 @@ class Unreadable:
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(prog='tools.segment', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='tools.segment', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('paths', nargs='+', metavar='PATH', help='file, folder, glob, or - for the standard input')
   parser.add_argument('--jsonl', action='store_true', help='every file, and the standard input, holds JSON lines')
   parser.add_argument('--text-key', default='text', metavar='KEY', help='of the JSON lines (default: %(default)s)')

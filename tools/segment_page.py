@@ -10,12 +10,12 @@ import json
 import os
 import pathlib
 import re
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from blockattn import disk
 from blockattn.inference import granularity
 from tools import report
 
@@ -64,10 +64,7 @@ def _cut_places(cuts, places, length, total):
 
 def write(path: str | os.PathLike, texts: Sequence[PageText], want: granularity.Granularity):
   """Writes the page in one move."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
-  temporary.write_text(render(texts, want), encoding='utf-8', newline='\n')
-  os.replace(temporary, path)
+  disk.write_text(path, render(texts, want))
 
 
 def render(texts: Sequence[PageText], want: granularity.Granularity) -> str:

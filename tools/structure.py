@@ -8,7 +8,6 @@ prints the files that gave none, with the reason. The exit code is 0; 1 if there
 an option is no good.
 """
 
-import argparse
 import collections
 import pathlib
 import re
@@ -17,12 +16,13 @@ import sys
 import rich.console
 
 from blockattn.data.semanticseg import schema, structure
+from tools import arguments
 
 LISTED = 20   # skipped files of a reason that are printed; the rest are counted only
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(prog='tools.structure', description=__doc__.split('\n\n')[0])
+  parser = arguments.Parser(prog='tools.structure', description=__doc__.split('\n\n')[0])
   parser.add_argument('folder', type=pathlib.Path, help='hidden files and folders in it are left out')
   parser.add_argument('output', type=pathlib.Path, help='a .jsonl or .jsonl.gz file; call it {split}_{category}.jsonl.gz')
   parser.add_argument('--category', required=True, help='of all documents, such as manuals: a-z, 0-9 and _')

@@ -13,7 +13,7 @@ import json
 import pathlib
 
 from blockattn.data import markers
-from tools import tiny_tokenizer
+from tools import arguments, tiny_tokenizer
 
 PIECES = r' ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\t+| +(?!\S)| +|\s'
 
@@ -37,7 +37,7 @@ def train(texts, vocab):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('files', nargs='+')
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument('--vocab', type=int, default=8192)

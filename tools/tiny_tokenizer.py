@@ -10,6 +10,7 @@ import argparse
 import pathlib
 
 from blockattn.data import stdlib
+from tools import arguments
 
 EOS = '<|endoftext|>'
 PIECES = r' ?\p{L}+|\p{N}|_+| ?[^\s\p{L}\p{N}_]+|\s'
@@ -47,7 +48,7 @@ def train(texts, vocab, *, pieces=PIECES, specials=(), **trainer):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('out', type=pathlib.Path)
   parser.add_argument('--vocab', type=int, default=1024)
   parser.add_argument('--pages', type=int, default=12000)

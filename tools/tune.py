@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from blockattn.kernels import api
-from tools import bench
+from tools import arguments, bench
 
 CANDIDATES = {'xla': [(q, k) for q in (64, 128, 256, 512) for k in (64, 128, 256, 512)],
               'tpu': [(q, k) for q in (128, 256, 512, 1024) for k in (128, 256, 512, 1024)],
@@ -46,8 +46,8 @@ def _attend(impl, tiles, q, k, v, layout):
 
 
 def main(argv=None) -> None:
-  parser = argparse.ArgumentParser(prog='python -m tools.tune', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.tune', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--impl', choices=sorted(CANDIDATES), help='default: what "auto" means here')
   parser.add_argument('--length', type=int, nargs='+', default=[4096, 16384], help='(default %(default)s)')
   parser.add_argument('--block', type=int, default=512, help='mean tokens of a block (default %(default)s)')

@@ -23,7 +23,7 @@ import os
 import pathlib
 import platform
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -241,8 +241,9 @@ def _build_store(folder, file, tokenizer, encoder, options, strict, progress, cu
     examples = _recut_all(examples, cutter)
   docs = encode.encode_examples(examples, encoder, length=options.length, max_blocks=options.max_blocks,
                                 too_long=options.too_long, block_tokens=options.block_tokens, report=report)
-  work = pathlib.Path(tempfile.mkdtemp(prefix=f'{folder.name}.tmp-', dir=folder.parent))
+  work = folder.with_name(f'{folder.name}.tmp-{uuid.uuid4().hex}')   # not tempfile's, which are of one user alone
   try:
+    work.mkdir()
     _write_store(docs, report, work)
     try:
       os.rename(work, folder)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from blockattn import metrics
+from blockattn import disk, metrics
 from blockattn.data import text
 from blockattn.hf import files
 
@@ -35,6 +35,7 @@ LEVEL = 0.95
 SEED = 0
 _VERSION = 1      # of the code: to be raised where the same run would be answered or scored otherwise than before
 _LISTED = 20      # ids of items that are too long, in the summary
+_ROW = {'id': str, 'task': str, 'prediction': str, 'scores': {str: disk.NUMBER}, 'key': str}   # what each line has
 
 Answer = Callable[..., list[str]]   # (prompts: Sequence[list[list[int]]], *, max_new: int, stop: tuple) -> texts
 
@@ -226,20 +227,16 @@ def read_predictions(folder: str | os.PathLike) -> list[dict]:
   path, rows = pathlib.Path(folder) / PREDICTIONS, []
   if not path.exists():
     return rows
-  with open(path, encoding='utf-8') as file:
+  with open(path, 'rb') as file:
     for number, line in enumerate(file, start=1):
-      if not line.endswith('\n'):
+      if not line.endswith(b'\n'):
         break
       try:
-        row = json.loads(line)
-        missing = {'id', 'task', 'prediction', 'scores', 'key'} - set(row)
-      except (ValueError, TypeError) as error:
-        raise ValueError(f'{path}:{number}: not a line of a run ({error}); delete it, and it will be answered again'
-                         ) from error
-      if missing:
-        raise ValueError(f'{path}:{number}: lacks {", ".join(sorted(missing))}; delete the line, and it will be answered '
-                         'again')
-      rows.append(row)
+        rows.append(disk.parse_json(line, f'{path}:{number}', _ROW))
+        if not rows[-1]['scores']:
+          raise ValueError(f'{path}:{number} has no scores')
+      except ValueError as error:
+        raise ValueError(f'{error}; delete the line, and it will be answered again') from error
   return rows
 
 

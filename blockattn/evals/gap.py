@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import blocks, losses
+from blockattn import blocks, disk, losses
 from blockattn.data import encode, packing, text
 from blockattn.evals import scores
 from blockattn.models import decode, transformer
@@ -190,6 +190,4 @@ def _batches(docs, batch) -> Iterable[tuple[Sequence[int], dict]]:
 
 def _write_lines(path, rows):
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix('.tmp')
-  partial.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  partial.replace(path)
+  disk.write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))

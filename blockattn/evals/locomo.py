@@ -22,7 +22,6 @@ time. Only the first line of an answer counts. What an LLM judge would say of th
 import dataclasses
 import functools
 import gzip
-import json
 import os
 import pathlib
 import re
@@ -31,6 +30,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+from blockattn import disk
 from blockattn.data import text
 from blockattn.evals import answers, scores
 
@@ -77,7 +77,7 @@ def read_conversations(path: str | os.PathLike) -> list[Conversation]:
   file = found[0]
   try:
     data = file.read_bytes()
-    samples = json.loads(gzip.decompress(data) if file.name.endswith('.gz') else data)
+    samples = disk.parse_json(gzip.decompress(data) if file.name.endswith('.gz') else data, str(file), object)
   except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
     raise ValueError(f'{file}: no JSON, or cut off ({error}); fetch the file again') from error
   if not isinstance(samples, list) or not samples:

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import pathlib
 
+from blockattn import disk
 from blockattn.blocks import BlockOptions
 from blockattn.hf import files
 from blockattn.models.transformer import Llama3Rope, ModelConfig
@@ -48,6 +49,8 @@ def read(folder: os.PathLike | str) -> ModelConfig:
     return cfg
   where = str(pathlib.Path(folder) / files.META)
   sinks = _require(meta, 'learned_sinks', int, where)
+  if not 0 <= sinks < cfg.vocab:
+    raise ValueError(f'{where}: learned_sinks is {sinks}, of {cfg.vocab} rows of the embedding')
   return dataclasses.replace(cfg, vocab=cfg.vocab - sinks, learned_sinks=sinks)
 
 
@@ -68,10 +71,11 @@ def block_options(meta: dict, where: str = files.META) -> BlockOptions:
   said = meta['blocks'] if 'blocks' in meta else None
   if said is None:
     return BlockOptions(sink_ids=(), positions='sequential', max_blocks=1)
+  disk.check_form(said, {'sink_ids': [int], 'positions': str, 'max_blocks': int}, f'{where}: "blocks"')
   try:
     return BlockOptions(tuple(said['sink_ids']), said['positions'], said['max_blocks'])
-  except (KeyError, TypeError) as error:
-    raise ValueError(f'{where}: its "blocks" {said!r} needs the keys sink_ids, positions, max_blocks') from error
+  except ValueError as error:
+    raise ValueError(f'{where}: "blocks": {error}') from error
 
 
 def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:

@@ -261,7 +261,7 @@ def _picker(sharding):
 def _write_companions(new, source, cfg, raw_config, meta, card):
   files.write_json(new / 'config.json', raw_config)
   files.write_json(new / files.META, meta)
-  (new / 'README.md').write_text(card, encoding='utf-8')
+  (new / files.CARD).write_text(card, encoding='utf-8')
   files.copy_companions(source, new)
   if not (new / 'generation_config.json').exists():
     files.write_json(new / 'generation_config.json',

@@ -15,6 +15,7 @@ import safetensors.numpy
 import tokenizers
 
 from blockattn import errors
+from blockattn.disk import read_json
 
 META = 'blockattn.json'
 SINGLE = 'model.safetensors'
@@ -25,7 +26,8 @@ COPIED = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'spe
           'added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model', 'generation_config.json')
 LICENCES = ('LICENSE*', 'NOTICE*', 'USE_POLICY*')
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl')
-DOWNLOADED = ('config.json', META, '*.safetensors', INDEX, *COPIED, *LICENCES)
+CARD = 'README.md'
+DOWNLOADED = ('config.json', META, '*.safetensors', INDEX, CARD, *COPIED, *LICENCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,22 +58,8 @@ def locate(name: os.PathLike | str) -> pathlib.Path:
         repo, revision=revision or None, allow_patterns=list(DOWNLOADED), ignore_patterns=['*/*', 'consolidated*']))
 
 
-def read_json(path: pathlib.Path) -> dict:
-  """A JSON object. Raises FileNotFoundError or ValueError naming the file."""
-  if not path.is_file():
-    raise FileNotFoundError(f'{path} is missing')
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as e:
-    raise ValueError(f'{path} is no valid JSON: {e}') from e
-  if not isinstance(value, dict):
-    raise ValueError(f'{path} holds a {type(value).__name__}, not a JSON object')
-  return value
-
-
 def write_json(path: pathlib.Path, value: dict):
   path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-  path.chmod(0o644)
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
@@ -151,8 +139,10 @@ def plan_shards(sizes: dict[str, int], max_bytes: float) -> dict[str, list[str]]
 
 
 def write_shard(path: pathlib.Path, tensors: dict[str, np.ndarray]):
+  path.touch()
+  mode = path.stat().st_mode   # as the umask says; safetensors puts a file of 0600 in its place
   safetensors.numpy.save_file(tensors, path, metadata={'format': 'pt'})
-  path.chmod(0o644)   # safetensors writes 0600, which other users of a shared disk cannot read
+  path.chmod(mode)
 
 
 def write_index(folder: pathlib.Path, shards: dict[str, list[str]], sizes: dict[str, int]):
@@ -208,7 +198,6 @@ def copy_companions(source: pathlib.Path, target: pathlib.Path, also: Iterable[s
   for name in (*COPIED, *licences, *also):
     if (source / name).is_file():
       shutil.copyfile(source / name, target / name)   # contents only: the source may be read-only
-      (target / name).chmod(0o644)
 
 
 def token_ids(source: pathlib.Path) -> dict:
@@ -254,7 +243,6 @@ def _add_special_tokens(tokenizer, path, texts):
       raise ValueError(f'{path} gives {text} the id {tokenizer.token_to_id(text)} instead of {i}: its ids have gaps, '
                        'or it has such a token already; use the tokenizer that the model was trained with')
   tokenizer.save(str(path))
-  path.chmod(0o644)
 
 
 def _declare_tokens(folder, texts):

@@ -205,15 +205,19 @@ class Store:
     self._disk = None if folder is None else _Disk(pathlib.Path(folder).expanduser(), disk_bytes, self.counts)
     self._lock = threading.Lock()
 
-  def get(self, key: str) -> tuple[State, str] | None:
-    """(the state, 'memory' or 'disk'), or None. What the disk had is in memory from then on."""
+  def get(self, key: str, shape: tuple[int, ...] | None = None) -> tuple[State, str] | None:
+    """(the state, 'memory' or 'disk'), or None. What the disk had is in memory from then on.
+
+    Args:
+      shape: [L, n, K, H] of the state; a file that holds another one is a miss. None: any.
+    """
     with self._lock:
       state = self._memory.get(key)
       if state is not None:
         self._memory.move_to_end(key)
         self.counts.memory += 1
         return state, 'memory'
-    state = None if self._disk is None else self._disk.read(key)
+    state = None if self._disk is None else self._disk.read(key, shape)
     with self._lock:
       if state is None:
         self.counts.missing += 1
@@ -278,18 +282,19 @@ class _Disk:
   def _path(self, key):
     return self._folder / key[:2] / f'{key}{_SUFFIX}'
 
-  def read(self, key) -> State | None:
+  def read(self, key, shape) -> State | None:
     path = self._path(key)
     try:
-      state = _load(path)
-      os.utime(path)   # used now: the last to go
-    except FileNotFoundError:
-      return None
-    except (ValueError, OSError, safetensors.SafetensorError):
+      state = _load(path, shape)
+    except (ValueError, safetensors.SafetensorError):
       self._counts.corrupt += 1
       with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
+        path.unlink()
       return None
+    except OSError:   # not there, or not for us to read: it may be whole, and serve others
+      return None
+    with contextlib.suppress(OSError):   # another user's file, or a folder that is only read
+      os.utime(path)   # used now: the last to go
     return state
 
   def write(self, key, state):
@@ -312,7 +317,9 @@ class _Disk:
     try:
       if path.exists():
         return
-      path.parent.mkdir(exist_ok=True)
+      if not path.parent.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.parent.chmod(self._folder.stat().st_mode & 0o7777)   # who may write to the folder may write here
       _save(partial, state)
       partial.replace(path)
       self._counts.written += 1
@@ -358,14 +365,31 @@ def _save(path, state):
   path.write_bytes(safetensors.numpy.save(arrays, metadata={'format': FORMAT, 'checksum': _checksum(arrays)}))
 
 
-def _load(path) -> State:
-  """Raises ValueError, SafetensorError or OSError of a file that is not as it was written."""
+def _load(path, shape) -> State:
+  """Raises ValueError or SafetensorError of a file that is not as it was written, OSError of one that cannot be read."""
+  if not path.is_file():   # to open a pipe is to wait for its writer
+    raise FileNotFoundError(path)
   with safetensors.safe_open(path, framework='np') as tensors:
     arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}
     said = tensors.metadata() or {}
   if said.get('format') != FORMAT or said.get('checksum') != _checksum(arrays):
     raise ValueError(f'{path}: not what was written')
-  return State(**arrays)
+  state = _state_of(arrays)
+  if state is None or shape not in (None, state.k.shape):
+    raise ValueError(f'{path}: a state of another form')
+  return state
+
+
+def _state_of(arrays) -> State | None:
+  """The state that arrays are, None if they are none."""
+  shapes = {name: x.shape for name, x in arrays.items()}
+  exact = shapes.get('k')
+  if exact is None or len(exact) != 4:
+    return None
+  forms = {'k': exact, 'v': exact}
+  if arrays['k'].dtype == np.int8:
+    forms |= dict.fromkeys(('k_scale', 'v_scale'), (exact[0], 1, *exact[2:]))
+  return State(**arrays) if shapes == forms else None
 
 
 def _checksum(arrays) -> str:

@@ -297,7 +297,8 @@ class Engine:
     prefixes = {place.prefix for place in places.values()}
     found, missing, load = {}, {}, [0] * self._pool.devices
     room = [self._pool.room(device, places) for device in range(self._pool.devices)]
-    state_of = functools.cache(lambda key: None if self._store is None else self._store.get(key))
+    shape = lambda key: (self._cfg.layers, len(places[key].tokens), self._cfg.kv_heads, self._cfg.head_dim)
+    state_of = functools.cache(lambda key: None if self._store is None else self._store.get(key, shape(key)))
     for key in [*(key for key in places if key in prefixes), *(key for key in places if key not in prefixes)]:
       tokens = len(places[key].tokens)
       size = self._pool.pages_of(tokens)

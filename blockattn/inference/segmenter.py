@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from blockattn import blocks, mesh as mesh_lib
+from blockattn import blocks, disk, mesh as mesh_lib
 from blockattn.data import markers, outline as outline_lib, packing
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import segmenter, transformer
@@ -26,6 +27,10 @@ from blockattn.models.transformer import Compute
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'tiny_segmenter'
 SHORTEST_ROW = 128        # tokens; rows are as long as this times a power of two, or as a window
 _CHARACTERS = 2_000_000   # of texts that are tokenized at a time
+
+# What blockattn.json may say of a segmenter.
+_SAID = {**dict.fromkeys(('head', 'tail', 'inner', 'middle', 'ahead', 'length'), int), 'markers': str, 'separators': str,
+         'cohesion': bool, 'overlap': disk.NUMBER, 'threshold': disk.NUMBER, 'outline': dict}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,10 +93,12 @@ def options_of(folder: pathlib.Path, **overrides) -> Options:
   read = {name: said[name] for name in known if name in said}
   own = {name: said[name] for name in ('length', 'overlap', 'threshold') if name in said} | overrides
   try:
+    disk.check_form(said, {name: form for name, form in _SAID.items() if name in said}, 'it')
     if 'outline' in said:
       own = {'outline': outline_lib.Shift(**said['outline'])} | own
+    re.compile(said.get('separators', ''))
     return Options(markers.ReadOptions(style=said['markers'], **read), **own)
-  except (TypeError, KeyError, ValueError) as error:
+  except (TypeError, KeyError, ValueError, re.error) as error:
     raise ValueError(f'{folder / files.META}: segmenter: {error!r}') from error
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from flax import traverse_util
 
-from blockattn import checkpoint, errors, multihost, tree
+from blockattn import checkpoint, disk, errors, multihost, tree
 from blockattn.train import loop, setup
 
 _OVERRIDE = re.compile(r'--?(no)?config\.([^=]+)(?:=(.*))?', re.S)
@@ -41,6 +41,7 @@ def main(run, section: str | None = None):
   from absl import app
   argv = sys.argv[1:]
   with _errors_as_a_line():
+    disk.check_local(argv)
     if HELP & set(argv):
       print(help_text([arg for arg in argv if arg not in HELP], section))
       return
@@ -53,6 +54,7 @@ def main(run, section: str | None = None):
 
     def start(_):
       quiet_libraries()
+      check_local(config)
       setup.check_reports(config)
       with multihost.joined(options.multihost):
         setup.use_cpu_cores(config)
@@ -106,6 +108,12 @@ def _leave(code: int):
   """Ends the process without its threads, which would have the last words: tracebacks of what this one has said already."""
   sys.stdout.flush()
   os._exit(code)
+
+
+def check_local(config):
+  """Raises ValueError if a value of the config is a path on another machine; names the key."""
+  for key, value in loop.flat(loop.resolved(config)).items():
+    disk.check_local(f'config.{key}={one}' for one in (value if isinstance(value, list) else [value]))
 
 
 def check_hosts(config, workdir):

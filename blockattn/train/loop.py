@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blockattn import checkpoint, errors, locks, metrics, multihost, trace
-from blockattn.hf import files
+from blockattn import checkpoint, disk, errors, locks, metrics, multihost, trace
 from blockattn.kernels import api
 from blockattn.models import flops as flops_lib
 
@@ -368,7 +367,7 @@ def save_run_facts(workdir, config, command=None):
   workdir.mkdir(parents=True, exist_ok=True)
   path, new = workdir / 'config.json', resolved(config)
   if path.exists() and checkpoint.newest_step(workdir / 'checkpoints') is not None:
-    changed = differing_keys(files.read_json(path), new)
+    changed = differing_keys(disk.read_json(path), new)
     if changed:
       raise ValueError(f'{workdir} holds a run with another config: {", ".join(changed)} differ. '
                        'Use a new --workdir, or the old values')
@@ -385,7 +384,7 @@ _FREE_TO_CHANGE = ('log_every', 'save_every', 'keep', 'chunk', 'mesh.', 'rules',
 
 def resolved(config) -> dict:
   """The config as config.json holds it."""
-  return json.loads(config.to_json_best_effort())
+  return json.loads(config.to_json_best_effort(), parse_constant=str)   # JSON has no infinity
 
 
 def differing_keys(old: dict, new: dict) -> list[str]:

@@ -20,7 +20,7 @@ import tokenizers
 from blockattn import errors, optim
 from blockattn.data import markers, segment_pipeline
 from blockattn.data.semanticseg import hints, schema
-from blockattn.hf import config as hf_config, convert, files
+from blockattn.hf import card as card_lib, config as hf_config, convert, files
 from blockattn.models import segmenter, spec
 from blockattn.train import command, loop, setup
 
@@ -258,14 +258,9 @@ def read_meta(config) -> dict:
 
 def _keep(params, measured, *, cfg, folder, source, config):
   meta = {'kind': 'segment', 'segmenter': read_meta(config) | measured}
-  convert.save(params, cfg, folder, source=source, meta=meta, card=card(measured), dtype=config.segment.export_dtype,
-               overwrite=True)
-
-
-def card(measured) -> str:
-  """README.md of the best parameters of a run."""
-  return '\n'.join(['---', 'library_name: transformers', 'tags: [text-segmentation]', '---', '', '# Segmenter', '',
-                    *(f'- {key}: {value}' for key, value in measured.items()), ''])
+  origin = config.model.source or None
+  card = card_lib.text(cfg, meta | {'source': origin}, origin and files.locate(origin), facts=measured)
+  convert.save(params, cfg, folder, source=source, meta=meta, card=card, dtype=config.segment.export_dtype, overwrite=True)
 
 
 def _best_so_far(folder):

@@ -20,9 +20,9 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
+from blockattn import disk
 from blockattn.data import text as text_lib
 
 SPLITS = ('train', 'validation', 'test')
@@ -174,16 +174,8 @@ def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
   if not path.name.endswith(text_lib.SUFFIXES):
     raise ValueError(f'{path}: the name must end in {" or ".join(text_lib.SUFFIXES)}')
   path.parent.mkdir(parents=True, exist_ok=True)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-  try:
-    with os.fdopen(handle, 'wb') as raw:
-      count = _write_lines(raw, documents, compressed=path.name.endswith('.gz'))
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise
-  return count
+  with disk.replacing(path) as raw:
+    return _write_lines(raw, documents, compressed=path.name.endswith('.gz'))
 
 
 def _write_lines(raw, documents, *, compressed):
