@@ -7,6 +7,7 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import train_cases
 
@@ -340,6 +341,17 @@ def test_weights_of_fine_tuning():
   np.testing.assert_allclose(weight[batch['text'] & reader & ~batch['loss']], 0.3, rtol=1e-6)
   np.testing.assert_allclose(weight[batch['text'] & ~reader & ~batch['loss']], 0.1)
   assert not weight[~batch['text']].any()
+
+
+def test_slices_are_summed_in_float32():
+  """512 rows of gradient 1 in bfloat16, whose own sum ends at 256: there 256 + 1 is 256."""
+  rows, params = 512, {'w': jnp.ones((), jnp.bfloat16)}
+  sums = lambda p, frozen, batch, key: {'loss': jnp.sum(batch['x'] * p['w'].astype(jnp.float32)),
+                                        'weight': jnp.float32(len(batch['x']))}
+  for slices in (1, rows):
+    step = loop.make_step(sums, lambda sums: {}, optax.sgd(0.5), lambda step: 0.5, slices=slices)
+    state, values = step(loop.init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.5)), None, {'x': jnp.ones(rows)})
+    assert values['grad_norm'] == 1 and state.params['w'] == 0.5 and state.params['w'].dtype == jnp.bfloat16
 
 
 def test_a_batch_that_cannot_be_cut_into_slices():
