@@ -193,7 +193,8 @@ def distillation_sums(heads, hidden, per_token, mask, *, weights: TokenWeights, 
     gap = jax.lax.stop_gradient(log_p - blocked)
     w = m * token_weight(gap, weights)
     at = m[..., None] * jax.nn.one_hot(position_bin(per_token['position'], length), POSITION_BINS)
-    return {'loss': jnp.sum(w * (temperature ** 2 * kl - ce_weight * log_q)), 'weight': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
+    return {'loss': jnp.sum(w * (temperature ** 2 * kl - ce_weight * log_q)),
+            'weight': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
             'at_floor': jnp.sum(m, where=gap <= 0), 'at_cap': jnp.sum(m, where=gap >= weights.cap),
             'tokens': jnp.sum(m), 'kl': jnp.sum(m * kl), 'ce': -jnp.sum(m * log_q),
             'teacher_ce': -jnp.sum(m * log_p), 'gap': jnp.sum(m * gap),

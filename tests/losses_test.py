@@ -75,8 +75,8 @@ def naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight):
     w = {'relu': weights.floor + min(max(gap, 0), weights.cap), 'exp': np.exp(min(gap, weights.cap)),
          'none': 1.0}[weights.form]
     kl, ce = float(np.sum(np.exp(p) * (p - q))), -log_softmax(student)[x]
-    for name, value in {'loss': w * (temperature ** 2 * kl + ce_weight * ce), 'weight': w, 'weight_sq': w * w, 'tokens': 1.0, 'kl': kl,
-                        'at_floor': gap <= 0, 'at_cap': gap >= weights.cap, 'ce': ce,
+    for name, value in {'loss': w * (temperature ** 2 * kl + ce_weight * ce), 'weight': w, 'weight_sq': w * w, 'tokens': 1.0,
+                        'kl': kl, 'at_floor': gap <= 0, 'at_cap': gap >= weights.cap, 'ce': ce,
                         'teacher_ce': -log_softmax(teacher)[x], 'gap': gap}.items():
       sums[name] += value
     at_bin = next(i for i in range(7, -1, -1) if i == 0 or POSITIONS[at] >= T * 2.0 ** (i - 8))

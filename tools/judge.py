@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 import rich.console
-import rich.progress
 import rich.table
 
+from blockattn import metrics
 from blockattn.data import encode, text as text_lib
 from blockattn.evals import answers, gap, locomo, longbench, qa
 from blockattn.inference import cache as cache_lib, cutter, generate
@@ -169,11 +169,11 @@ def run(options, console, err, make_answerer=answerer) -> dict[str, dict]:
   encoder = encode.Encoder(tokenizer)
   longest = None if options.benchmark == 'longbench' else options.max_length   # longbench: before the chat template
   fits = lambda item, lengths: _fits(subject, longest, item.max_new, lengths)
-  weights = cache_lib.keys_of(subject.params, subject.cfg, options.dtype).model.decode()[:32]
+  weights = evaluate.weights_key(subject)
   summaries = {}
   for mode in modes:
     judged = dataclasses.replace(subject, mode=mode)
-    with _store(options) as store, _progress(err, mode) as progress:
+    with _store(options) as store, metrics.counting(mode, stream=err.file) as progress:
       summaries[mode] = answers.run(
           benchmark.items, prompt=encoder.prompt, answer=make_answerer(judged, tokenizer, batch=options.batch, store=store),
           score=benchmark.score, out=pathlib.Path(options.out) / mode,
@@ -207,15 +207,6 @@ def _store(options):
     return
   with cache_lib.Store(folder=options.cache, quantize=options.quantize) as store:
     yield store
-
-
-@contextlib.contextmanager
-def _progress(console, mode):
-  columns = (rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(),
-             rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn())
-  with rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-    task = bar.add_task(mode)
-    yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def print_summary(summary: dict, console: rich.console.Console) -> None:

@@ -143,7 +143,8 @@ def accumulate(sums_and_grads, params, batch, parts: int):
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
 
   def add(total, x):
-    return jax.tree.map(lambda whole, part: whole + part.astype(whole.dtype), total, sums_and_grads(params, x[1], x[0])), None
+    made = sums_and_grads(params, x[1], x[0])
+    return jax.tree.map(lambda whole, part: whole + part.astype(whole.dtype), total, made), None
 
   return jax.lax.scan(add, zeros, (jnp.arange(parts), slices))[0]
 

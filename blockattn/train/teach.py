@@ -50,7 +50,7 @@ def run(config, workdir):
   done = {row for rows in taught.written_rows(folder).values() for row in rows}
   own = setup.own_rows(place, config.batch)
   total, sums = len(needed), []
-  with metrics.ProgressLine(total, 'teaching', enabled=jax.process_index() == 0) as progress:
+  with metrics.counting('teaching', enabled=jax.process_index() == 0) as show:
     size = max(1, PART_ROWS // config.batch) * config.batch
     for part, first in enumerate(range(0, total, size)):
       numbers = needed[first:first + size]
@@ -63,12 +63,12 @@ def run(config, workdir):
         if len(sums) < BIAS_BATCHES:
           sums.append(jax.device_get(measure(teacher, batch)))
         records |= rows.records(say(teacher, batch), cfg.vocab)
-        progress.update(first + start + len(rows.numbers), {})
+        show(first + start + len(rows.numbers), total)
       taught.write_part(folder, f'part-{part:05d}-{jax.process_index():04d}', records)
-    if sums and jax.process_index() == 0:
-      bias = bias_of(sums)
-      progress.say(bias_table(bias))
-      metrics.write_json(folder / 'bias.json', bias)
+  if sums and jax.process_index() == 0:
+    bias = bias_of(sums)
+    print(bias_table(bias), flush=True)
+    metrics.write_json(folder / 'bias.json', bias)
 
 
 class _Batch:
