@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -200,7 +201,8 @@ def print_table(summary: dict, console: rich.console.Console | None = None):
   console.print(table)
   console.print(f'[{answers.LEVEL:.0%} interval of {answers.RESAMPLES:,} resamples of the documents]')
   for measure, share in summary.get('closed', {}).items():
-    console.print(f'{measure.replace("_", " ")}: {STUDENT} makes good {compare.percent(share)} % of what blocks cost {TEACHER}')
+    name = measure.replace('_', ' ')
+    console.print(f'{name}: {STUDENT} makes good {compare.percent(share)} % of what blocks cost {TEACHER}')
   console.print(_distance_table(results, right))
 
 
@@ -244,6 +246,17 @@ def positive(value):
   if not value.isdigit() or int(value) < 1:
     raise argparse.ArgumentTypeError(f'{value!r} is not a number from 1 on')
   return int(value)
+
+
+def amount(value):
+  """A number from 0 on that is one: neither NaN nor without end."""
+  try:
+    number = float(value)
+  except ValueError:
+    number = math.nan
+  if not 0 <= number < math.inf:
+    raise argparse.ArgumentTypeError(f'{value!r} is not a number from 0 on')
+  return number
 
 
 def run(options, console, err) -> dict:
