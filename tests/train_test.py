@@ -410,6 +410,8 @@ def test_a_mistake_in_the_options_of_fine_tuning(changes, message):
     (lambda c: setup.architecture(c.model), {'model__fields': {'vocba': 3}},
      "config.model.fields.vocba: no such field; did you mean 'vocab'"),
     (lambda c: setup.architecture(c.model), {}, 'config.model.fields lacks family, vocab, width, .* or a config.model.size'),
+    (lambda c: setup.load_model(c, None), {'data__length': 40961, 'model__size': 'qwen3_0_6b'},
+     r'config.data.length=40961: .* the model has 40960 positions .max_position_embeddings'),
     (lambda c: setup.placement(c), {'rules': (('batch', 'dat'),)}, "'batch' is mapped to 'dat', .*mean 'data'"),
 ])
 def test_a_mistake_in_the_rest_of_a_config(call, changes, message):

@@ -118,7 +118,8 @@ def load_locomo(options, tokenizer, subject, conversations) -> Benchmark:
   items = locomo.make_items(conversations, tokenizer, chat=options.chat, tasks=options.tasks, limit=options.limit, fits=fits)
   shorter = sum(item.facts['sessions_left_out'] > 0 for item in items)
   note = f'{shorter} of {len(items)} prompts lack the last sessions, which did not fit' if shorter else ''
-  return Benchmark(items, locomo.score, locomo.averages(), note)
+  score = functools.partial(locomo.score, letters=options.letters)
+  return Benchmark(items, score, locomo.averages(), note)
 
 
 def load_qa(options, tokenizer, subject, files) -> Benchmark:
@@ -194,6 +195,8 @@ def _facts(options, subject, weights, tokenizer):
   """What decides an answer beside the prompt. Chat template, truncation and cuts are in the prompt."""
   facts = {'benchmark': options.benchmark, 'model': weights, 'tokenizer': tokenizer, 'mode': subject.mode,
            'dtype': subject.compute.dtype, 'impl': subject.compute.impl}
+  if options.benchmark == 'locomo' and options.letters != 'alone':
+    facts |= {'letters': options.letters}   # of its scores
   if subject.mode == 'block':
     facts |= {'sink_ids': list(subject.options.sink_ids), 'positions': subject.options.positions,
               'quantize': options.quantize}
@@ -256,7 +259,9 @@ def _arguments(argv):
   long.add_argument('--segmenter', default=cutter.EMBEDDED,
                     help='cuts contexts that no heading divides: folder, hub name, or none (default: the embedded one)')
   long.add_argument('--target-tokens', type=evaluate.positive, help="wanted length of its blocks, in its tokens")
-  benchmarks.add_parser('locomo', parents=[common], help='LoCoMo')
+  talks = benchmarks.add_parser('locomo', parents=[common], help='LoCoMo')
+  talks.add_argument('--letters', choices=locomo.LETTERS, default='alone', help='where (a) or (b) counts as a choice in the '
+                     'answer to an adversarial question; alone is the published rule (default: %(default)s)')
   short = benchmarks.add_parser('qa', parents=[common], help='any questions over blocks')
   short.add_argument('--max-new', type=evaluate.positive, default=_QA_MAX_NEW,
                      help='most tokens of an answer (default: %(default)s)')
