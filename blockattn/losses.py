@@ -63,7 +63,8 @@ def forward_kl_of_top(top_log_p, top_ids, student_logits, temperature: float):
   """A lower bound on `forward_kl` from a teacher's K likeliest tokens: all others count as one token, "the rest".
 
   Joining outcomes can only lower a KL divergence (data-processing inequality); it is exact where the student spreads the
-  rest over tokens as the teacher does.
+  rest over tokens as the teacher does. The bound holds to float32's rounding, about 1e-6 nats, and needs log-probabilities
+  of that precision: those of float16 are another teacher's, some 1e-4 nats away.
 
   Args:
     top_log_p: [..., K], log-probabilities at `temperature`.
@@ -150,7 +151,9 @@ def distillation_sums(heads, hidden, per_token, mask, *, weights: TokenWeights, 
                       ce_weight: float, chunk: int, parts: int = 1):
   """The distillation loss as sums: loss = sums['loss'] / sums['weight'].
 
-  loss = sum_t m_t w_t [ KL(p_T || p_S)_t + ce_weight * CE_t ] / sum_t m_t w_t. The weights carry no gradient.
+  loss = sum_t m_t w_t [ temperature^2 KL(p_T || p_S)_t + ce_weight * CE_t ] / sum_t m_t w_t. The weights carry no gradient.
+  The KL's gradient shrinks as 1 / temperature^2, so the factor (Hinton et al., arXiv 1503.02531) keeps it as large as
+  it is at temperature 1, and ce_weight means the same at every temperature.
 
   The teacher is a model at work, 'teacher' in `heads` and `hidden`, or what is stored of one, 'teacher' in `per_token`.
 
@@ -190,7 +193,8 @@ def distillation_sums(heads, hidden, per_token, mask, *, weights: TokenWeights, 
     gap = jax.lax.stop_gradient(log_p - blocked)
     w = m * token_weight(gap, weights)
     at = m[..., None] * jax.nn.one_hot(position_bin(per_token['position'], length), POSITION_BINS)
-    return {'loss': jnp.sum(w * (kl - ce_weight * log_q)), 'weight': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
+    return {'loss': jnp.sum(w * (temperature ** 2 * kl - ce_weight * log_q)),
+            'weight': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
             'at_floor': jnp.sum(m, where=gap <= 0), 'at_cap': jnp.sum(m, where=gap >= weights.cap),
             'tokens': jnp.sum(m), 'kl': jnp.sum(m * kl), 'ce': -jnp.sum(m * log_q),
             'teacher_ce': -jnp.sum(m * log_p), 'gap': jnp.sum(m * gap),

@@ -302,6 +302,25 @@ class ProgressLine:
     self.close()
 
 
+@contextlib.contextmanager
+def counting(label: str, *, stream: TextIO | None = None, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+  """`show(done, of)`: a `ProgressLine` with the time left, of work whose size is known when it begins."""
+  line = clock = None
+
+  def show(done, of):
+    nonlocal line, clock
+    if line is None:
+      line, clock = ProgressLine(of, label, stream=stream, enabled=enabled), StepClock(of)
+    clock.tick(done, 0)
+    line.update(done, {name: value for name, value in clock.rates().items() if name == 'seconds_left'})
+
+  try:
+    yield show
+  finally:
+    if line is not None:
+      line.close()
+
+
 def _bar(stream: TextIO) -> rich.progress.Progress:
   columns = (rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(),
              rich.progress.MofNCompleteColumn(), rich.progress.TextColumn('{task.fields[facts]}', markup=False))

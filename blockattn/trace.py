@@ -2,14 +2,15 @@
 
 The folder holds what `jax.profiler` writes: open it with TensorBoard and xprof (`pip install xprof tensorboard`), or its
 `*.trace.json.gz` at ui.perfetto.dev. The parts are jax.named_scope's: embed, attention, mlp, norm, and those of the step
-around the model.
+around the model. And how long something was compiled, which no measurement of speed should count.
 """
 
 import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,6 +35,26 @@ def parse_steps(text: str, last: int) -> tuple[int, int] | None:
     raise ValueError(f'profile={text!r}: the run has the steps 1 to {last}; give FIRST:END with 1 <= FIRST < END <= '
                      f'{last + 1} (the step END is not traced any more)')
   return start, stop
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[Callable[[], float]]:
+  """`seconds()`: what JAX has spent on tracing and compiling in this process within the block so far."""
+  spans = []   # (start, end), apart from each other
+
+  def heard(event, duration, **_):
+    if event.startswith('/jax/core/compile/'):
+      end = time.perf_counter()
+      start = end - duration
+      while spans and spans[-1][1] > start:   # a function that is traced within another one's trace
+        start = min(start, spans.pop()[0])
+      spans.append((start, end))
+
+  jax.monitoring.register_event_duration_secs_listener(heard)
+  try:
+    yield lambda: sum(end - start for start, end in spans)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(heard)
 
 
 class Profiler:

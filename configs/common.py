@@ -125,7 +125,7 @@ def add_distill(config):
     config.distill.drop_rate = 0.2            # block dropout, per context block
     config.distill.drop_mode = 'lift'         # lift, isolate, merge, remove
     config.distill.loss_over = 'readers'      # readers, text, answer
-    config.distill.temperature = 1.0          # of both distributions in the KL
+    config.distill.temperature = 1.0          # of both distributions in the KL, which counts temperature^2 times
     config.distill.ce_weight = 0.0            # of cross-entropy beside the KL
     config.distill.weights = ml_collections.ConfigDict()   # of losses.TokenWeights
     config.distill.weights.form = 'relu'      # relu, exp, none

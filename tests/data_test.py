@@ -94,6 +94,7 @@ MESSAGE = {'role': 'user', 'content': 'x'}
 ANSWER = {'role': 'assistant', 'content': 'y'}
 PASSAGES = data_cases.passages_line(1)
 MALFORMED = [
+    (b'{"prompt": "a", "prompt": "b"}', 'key twice'),
     (b'{"blocks": ["a"', 'bad JSON'), (b'nonsense', 'bad JSON'), (b'[' * 100_000, 'bad JSON'),
     (b'{"n": ' + b'1' * 5000 + b'}', 'bad JSON'), (b'{"prompt": "\xff"}', 'invalid UTF-8'),
     (b'{"blocks": ["\\ud800"], "prompt": "q", "response": "r"}', 'invalid UTF-8'),

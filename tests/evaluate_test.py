@@ -14,10 +14,11 @@ import rich.console
 
 from blockattn import blocks, checkpoint
 from blockattn.data import stdlib, text as text_lib
+from blockattn.evals import gap
 from blockattn.hf import convert
 from blockattn.models import transformer
 from blockattn.train import setup
-from tools import evaluate
+from tools import evaluate, report
 
 OPTIONS = blocks.BlockOptions(sink_ids=(5, 6), positions='local', max_blocks=8)
 COMPUTE = transformer.Compute(impl='reference')
@@ -58,29 +59,42 @@ def arguments(models, data, *more):
           '--impl', 'reference', *more]
 
 
-def test_from_folders_to_summary(models, data, tmp_path, capsys):
+def test_from_folders_to_summary(models, data, tmp_path, capsys, monkeypatch):
   assert evaluate.main(arguments(models, data, '--modes', 'block', '--out', str(tmp_path / 'out'))) == 0
   printed = capsys.readouterr().out
   summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())
   assert summary['malformed_lines'] == 1 and 'test.jsonl:3: bad JSON' in printed
-  for name in ('teacher_full', 'student_block'):
-    assert name in printed and summary[name]['n'] == 3
-    lines = (tmp_path / 'out' / 'predictions' / f'{name}.jsonl').read_text().splitlines()
-    assert [json.loads(line)['id'] for line in lines][:2] == ['q0', 'count']
+  rows = [json.loads(line) for line in (tmp_path / 'out' / 'documents.jsonl').read_text().splitlines()]
+  assert {row['id'] for row in rows} >= {'q0', 'count'} and len(rows) == 3
+  for name in ('teacher_full', 'teacher_block', 'student_block'):
+    assert name in printed and summary[name]['n'] == 3 and name in rows[0]['models']
     assert sum(row['tokens'] for row in summary[name]['by_distance']) == sum(
         row['tokens'] for row in summary['teacher_full']['by_distance']) > 0
   assert list(summary['seconds']) == ['evaluate']
   assert summary['teacher_full']['kl'] == pytest.approx(0, abs=1e-6)
-  assert summary['student_block']['kl'] > 0.01
+  assert summary['student_block']['kl'] > 0.01 and summary['teacher_block']['kl'] > 1e-4
+  closed = 1 - summary['student_block']['kl'] / summary['teacher_block']['kl']
+  assert summary['closed']['kl']['mean'] == pytest.approx(closed)
+  assert 'student_block makes good' in printed
   assert not list((tmp_path / 'out').rglob('*.tmp'))
+  page = report.render(tmp_path / 'out').read_text()
+  assert 'one two ' in page and 'Student, blocks' in page and 'What the student in block mode makes good' in page
+  # Again: nothing is computed, and the same is said.
+  monkeypatch.setattr(gap, '_measure_batch', None)
+  assert evaluate.main(arguments(models, data, '--modes', 'block', '--out', str(tmp_path / 'out'))) == 0
+  again = capsys.readouterr()
+  assert again.out == printed and 'evaluating 3/3' in again.err
+  assert evaluate.main(arguments(models[::-1], data, '--modes', 'block', '--out', str(tmp_path / 'out'))) == 2
+  assert 'come from another run' in capsys.readouterr().err
 
 
 def test_a_student_is_loaded_once_for_all_modes(models):
   teacher, student = models
   subjects, teacher_subject, _ = evaluate.load_pair(student, teacher, ('full', 'block'), COMPUTE)
-  assert list(subjects) == ['teacher_full', 'student_full', 'student_block']
-  assert [subject.mode for subject in subjects.values()] == ['full', 'full', 'block']
+  assert list(subjects) == ['teacher_full', 'teacher_block', 'student_full', 'student_block']
+  assert [subject.mode for subject in subjects.values()] == ['full', 'block', 'full', 'block']
   assert subjects['teacher_full'] is teacher_subject
+  assert subjects['teacher_block'].options == dataclasses.replace(OPTIONS, sink_ids=())
   assert subjects['student_full'].params is subjects['student_block'].params
 
 
@@ -108,6 +122,7 @@ def test_the_tokenizer_of_a_run_is_that_of_its_config(models, tmp_path):
     (['--modes', 'ful'], 2, '--modes ful'),
     (['--teacher', '/nowhere/teacher'], 2, '/nowhere/teacher'),
     (['--data', '/nowhere/*.jsonl'], 2, '/nowhere/*.jsonl'),
+    (['--max-new', '600'], 2, 'documents are too long for teacher_full'),
 ])
 def test_what_is_wrong_is_said(models, data, change, code, message, capsys):
   assert evaluate.main(arguments(models, data, *change)) == code
@@ -147,8 +162,9 @@ def test_pages_are_held_out(monkeypatch, tmp_path):
 
 def test_the_table_of_distances_has_a_column_per_subject():
   row = {'from': 4, 'tokens': 1200, 'ce': 0.5, 'kl': 0.25}
-  figures = {'n': 3, 'exact_match': 0.5, 'substring': 1.0, 'f1': 0.75, 'ce': 0.5, 'kl': 0.25, 'by_distance': [row]}
+  figures = {'n': 3, 'exact_match': 0.5, 'substring': 1.0, 'f1': 0.75, 'ce': 0.5, 'kl': 0.25, 'by_distance': [row],
+             'intervals': {'exact_match': {'low': 0.4, 'high': 0.6}}}
   console = rich.console.Console(file=io.StringIO(), width=120)
   evaluate.print_table({'a': figures, 'b': figures, 'seconds': {'a': 1.0}}, console)
   text = console.file.getvalue()
-  assert '50.0%' in text and '1,200' in text and text.count('0.5000 / 0.2500') == 2
+  assert '50.0%' in text and '[40.0%, 60.0%]' in text and '1,200' in text and text.count('0.5000 / 0.2500') == 2

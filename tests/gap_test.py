@@ -123,16 +123,23 @@ def test_answers_come_back_in_order(docs):
   assert len({tuple(answer) for answer in together}) > 1
 
 
-def test_an_answer_ends_before_the_stop_text(docs, tmp_path):
-  student, examples = subject('block', seed=1), [text.Example(('a', 'b'), 'q', 'x', 'id', ('x',))] * len(docs)
-  said = {}
-  for stop in (None, ' '):
-    gap.evaluate({'it': student}, student, docs, examples, Words(), batch=2, max_new=3, stop=stop, predictions=tmp_path)
-    said[stop] = [json.loads(line)['prediction'] for line in (tmp_path / 'it.jsonl').read_text().splitlines()]
+def measure(docs, examples, subjects=None, **more):
+  """Rows of a student in block mode against a teacher."""
+  subjects = subjects or {'it': subject('block', seed=1)}
+  return gap.measure(subjects, subject('full'), docs, examples, Words(), **{'batch': 2, 'max_new': 3} | more)
+
+
+def examples_of(docs, answers=('x',)):
+  return [text.Example(('a', 'b'), 'q', 'x', f'id{i}', answers) for i in range(len(docs))]
+
+
+def test_an_answer_ends_before_the_stop_text(docs):
+  said = {stop: [row['models']['it']['prediction'] for row in measure(docs, examples_of(docs), stop=stop)]
+          for stop in (None, ' ')}
   assert said[' '] == [answer.split(' ')[0] for answer in said[None]] != said[None]
 
 
-def test_evaluate(docs, tmp_path):
+def test_rows_and_their_means(docs):
   student, teacher = subject('block', seed=1), subject('full')
   given = gap.answer(student, docs, 0, batch=2, max_new=3)
   assert len(given) == len(docs) and all(0 not in tokens and len(tokens) <= 3 for tokens in given)
@@ -140,31 +147,78 @@ def test_evaluate(docs, tmp_path):
   # Right to the letter, right but for the accepted case, one word of the answer, wrong, and an answer without a list.
   answers = [(f' {said[0]} ', 'x'), (said[1].upper(),), (said[2].split()[0],), ('nonsense',), ()]
   examples = [text.Example(('a', 'b'), 'q', said[4], f'id{i}', a) for i, a in enumerate(answers)]
-  path = tmp_path / 'new' / 'it.jsonl'
-  subjects = {'it': student}
-  figures = gap.evaluate(subjects, teacher, docs, examples, Words(), batch=2, max_new=3, predictions=path.parent)['it']
+  rows = measure(docs, examples)
+  assert [row['id'] for row in rows] == [example.id for example in examples]
+  own = [row['models']['it'] for row in rows]
+  assert [one['prediction'] for one in own] == said
+  assert [one['scores']['exact_match'] for one in own] == [1, 0, len(given[2]) == 1, 0, 1]
+  assert rows[0]['answers'] == [f' {said[0]} ', 'x'] and rows[4]['answers'] == [said[4]]
+  for doc, one in zip(docs, own, strict=True):   # each document's own sums, in a batch as alone
+    alone = one_gap(student, teacher, [doc], batch=1)
+    tokens = sum(count for _, count, _, _ in one['by_distance'])
+    np.testing.assert_allclose(sum(kl for *_, kl in one['by_distance']) / tokens, alone['kl'], rtol=1e-4)
 
-  lines = [json.loads(line) for line in path.read_text().splitlines()]
-  assert [line['id'] for line in lines] == [example.id for example in examples]
-  assert [line['prediction'] for line in lines] == said
-  assert [line['exact_match'] for line in lines] == [1, 0, len(given[2]) == 1, 0, 1]
-  assert lines[0]['answers'] == [f' {said[0]} ', 'x'] and lines[4]['answers'] == [said[4]]
-  assert list(path.parent.iterdir()) == [path]
-
+  figures = gap.summarize(rows)['it']
   scored = [scores.score(s, a or (said[4],)) for s, a in zip(said, answers, strict=True)]
   assert figures['n'] == 5
   for name in ('exact_match', 'substring', 'f1'):
     np.testing.assert_allclose(figures[name], np.mean([score[name] for score in scored]))
   assert figures['substring'] == 0.8
-  assert {name: figures[name] for name in ('ce', 'kl', 'by_distance')} == one_gap(student, teacher, docs, batch=2)
+  whole = one_gap(student, teacher, docs, batch=2)
+  np.testing.assert_allclose([figures['ce'], figures['kl']], [whole['ce'], whole['kl']], rtol=1e-5)
+  assert [row['tokens'] for row in figures['by_distance']] == [row['tokens'] for row in whole['by_distance']]
+  for name, interval in figures['intervals'].items():
+    assert interval['low'] <= figures[name] == interval['mean'] <= interval['high'] and interval['low'] < interval['high']
+
+
+def test_a_second_start_goes_on(docs, tmp_path):
+  examples, seen, calls = examples_of(docs), [], []
+
+  class Stops(Words):
+    """Is pulled the plug at the third batch, two documents each."""
+    def decode(self, tokens, skip_special_tokens):
+      calls.append(tokens)
+      if len(calls) == 5:
+        raise KeyboardInterrupt
+      return super().decode(tokens, skip_special_tokens)
+
+  student, teacher = {'it': subject('block', seed=1)}, subject('full')
+  run = lambda tokenizer, docs=docs, **more: gap.measure(
+      student, teacher, docs, examples[:len(docs)], tokenizer, out=tmp_path, **{'batch': 2, 'max_new': 3} | more)
+  with pytest.raises(KeyboardInterrupt):
+    run(Stops(), progress=lambda *at: seen.append(at))
+  lines = lambda: [json.loads(line)['document'] for line in (tmp_path / gap.DOCUMENTS).read_text().splitlines()]
+  assert lines() == [1, 4, 2, 0] and seen == [(0, 5), (2, 5), (4, 5)]   # the longest first
+  with open(tmp_path / gap.DOCUMENTS, 'a') as file:
+    file.write('{"document": 0, "id')   # killed while it wrote
+  calls.clear()
+  assert run(Stops(), batch=3) == measure(docs, examples) and len(calls) == 1 and sorted(lines()) == [0, 1, 2, 3, 4]
+  assert len(run(Stops(), docs[:2])) == 2 and len(calls) == 1
+  with pytest.raises(ValueError, match='run.json: .*max_new was 3 and is 4.*another folder'):
+    run(Words(), max_new=4)
+  with pytest.raises(ValueError, match='1 items, first 1, were asked with another prompt'):
+    run(Words(), [docs[0], docs[0]])
+
+
+def test_the_share_that_is_made_good():
+  """Four documents of one answer token each; KL 2 nats before, 0.5 after, but for noise; the teacher's own is 0."""
+  def row(noise, right):
+    one = lambda kl, right: {'prediction': '', 'scores': {'exact_match': right}, 'by_distance': [[1, 1, 1.0, kl]]}
+    return {'models': {'t': one(0.0, 1.0), 'before': one(2 + noise, right), 'after': one(0.5 + noise, 1.0)}}
+  rows = [row(noise, right) for noise, right in zip((-0.05, 0.05, -0.05, 0.05), (1.0, 1.0, 1.0, 0.0), strict=True)]
+  shares = gap.share_closed(rows, 't', 'before', 'after')
+  assert list(shares) == ['kl']   # CE is the same, and one lost match in four may be chance
+  assert shares['kl']['mean'] == pytest.approx(0.75) and 0.7 < shares['kl']['low'] < 0.75 < shares['kl']['high'] < 0.8
 
 
 def test_what_cannot_be_evaluated(docs):
   with pytest.raises(ValueError, match="evaluation mode 'blocks'; choose one of full, block"):
     subject('blocks')
-  model = subject('full')
-  run = lambda docs, examples: gap.evaluate({'it': model}, model, docs, examples, Words(), batch=2, max_new=1)
+  run = lambda docs, examples, **more: measure(docs, examples, {'it': subject('block')}, **more)
   with pytest.raises(ValueError, match=re.escape('5 documents but 0 examples')):
     run(docs, [])
   with pytest.raises(ValueError, match='nothing to evaluate: no document was left'):
     run([], [])
+  # 49 tokens, of them 20 of the answer, two sinks in front of three blocks: 29 + 4062 + 6 = 4097.
+  with pytest.raises(ValueError, match='1 of 5 documents are too long for it: id1 takes 4097 positions, .* model has 4096'):
+    run(docs, examples_of(docs), max_new=4062)

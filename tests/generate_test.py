@@ -228,7 +228,8 @@ def test_nothing_is_compiled_after_warm_up(words):
     (dict(prompt=[]), 'a prompt is a list of blocks'), (dict(prompt=[[1], []]), 'none of them empty'),
     (dict(prompt=[[1], [50]]), 'not one of the 50'), (dict(prompt=[[-1]]), 'not one of the 50'),
     (dict(max_new=0), 'at least one token'), (dict(stop=('',)), 'empty stop'), (dict(top_p=0.0), 'top_p=0.0'),
-    (dict(temperature=-1.0), 'temperature=-1.0'), (dict(prompt=[[1], [2], [3]], shared=True), 'shared prefix'),
+    (dict(temperature=-1.0), 'temperature=-1.0'), (dict(temperature=float('nan')), 'temperature=nan'),
+    (dict(prompt=[[1], [2], [3]], shared=True), 'shared prefix'),
     (dict(max_new=3000), 'the model has 2048'), (dict(prompt=[[1] * 1500, [1]]), 'device_tokens'),
 ])
 def test_what_cannot_be_answered_is_said_before_anything_is_computed(words, change, message):

@@ -5,7 +5,9 @@ import json
 import re
 
 import data_cases
+import jax
 import pytest
+import rich.console
 from evaluate_test import save_model
 
 from tools import generate
@@ -31,7 +33,8 @@ def folder(tmp_path_factory):
 def call(folder, capsys, monkeypatch):
   """(exit code, standard output, standard error) of the command on files of the folder."""
   def run(*args, typed=''):
-    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(typed.encode())))
+    typed = typed if isinstance(typed, bytes) else typed.encode()
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(typed)))
     files = [str(folder / arg) if '.' in arg and not arg.startswith('-') else arg for arg in args]
     common = ['--max-new', '4', '--impl', 'reference', '--device-tokens', '2048', '--no-chat']
     code = generate.main([str(folder / 'model'), *files, *common])
@@ -58,16 +61,56 @@ def test_lines_bring_their_own_questions(call):
 
 
 def test_questions_are_read_until_the_input_ends(call):
+  jax.clear_caches()   # what other tests have compiled
   code, out, err = call('one.txt', 'two.md', typed='what?\n\n/blocks\n' + 'very ' * 3000 + '\nwhat?\n')
   assert code == 0
   assert err.count('first token') == 2 and '2 device' in err and 'generate: request 0' in err   # one is too long
   first, second = out.splitlines()[0], out.splitlines()[-1]
   assert first == second
+  # What is compiled is said apart, and is no time to the first token; the second answer has nothing to compile.
+  cold, warm = (line for line in err.splitlines() if line.startswith('first token'))
+  compiled = float(re.search(r'besides, ([\d.]+) s of compiling', cold)[1])
+  assert float(re.match(r'first token ([\d.]+)', cold)[1]) < compiled and 'compiling' not in warm
   assert call('lines.jsonl', '--interactive', typed='what?\n')[2].count('first token') == 1
   assert call('-', '--question', 'what?', typed='a text')[0] == 0
 
 
+def test_commands_of_a_conversation(call):
+  code, out, err = call('one.txt', typed=b'/help\n/block\n\xff\xfe?\n/quit\nwhat?\n')
+  assert (code, out) == (0, '') and 'first token' not in err   # nothing behind /quit is read
+  assert all(name in err for name in generate.COMMANDS) and "no command /block; did you mean '/blocks'?" in err
+  assert 'the question is no UTF-8 text (character 0)' in err
+
+
+class Interrupted:
+  """A session whose answers end with Ctrl-C."""
+  def __init__(self):
+    self.console = rich.console.Console(file=io.StringIO())
+
+  def answer(self, example):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_ends_an_answer_where_a_person_types(capsys):
+  session = Interrupted()
+  generate._answer(session, str, 'what?', stops=True)
+  assert 'stopped; /quit or Ctrl-D ends' in session.console.file.getvalue()
+  with pytest.raises(KeyboardInterrupt):
+    generate._answer(session, str, 'what?', stops=False)
+
+
+@pytest.mark.parametrize('option, value', [
+    ('--cache-gib', 'inf'), ('--memory-gib', 'nan'), ('--memory-gib', '-1'), ('--limit', '-1'), ('--temperature', 'nan'),
+    ('--temperature', 'inf'), ('--device-tokens', '0'), ('--devices', '0'), ('--max-new', '0')])
+def test_numbers_are_checked(call, option, value, capsys):
+  with pytest.raises(SystemExit) as end:
+    call('one.txt', '--question', 'x', option, value)
+  assert end.value.code == 2 and f"{option}: '{value}' is not a number from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('args, message', [
+    (('one.txt', '--question', 'caf\udce9'), 'the question is no UTF-8 text (character 3)'),
+    (('one.txt', '--question', 'x', '--target-tokens', '8'), '--target-tokens 8 is the length of the blocks that'),
     (('bad.txt', '--question', 'x'), 'bad.txt: no UTF-8'),
     (('empty.txt', '--question', 'x'), 'empty.txt: the file is empty'),
     (('missing.txt', '--question', 'x'), 'missing.txt'), (('one.txt', 'lines.jsonl'), 'either JSON lines or text files'),

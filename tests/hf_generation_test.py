@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -480,7 +481,7 @@ def test_torch_is_loaded_only_when_it_is_asked_for(monkeypatch):
 
 
 def test_the_example_answers_both_ways(tmp_path, capsys):
-  from tools import generate_torch
+  from tools import agree, generate_torch
   teacher = str(pathlib.Path(__file__).parents[1] / 'blockattn' / 'assets' / 'tiny_teacher')
   files = [tmp_path / 'a.txt', tmp_path / 'b.md']
   for i, file in enumerate(files):
@@ -488,6 +489,10 @@ def test_the_example_answers_both_ways(tmp_path, capsys):
   more = ['--max-new', '4']
   assert generate_torch.main([teacher, *map(str, files), '--question', 'What is Tool1?', *more]) == 0
   assert 'both ways give the same tokens' in capsys.readouterr().out
+
+  assert agree.main([teacher, *map(str, files)]) == 0   # and so at every position, of which bfloat16 moves a few
+  assert re.search(r'ours, float32 +│ transformers, float32 +│ +100.00%', capsys.readouterr().out)
+  assert agree.main([teacher, str(tmp_path / 'no.txt')]) == 2 and 'no.txt' in capsys.readouterr().err
 
   lines = tmp_path / 'questions.jsonl'
   texts = [file.read_text() for file in files]

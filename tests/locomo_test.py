@@ -117,6 +117,9 @@ def test_where_data_are(tmp_path, file):
   packed.write_bytes(packed.read_bytes()[:40])
   with pytest.raises(ValueError, match='other.json.gz: no JSON, or cut off'):
     locomo.read_conversations(packed)
+  file.write_text('[' * 100_000)
+  with pytest.raises(ValueError, match='locomo10.json: no JSON'):
+    locomo.read_conversations(file)
   file.write_text('{}')
   with pytest.raises(ValueError, match='a list of conversations'):
     locomo.read_conversations(file)
@@ -160,6 +163,16 @@ def test_rules_of_four_categories(task, prediction, reference, expected):
 def test_the_rule_of_adversarial_questions(prediction, first, second):
   assert score('adversarial', prediction, 'a race', (locomo.ABSENT, 'a race')) == first
   assert score('adversarial', prediction, 'a race', ('a race', locomo.ABSENT)) == second
+
+
+@pytest.mark.parametrize('prediction, first', [
+    ('Answer: (a)', 1), ('The answer is (B).', 0), ('(a) a race', 1), ('(a) or (b)', 0), ('a', 1), ('x', 0),
+    ('Not mentioned', 1)])
+def test_letters_may_stand_anywhere(prediction, first):
+  """Where the refusal is offered first. As published "Answer: (a)" is no choice, and "(a) or (b)" is none in any way."""
+  item = answers.Item('x', 'adversarial', None, 8, references=('',), facts={'offered': (locomo.ABSENT, 'a race')})
+  assert locomo.score(item, prediction, 'anywhere')['score'] == first
+  assert locomo.score(item, prediction)['score'] == (first if len(prediction) < 3 or 'Not' in prediction else 0)
 
 
 def test_overall_is_over_all_questions():

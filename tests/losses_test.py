@@ -74,8 +74,8 @@ def naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight):
     w = {'relu': weights.floor + min(max(gap, 0), weights.cap), 'exp': np.exp(min(gap, weights.cap)),
          'none': 1.0}[weights.form]
     kl, ce = float(np.sum(np.exp(p) * (p - q))), -log_softmax(student)[x]
-    for name, value in {'loss': w * (kl + ce_weight * ce), 'weight': w, 'weight_sq': w * w, 'tokens': 1.0, 'kl': kl,
-                        'at_floor': gap <= 0, 'at_cap': gap >= weights.cap, 'ce': ce,
+    for name, value in {'loss': w * (temperature ** 2 * kl + ce_weight * ce), 'weight': w, 'weight_sq': w * w, 'tokens': 1.0,
+                        'kl': kl, 'at_floor': gap <= 0, 'at_cap': gap >= weights.cap, 'ce': ce,
                         'teacher_ce': -log_softmax(teacher)[x], 'gap': gap}.items():
       sums[name] += value
     at_bin = next(i for i in range(7, -1, -1) if i == 0 or POSITIONS[at] >= T * 2.0 ** (i - 8))
@@ -103,7 +103,7 @@ def dense_gradients(student_head, x_BTD, fixed, targets, weight, temperature, ce
   p, q = (jax.nn.log_softmax(x / temperature) for x in (teacher, student))
   kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
   ce = -jnp.take_along_axis(jax.nn.log_softmax(student), targets[..., None], axis=-1)[..., 0]
-  return jnp.sum(weight * (kl + ce_weight * ce))
+  return jnp.sum(weight * (temperature ** 2 * kl + ce_weight * ce))
 
 
 @pytest.mark.parametrize('weights', WEIGHTS.values(), ids=WEIGHTS)
@@ -258,6 +258,19 @@ def test_the_top_of_a_teacher_gives_a_lower_bound_that_grows_to_the_whole():
     assert np.all(got <= whole + 1e-4) and np.all(got >= before - 1e-4)
     before = np.asarray(got)
   np.testing.assert_allclose(before, whole, rtol=1e-3, atol=1e-4)   # one token left: nothing is joined
+
+
+@pytest.mark.parametrize('ce_weight', (0.0, 0.5))
+def test_the_gradient_is_as_large_at_any_temperature(ce_weight):
+  """Near the teacher, KL at temperature T is its value at 1 over T^2; what stands beside it does not depend on T."""
+  heads, hidden, targets = case(V, V)
+  hidden['student'] = np.zeros((B, T, D), np.float32)
+  hidden['teacher'] = 1e-2 * hidden['teacher']
+  norm = {}
+  for temperature in (1.0, 4.0):
+    (_, sums), grads = chunked(heads, hidden, targets, MASKS['all'], WEIGHTS['none'], temperature, ce_weight)
+    norm[temperature] = np.linalg.norm(grads[1]['student'])
+  np.testing.assert_allclose(norm[4.0], norm[1.0], rtol=2e-2)
 
 
 def test_the_top_of_a_teacher_is_finite_where_nothing_is_left():

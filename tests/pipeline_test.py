@@ -507,10 +507,18 @@ def test_prepare_fails_as_it_says(folder, arguments, tmp_path, capsys):
   assert 'missing.jsonl: no .jsonl' in capsys.readouterr().err
   assert prepare.main([str(folder), '--tokenizer', str(tmp_path), '--length', '9']) == 2
   assert 'no tokenizer.json' in capsys.readouterr().err
+  (tmp_path / 'empty.jsonl').touch()
+  assert prepare.main([str(tmp_path / 'empty.jsonl'), *arguments]) == 2
+  assert 'not one document' in capsys.readouterr().err
+  for option, value in (('--length', '0'), ('--length', '-5'), ('--max-blocks', '0'), ('--max-blocks', '-1')):
+    with pytest.raises(SystemExit) as end:
+      prepare.main([str(folder), *arguments, option, value])
+    assert end.value.code == 2 and f"{option}: '{value}' is not a number from 1 on" in capsys.readouterr().err
 
 
 def test_prepare_with_nothing_but_malformed_lines(arguments, tmp_path, capsys):
   path = data_cases.write_lines(tmp_path / 'a.jsonl', [b'[bold]', b'x' * 10] + [b'{'] * 150)
-  assert prepare.main([path, *arguments]) == 0
-  out = capsys.readouterr().out
+  assert prepare.main([path, *arguments]) == 2
+  out, err = capsys.readouterr()
+  assert f'not one document to train on in 152 lines of {path}' in err
   assert '152 bad JSON' in out and '... and 52 more' in out and f'{path}:1: bad JSON' in out

@@ -66,6 +66,12 @@ def test_scores(prediction, expected):
   assert list(made) == ['exact_match', 'substring', 'f1'] and tuple(made.values()) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize('prediction, substring', [('', 1), ('The!', 1), ('anything', 0)])
+def test_an_answer_of_which_the_normalisation_leaves_nothing(prediction, substring):
+  """best_subspan_em gives it to every prediction, see the module's docstring."""
+  assert qa.score(answers.Item('x', 't', None, 8, references=('The',)), prediction)['substring'] == substring
+
+
 @pytest.mark.data
 def test_the_real_data(data_dir):
   found = text.find_files(data_dir / 'qa' / 'test_*.jsonl.gz')

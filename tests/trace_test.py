@@ -182,3 +182,18 @@ def test_what_a_config_says_about_reports(monkeypatch):
   config.update({'wandb': '', 'peak_tflops': -1.0})
   with pytest.raises(ValueError, match='config.peak_tflops=-1.0'):
     setup.loop_config(config, 'x')
+
+
+def test_time_of_compiling_counts_nothing_twice():
+  """What is traced within another function's trace is part of its time; other events are none."""
+  with trace.compiling() as seconds:
+    time.sleep(0.02)
+    for event, duration in (('/jax/core/compile/inner', 0.005), ('/jax/core/compile/outer', 0.015), ('/jax/other', 9.0)):
+      jax.monitoring.record_event_duration_secs(event, duration)
+    assert seconds() == pytest.approx(0.015, abs=5e-3)
+    before = seconds()
+    jax.jit(lambda x: x * 3 + 1)(np.float32(2))
+    assert seconds() > before
+  after = seconds()
+  jax.monitoring.record_event_duration_secs('/jax/core/compile/outer', 1.0)
+  assert seconds() == after

@@ -7,6 +7,7 @@ import typing
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import train_cases
 
@@ -342,6 +343,17 @@ def test_weights_of_fine_tuning():
   assert not weight[~batch['text']].any()
 
 
+def test_slices_are_summed_in_float32():
+  """512 rows of gradient 1 in bfloat16, whose own sum ends at 256: there 256 + 1 is 256."""
+  rows, params = 512, {'w': jnp.ones((), jnp.bfloat16)}
+  sums = lambda p, frozen, batch, key: {'loss': jnp.sum(batch['x'] * p['w'].astype(jnp.float32)),
+                                        'weight': jnp.float32(len(batch['x']))}
+  for slices in (1, rows):
+    step = loop.make_step(sums, lambda sums: {}, optax.sgd(0.5), lambda step: 0.5, slices=slices)
+    state, values = step(loop.init_state(jax.tree.map(jnp.copy, params), optax.sgd(0.5)), None, {'x': jnp.ones(rows)})
+    assert values['grad_norm'] == 1 and state.params['w'] == 0.5 and state.params['w'].dtype == jnp.bfloat16
+
+
 def test_a_batch_that_cannot_be_cut_into_slices():
   with pytest.raises(ValueError, match='a batch of 8 rows cannot be cut into accumulate=3 equal parts'):
     loop.accumulate(None, None, train_cases.batch(0), 3)
@@ -396,6 +408,8 @@ def test_a_mistake_in_the_options_of_fine_tuning(changes, message):
     (lambda c: setup.architecture(c.model), {'model__fields': {'vocba': 3}},
      "config.model.fields.vocba: no such field; did you mean 'vocab'"),
     (lambda c: setup.architecture(c.model), {}, 'config.model.fields lacks family, vocab, width, .* or a config.model.size'),
+    (lambda c: setup.load_model(c, None), {'data__length': 40961, 'model__size': 'qwen3_0_6b'},
+     r'config.data.length=40961: .* the model has 40960 positions .max_position_embeddings'),
     (lambda c: setup.placement(c), {'rules': (('batch', 'dat'),)}, "'batch' is mapped to 'dat', .*mean 'data'"),
 ])
 def test_a_mistake_in_the_rest_of_a_config(call, changes, message):

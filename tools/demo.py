@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 import time
 
@@ -60,13 +61,14 @@ def run(workdir, docs: int, steps: int | None, console):
   subjects = make_subjects(config, cfg, student, finetuned, options)
   pages, examples = evaluate.page_docs(tokenizer, docs, data=config.data)
   with part('evaluate', f'Asking each model {docs} questions about classes and modules that no training page showed'):
-    summary = gap.evaluate(subjects, subjects['teacher_full'], pages, examples, tokenizer, batch=docs, max_new=24,
-                           stop=evaluate.PAGE_STOP, predictions=workdir / 'predictions')
+    summary = evaluate.evaluate_all(subjects, subjects['teacher_full'], pages, examples, tokenizer, batch=docs, max_new=24,
+                                    stop=evaluate.PAGE_STOP, out=workdir / 'evaluation')
   with part('export', 'Exporting the student in the Hugging Face format'):
     export(workdir / 'student', student, cfg, options, config, summary)
   summary['seconds'] = seconds
   metrics.write_json(workdir / 'summary.json', summary)
-  write_examples(workdir, examples, options, pages[0])
+  shutil.copyfile(workdir / 'evaluation' / 'examples.jsonl', workdir / 'examples.jsonl')
+  write_layout(workdir, options, pages[0])
   show_answers(workdir, console)
   console.print(table(summary))
   return summary
@@ -99,8 +101,8 @@ def export(folder, params, cfg, options, config, summary):
   convert.save(params, cfg, folder, source=config.model.source, meta=meta, card=card, dtype='float32', overwrite=True)
 
 
-def write_examples(workdir, examples, options, page):
-  """layout.json and examples.jsonl for the report."""
+def write_layout(workdir, options, page):
+  """layout.json for the report."""
   layout = blocks.from_lengths([[list(page.lengths)]], len(page.tokens))
   if options.sink_ids:
     wide = dataclasses.replace(options, max_blocks=len(page.lengths))
@@ -110,12 +112,6 @@ def write_examples(workdir, examples, options, page):
   lengths = [int((layout.block == i).sum()) for i in range(len(page.lengths))]
   mask = blocks.picture(layout).replace(' ', '').split('\n')
   metrics.write_json(workdir / 'layout.json', {'lengths': lengths, 'mask': mask})
-  predictions = {name: _read_lines(workdir / 'predictions' / f'{name}.jsonl') for name in MODELS}
-  rows = [{'blocks': list(example.blocks), 'prompt': example.prompt, 'response': example.response,
-           'answers': {name: predictions[name][i]['prediction'].strip() for name in MODELS}}
-          for i, example in enumerate(examples[:20])]
-  text = ''.join(json.dumps(row) + '\n' for row in rows)
-  (workdir / 'examples.jsonl').write_text(text)
 
 
 def write_segmented(workdir, config):

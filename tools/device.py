@@ -1,7 +1,7 @@
 """All that waits for an accelerator, in two commands: measured part by part within a budget of seconds.
 
   launch/device.sh WHEELS -m tools.device OUT --budget 560                              the first call
-  launch/device.sh WHEELS -m tools.device OUT --parts train --budget 280 --model FILE --data FOLDER   the second one
+  launch/device.sh WHEELS -m tools.device OUT --parts train --budget 280 --model FILE --data FOLDER  the second
 
 Every part is a process of its own with a share of the budget, and writes OUT/PART.json after every case that it has
 measured. What a part does not use goes to those behind it. A part that raises, is killed or runs out of time is recorded
@@ -33,6 +33,7 @@ import tempfile
 import time
 
 from blockattn import metrics
+from tools import arguments
 
 # Seconds of a budget of 560, and why. A part may use what earlier ones left of theirs.
 SHARES = {
@@ -163,7 +164,7 @@ def summary(found: dict[str, dict]) -> str:
 
 
 def _arguments(argv):
-  parser = argparse.ArgumentParser(prog='python -m tools.device', description=__doc__,
+  parser = arguments.Parser(prog='python -m tools.device', description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('out', type=pathlib.Path, help='folder for a JSON file per part')
   parser.add_argument('--budget', type=float, default=560, metavar='S', help='seconds for all (default %(default)s)')

@@ -3,7 +3,6 @@
 A case that fails is written down with its traceback and the next one starts; one that stands in FILE already is left alone.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -26,7 +25,7 @@ import numpy as np
 
 from blockattn import blocks, metrics
 from blockattn.kernels import api
-from tools import device
+from tools import arguments, device
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -71,7 +70,8 @@ def attention_impl(options, record: Record) -> str:
 
 def _agrees():
   shape = lambda heads: (1, 1024, heads, 128)
-  q, k, v = (jax.random.normal(key, shape(n), jnp.bfloat16) for key, n in zip(jax.random.split(jax.random.key(0), 3), (4, 2, 2)))
+  keys = jax.random.split(jax.random.key(0), 3)
+  q, k, v = (jax.random.normal(key, shape(heads), jnp.bfloat16) for key, heads in zip(keys, (4, 2, 2)))
   layout = blocks.from_lengths([[[300, 400, 324]]], 1024)
   out = {impl: api.block_attention(q, k, v, layout, impl=impl).astype(jnp.float32) for impl in ('gpu', 'reference')}
   return {'difference': float(jnp.abs(out['gpu'] - out['reference']).max())}
@@ -233,7 +233,7 @@ def _time_step(made, peak, samples):
     start = time.perf_counter()
     state, values = jax.block_until_ready(compiled(state, made.frozen, made.batch))
     seconds.append(time.perf_counter() - start)
-  used = {name: getattr(memory, f'{name}_size_in_bytes') for name in ('argument', 'temp', 'output', 'alias')} if memory else {}
+  used = {name: getattr(memory, f'{name}_size_in_bytes', None) for name in ('argument', 'temp', 'output', 'alias')}
   middle = statistics.median(seconds[1:])
   flops = made.flops(float(values['loss_tokens']))
   return {'ms': 1e3 * middle, 'samples': [1e3 * s for s in seconds[1:]], 'flops': flops, 'tflops': flops / middle / 1e12,
@@ -281,8 +281,9 @@ def _plan(options, work, impl) -> Plan:
              f'--config.compute.impl={impl}', '--config.compute.remat=none', '--config.batch=32', '--config.optim.lr=3e-4',
              '--config.optim.warmup=20', '--config.lora.rank=8', '--config.chunk=128', '--config.data.too_long=cut',
              f'--config.data.cache={work / "cache"}', *(f'--config.data.files={path}' for path in files)]
-  return Plan(model, trainer, ['--data', *map(str, sorted(options.data.glob('test*.jsonl*'))), '--limit', '96', '--batch', '32',
-                               '--max-new', '32', '--dtype', 'bfloat16', '--impl', impl])
+  asked = map(str, sorted(options.data.glob('test*.jsonl*')))
+  return Plan(model, trainer, ['--data', *asked, '--limit', '96', '--batch', '32', '--max-new', '32', '--dtype', 'bfloat16',
+                               '--impl', impl])
 
 
 def _to_hf(path, folder):
@@ -336,7 +337,7 @@ PARTS = {part.__name__: part for part in (card, tests, kernels, ttft, step, trai
 
 
 def main(argv=None) -> int:
-  parser = argparse.ArgumentParser(prog='python -m tools.device_parts', description=__doc__)
+  parser = arguments.Parser(prog='python -m tools.device_parts', description=__doc__)
   parser.add_argument('part', choices=PARTS)
   parser.add_argument('path', type=pathlib.Path)
   parser.add_argument('--seconds', type=float, default=600.0)

@@ -10,14 +10,21 @@ full attention. --data takes JSON lines in the forms of blockattn.data.text, or 
 standard library that no training of this project sees; `pages:validation` are those that settings may be chosen by.
 
 Prints exact match, substring and token F1 of greedy answers, cross-entropy and KL to the teacher on the answer's tokens
-(in nats), and the latter by distance from the start of the block. --out keeps them in DIR/summary.json and the answers
-in DIR/predictions/*.jsonl; tools.report turns DIR into a page. The model has to fit on one device.
-The exit code is 0; 1 with --strict at the first malformed line; 2 if models, data or options are no good.
+(in nats), each with its interval from resampled documents, and the latter two by distance from the start of the block.
+Beside the student in block mode stand the teacher's weights under the same block mask, without sinks: what blocks cost
+before any training, and how much of it the student makes good.
+
+--out keeps the figures of every document in DIR/documents.jsonl as they come, with all answers; starting the same command
+again goes on. DIR/summary.json has the means; tools.report turns DIR into a page. The model has to fit on one device.
+The exit code is 0; 1 with --strict at the first malformed line; 2 if models, data or options are no good; 130 if it was
+stopped.
 """
 
 import argparse
 import dataclasses
 import itertools
+import json
+import math
 import os
 import pathlib
 import sys
@@ -30,17 +37,18 @@ import rich.table
 
 from blockattn import mesh, metrics
 from blockattn.data import encode, text as text_lib
-from blockattn.evals import gap
+from blockattn.evals import answers, gap
 from blockattn.hf import config as hf_config, convert as hf_convert, files as hf_files
+from blockattn.inference import cache as cache_lib
 from blockattn.kernels import api
 from blockattn.models import transformer
 from blockattn.train import setup
 from configs import common
-from tools import arguments, compare, convert
+from tools import arguments, compare, convert, report as report_page
 
 PAGES = {'pages': 'test', 'pages:validation': 'validation'}   # --data -> split of blockattn.data.stdlib
 PAGE_STOP = '\n'   # a page may ask several questions, one after the other
-TEACHER = 'teacher_full'
+TEACHER, BEFORE, STUDENT = 'teacher_full', 'teacher_block', 'student_block'
 COLUMNS = {'exact_match': '{:.1%}', 'substring': '{:.1%}', 'f1': '{:.1%}', 'ce': '{:.4f}', 'kl': '{:.4f}', 'n': '{}'}
 _PAGES_BY_DEFAULT = 200
 
@@ -86,7 +94,9 @@ def _tokenizer_of(workdir, meta):
 
 
 def load_pair(model, teacher, modes: Sequence[str], compute: transformer.Compute):
-  """({name: Subject} of the student by mode and of the teacher, the teacher, the student's tokenizer).
+  """({name: Subject} of the teacher and of the student by mode, the teacher, the student's tokenizer).
+
+  With block mode comes the teacher under the student's block mask, without sinks: it never saw one.
 
   Raises:
     ValueError: the two tokenizers differ, so that tokens of one mean nothing to the other.
@@ -99,6 +109,9 @@ def load_pair(model, teacher, modes: Sequence[str], compute: transformer.Compute
     raise ValueError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
                      f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
   subjects = {TEACHER: teacher_subject}
+  if 'block' in modes:
+    options = dataclasses.replace(student.options, sink_ids=())
+    subjects[BEFORE] = dataclasses.replace(teacher_subject, mode='block', options=options)
   for mode in modes:
     subjects[f'student_{mode}'] = dataclasses.replace(student, mode=mode)
   return subjects, teacher_subject, tokenizer
@@ -131,38 +144,71 @@ def page_docs(tokenizer, limit: int, *, split: str = 'test', data=None):
   return source.pages(range(limit)), [source.example(i) for i in range(limit)]
 
 
+def weights_key(subject: gap.Subject) -> str:
+  """Tells parameters, architecture and dtype of activations apart."""
+  return cache_lib.keys_of(subject.params, subject.cfg, subject.compute.dtype).model.decode()[:32]
+
+
 def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, examples, tokenizer, *, batch: int,
                  max_new: int, stop: str | None = None, out: str | os.PathLike | None = None,
-                 facts: dict | None = None) -> dict:
+                 facts: dict | None = None, stream=None) -> dict:
   """Evaluates every subject.
 
   Args:
-    subjects, teacher, docs, examples, tokenizer, batch, max_new, stop: as for gap.evaluate.
-    out: folder for summary.json and predictions/NAME.jsonl, made if absent.
+    subjects, teacher, docs, examples, tokenizer, batch, max_new, stop: as for gap.measure.
+    out: folder, made if absent: what gap.measure leaves there, summary.json, and examples.jsonl for tools.report.
     facts: more keys of the summary, numbers or strings.
+    stream: of the progress line; None: standard output.
 
   Returns:
-    What gap.evaluate returns, 'seconds': {'evaluate': seconds}, and the facts: what summary.json holds.
+    What gap.summarize returns, 'closed': gap.share_closed of the student in block mode, 'seconds': {'evaluate': seconds, of
+    this start}, and the facts: what summary.json holds.
   """
   start = time.perf_counter()
-  results = gap.evaluate(subjects, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new, stop=stop,
-                         predictions=None if out is None else pathlib.Path(out) / 'predictions')
-  summary = results | {'seconds': {'evaluate': round(time.perf_counter() - start, 3)}} | (facts or {})
+  what = lambda s: {'weights': weights_key(s), 'impl': s.compute.impl, 'sink_ids': s.options.sink_ids,
+                    'positions': s.options.positions}
+  decides = {'tokenizer': encode.Encoder(tokenizer).fingerprint, 'models': {name: what(s) for name, s in subjects.items()}}
+  with metrics.counting('evaluating', stream=stream) as progress:
+    rows = gap.measure(subjects, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new, stop=stop, out=out,
+                       facts=decides, progress=progress)
+  summary = gap.summarize(rows)
+  if {BEFORE, STUDENT} <= set(subjects):
+    summary['closed'] = gap.share_closed(rows, TEACHER, BEFORE, STUDENT)
+  summary |= {'seconds': {'evaluate': round(time.perf_counter() - start, 3)}} | (facts or {})
   if out is not None:
     metrics.write_json(pathlib.Path(out) / 'summary.json', summary)
+    write_examples(pathlib.Path(out), examples, rows)
   return summary
 
 
+def write_examples(folder: pathlib.Path, examples, rows) -> None:
+  """examples.jsonl for tools.report: the first documents, with every subject's answer."""
+  shown = [{'blocks': list(example.blocks), 'prompt': example.prompt, 'response': example.response,
+            'answers': {name: own['prediction'].strip() for name, own in row['models'].items()}}
+           for example, row in zip(examples[:report_page.MAX_EXAMPLES], rows, strict=False)]
+  compare.write_text(folder / 'examples.jsonl', ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in shown))
+
+
 def print_table(summary: dict, console: rich.console.Console | None = None):
-  """Prints the figures of every subject of a summary, and cross-entropy and KL by distance."""
+  """Prints the figures of every subject of a summary with their intervals, what the student makes good, and
+  cross-entropy and KL by distance."""
   console = console or compare.make_console()
   results = {name: value for name, value in summary.items() if isinstance(value, dict) and 'exact_match' in value}
   right = lambda name: rich.table.Column(name, justify='right')
   table = rich.table.Table('model', *(right(name.replace('_', ' ')) for name in COLUMNS))
   for name, result in results.items():
-    table.add_row(name, *(form.format(result[column]) for column, form in COLUMNS.items()))
+    table.add_row(name, *(_cell(form, result[column], result['intervals'].get(column)) for column, form in COLUMNS.items()))
   console.print(table)
+  console.print(f'[{answers.LEVEL:.0%} interval of {answers.RESAMPLES:,} resamples of the documents]')
+  for measure, share in summary.get('closed', {}).items():
+    name = measure.replace('_', ' ')
+    console.print(f'{name}: {STUDENT} makes good {compare.percent(share)} % of what blocks cost {TEACHER}')
   console.print(_distance_table(results, right))
+
+
+def _cell(form, value, interval):
+  shown = form.format(value)
+  return shown if interval is None else f'{shown}\n[{form.format(interval["low"])}, {form.format(interval["high"])}]'
 
 
 def _distance_table(results, right):
@@ -192,7 +238,7 @@ def _arguments(argv):
   parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='(default: %(default)s)')
   parser.add_argument('--impl', default='auto', help='of attention (default: %(default)s)')
-  parser.add_argument('--out', help='folder for summary.json and predictions')
+  parser.add_argument('--out', help='folder for documents.jsonl, summary.json and examples.jsonl')
   return parser.parse_args(argv)
 
 
@@ -200,6 +246,17 @@ def positive(value):
   if not value.isdigit() or int(value) < 1:
     raise argparse.ArgumentTypeError(f'{value!r} is not a number from 1 on')
   return int(value)
+
+
+def amount(value):
+  """A number from 0 on that is one: neither NaN nor without end."""
+  try:
+    number = float(value)
+  except ValueError:
+    number = math.nan
+  if not 0 <= number < math.inf:
+    raise argparse.ArgumentTypeError(f'{value!r} is not a number from 0 on')
+  return number
 
 
 def run(options, console, err) -> dict:
@@ -222,7 +279,7 @@ def run(options, console, err) -> dict:
   facts = {'model': options.model, 'teacher': options.teacher, 'data': ' '.join(options.data), 'dtype': options.dtype,
            'impl': attention.impl, 'malformed_lines': report.bad.total()}
   summary = evaluate_all(subjects, teacher, docs, examples, tokenizer, batch=options.batch, max_new=options.max_new,
-                         stop=stop, out=options.out, facts=facts)
+                         stop=stop, out=options.out, facts=facts, stream=err.file)
   print_table(summary, console)
   if report.bad:
     console.print(report.summary())
@@ -241,6 +298,10 @@ def main(argv: list[str] | None = None) -> int:
   except (OSError, ValueError) as error:
     err.print(f'evaluate: {error}')
     return 2
+  except KeyboardInterrupt:
+    err.print('evaluate: stopped; ' + (f'what is done stands in {options.out}, start the same command again to go on'
+                                       if options.out else 'with --out DIR a second start goes on'))
+    return 130
   return 0
 
 

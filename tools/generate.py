@@ -9,11 +9,12 @@ MODEL is a folder in the Hugging Face format, a hub name, or a trainer's work di
 input) is one block, or, with --segmenter, as many as it is cut into. JSON lines, in the forms of blockattn.data.text,
 hold their own blocks and questions; with --question or --interactive it is asked about the blocks of the first line. `pages`
 are those of tools.evaluate: classes of Python's standard library that no training of this project sees.
-Without a question the blocks are read, and then questions line by line until the end of the input; /blocks says where
-their states are.
+Without a question the blocks are read, and then questions line by line until the end of the input (Ctrl-D) or /quit; /help
+lists the commands. Ctrl-C ends an answer, and at the prompt the program.
 
 The answer goes to standard output as it is made; what became of the blocks, the time to the first token and tokens per
-second go to standard error; the first answer of a size waits for its compilation. --cache keeps states for the next time.
+second go to standard error, without the time of compiling, which the first answer of a size waits for and which is said
+apart. --cache keeps states for the next time.
 The exit code is 0; 1 at a malformed line; 2 if model, files or options are no good; 130 if it was stopped.
 """
 
@@ -33,6 +34,7 @@ import rich.console
 import rich.table
 
 import blockattn
+from blockattn import tree
 from blockattn.data import encode, text as text_lib
 from blockattn.inference import cache as cache_lib, cutter, generate
 from blockattn.kernels import api
@@ -41,6 +43,7 @@ from tools import arguments, evaluate
 
 _GIB = 1 << 30
 _PAGES, _SOME_PAGES = 'pages', 3
+COMMANDS = {'/blocks': "where the blocks' states are", '/help': 'this list', '/quit': 'the end, as Ctrl-D'}
 
 
 # Prompts.
@@ -84,7 +87,15 @@ def read_blocks(files: Sequence[str], cut=None) -> tuple[str, ...]:
 
 
 def asked(blocks: Sequence[str], question: str, tokenizer, chat: bool) -> text_lib.Example:
-  """The example that asks this about the blocks; a text without a line end gets one, so that words stay apart."""
+  """The example that asks this about the blocks; a text without a line end gets one, so that words stay apart.
+
+  Raises:
+    ValueError: the question was no UTF-8.
+  """
+  try:
+    question.encode()
+  except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character
+    raise ValueError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
   template = text_lib.CHAT if chat else text_lib.PLAIN
   apart = tuple(text if text.endswith(('\n', '\r')) else template.untitled.format(text=text) for text in blocks)
   example = text_lib.Example(apart, template.question.format(question=question), response='', id=question)
@@ -108,8 +119,9 @@ def figures(answer: generate.Answer) -> str:
   where = collections.Counter(block.found for block in answer.blocks)
   tokens = sum(block.tokens for block in answer.blocks)
   found = ', '.join(f'{n} {name}' for name, n in where.most_common()) or 'none'
+  compiled = f'; besides, {answer.seconds["compile"]:.1f} s of compiling' if answer.seconds['compile'] else ''
   return (f'first token {answer.seconds["first_token"]:.3f} s, {rate}, {len(answer.tokens)} tokens; {len(answer.blocks)} '
-          f'blocks of {tokens:,} tokens: {found}')
+          f'blocks of {tokens:,} tokens: {found}{compiled}')
 
 
 # The command.
@@ -145,6 +157,8 @@ def questions(stream, console) -> Iterator[str]:
       console.print('> ', end='')
     line = stream.readline()
     if not line:
+      if stream.isatty():
+        console.print()   # Ctrl-D leaves the cursor behind the prompt
       return
     if line.strip():
       yield line.strip()
@@ -152,16 +166,32 @@ def questions(stream, console) -> Iterator[str]:
 
 def converse(session: Session, ask, stream) -> None:
   """Reads the blocks, then answers one question after the other. `ask` makes an example of a question."""
-  blocks = session.prepare(ask('?'))
-  session.console.print(block_table(blocks))
+  say = session.console.print
+  say(block_table(session.prepare(ask('?'))))
   for question in questions(stream, session.console):
+    if question == '/quit':
+      return
     if question == '/blocks':
-      session.console.print(block_table(session.prepare(ask('?'))))
-      continue
-    try:
-      session.answer(ask(question))
-    except ValueError as error:   # a question that is too long ends nothing
-      session.console.print(f'generate: {error}')
+      say(block_table(session.prepare(ask('?'))))
+    elif question == '/help':
+      say('\n'.join(f'{name:8} {what}' for name, what in COMMANDS.items()))
+    elif question.startswith('/') and ' ' not in question:
+      say(f'generate: no command {question}; {tree.did_you_mean(question, COMMANDS)}')
+    else:
+      _answer(session, ask, question, stops=stream.isatty())
+
+
+def _answer(session, ask, question, stops):
+  """One question of many: what is wrong with it, or Ctrl-C where a person typed it, ends this answer only."""
+  try:
+    session.answer(ask(question))
+  except ValueError as error:
+    session.console.print(f'generate: {error}')
+  except KeyboardInterrupt:
+    if not stops:
+      raise
+    print(flush=True)
+    session.console.print('generate: stopped; /quit or Ctrl-D ends the program')
 
 
 def run(options, stream, console) -> None:
@@ -169,6 +199,9 @@ def run(options, stream, console) -> None:
   lines = [file for file in options.files if file.endswith(text_lib.SUFFIXES)]
   if lines and len(lines) < len(options.files):
     raise ValueError('give either JSON lines or text files')
+  if options.target_tokens and options.segmenter is None:
+    raise ValueError(f'--target-tokens {options.target_tokens} is the length of the blocks that --segmenter cuts; give that '
+                     'too')
   if '-' in options.files and options.question is None:
     raise ValueError('standard input cannot be a text and the questions; give --question')
   pages = options.files == [_PAGES]
@@ -228,23 +261,24 @@ def _arguments(argv):
   parser.add_argument('files', nargs='+', help='text files or JSON lines; or pages')
   parser.add_argument('--question', help='what to ask; without it questions are read from standard input')
   parser.add_argument('--interactive', action='store_true', help='ask about the blocks of the first JSON line')
-  parser.add_argument('--limit', type=int, help='most questions of JSON lines (default: all)')
+  parser.add_argument('--limit', type=evaluate.positive, help='most questions of JSON lines (default: all)')
   parser.add_argument('--segmenter', help=f'cuts text files: a folder, a hub name, or {cutter.EMBEDDED}')
-  parser.add_argument('--target-tokens', type=int, help='length of its blocks (default: what it finds)')
+  parser.add_argument('--target-tokens', type=evaluate.positive, help='length of its blocks (default: what it finds)')
   parser.add_argument('--chat', action=argparse.BooleanOptionalAction,
                       help="wrap prompts into the tokenizer's chat template (default: if it has one)")
-  parser.add_argument('--max-new', type=int, default=256, help=f'most tokens of an answer {default}')
+  parser.add_argument('--max-new', type=evaluate.positive, default=256, help=f'most tokens of an answer {default}')
   parser.add_argument('--stop', action='append', default=[], help='text that ends an answer; may be given again')
-  parser.add_argument('--temperature', type=float, default=0.0, help=f'0: the most probable token {default}')
+  parser.add_argument('--temperature', type=evaluate.amount, default=0.0, help=f'0: the most probable token {default}')
   parser.add_argument('--top-k', type=int, default=0, help='of so many tokens only (default: all)')
   parser.add_argument('--top-p', type=float, default=1.0, help=f'of this probability together {default}')
   parser.add_argument('--seed', type=int, default=0, help=default)
   parser.add_argument('--cache', help='folder that keeps the states of blocks')
-  parser.add_argument('--cache-gib', type=float, default=64.0, help=f'bound of that folder {default}')
-  parser.add_argument('--memory-gib', type=float, default=4.0, help=f'bound of states in host memory {default}')
+  parser.add_argument('--cache-gib', type=evaluate.amount, default=64.0, help=f'bound of that folder {default}')
+  parser.add_argument('--memory-gib', type=evaluate.amount, default=4.0, help=f'bound of states in host memory {default}')
   parser.add_argument('--int8', action='store_true', help='keep states in 8 bits beside the device')
-  parser.add_argument('--device-tokens', type=int, default=32768, help=f'room for states on the devices {default}')
-  parser.add_argument('--devices', type=int, default=1, help=f'that share the context {default}')
+  parser.add_argument('--device-tokens', type=evaluate.positive, default=32768,
+                      help=f'room for states on the devices {default}')
+  parser.add_argument('--devices', type=evaluate.positive, default=1, help=f'that share the context {default}')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help=default)
   parser.add_argument('--impl', default='auto', help=f'of attention {default}')
   return parser.parse_args(argv)
@@ -254,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
   """The command line. Returns the exit status."""
   options = _arguments(argv)
   console = rich.console.Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+  sys.stdin.reconfigure(errors='surrogateescape')   # a line that is no UTF-8 ends nothing: `asked` says so
   try:
     run(options, sys.stdin, console)
   except text_lib.BadLineError as error:

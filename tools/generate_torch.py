@@ -14,14 +14,13 @@ The exit code is 0 if they agree, 1 if they do not, 2 if model, files or options
 
 import argparse
 import itertools
-import pathlib
 import sys
 import time
 
 from blockattn import hf
 from blockattn.data import encode, text as text_lib
 from blockattn.hf import config as hf_config, files as hf_files
-from tools import arguments
+from tools import arguments, evaluate, generate
 
 
 def load(name, dtype: str):
@@ -51,10 +50,7 @@ def examples(files, question: str | None, tokenizer, *, chat: bool, limit: int |
     return found
   if question is None:
     raise ValueError('text files need a --question')
-  template = text_lib.CHAT if chat else text_lib.PLAIN
-  blocks = [template.untitled.format(text=pathlib.Path(file).read_text(encoding='utf-8')) for file in files]
-  example = text_lib.Example(tuple(blocks), template.question.format(question=question), response='', id=question)
-  return [text_lib.wrap_in_turn(example, tokenizer) if chat else example]
+  return [generate.asked(generate.read_blocks(files), question, tokenizer, chat)]
 
 
 def answer_twice(model, prompt, options, cache, max_new: int):
@@ -98,8 +94,9 @@ def _arguments(argv):
   parser.add_argument('files', nargs='+', help='text files, a block each; or JSON lines')
   parser.add_argument('--question', help='about the text files')
   parser.add_argument('--chat', action='store_true', help="wrap prompts into the tokenizer's chat template")
-  parser.add_argument('--limit', type=int, help='most questions of JSON lines (default: all)')
-  parser.add_argument('--max-new', type=int, default=64, help='most tokens of an answer (default: %(default)s)')
+  parser.add_argument('--limit', type=evaluate.positive, help='most questions of JSON lines (default: all)')
+  parser.add_argument('--max-new', type=evaluate.positive, default=64,
+                      help='most tokens of an answer (default: %(default)s)')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='(default: %(default)s)')
   return parser.parse_args(argv)
 

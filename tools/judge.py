@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 import rich.console
-import rich.progress
 import rich.table
 
+from blockattn import metrics
 from blockattn.data import encode, text as text_lib
 from blockattn.evals import answers, gap, locomo, longbench, qa
 from blockattn.inference import cache as cache_lib, cutter, generate
@@ -118,7 +118,8 @@ def load_locomo(options, tokenizer, subject, conversations) -> Benchmark:
   items = locomo.make_items(conversations, tokenizer, chat=options.chat, tasks=options.tasks, limit=options.limit, fits=fits)
   shorter = sum(item.facts['sessions_left_out'] > 0 for item in items)
   note = f'{shorter} of {len(items)} prompts lack the last sessions, which did not fit' if shorter else ''
-  return Benchmark(items, locomo.score, locomo.averages(), note)
+  score = functools.partial(locomo.score, letters=options.letters)
+  return Benchmark(items, score, locomo.averages(), note)
 
 
 def load_qa(options, tokenizer, subject, files) -> Benchmark:
@@ -171,11 +172,11 @@ def run(options, console, err, make_answerer=answerer) -> dict[str, dict]:
   encoder = encode.Encoder(tokenizer)
   longest = None if options.benchmark == 'longbench' else options.max_length   # longbench: before the chat template
   fits = lambda item, lengths: _fits(subject, longest, item.max_new, lengths)
-  weights = cache_lib.keys_of(subject.params, subject.cfg, options.dtype).model.decode()[:32]
+  weights = evaluate.weights_key(subject)
   summaries = {}
   for mode in modes:
     judged = dataclasses.replace(subject, mode=mode)
-    with _store(options) as store, _progress(err, mode) as progress:
+    with _store(options) as store, metrics.counting(mode, stream=err.file) as progress:
       summaries[mode] = answers.run(
           benchmark.items, prompt=encoder.prompt, answer=make_answerer(judged, tokenizer, batch=options.batch, store=store),
           score=benchmark.score, out=pathlib.Path(options.out) / mode,
@@ -196,6 +197,8 @@ def _facts(options, subject, weights, tokenizer):
   """What decides an answer beside the prompt. Chat template, truncation and cuts are in the prompt."""
   facts = {'benchmark': options.benchmark, 'model': weights, 'tokenizer': tokenizer, 'mode': subject.mode,
            'dtype': subject.compute.dtype, 'impl': subject.compute.impl}
+  if options.benchmark == 'locomo' and options.letters != 'alone':
+    facts |= {'letters': options.letters}   # of its scores
   if subject.mode == 'block':
     facts |= {'sink_ids': list(subject.options.sink_ids), 'positions': subject.options.positions,
               'quantize': options.quantize}
@@ -209,15 +212,6 @@ def _store(options):
     return
   with cache_lib.Store(folder=options.cache, quantize=options.quantize) as store:
     yield store
-
-
-@contextlib.contextmanager
-def _progress(console, mode):
-  columns = (rich.progress.TextColumn('{task.description}'), rich.progress.BarColumn(),
-             rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn())
-  with rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-    task = bar.add_task(mode)
-    yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def print_summary(summary: dict, console: rich.console.Console) -> None:
@@ -267,7 +261,9 @@ def _arguments(argv):
   long.add_argument('--segmenter', default=cutter.EMBEDDED,
                     help='cuts contexts that no heading divides: folder, hub name, or none (default: the embedded one)')
   long.add_argument('--target-tokens', type=evaluate.positive, help="wanted length of its blocks, in its tokens")
-  benchmarks.add_parser('locomo', parents=[common], help='LoCoMo')
+  talks = benchmarks.add_parser('locomo', parents=[common], help='LoCoMo')
+  talks.add_argument('--letters', choices=locomo.LETTERS, default='alone', help='where (a) or (b) counts as a choice in the '
+                     'answer to an adversarial question; alone is the published rule (default: %(default)s)')
   short = benchmarks.add_parser('qa', parents=[common], help='any questions over blocks')
   short.add_argument('--max-new', type=evaluate.positive, default=_QA_MAX_NEW,
                      help='most tokens of an answer (default: %(default)s)')

@@ -4,7 +4,7 @@
 
 Prints a table with a line per file and the malformed lines. With --cache, encoded documents stay there: a run with the
 same files, tokenizer, length and options starts in seconds. The exit code is 0; 1 with --strict at the first malformed
-line; 2 if files, tokenizer or options are no good.
+line; 2 if files, tokenizer or options are no good, or if no document is left.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import rich.progress
 import rich.table
 
 from blockattn.data import encode, packing, pipeline, text as text_lib
-from tools import arguments
+from tools import arguments, evaluate
 
 _COLUMNS = ('file', 'lines', 'examples', 'bad', 'too long', 'cut', 'docs', 'tokens', 'tokens/s', 'rows', 'padding')
 
@@ -28,14 +28,14 @@ def _arguments(argv):
   parser = arguments.Parser(prog='tools.prepare', description=__doc__.split('\n\n')[0])
   parser.add_argument('files', nargs='+', help='.jsonl or .jsonl.gz files, folders, globs')
   parser.add_argument('--tokenizer', required=True, help='a local folder, or a name on the hub')
-  parser.add_argument('--length', required=True, type=int, help='tokens of a row')
-  parser.add_argument('--max-blocks', type=int, default=384, help='blocks of a row (default: %(default)s)')
+  parser.add_argument('--length', required=True, type=evaluate.positive, help='tokens of a row')
+  parser.add_argument('--max-blocks', type=evaluate.positive, default=384, help='blocks of a row (default: %(default)s)')
   parser.add_argument('--too-long', choices=encode.TOO_LONG, default='drop', help='documents longer than a row: leave '
                       'them out, or cut context blocks without the answer (default: %(default)s)')
   parser.add_argument('--chat', action='store_true', help="wrap prompts into the tokenizer's chat template")
   parser.add_argument('--segmenter', default='', help="cut new blocks: a segmenter's folder or hub name, or 'tiny'; "
                       'for the cache of a run with config.data.segmenter (default: the blocks that are given)')
-  parser.add_argument('--target', type=int, help="wanted length of a block in the segmenter's tokens")
+  parser.add_argument('--target', type=evaluate.positive, help="wanted length of a block in the segmenter's tokens")
   parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
   parser.add_argument('--cache', help='folder that keeps the encoded documents')
   return parser.parse_args(argv)
@@ -118,6 +118,9 @@ def main(argv=None) -> int:
       table, report = make_table(prepared, options)
       out.print(table)
       _print_problems(report, out)
+    if not report.docs:
+      err.print(f'prepare: not one document to train on in {report.lines:,} lines of {", ".join(files)}')
+      return 2
   except text_lib.BadLineError as error:
     err.print(str(error))
     return 1

@@ -7,7 +7,9 @@ comes from a file of the workdir and is left out where the file is absent:
   metrics.jsonl          how far it has come; curves of every scalar, also of the parts of a run in direct subfolders, drawn
                          together; scalars of one family (the KL by position, F1 by category) as a map over the steps
   summary.json           {model: {"exact_match", "f1", "substring" (0 to 1), "ce", "kl" (nats), "n"}, ...,
-                         "seconds": {part: seconds}, any other facts}; others are compared with the model `teacher_full`
+                         "intervals": {column: {"low", "high"}}, "closed": {column: {"mean", "low", "high"}}, the share of
+                         what blocks cost, "seconds": {part: seconds}, any other facts}; others are compared with the model
+                         `teacher_full`
   layout.json            {"lengths": [tokens per block], "mask": ["1..", "11.", ...]}: who attends to whom in one row
   segmented.jsonl        a line per text: {"id": str, "blocks": [str]}, as a segmenter cut it
   examples.jsonl         a line per example: {"blocks": [str], "prompt": str, "response": str, "answers": {model: str}}
@@ -29,9 +31,12 @@ from blockattn import disk, metrics
 from tools import arguments, charts
 
 REFERENCE = 'teacher_full'
-BEFORE = 'student_block_before'
+BEFORE = ('student_block_before', 'teacher_block')   # the teacher's weights under the block mask, whichever is there
 MODEL_NAMES = {
     'teacher_full': 'Teacher, full attention',
+    'teacher_block': "The teacher's weights, blocks",
+    'student_full': 'Student, full attention',
+    'student_block': 'Student, blocks',
     'student_block_before': 'Blocks, before training',
     'student_block_after': 'Blocks, distilled',
     'block_finetuned': 'Blocks, fine-tuned',
@@ -174,10 +179,11 @@ def summary_part(workdir: pathlib.Path) -> str:
     return ''
   models = {k: v for k, v in summary.items() if isinstance(v, dict) and set(v) & set(COLUMNS)}
   seconds = summary['seconds'] if isinstance(summary.get('seconds'), dict) else {}
-  rest = {k: v for k, v in summary.items() if k not in models and k != 'seconds'}
+  closed = summary['closed'] if isinstance(summary.get('closed'), dict) else {}
+  rest = {k: v for k, v in summary.items() if k not in models and k not in ('seconds', 'closed')}
   plain = {k: f'{v:g}' if disk.is_number(v) else v for k, v in rest.items() if disk.is_number(v) or isinstance(v, str)}
   nested = {k: v for k, v in rest.items() if k not in plain}
-  return section('Results', model_table(models) if models else '', verdict(models),
+  return section('Results', model_table(models) if models else '', verdict(models), closed_part(closed),
                  facts({k.replace('_', ' '): v for k, v in plain.items()}),
                  details('More results', json.dumps(nested, indent=2)) if nested else '', time_table(seconds))
 
@@ -186,19 +192,25 @@ def model_table(models: dict[str, dict[str, Any]]) -> str:
   known = [c for c in COLUMNS if any(c in m for m in models.values())]
   others = sorted({c for m in models.values() for c, v in m.items() if disk.is_number(v)} - set(COLUMNS))
   reference = models.get(REFERENCE)
-  rows = [[esc(model_name(key))] + [cell(c, m.get(c), None if m is reference else (reference or {}).get(c))
-                                    for c in known + others] for key, m in models.items()]
+  intervals = {key: m['intervals'] if isinstance(m.get('intervals'), dict) else {} for key, m in models.items()}
+  difference_to = lambda m, c: None if m is reference else (reference or {}).get(c)
+  rows = [[esc(model_name(key))] + [cell(c, m.get(c), difference_to(m, c), intervals[key].get(c)) for c in known + others]
+          for key, m in models.items()]
   head = [''] + [COLUMNS[c][0] for c in known] + [c.replace('_', ' ') for c in others]
   classes = ['reference' if key == REFERENCE else '' for key in models]
-  note = 'Small figures: difference to the teacher with full attention.' if reference and len(models) > 1 else ''
+  notes = ['difference to the teacher with full attention'] * bool(reference and len(models) > 1)
+  notes += ['in brackets, the interval from resampled documents'] * any(intervals.values())
+  note = f'Small figures: {"; ".join(notes)}.' if notes else ''
   return table(head, rows, classes) + (f'<p class="soft">{note}</p>' if note else '')
 
 
-def cell(column: str, value: Any, reference: Any) -> str:
-  """A value of the table with its difference to the reference under it."""
+def cell(column: str, value: Any, reference: Any, interval: Any = None) -> str:
+  """A value of the table with its interval and its difference to the reference under it."""
   if not disk.is_number(value):
     return '–' if value is None else esc(value)
   text = figure(column, value)
+  if isinstance(interval, dict) and disk.is_number(interval.get('low')) and disk.is_number(interval.get('high')):
+    text += f'<small>[{figure(column, interval["low"])}, {figure(column, interval["high"])}]</small>'
   _, direction = COLUMNS[column] if column in COLUMNS else ('', 0)
   if not disk.is_number(reference) or column == 'n' or not math.isfinite(value - reference):
     return text
@@ -224,16 +236,25 @@ def figure(column: str, value: float, signed: bool = False) -> str:
 def verdict(models: dict[str, dict[str, Any]]) -> str:
   """How much of the accuracy that blocks cost each training gives back, and how far to trust the figures."""
   scores = {k: m['exact_match'] for k, m in models.items() if disk.is_number(m.get('exact_match'))}
-  if not {REFERENCE, BEFORE} <= set(scores):
+  before = next((name for name in BEFORE if name in scores), None)
+  if before is None or REFERENCE not in scores:
     return ''
-  gap = scores[REFERENCE] - scores[BEFORE]
-  trained = {k: s for k, s in scores.items() if k not in (REFERENCE, BEFORE)}
+  gap = scores[REFERENCE] - scores[before]
+  trained = {k: s for k, s in scores.items() if k not in (REFERENCE, before)}
   if not (gap > 0 and trained):
     return ''
-  shares = ', '.join(f'{esc(model_name(k))}: {(s - scores[BEFORE]) / gap:.0%}' for k, s in trained.items())
+  shares = ', '.join(f'{esc(model_name(k))}: {(s - scores[before]) / gap:.0%}' for k, s in trained.items())
   sizes = [m['n'] for m in models.values() if disk.is_number(m.get('n')) and m['n'] > 0]
   trust = f' One standard error of a share is at most {50 / math.sqrt(min(sizes)):.1f} points.' if sizes else ''
   return f'<p>Of the exact match lost to blocks ({gap * 100:.1f} points), training gives back: {shares}.{trust}</p>'
+
+
+def closed_part(closed: dict[str, Any]) -> str:
+  """How much of what blocks cost the student makes good, by measure."""
+  shares = [f'{esc(COLUMNS[c][0] if c in COLUMNS else c)} {v["mean"]:.0%} [{v["low"]:.0%}, {v["high"]:.0%}]'
+            for c, v in closed.items()
+            if isinstance(v, dict) and all(disk.is_number(v.get(k)) for k in ('mean', 'low', 'high'))]
+  return f'<p>What the student in block mode makes good of what blocks cost: {"; ".join(shares)}.</p>' if shares else ''
 
 
 def time_table(seconds: dict[str, Any]) -> str:

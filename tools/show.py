@@ -20,7 +20,7 @@ that of a dtype. N, K, F and V are a device's share.
 
   parameters     P size(model.dtype); of a LoRA student those that it trains, here and in the rows that follow
   optimizer      Adam's two moments: 2 P size(model.dtype)
-  gradients      P size(model.dtype), twice if accumulate > 1: the sum so far, and the slice at hand
+  gradients      P size(model.dtype), and P float32 more if accumulate > 1: the slice at hand, and the sum so far
   teacher        its parameters in teacher.dtype, placed by teacher.rules; distillation only, none if teacher.logits has
                  what it says
   frozen         what a LoRA student adds to, in model.dtype; 0 where that is the teacher
@@ -215,7 +215,7 @@ def per_device(config, cfg, place) -> dict[str, int]:
   held = {
       'parameters': own,
       'optimizer': optimizer_bytes(config, specs, place),
-      'gradients': own * (2 if config.accumulate > 1 else 1),
+      'gradients': own + (sharded_bytes(specs, place, 'float32') if config.accumulate > 1 else 0),
       'teacher': teacher_bytes(config, cfg, place) if has_teacher else 0,
       'frozen': sharded_bytes(_teacher_specs(cfg), place, config.model.dtype) if adds_to else 0,
       'cast': cast_bytes(config, transformer.spec(cfg), place),

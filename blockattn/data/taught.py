@@ -5,7 +5,7 @@ there when its JSON file is, which is written last. A record is a row of the sou
 (those with a next token in their document) one after the other:
 
   ids            uint16 or uint32 [n, K], the K likeliest tokens, likeliest first
-  log_p          float16 [n, K], their log-probabilities at the temperature of the loss
+  log_p          float32 [n, K], their log-probabilities at the temperature of the loss
   target_log_p   float32 [n], log-probability of the next token, at temperature 1
   blocked_log_p  float32 [n], the same under the block mask; only where the token weights want it
   print          uint32 [1], of the row's tokens: other data is refused rather than misread
@@ -144,6 +144,6 @@ def record(row, said: Mapping[str, np.ndarray], vocab: int) -> dict[str, np.ndar
     said: arrays [T, ...] named as in the module's docstring.
     vocab: V, which decides the width of ids.
   """
-  types = {'ids': np.uint16 if vocab <= 2 ** 16 else np.uint32, 'log_p': np.float16}
+  types = {'ids': np.uint16 if vocab <= 2 ** 16 else np.uint32}
   arrays = {name: np.asarray(x)[row['text']].astype(types.get(name, np.float32)) for name, x in said.items()}
   return arrays | {'print': np.array([row_print(row)], np.uint32)}

@@ -297,11 +297,23 @@ def load_object(line: bytes | str) -> dict:
   if '\0' in text:
     raise Malformed('NUL character', f'character {text.index(chr(0))} of the line')
   try:
-    record = json.loads(text)
+    record = json.loads(text, object_pairs_hook=_distinct)
+  except Malformed:
+    raise
   except (ValueError, RecursionError) as error:
     raise Malformed('bad JSON', str(error)[:200]) from error
   if not isinstance(record, dict):
     raise Malformed('not an object', f'a {type(record).__name__}')
+  return record
+
+
+def _distinct(pairs):
+  """A JSON object; of a key that stands there twice, json would take the last value without a word."""
+  record = dict(pairs)
+  if len(record) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise Malformed('key twice', f'{twice[:80]!r}; leave one of them out')
   return record
 
 

@@ -20,14 +20,13 @@ import os
 import pathlib
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from blockattn import disk, metrics
 from blockattn.data import text
-from blockattn.hf import files
 
 RUN, PREDICTIONS, SUMMARY = 'run.json', 'predictions.jsonl', 'summary.json'
 RESAMPLES = 2000
@@ -116,19 +115,17 @@ def run(items: Sequence[Item], *, prompt: Callable[[text.Example], list[list[int
   start = time.perf_counter()
   prompts, too_long = _prompts(items, prompt, fits)
   out = pathlib.Path(out)
-  rows = _resume(out, dict(facts) | {'version': _VERSION}, {p.item.id: p.key for p in prompts})
+  rows = resume(out, dict(facts) | {'version': _VERSION}, {p.item.id: p.key for p in prompts})
   todo = [p for p in prompts if p.item.id not in rows]
-  with open(out / PREDICTIONS, 'a', encoding='utf-8') as file:
-    done = len(prompts) - len(todo)
-    for group in _batches(todo, batch):
-      if progress:
-        progress(done, len(prompts))
-      made = answer([p.blocks() for p in group], max_new=group[0].item.max_new, stop=group[0].item.stop)
-      for p, said in zip(group, made, strict=True):
-        rows[p.item.id] = _row(p, said, score)
-        file.write(json.dumps(rows[p.item.id], ensure_ascii=False) + '\n')
-      file.flush()
-      done += len(group)
+  done = len(prompts) - len(todo)
+  for group in _batches(todo, batch):
+    if progress:
+      progress(done, len(prompts))
+    made = answer([p.blocks() for p in group], max_new=group[0].item.max_new, stop=group[0].item.stop)
+    new = {p.item.id: _row(p, said, score) for p, said in zip(group, made, strict=True)}
+    append_rows(out / PREDICTIONS, new.values())
+    rows |= new
+    done += len(group)
   if progress:
     progress(len(prompts), len(prompts))
   summary = summarize([rows[p.item.id] for p in prompts], averages)
@@ -179,32 +176,49 @@ def _row(p, said, score):
 # What a run before left.
 
 
-def _resume(out, facts, keys):
-  """{id: row} of the answers that are there already; makes the folder and its run.json.
+def resume(out: pathlib.Path, facts: Mapping[str, Any], keys: Mapping[Any, str], file: str = PREDICTIONS,
+           form: Mapping = _ROW, by: str = 'id') -> dict[Any, dict]:
+  """The rows that are there already; makes the folder and its run.json.
+
+  Args:
+    facts: what decides a row beside its key; JSON values, in run.json.
+    keys: by what names a row, a hash of all that is asked.
+    file: of the rows, in the folder.
+    form: of a row, see disk.check_form.
+    by: that of them which names it.
+
+  Returns:
+    {name: row}; they may be more than `keys` has.
 
   Raises:
     ValueError: they are another run's, naming what differs.
   """
   facts = json.loads(json.dumps(facts))   # tuples are lists in a file
   if not (out / RUN).exists():
-    if (out / PREDICTIONS).exists():
-      raise ValueError(f'{out / PREDICTIONS}: there is no {RUN} beside it that says whose answers these are; name '
+    if (out / file).exists():
+      raise ValueError(f'{out / file}: there is no {RUN} beside it that says whose answers these are; name '
                        'another folder')
     out.mkdir(parents=True, exist_ok=True)
     metrics.write_json(out / RUN, facts)
-  said = files.read_json(out / RUN)
+  said = disk.read_json(out / RUN)
   differs = [f'{key} was {_said(said, key)} and is {_said(facts, key)}' for key in sorted({*said, *facts})
              if (key in said, key in facts) != (True, True) or said[key] != facts[key]]
   if differs:
     raise ValueError(f'{out / RUN}: the answers there come from another run: {"; ".join(differs)}; name another folder, '
                      'or delete this one')
-  _drop_half_line(out / PREDICTIONS)
-  rows = {row['id']: row for row in read_predictions(out)}
+  _drop_half_line(out / file)
+  rows = {row[by]: row for row in _read_rows(out / file, form)}
   other = [name for name, row in rows.items() if name in keys and row['key'] != keys[name]]
   if other:
-    raise ValueError(f'{out / PREDICTIONS}: {len(other)} items, first {other[0]!r}, were asked with another prompt than '
+    raise ValueError(f'{out / file}: {len(other)} items, first {other[0]!r}, were asked with another prompt than '
                      'now; the data or how they are cut have changed, name another folder or delete this one')
   return rows
+
+
+def append_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
+  """Adds lines to a file of rows, so that a run that is killed afterwards has them."""
+  with open(path, 'a', encoding='utf-8') as file:
+    file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
 
 
 def _said(values, key):
@@ -224,7 +238,11 @@ def read_predictions(folder: str | os.PathLike) -> list[dict]:
   Raises:
     ValueError: a line is not one of a run, naming file and line.
   """
-  path, rows = pathlib.Path(folder) / PREDICTIONS, []
+  return _read_rows(pathlib.Path(folder) / PREDICTIONS, _ROW)
+
+
+def _read_rows(path, form):
+  rows = []
   if not path.exists():
     return rows
   with open(path, 'rb') as file:
@@ -232,8 +250,8 @@ def read_predictions(folder: str | os.PathLike) -> list[dict]:
       if not line.endswith(b'\n'):
         break
       try:
-        rows.append(disk.parse_json(line, f'{path}:{number}', _ROW))
-        if not rows[-1]['scores']:
+        rows.append(disk.parse_json(line, f'{path}:{number}', form))
+        if not rows[-1].get('scores', True):
           raise ValueError(f'{path}:{number} has no scores')
       except ValueError as error:
         raise ValueError(f'{error}; delete the line, and it will be answered again') from error
@@ -283,10 +301,15 @@ def sampled_means(rows: Sequence[Mapping], name: str) -> dict[str, np.ndarray]:
   """
   measures = list(rows[0]['scores'])
   values_NM = np.array([[row['scores'][m] for m in measures] for row in rows], np.float64)
-  rng = np.random.default_rng([SEED, zlib.crc32(name.encode())])
-  count = len(rows)
-  drawn = [values_NM[rng.integers(count, size=count)].mean(axis=0) for _ in range(RESAMPLES)]
-  return dict(zip(measures, np.stack([values_NM.mean(axis=0), *drawn]).T))
+  return dict(zip(measures, resampled(values_NM, np.ones_like(values_NM), name), strict=True))
+
+
+def resampled(sums_NM: np.ndarray, counts_NM: np.ndarray, name: str) -> np.ndarray:
+  """[M, 1 + RESAMPLES] of M measures of N items, each a sum over so many: the mean, and means of items drawn with
+  replacement. The draws depend on `name` and N alone."""
+  rng, count = np.random.default_rng([SEED, zlib.crc32(name.encode())]), len(sums_NM)
+  mean = lambda at: sums_NM[at].sum(axis=0) / np.maximum(counts_NM[at].sum(axis=0), 1)
+  return np.stack([mean(slice(None)), *(mean(rng.integers(count, size=count)) for _ in range(RESAMPLES))]).T
 
 
 def interval(means: np.ndarray) -> dict[str, float]:

@@ -1,27 +1,31 @@
 """How far a model in some mode is from its teacher: cross-entropy and KL on answer tokens, and greedy answers.
 
 A `Subject` is a model in a mode; the teacher is a Subject in full mode. Documents are evaluated one per row, so the
-figures do not depend on how training packs them.
+figures do not depend on how training packs them: `measure` makes a row of figures per document, and goes on where it was
+stopped; `summarize` and `share_closed` make means of them.
 """
 
 import dataclasses
 import functools
-import json
+import hashlib
+import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import blocks, disk, losses
+from blockattn import blocks, losses
 from blockattn.data import encode, packing, text
-from blockattn.evals import scores
+from blockattn.evals import answers, scores
 from blockattn.models import decode, transformer
 
 MODES = ('full', 'block')
+DOCUMENTS = 'documents.jsonl'
 BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)   # lower edges of the distance bins, in tokens
+_ROW = {'document': int, 'key': str, 'models': {str: dict}}   # what each line has
 _SHORTEST = 256   # tokens of a row
 _CHUNK = 32       # tokens per row whose logits exist at a time: answers are short
 
@@ -48,10 +52,11 @@ class Subject:
       raise ValueError(f'evaluation mode {self.mode!r}; choose one of {", ".join(MODES)}')
 
 
-def evaluate(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc],
-             examples: Sequence[text.Example], tokenizer, *, batch: int, max_new: int, stop: str | None = None,
-             predictions=None) -> dict:
-  """Every figure of every subject.
+def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc],
+            examples: Sequence[text.Example], tokenizer, *, batch: int, max_new: int, stop: str | None = None,
+            out: str | os.PathLike | None = None, facts: Mapping[str, Any] | None = None,
+            progress: Callable[[int, int], None] | None = None) -> list[dict]:
+  """Every subject on every document, the longest documents first.
 
   Args:
     subjects: by name.
@@ -60,67 +65,185 @@ def evaluate(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[e
     batch: documents per forward pass.
     max_new: most tokens of an answer.
     stop: an answer ends before this text, as it does at the end-of-text token.
-    predictions: a folder for NAME.jsonl, made if absent: {'id', 'prediction', 'answers', 'exact_match'} of each example.
+    out: a folder, made if absent: run.json holds the facts, documents.jsonl gets a line per document as they come. What is
+      there is not computed again.
+    facts: what decides the figures beside documents, subjects' names, max_new and stop; JSON values.
+    progress: called with (documents done, all).
 
   Returns:
-    {name: {'n', 'exact_match', 'substring', 'f1', 'ce', 'kl', 'by_distance': [{'from', 'tokens', 'ce', 'kl'}]}}, names
-    in the order of `subjects`. `exact_match` compares the text to the letter, `substring` and `f1` after SQuAD's
-    normalisation; ce and kl are means over answer tokens, in nats; `by_distance` has them by the distance of the
-    predicted token from the start of its block.
+    A row per document, in the order of `docs`: {'document': its number, 'id', 'answers', 'key', 'models': {name:
+    {'prediction', 'scores': {'exact_match', 'substring', 'f1'}, 'by_distance': [[from, tokens, ce, kl], ...]}}}.
+    `exact_match` compares the text to the letter, `substring` and `f1` after SQuAD's normalisation; ce and kl are sums
+    over answer tokens, in nats, by the distance of the predicted token from the start of its block.
+
+  Raises:
+    ValueError: there is no document, one is longer than a model has positions for, or the folder holds another run.
   """
   if len(docs) != len(examples):
     raise ValueError(f'{len(docs)} documents but {len(examples)} examples')
   if not docs:
     raise ValueError('nothing to evaluate: no document was left')
-  gaps = token_gap(subjects, teacher, docs, batch=batch)
-  results = {}
+  check_positions(subjects, docs, examples, max_new)
+  facts = {'subjects': list(subjects), 'max_new': max_new, 'stop': stop} | dict(facts or {})
+  keys = {number: _key(doc) for number, doc in enumerate(docs)}
+  rows = {} if out is None else answers.resume(pathlib.Path(out), facts, keys, DOCUMENTS, _ROW, 'document')
+  rows = {number: rows[number] for number in keys if number in rows}   # there may be more, of a larger --limit
+  todo = sorted(keys.keys() - rows.keys(), key=lambda number: (-len(docs[number].tokens), number))
+  batch = min(batch, max(len(todo), 1))
+  for start in range(0, len(todo), batch):
+    if progress:
+      progress(len(rows), len(docs))
+    numbers = todo[start:start + batch]
+    made = _measure_batch(subjects, teacher, [docs[n] for n in numbers], [examples[n] for n in numbers], tokenizer, batch,
+                          max_new, stop)
+    new = {number: {'document': number, **row, 'key': keys[number]} for number, row in zip(numbers, made, strict=True)}
+    if out is not None:
+      answers.append_rows(pathlib.Path(out) / DOCUMENTS, new.values())
+    rows |= new
+  if progress:
+    progress(len(docs), len(docs))
+  return [rows[number] for number in keys]
+
+
+def check_positions(subjects: Mapping[str, Subject], docs: Sequence[encode.EncodedDoc], examples: Sequence[text.Example],
+                    max_new: int):
+  """Raises ValueError, naming the first document that, with sinks or with its longest answer, has more tokens than a
+  subject has positions."""
   for name, subject in subjects.items():
-    answers = [tokenizer.decode(a, skip_special_tokens=True)
-               for a in answer(subject, docs, tokenizer.eos_token_id, batch=batch, max_new=max_new)]
-    if stop is not None:
-      answers = [a.partition(stop)[0] for a in answers]
-    scored = [scores.score(a, e.answers or (e.response,)) for a, e in zip(answers, examples, strict=True)]
-    if predictions is not None:
-      _write_lines(pathlib.Path(predictions) / f'{name}.jsonl',
-                   [{'id': e.id, 'prediction': a, 'answers': list(e.answers or (e.response,)),
-                     'exact_match': s['exact_match']} for a, s, e in zip(answers, scored, examples, strict=True)])
-    results[name] = {'n': len(docs)} | {k: float(np.mean([s[k] for s in scored])) for k in scored[0]} | gaps[name]
-  return results
+    sinks, most = len(subject.options.sink_ids) if subject.mode == 'block' else 0, subject.cfg.max_positions
+    needs = [max(len(doc.tokens), doc.answer[0] + max_new) + sinks * (len(doc.lengths) - 1) for doc in docs]
+    long = [i for i, need in enumerate(needs) if need > most]
+    if long:
+      raise ValueError(f'{len(long)} of {len(docs)} documents are too long for {name}: {examples[long[0]].id} takes '
+                       f'{needs[long[0]]} positions, sinks and answer included, and the model has {most} '
+                       '(max_position_embeddings); leave them out, or take a model with more')
+
+
+def _key(doc) -> str:
+  """Of the tokens, blocks and answer of a document."""
+  said = repr((tuple(map(int, doc.lengths)), tuple(map(int, doc.answer)))).encode()
+  return hashlib.sha256(said + np.asarray(doc.tokens, np.int32).tobytes()).hexdigest()[:16]
+
+
+def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new, stop) -> list[dict]:
+  """Rows of the documents of one batch, see `measure`."""
+  sums = _token_sums(subjects, teacher, _rows(docs, batch))
+  models = [{} for _ in docs]
+  for name, subject in subjects.items():
+    tokens = answer(subject, docs, tokenizer.eos_token_id, batch=batch, max_new=max_new)
+    filled = sums[name][:len(docs)]   # the other rows are empty
+    for own, example, said, (count, ce, kl) in zip(models, examples, tokens, filled, strict=True):
+      said = tokenizer.decode(said, skip_special_tokens=True)
+      said = said if stop is None else said.partition(stop)[0]
+      own[name] = {'prediction': said, 'scores': scores.score(said, _accepted(example)),
+                   'by_distance': [[low, int(n), float(c), float(k)]
+                                   for low, n, c, k in zip(BINS, count, ce, kl, strict=True) if n]}
+  return [{'id': example.id, 'answers': list(_accepted(example)), 'models': own}
+          for example, own in zip(examples, models, strict=True)]
+
+
+def _accepted(example):
+  return example.answers or (example.response,)
+
+
+def summarize(rows: Sequence[Mapping]) -> dict:
+  """The figures of every subject from the rows of `measure`.
+
+  Returns:
+    {name: {'n', 'exact_match', 'substring', 'f1', 'ce', 'kl', 'by_distance': [{'from', 'tokens', 'ce', 'kl'}], 'intervals':
+    {measure: {'mean', 'low', 'high'}}}}; ce and kl are means over answer tokens. Intervals come from resampling documents,
+    as `answers.interval` says.
+  """
+  figures = {}
+  for name, means in sampled(rows).items():
+    own = [row['models'][name] for row in rows]
+    figures[name] = ({'n': len(rows)} | {m: float(x[0]) for m, x in means.items()}
+                     | {'by_distance': _gap_figures(sum(map(_by_bin, own)))['by_distance'],
+                        'intervals': {m: answers.interval(x) for m, x in means.items()}})
+  return figures
+
+
+def sampled(rows: Sequence[Mapping]) -> dict[str, dict[str, np.ndarray]]:
+  """{name: {measure: `answers.resampled` means}}; all subjects by the same draws of documents."""
+  found = {}
+  for name in rows[0]['models']:
+    own = [row['models'][name] for row in rows]
+    sums_N3 = np.stack([_by_bin(one).sum(axis=1) for one in own])
+    measures = list(own[0]['scores'])
+    sums_NM = np.concatenate([[[one['scores'][m] for m in measures] for one in own], sums_N3[:, 1:]], axis=1)
+    counts_NM = np.ones_like(sums_NM)
+    counts_NM[:, -2:] = sums_N3[:, :1]
+    found[name] = dict(zip([*measures, 'ce', 'kl'], answers.resampled(sums_NM, counts_NM, 'documents'), strict=True))
+  return found
+
+
+def share_closed(rows: Sequence[Mapping], teacher: str, before: str, after: str) -> dict[str, dict[str, float]]:
+  """How much of what blocks cost a teacher is made good, by measure: (before - after) / (before - teacher).
+
+  Args:
+    teacher, before, after: names of subjects: with full attention, the same weights under the block mask, the student.
+
+  Returns:
+    {measure: {'mean', 'low', 'high'}}, without the measures where the cost itself is not clear of 0.
+  """
+  means, shares = sampled(rows), {}
+  for measure in means[teacher]:
+    cost, gain = (means[before][measure] - means[name][measure] for name in (teacher, after))
+    interval = answers.interval(cost)
+    if interval['low'] * interval['high'] > 0:
+      shares[measure] = answers.interval((gain / np.where(cost == 0, np.nan, cost))[np.sign(cost) == np.sign(cost[0])])
+  return shares
 
 
 def token_gap(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc], *,
               batch: int) -> dict:
-  """{name: 'ce', 'kl' and 'by_distance' of `evaluate`}, from teacher-forced answers. The teacher reads a batch once."""
+  """{name: 'ce', 'kl' and 'by_distance' of `summarize`}, from teacher-forced answers. The teacher reads a batch once."""
   totals = {name: np.zeros((3, len(BINS))) for name in subjects}
   for _, rows in _batches(docs, batch):
-    right = _hidden(teacher.params, rows, _static(teacher, rows))
-    for name, subject in subjects.items():
-      hidden = right if subject is teacher else _hidden(subject.params, rows, _static(subject, rows))
-      heads = tuple(transformer.head_of(s.params, s.cfg) for s in (subject, teacher))
-      totals[name] += jax.device_get(_gap_sums(heads, (hidden, right), rows))
-  return {name: _gap_figures(*total) for name, total in totals.items()}
+    for name, sums in _token_sums(subjects, teacher, rows).items():
+      totals[name] += sums.sum(axis=0)
+  return {name: _gap_figures(total) for name, total in totals.items()}
 
 
-def _gap_figures(tokens, ce, kl):
-  """From sums by bin."""
-  every = max(tokens.sum(), 1)
+def _token_sums(subjects, teacher, rows) -> dict[str, np.ndarray]:
+  """{name: [rows, 3, bins]} of `_gap_sums`."""
+  right = _hidden(teacher.params, rows, _static(teacher, rows))
+  found = {}
+  for name, subject in subjects.items():
+    hidden = right if subject is teacher else _hidden(subject.params, rows, _static(subject, rows))
+    heads = tuple(transformer.head_of(s.params, s.cfg) for s in (subject, teacher))
+    found[name] = np.asarray(_gap_sums(heads, (hidden, right), rows), np.float64)
+  return found
+
+
+def _by_bin(one) -> np.ndarray:
+  """[3, bins]: tokens, ce and kl of a subject on a document."""
+  sums = np.zeros((3, len(BINS)))
+  for low, *values in one['by_distance']:
+    sums[:, BINS.index(low)] = values
+  return sums
+
+
+def _gap_figures(sums):
+  """From sums by bin, [3, bins]."""
+  every = max(sums[0].sum(), 1)
   by_distance = [{'from': low, 'tokens': int(n), 'ce': float(c / n), 'kl': float(k / n)}
-                 for low, n, c, k in zip(BINS, tokens, ce, kl, strict=True) if n]
-  return {'ce': float(ce.sum() / every), 'kl': float(kl.sum() / every), 'by_distance': by_distance}
+                 for low, n, c, k in zip(BINS, *sums, strict=True) if n]
+  return {'ce': float(sums[1].sum() / every), 'kl': float(sums[2].sum() / every), 'by_distance': by_distance}
 
 
 def answer(subject: Subject, docs: Sequence[encode.EncodedDoc], stop_id: int, *, batch: int,
            max_new: int) -> list[list[int]]:
   """The greedy answer to each document's prompt: token ids without the end-of-text token."""
-  answers = [[] for _ in docs]
+  found = [[] for _ in docs]
   for numbers, rows in _batches([_prompt_of(doc) for doc in docs], batch):
     static = _static(subject, rows)
     tokens, layout = _view(rows, static)[:2]
     out = decode.greedy(subject.params, tokens, layout, cfg=subject.cfg, compute=subject.compute, length=max_new,
                         stop_id=stop_id, vocab=subject.cfg.vocab)
     for number, row in zip(numbers, np.asarray(out), strict=False):   # the rows after the last document are empty
-      answers[number] = [int(t) for t in row if t != stop_id]
-  return answers
+      found[number] = [int(t) for t in row if t != stop_id]
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +277,14 @@ def _hidden(params, rows, static):
 
 @jax.jit
 def _gap_sums(heads, hidden, rows):
-  """[3, bins]: how many answer tokens, their cross-entropy and KL. heads and hidden are (the student's, the teacher's)."""
+  """[rows, 3, bins]: how many answer tokens, their cross-entropy and KL. heads and hidden are (the student's, the
+  teacher's)."""
   def sums(heads, hidden, per_token, mask):
     student, teacher = losses.common_vocabulary(*map(transformer.project, hidden, heads))
     ce = -losses.log_prob(student, per_token['target'])
     kl = losses.forward_kl(teacher, student, 1.0)
     in_bin = mask.astype(jnp.float32)[..., None] * jax.nn.one_hot(per_token['bin'], len(BINS))
-    return jnp.einsum('nbt,btk->nk', jnp.stack([jnp.ones_like(ce), ce, kl]), in_bin)
+    return jnp.einsum('nbt,btk->bnk', jnp.stack([jnp.ones_like(ce), ce, kl]), in_bin)
 
   bins = jnp.searchsorted(jnp.asarray(BINS), blocks.offsets(rows['layout']) + 1, side='right') - 1
   return losses.sum_over_tokens(sums, heads, hidden, {'target': rows['targets'], 'bin': bins}, rows['loss'], _CHUNK)
@@ -173,21 +297,16 @@ def _prompt_of(doc):
 
 
 def _batches(docs, batch) -> Iterable[tuple[Sequence[int], dict]]:
-  """(numbers of the documents, their rows, one document each), shortest documents first.
-
-  Rows are padded to a power of two or one and a half of it: few shapes, few compilations. The last batch is filled up
-  with empty rows.
-  """
-  batch = min(batch, len(docs))
+  """(numbers of the documents, their rows), shortest documents first. The last batch is filled up with empty rows."""
   order = np.argsort([len(doc.tokens) for doc in docs], kind='stable')
   for i in range(0, len(docs), batch):
     numbers = order[i:i + batch]
-    length = decode.bucket(len(docs[numbers[-1]].tokens), _SHORTEST)
-    rows = [packing.pack_row([docs[n]], length) for n in numbers]
-    rows += [packing.pack_row([], length)] * (batch - len(numbers))
-    yield numbers, jax.tree.map(lambda *x: np.stack(x), *rows)
+    yield numbers, _rows([docs[n] for n in numbers], batch)
 
 
-def _write_lines(path, rows):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  disk.write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))
+def _rows(docs, batch) -> dict:
+  """A document per row, and empty rows up to `batch`, padded to a power of two or one and a half of it: few shapes, few
+  compilations."""
+  length = decode.bucket(max(len(doc.tokens) for doc in docs), _SHORTEST)
+  rows = [packing.pack_row([doc], length) for doc in docs] + [packing.pack_row([], length)] * (batch - len(docs))
+  return jax.tree.map(lambda *x: np.stack(x), *rows)

@@ -16,7 +16,9 @@ questions, as the published code prints it; 'overall without adversarial' is wha
 As published, temporal questions ask for an approximate date by the sessions' dates, and adversarial ones offer two
 answers, (a) and (b), one of them that it is not mentioned; a bare letter as the answer stands for what it offers. The
 wording is ours, the order of the two depends on the question's id instead of chance, and sessions follow each other in
-time. Only the first line of an answer counts. What an LLM judge would say of the answers is not measured.
+time. Only the first line of an answer counts. Open models like to say more than the letter: with `letters` "anywhere" an
+answer that holds one of (a) and (b) chooses it, "Answer: (a)" as well. What an LLM judge would say of the answers is not
+measured.
 """
 
 import dataclasses
@@ -36,6 +38,7 @@ from blockattn.evals import answers, scores
 
 FILES = ('locomo10.json', 'locomo10.json.gz')
 CATEGORIES = {1: 'multi-hop', 2: 'temporal', 3: 'open-domain', 4: 'single-hop', 5: 'adversarial'}
+LETTERS = ('alone', 'anywhere')   # where the (a) or (b) of an adversarial question is looked for; as published: alone
 MAX_NEW = 50   # tokens, as published
 ABSENT = 'Not mentioned in the conversation'
 _REFUSALS = ('no information available', 'not mentioned')
@@ -187,21 +190,24 @@ def _ask(name, question, task):
 # Scores.
 
 
-def score(item: answers.Item, prediction: str) -> dict[str, float]:
-  """{'score'}, by the rule of the item's category."""
+def score(item: answers.Item, prediction: str, letters: str = 'alone') -> dict[str, float]:
+  """{'score'}, by the rule of the item's category; `letters`: of LETTERS."""
   said = prediction.strip().split('\n')[0].strip()
   gold = item.references[0]
   if item.task == 'adversarial':
-    return {'score': float(any(refusal in chosen(said, item.facts['offered']).lower() for refusal in _REFUSALS))}
+    said = chosen(said, item.facts['offered'], letters)
+    return {'score': float(any(refusal in said.lower() for refusal in _REFUSALS))}
   if item.task == 'multi-hop':
     return {'score': multi_f1(said, gold)}
   return {'score': f1(said, gold.split(';')[0].strip() if item.task == 'open-domain' else gold)}
 
 
-def chosen(said: str, offered: Sequence[str]) -> str:
+def chosen(said: str, offered: Sequence[str], letters: str = 'alone') -> str:
   """What a choice stands for: of one character, the first offer if that is an "a", else the second; of three characters
-  the same with "(a)"; anything longer is itself."""
+  the same with "(a)"; anything longer is itself, unless letters count 'anywhere' and it holds one of "(a)" and "(b)"."""
   said = said.strip().lower()
+  if letters == 'anywhere' and ('(a)' in said) != ('(b)' in said):
+    return offered['(b)' in said]
   if len(said) in (1, 3):
     return offered[0] if ('a' if len(said) == 1 else '(a)') in said else offered[1]
   return said

@@ -2,6 +2,10 @@
 
 Scores are those of SQuAD and open-domain question answering, after SQuAD's normalisation, the best over the accepted
 answers: exact match, whether an answer stands in the prediction, and F1 of the bags of words.
+
+An accepted answer of which nothing is left by the normalisation ('The', '?!') stands in a prediction of which nothing is
+left either, and in no other. That is where `substring` differs from `best_subspan_em` of Lost in the Middle, which gives
+such an answer to every prediction.
 """
 
 import itertools

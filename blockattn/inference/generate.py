@@ -10,6 +10,7 @@ All shapes come from a few sizes (`padded`), so after a while nothing is compile
 import collections
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blockattn import blocks as blocks_lib
+from blockattn import blocks as blocks_lib, trace
 from blockattn.inference import cache as cache_lib, pool as pool_lib, sampling as sampling_lib
 from blockattn.models import decode, transformer
 
@@ -64,7 +65,7 @@ class Answer:
     ended: 'token', 'text' or 'length'.
     blocks: of each context block.
     seconds: 'first_token' from the start of the request's batch to its first token on the host; 'decode' from there to its
-      last. Of an engine that is `timed` also the parts of the former.
+      last; neither has what was compiled meanwhile: 'compile'. Of an engine that is `timed` also the parts of the first.
   """
   text: str
   tokens: tuple[int, ...]
@@ -95,6 +96,16 @@ class _Plan:
   places: tuple[_Place, ...]
   question: tuple[int, ...]   # with sinks
   start: int                  # of the question
+
+
+class _Clock:
+  """Seconds since it was made, without those that `compiled()` says were spent on compiling."""
+
+  def __init__(self, compiled: Callable[[], float]):
+    self.compiled, self._start = compiled, time.perf_counter()
+
+  def seconds(self) -> float:
+    return time.perf_counter() - self._start - self.compiled()
 
 
 class Engine:
@@ -144,7 +155,7 @@ class Engine:
 
   def logits(self, request: Request) -> np.ndarray:
     """Float32 [V], of the first token of the answer."""
-    x_BD = self._read_prompts([self._plan(0, request)], time.perf_counter())[0]
+    x_BD = self._read_prompts([self._plan(0, request)], _Clock(lambda: 0.0))[0]
     self._save()
     return np.asarray(_project(self._params, x_BD, cfg=self._cfg))[0]
 
@@ -219,13 +230,16 @@ class Engine:
   # One batch.
 
   def _answer(self, plans, on_text) -> list[Answer]:
-    start = time.perf_counter()
-    x_BD, cache, context, (found, seconds) = self._read_prompts(plans, start)
+    with trace.compiling() as compiled:
+      return self._answer_timed(plans, on_text, _Clock(compiled))
+
+  def _answer_timed(self, plans, on_text, clock) -> list[Answer]:
+    x_BD, cache, context, (found, seconds) = self._read_prompts(plans, clock)
     rows = x_BD.shape[0]
     sampling = _sampling([plan.request for plan in plans], rows)
     how = dict(cfg=self._cfg, compute=self._compute, mesh=self._mesh)
     token = jax.block_until_ready(_first(self._params, x_BD, sampling, cfg=self._cfg))
-    first = time.perf_counter() - start
+    first = clock.seconds()
     if self._timed:
       seconds['choose'] = first - sum(seconds.values())
     seconds['first_token'] = first
@@ -241,27 +255,29 @@ class Engine:
         new = writers[i].push(value)
         if writers[i].ended or n == plans[i].request.max_new:
           new += writers[i].finish()
-          ends[i] = time.perf_counter() - start
+          ends[i] = clock.seconds()
         if new and on_text is not None:
           on_text(plans[i].number, new)
       if n == 1:
         self._save()   # not before the first token is out
       if all(ends):
         break
+    seconds['compile'] = clock.compiled()
     return [Answer(writer.text, tuple(writer.tokens), writer.ended or 'length',
                    tuple(found[place.key] for place in plan.places), seconds | {'decode': max(0.0, end - first)})
             for plan, writer, end in zip(plans, writers, ends, strict=True)]
 
-  def _read_prompts(self, plans, start):
+  def _read_prompts(self, plans, clock):
     """(x_BD, decode.Cache, decode.Context or None, ({key: Block}, seconds by part))."""
-    seconds, clock = {}, start
+    seconds, before = {}, clock.seconds()
 
     def passed(part, arrays):
-      nonlocal clock
-      if self._timed:
+      nonlocal before
+      if self._timed or clock.compiled():   # else what is computed while the next part is compiled would count for nothing
         jax.block_until_ready(arrays)
-        seconds[part] = time.perf_counter() - clock
-        clock = time.perf_counter()
+      if self._timed:
+        seconds[part] = clock.seconds() - before
+        before = clock.seconds()
 
     places = {place.key: place for plan in plans for place in plan.places}
     found = self._ready(places, passed)
@@ -407,9 +423,9 @@ def _check(number, request, options, cfg):
     raise ValueError(where + f'max_new={request.max_new}; an answer has at least one token')
   if any(not stop for stop in request.stop):
     raise ValueError(where + 'an empty stop text would end every answer at once')
-  if request.temperature < 0 or request.top_k < 0 or not 0 < request.top_p <= 1:
+  if not 0 <= request.temperature < math.inf or request.top_k < 0 or not 0 < request.top_p <= 1:
     raise ValueError(where + f'temperature={request.temperature}, top_k={request.top_k}, top_p={request.top_p}: give a '
-                     'temperature and a top_k from 0 on, a top_p above 0 and up to 1')
+                     'finite temperature and a top_k from 0 on, a top_p above 0 and up to 1')
   if request.shared and len(request.prompt) > 2 and options.positions != 'local':
     raise ValueError(where + 'with a shared prefix and sequential positions a block lies at another distance from the '
                      'prefix in every prompt, so its state cannot be cached; use a model of positions "local", or give '

@@ -28,7 +28,7 @@ class DistillOptions:
     drop_mode: see blocks.drop_blocks.
     loss_over: 'readers': all tokens of reading blocks, lifted ones included. 'text': all text tokens. 'answer'.
     weights: token weighting.
-    temperature: of both distributions in the KL.
+    temperature: of both distributions in the KL, which counts temperature^2 times.
     ce_weight: of cross-entropy on the data, beside the KL.
     chunk: tokens per row whose logits exist at a time.
     accumulate: slices that a batch is computed in.

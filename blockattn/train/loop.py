@@ -112,9 +112,10 @@ def make_step(loss_sums, measure, optimizer, learning_rate, *, slices: int, seed
 
     sums, grads = accumulate(sums_and_grads, state.params, batch, slices)
     weight = jnp.maximum(sums['weight'], 1e-9)   # a batch without loss tokens must not divide by zero
-    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
     common = {'loss': sums['loss'] / weight, 'grad_norm': optax.tree.norm(grads), 'lr': learning_rate(state.step)}
     with jax.named_scope('optimizer'):
+      grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)   # which the optimizer's state follows
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), measure(sums) | common
@@ -129,6 +130,9 @@ def accumulate(sums_and_grads, params, batch, parts: int):
     sums_and_grads: (params, batch, part index) -> (sums, grads of sums['loss']). Because the loss is a sum over tokens
       divided at the end by the sum of weights, slices add up to exactly the whole batch.
     batch: tree of arrays whose first axis is a multiple of `parts`.
+
+  Returns:
+    (sums, grads); of several slices in float32 at least: in bfloat16 each slice would be rounded to the size of the sum.
   """
   if parts == 1:
     return sums_and_grads(params, batch, 0)
@@ -138,10 +142,11 @@ def accumulate(sums_and_grads, params, batch, parts: int):
   # Interleaved slices: every device keeps its own rows in every slice.
   slices = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0), batch)
   shapes = jax.eval_shape(sums_and_grads, params, jax.tree.map(lambda x: x[0], slices), 0)
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
 
   def add(total, x):
-    return jax.tree.map(jnp.add, total, sums_and_grads(params, x[1], x[0])), None
+    made = sums_and_grads(params, x[1], x[0])
+    return jax.tree.map(lambda whole, part: whole + part.astype(whole.dtype), total, made), None
 
   return jax.lax.scan(add, zeros, (jnp.arange(parts), slices))[0]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from blockattn import blocks, errors, mesh as mesh_lib, optim, trace, tree
 from blockattn.data import encode, pipeline, stdlib, taught as taught_lib
-from blockattn.hf import convert
+from blockattn.hf import config as hf_config, convert, files
 from blockattn.inference import cutter as segment_cutter, granularity
 from blockattn.kernels import api, tiles
 from blockattn.models import flops, lora, sizes, spec, transformer, weights
@@ -81,9 +81,21 @@ def load_model(config, place, dtype=None):
   """
   dtype = dtype or config.model.dtype
   if config.model.source:
-    return convert.load(config.model.source, dtype, mesh=place.mesh, rules=place.rules)
+    folder = files.locate(config.model.source)
+    check_positions(config, hf_config.read(folder))
+    return convert.load(folder, dtype, mesh=place.mesh, rules=place.rules)
   cfg = architecture(config.model)
+  check_positions(config, cfg)
   return cfg, init_params(cfg, place, config.seed, dtype)
+
+
+def check_positions(config, cfg):
+  """Raises ValueError if a document may be longer than the model has positions for: it would train on positions that it
+  was not made for. A segmenter that reads units has a position for each of them, not for a token."""
+  if config.data.length > cfg.max_positions and not cfg.unit_tokens:
+    raise ValueError(f'config.data.length={config.data.length}: documents may be as long, and the model has '
+                     f'{cfg.max_positions} positions (max_position_embeddings of its config.json); give a smaller length, '
+                     'or a model with more')
 
 
 def init_params(cfg, place, seed, dtype):

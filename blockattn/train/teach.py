@@ -56,7 +56,7 @@ def run(config, workdir):
   measure = jax.jit(functools.partial(bias_sums, cfg=cfg, compute=compute, options=options,
                                       positions=config.blocks.positions))
   own, sums = setup.own_rows(place, config.batch), []
-  with metrics.ProgressLine(total, 'teaching', enabled=first) as progress:
+  with metrics.counting('teaching', enabled=first) as show:
     size = max(1, PART_ROWS // config.batch) * config.batch
     for part, begin in enumerate(range(0, total, size)):
       numbers = needed[begin:begin + size]
@@ -69,12 +69,12 @@ def run(config, workdir):
         if len(sums) < BIAS_BATCHES:
           sums.append(jax.device_get(measure(teacher, batch)))
         records |= rows.records(say(teacher, batch), cfg.vocab)
-        progress.update(begin + start + len(rows.numbers), {})
+        show(begin + start + len(rows.numbers), total)
       taught.write_part(folder, f'part-{part:05d}-{jax.process_index():04d}', records)
-    if sums and first:
-      bias = bias_of(sums)
-      progress.say(bias_table(bias))
-      metrics.write_json(folder / 'bias.json', bias)
+  if sums and first:
+    bias = bias_of(sums)
+    print(bias_table(bias), flush=True)
+    metrics.write_json(folder / 'bias.json', bias)
 
 
 class _Batch:

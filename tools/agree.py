@@ -1,0 +1,91 @@
+"""How often our model and that of transformers, with torch, find the same token likeliest: at every position of some texts.
+
+  python -m tools.agree blockattn/assets/tiny_teacher pages --limit 20
+  python -m tools.agree Qwen/Qwen3-0.6B notes.txt report.md
+
+MODEL is a folder in the Hugging Face format or a hub name. Both read the texts with full attention, given the tokens before
+each position, in float32 and in bfloat16, so that one early difference does not count for all tokens behind it, as it does
+where answers are compared. `pages` are those of tools.evaluate. The exit code is 0; 2 if model or files are no good.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import rich.table
+
+from blockattn import blocks
+from blockattn.data import encode
+from blockattn.hf import convert, files as hf_files
+from blockattn.models import decode, transformer
+from tools import arguments, compare, evaluate, generate
+
+DTYPES = ('float32', 'bfloat16')
+_SHORTEST = 256   # tokens of a row: few shapes, few compilations
+
+
+def ours(folder, texts: Sequence[np.ndarray], dtype: str) -> np.ndarray:
+  """Our likeliest tokens at every position of the texts, one text after the other."""
+  cfg, params = convert.load(folder, dtype)
+  compute = transformer.Compute(dtype=dtype, impl='xla')
+  read = jax.jit(lambda tokens, layout: transformer.logits(params, transformer.apply(params, tokens, layout, cfg, compute),
+                                                           cfg).argmax(axis=-1))
+  found = []
+  for tokens in texts:
+    length = decode.bucket(len(tokens), _SHORTEST)
+    row = np.zeros((1, length), np.int32)
+    row[0, :len(tokens)] = tokens
+    found.append(np.asarray(read(row, blocks.from_lengths([[(len(tokens),)]], length)))[0, :len(tokens)])
+  return np.concatenate(found)
+
+
+def theirs(folder, texts: Sequence[np.ndarray], dtype: str) -> np.ndarray:
+  """The same of transformers."""
+  import torch
+  import transformers
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+  with torch.no_grad():
+    return np.concatenate([model.eval()(torch.tensor(tokens[None], dtype=torch.long)).logits[0].argmax(dim=-1).numpy()
+                           for tokens in texts])
+
+
+def run(options, console) -> dict[tuple[str, str], float]:
+  """The command. Returns the share of positions with the same token of every two ways."""
+  folder = hf_files.locate(options.model)
+  tokenizer = encode.load_tokenizer(folder)
+  if options.files == ['pages']:
+    texts = [doc.tokens for doc in evaluate.page_docs(tokenizer, options.limit)[0]]
+  else:
+    texts = [np.array(tokens, np.int32) for tokens in encode.Encoder(tokenizer).texts(generate.read_blocks(options.files))]
+  found = {f'{name}, {dtype}': way(folder, texts, dtype)
+           for name, way in (('ours', ours), ('transformers', theirs)) for dtype in DTYPES}
+  shares = {(a, b): float(np.mean(found[a] == found[b])) for a, b in itertools.combinations(found, 2)}
+  table = rich.table.Table('', '', rich.table.Column('same token', justify='right'))
+  for (a, b), share in shares.items():
+    table.add_row(a, b, f'{share:.2%}')
+  console.print(table)
+  console.print(f'{sum(map(len, texts)):,} positions of {len(texts)} texts')
+  return shares
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line. Returns the exit status."""
+  parser = arguments.Parser(prog='python -m tools.agree', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('model', help='Hugging Face folder or hub name')
+  parser.add_argument('files', nargs='+', help='text files; or pages')
+  parser.add_argument('--limit', type=evaluate.positive, default=20, help='pages (default: %(default)s)')
+  options = parser.parse_args(argv)
+  try:
+    run(options, compare.make_console())
+  except (OSError, ValueError, ImportError) as error:
+    compare.make_console(stderr=True).print(f'agree: {error}')
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
