@@ -218,6 +218,19 @@ def test_out_and_resume(tmp_path, capsys, monkeypatch):
   out.write_text('{"name": 1}\n')
   code, _, err = run(capsys, texts, '--out', out, '--resume')
   assert code == 2 and 'out.jsonl:1: not a line of this tool' in err
+  for name, extra in (('out.jsonl', ['--resume']), ('out.jsonl.part', ['--resume']), ('in.jsonl', []), ('in.jsonl.gz', [])):
+    other = tmp_path / name
+    other.write_text('my only copy')   # not ours, and without a line end
+    option = '--html' if name.endswith('gz') else '--out'
+    code, _, err = run(capsys, texts if extra else other, option, out if extra else other, *extra)
+    assert code == 2 and other.read_text() == 'my only copy', name
+    other.unlink()
+
+
+def test_a_terminal_is_not_told_what_names_hold(tmp_path, capsys):
+  (tmp_path / 'a\x1b[31m.txt').write_bytes(b'\xff')
+  err = run(capsys, tmp_path)[2]
+  assert '\x1b' not in err and '\\x1b[31m.txt: not UTF-8' in err
 
 
 def test_a_reader_that_has_enough(tmp_path):

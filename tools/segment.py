@@ -36,11 +36,13 @@ import rich.console
 import rich.progress
 
 import blockattn
+from blockattn.data import text as text_lib
 from blockattn.inference import granularity
 from tools import segment_page
 
 JSON_LINES = ('.jsonl', '.jsonl.gz')
 BATCH = 1 << 20   # characters that are scored together
+_BEGIN = '{"id": '   # of every line
 PART = '.part'    # what --out has so far is kept in a file of this ending until it is complete
 
 
@@ -187,9 +189,12 @@ def finished_lines(out: str) -> dict[str, str]:
       continue
     with open(path, encoding='utf-8') as file:
       for number, line in enumerate(file, start=1):
-        if not line.endswith('\n'):
-          break   # a stopped run was writing it
+        whole = line.endswith('\n')
+        if not whole and path != out and _BEGIN.startswith(line[:len(_BEGIN)]):
+          break   # a stopped run was writing it; what has the name --out was whole
         try:
+          if not whole:
+            raise ValueError('no line end')
           record = json.loads(line)
           done[json.dumps(record['id'])] = line
           record['blocks']
@@ -220,6 +225,11 @@ def line_of(text: Text, blocks: list[tuple[int, int]], with_text: bool) -> str:
   if with_text:
     record['texts'] = [text.text[start:stop] for start, stop in blocks]
   return json.dumps(record) + '\n'
+
+
+def printable(message: str) -> str:
+  """The message less control characters, which a file's name may hold and a terminal obeys."""
+  return ''.join(c if c.isprintable() or c in '\n\t' else repr(c)[1:-1] for c in message)
 
 
 # The run.
@@ -267,7 +277,7 @@ def _readable(texts, done, tally, bar, task):
   """The texts that are left to do; what is skipped is said and counted."""
   for text in texts:
     if isinstance(text, Unreadable):
-      bar.console.print(f'segment: {text}')
+      bar.console.print(f'segment: {printable(str(text))}')
       tally.skipped += 1
     elif json.dumps(text.id) in done:
       tally.resumed += 1
@@ -308,6 +318,10 @@ def main(argv=None, model=None) -> int:
     want = granularity.wanted(threshold=args.threshold, depth=args.depth, target=args.target_tokens, minimum=args.min,
                               maximum=args.max)
     files = find_inputs(args.paths)
+    for output in filter(None, (args.out, args.out and args.out + PART, args.html)):
+      text_lib.check_output(output, files)
+    if args.html and args.out and os.path.abspath(args.html) == os.path.abspath(args.out):
+      raise ValueError(f'--out and --html both are {args.out}: choose another name for one of them')
     model = blockattn.load_segmenter(model or args.model)
     want = granularity.for_model(want, model)
     tally = run(args, files, want, model, console)
@@ -319,7 +333,7 @@ def main(argv=None, model=None) -> int:
                                         else ''))
     return 130
   except (OSError, ValueError) as error:
-    console.print(f'segment: {error}')
+    console.print(f'segment: {printable(str(error))}')
     return 2
   console.print(f'segment: {tally}')
   return 1 if tally.skipped else 0
