@@ -36,7 +36,7 @@ import rich.console
 import rich.progress
 
 import blockattn
-from blockattn.data import text as text_lib
+from blockattn.data import encode, text as text_lib
 from blockattn.inference import granularity
 from tools import segment_page
 
@@ -81,6 +81,8 @@ def _arguments(argv):
   parser.add_argument('--target-tokens', type=int, metavar='N', help='wanted length of a block')
   parser.add_argument('--min', type=int, metavar='N', help='tokens of a block at least (default: a quarter of the target)')
   parser.add_argument('--max', type=int, metavar='N', help='tokens of a block at most (default: twice the target)')
+  parser.add_argument('--tokenizer', help='whose tokens are counted: that of the model that will read the blocks, a local '
+                      "folder or a name on the hub (default: the segmenter's own)")
   parser.add_argument('--model', help='a local folder, or a name on the hub (default: the one of the package)')
   args = parser.parse_args(argv)
   if args.resume and not args.out:
@@ -254,13 +256,14 @@ class Tally:
 def run(args, files, want, model, console) -> Tally:
   """Reads, cuts and writes everything behind a progress bar."""
   done = finished_lines(args.out) if args.resume else {}
+  reader = encode.token_ends(args.tokenizer) if args.tokenizer else None
   tally, pages, start = Tally(), [], time.perf_counter()
   with _progress_bar(console) as bar, open_output(args.out, done.values()) as out:
     task = bar.add_task('', total=_size(files))
     texts = _readable(read_texts(files, jsonl=args.jsonl, text_key=args.text_key), done, tally, bar, task)
     for batch in batches(texts, BATCH):
       for text, scored in zip(batch, _score(batch, model, bar, task), strict=True):
-        blocks = granularity.blocks_of(text.text, scored, want, model.token_ends)
+        blocks = granularity.blocks_of(text.text, scored, want, model.token_ends, reader)
         out.write(line_of(text, blocks, args.with_text))
         tally.texts, tally.blocks = tally.texts + 1, tally.blocks + len(blocks)
         tally.characters += len(text.text)

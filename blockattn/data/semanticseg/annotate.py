@@ -430,7 +430,8 @@ class Output:
     except text_lib.Malformed:
       # Only what is the beginning of a row of ours is taken away: the file may be somebody's only copy of something else.
       if not _begins_row(data[start:]):
-        raise ValueError(f'{self.path}: its last line is none that this tool began to write; choose another --output') from None
+        raise ValueError(f'{self.path}: its last line is none that this tool began to write; choose another '
+                         '--output') from None
       os.ftruncate(self.file, start)
     os.fsync(self.file)
 
