@@ -112,7 +112,7 @@ def test_bounds_hold_in_the_tokens_of_the_reader():
 def test_bounds_hold_in_the_tokens_of_published_models():
   for folder in sorted((pathlib.Path(os.environ['BLOCKATTN_DATA']) / 'tokenizers').iterdir()):
     if (folder / 'tokenizer.json').exists():
-      check_bounds(encode.plain(encode.load_tokenizer(folder)), (4, 33))
+      check_bounds(encode.plain(encode.load_tokenizer(folder)), (33,))
 
 
 def test_batches_and_progress():

@@ -11,6 +11,7 @@ tokenizer's own marking ("special": true); added tokens without it, such as Qwen
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -90,6 +91,7 @@ def plain(tokenizer: Any) -> Any:
   return made
 
 
+@functools.lru_cache(maxsize=8)   # a copy of a large tokenizer takes seconds
 def token_ends(tokenizer: Any) -> Callable[[Sequence[str]], list[np.ndarray]]:
   """What says where the tokens of texts end that are encoded alone, see `granularity.TokenEnds`.
 
