@@ -53,6 +53,7 @@ setuptools.setup(
         'httpx',            # what transformers downloads with
         'markdown-it-py',   # what rich reads Markdown with
         'numpy',
+        'regex',            # what transformers reads tokenizers with
         'rich',
         'tensorboardX',
     ],

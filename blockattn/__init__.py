@@ -7,19 +7,21 @@ from typing import Any
 
 
 def segment(text: str, *, threshold: float | None = None, depth: int | None = None, target_tokens: int | None = None,
-            min_tokens: int | None = None, max_tokens: int | None = None, model: Any = None) -> list[tuple[int, int]]:
+            min_tokens: int | None = None, max_tokens: int | None = None, model: Any = None,
+            tokenizer: Any = None) -> list[tuple[int, int]]:
   """The blocks of one text as (start, stop) character offsets; for the arguments see `segment_many`."""
   return segment_many([text], threshold=threshold, depth=depth, target_tokens=target_tokens, min_tokens=min_tokens,
-                      max_tokens=max_tokens, model=model)[0]
+                      max_tokens=max_tokens, model=model, tokenizer=tokenizer)[0]
 
 
 def segment_many(texts: Sequence[str], *, threshold: float | None = None, depth: int | None = None,
                  target_tokens: int | None = None, min_tokens: int | None = None, max_tokens: int | None = None,
-                 model: Any = None, progress: Callable[[int], None] | None = None) -> list[list[tuple[int, int]]]:
+                 model: Any = None, tokenizer: Any = None,
+                 progress: Callable[[int], None] | None = None) -> list[list[tuple[int, int]]]:
   """Cuts texts where a person would.
 
   The blocks of a text follow each other without gap or overlap from 0 to its length: joined, they are the text. An
-  empty text has none. Tokens are those of the model's tokenizer.
+  empty text has none. Tokens are those of a block encoded alone by `tokenizer`: give that of the model that will read it.
 
   Args:
     texts: strings in any language, of any length; they are scored in batches.
@@ -31,23 +33,27 @@ def segment_many(texts: Sequence[str], *, threshold: float | None = None, depth:
       inside a sentence or a word. With a target their defaults are a quarter of it and twice it.
     model: None: the segmenter that comes with the package; a folder or a hub name; or an object that has `score`,
       `token_ends` and `options.threshold` as `blockattn.inference.segmenter.Segmenter` has them.
+    tokenizer: counts tokens: a folder or hub name, a transformers fast tokenizer, a `tokenizers.Tokenizer`, or a function
+      text -> number; None: the segmenter's own, of which a text has more or less than of a language model's.
     progress: called with the number of characters scored so far.
 
   Returns:
     For each text a list of (start, stop).
 
   Raises:
-    ValueError: the wishes contradict each other.
+    ValueError: the wishes contradict each other, or a single character has more tokens than `max_tokens`.
     TypeError: a text is no string.
     FileNotFoundError: there is no such model.
   """
+  from blockattn.data import encode
   from blockattn.inference import granularity
   texts = _checked(texts)
   want = granularity.wanted(threshold=threshold, depth=depth, target=target_tokens, minimum=min_tokens,
                             maximum=max_tokens)
   model = load_segmenter(model)
   want = granularity.for_model(want, model)
-  return [granularity.blocks_of(text, scored, want, model.token_ends)
+  reader = None if tokenizer is None else encode.token_ends(tokenizer)
+  return [granularity.blocks_of(text, scored, want, model.token_ends, reader)
           for text, scored in zip(texts, model.score(texts, progress=progress), strict=True)]
 
 

@@ -90,7 +90,7 @@ def base():
   config.data.cache = '.cache/blockattn'   # encoded documents
   config.data.segmenter = ''       # cuts new blocks: a folder, a hub name, or 'tiny', the embedded one; empty: those given
   config.data.segment = ml_collections.ConfigDict()
-  config.data.segment.target = 0   # wanted length of a block in the segmenter's tokens; 0: where the text has one
+  config.data.segment.target = 0   # wanted length of a block in the model's tokens; 0: where the text has one
   config.data.segment.minimum = 0  # least length of a block; 0: see inference/granularity.py
   config.data.segment.maximum = 0  # greatest length of a block; 0: likewise
   config.data.segment.pages = 1.0  # kind 'pages': share of the pages that it cuts

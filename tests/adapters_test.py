@@ -2,6 +2,10 @@
 
 import builtins
 import importlib
+import pathlib
+import pickle
+import subprocess
+import sys
 
 import pytest
 import segment_cases
@@ -58,6 +62,39 @@ def test_llama_index_pipeline():
   assert [node.text for node in pipeline.run(documents=[Document(text=SECTIONS)])] == pieces(SECTIONS)
 
 
+@pytest.mark.parametrize('make, use', [
+    (adapters.langchain_splitter, lambda made: made.split_text(SECTIONS)),
+    (adapters.llama_index_parser, lambda made: [n.text for n in made.get_nodes_from_documents([_document()])]),
+    (adapters.chonkie_chunker, lambda made: [chunk.text for chunk in made(SECTIONS)])])
+def test_each_goes_to_another_process(make, use):
+  try:
+    made = make(**OPTIONS)
+  except ImportError as error:
+    pytest.skip(str(error))
+  again = pickle.loads(pickle.dumps(made))
+  assert type(again) is type(made) and use(again) == use(made) == pieces(SECTIONS)
+  # The model that comes with the package is loaded where it is used.
+  assert len(pickle.dumps(make(target_tokens=20))) < 10_000
+
+
+def _document():
+  from llama_index.core.schema import Document
+  return Document(text=SECTIONS)
+
+
+def test_a_pipeline_of_two_processes():
+  pytest.importorskip('llama_index.core')
+  code = ('from llama_index.core.ingestion import IngestionPipeline\nfrom llama_index.core.schema import Document\n'
+          'from blockattn.inference import adapters\n'
+          'if __name__ == "__main__":\n'
+          '  pipeline = IngestionPipeline(transformations=[adapters.llama_index_parser(target_tokens=20)])\n'
+          '  nodes = pipeline.run(documents=[Document(text="A line.\\n" * 40)] * 2, num_workers=2)\n'
+          '  assert "".join(n.text for n in nodes) == "A line.\\n" * 80 and len(nodes) > 4')
+  root = pathlib.Path(adapters.__file__).parents[2]
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, timeout=120)
+  assert done.returncode == 0, done.stderr
+
+
 def test_chonkie():
   chonkie = pytest.importorskip('chonkie')
   chunker = adapters.chonkie_chunker(**OPTIONS)
@@ -79,6 +116,8 @@ def test_a_library_that_is_not_there_is_named(make, package, monkeypatch):
   def absent(name, *args):
     raise ImportError(f'No module named {name}')
   monkeypatch.setattr(importlib, 'import_module', absent)
+  for known in (adapters._langchain_class, adapters._llama_index_class, adapters._chonkie_class):
+    known.cache_clear()
   with pytest.raises(ImportError, match=rf'needs {package}: pip install "blockattn\[text\]"'):
     make(**OPTIONS)
 

@@ -223,7 +223,7 @@ def test_retry_after():
   soon = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=30)
   assert 28 <= completions.retry_after(email.utils.format_datetime(soon, usegmt=True)) <= 30
   assert completions.retry_after('Wed, 21 Oct 2015 07:28:00 GMT') == 0
-  for nothing in (None, '', 'soon', 'nan', 'inf'):
+  for nothing in (None, '', 'soon', 'nan', 'inf', 'Thu, 01 Jan 99999999999 00:00:00 GMT'):
     assert completions.retry_after(nothing) is None, nothing
 
 
@@ -301,6 +301,28 @@ def test_what_is_under_way_ends_with_the_endpoint():
 def test_bad_urls_and_keys_are_named(url, key, why):
   with pytest.raises(ValueError, match=why):
     completions.Completions(url, 'm', key)
+
+
+def test_keys_and_passwords_are_in_no_message():
+  def of(status, wait='0'):
+    body = b'no: {"Authorization": "Bearer secret"} for http://me:pass@h/'
+    with serving((status, body, {'Retry-After': wait})) as server:
+      with pytest.raises((completions.Failed, completions.Refused)) as error:
+        ask(server, sleeps=[])
+      assert error.value.__cause__ is None
+    return str(error.value)
+  for message in (of(401), of(400), of(500), of(500, '9999')):
+    assert 'Bearer ***' in message and '//***@h/' in message and 'secret' not in message and 'pass' not in message
+  for url in ('ftp://me:secret@h/v1', 'http://me:secret@h:port/v1'):
+    with pytest.raises(ValueError) as error:
+      completions.Completions(url, 'm')
+    assert 'base URL' in str(error.value) and 'secret' not in str(error.value)
+
+
+def test_half_a_surrogate_pair_in_an_answer_is_sent_back_as_it_is():
+  with serving(completion('half \ud83d'), every(6)) as server:
+    assert len(ask(server).blocks) == 2
+  assert server.requests[1]['messages'][2]['content'] == 'half \ud83d'
 
 
 def test_a_wrong_request_is_not_repeated():
@@ -417,7 +439,7 @@ def row(name, text='a\nb'):
   return schema.Document(name, 'c', 's', 'l', (text,))
 
 
-@pytest.mark.parametrize('tail, kept', [(b'', 1), (b'{"id": "b", "cat', 1), (b'\xe2\x82', 1),
+@pytest.mark.parametrize('tail, kept', [(b'', 1), (b'{"id": "b", "cat', 1), (b'{"id": "\xe2\x82', 1),
                                         (schema.to_line(row('b')).encode(), 2)])
 def test_a_half_written_line_is_repaired(tmp_path, tail, kept):
   path = tmp_path / 'out.jsonl'
@@ -442,6 +464,17 @@ def test_the_output_is_guarded(tmp_path):
     annotate.Output(path)
   with pytest.raises(ValueError, match='ends so'):
     annotate.Output(tmp_path / 'out.jsonl.gz')
+
+
+@pytest.mark.parametrize('foreign', ['{"id": "a", "text": "my only copy"}', '{"id": "a", "text": "my on', 'my notes',
+                                     '{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}', '[1, 2]'])
+def test_a_file_of_others_stays_as_it_is(tmp_path, capsys, foreign):
+  path = tmp_path / 'notes.jsonl'
+  path.write_text(foreign)
+  with pytest.raises(ValueError, match='correct or remove|choose another --output'):
+    annotate.Output(path)
+  code = tool.main([str(path), '--output', f'{tmp_path}/./notes.jsonl', '--base-url', 'http://h/v1', '--model', 'm'])
+  assert code == 2 and 'is read, and would be replaced' in capsys.readouterr().err and path.read_text() == foreign
 
 
 def run(capsys, server, tmp_path, *args):

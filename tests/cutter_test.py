@@ -85,14 +85,14 @@ def test_the_fingerprint_is_of_the_files_and_of_the_wish(tmp_path):
 
 def test_two_ways_to_cut_are_refused():
   config = common.base()
-  assert setup.cutter(config.data) is None
+  assert setup.cutter(config.data, None) is None
   config.data.segmenter, config.data.block_tokens = 'tiny', 64
   with pytest.raises(ValueError, match="block_tokens=64 and config.data.segmenter='tiny' both say where blocks end"):
-    setup.cutter(config.data)
+    setup.cutter(config.data, None)
 
 
 def test_a_segmenter_that_is_not_there_is_named(tmp_path):
   config = common.base()
   config.data.segmenter = str(tmp_path / 'nothing')
   with pytest.raises(FileNotFoundError, match='nothing'):
-    setup.cutter(config.data)
+    setup.cutter(config.data, None)

@@ -9,6 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import regex
 import segment_cases
 
 from blockattn.inference import granularity
@@ -77,17 +78,33 @@ def test_bounds_hold_on_any_text(case, bounds, wish):
   if text and some_chain(text, minimum, maximum):
     assert minimum <= sizes.min() and sizes.max() <= maximum
   elif text:
-    assert sizes.max() <= max(maximum, 2)   # only what cannot be divided is longer
+    longest = max(len(match[0]) for match in regex.finditer(r'\X', text))
+    assert sizes.max() <= max(maximum, longest, 2)   # only what cannot be divided is longer
 
 
 def some_chain(text, minimum, maximum):
   """Whether any cuts keep the bounds without dividing a line end or a pair."""
-  reached = {0}
+  reached, inside = {0}, inside_characters(text)
   for i in range(1, len(text) + 1):
-    whole = i < len(text) and (text[i - 1:i + 1] == '\r\n' or pair_at(text, i))
-    if not whole and any(minimum <= i - start <= maximum for start in reached):
+    if i not in inside and any(minimum <= i - start <= maximum for start in reached):
       reached.add(i)
   return len(text) in reached
+
+
+def inside_characters(text):
+  """Offsets inside what Unicode calls one grapheme cluster, or a pair of surrogates."""
+  clusters = [match.span() for match in regex.finditer(r'\X', text)]
+  inside = {i for a, b in clusters if b - a <= 32 for i in range(a + 1, b)}
+  return inside | {i for i in range(1, len(text)) if pair_at(text, i)}
+
+
+@few
+@hypothesis.given(st.lists(st.sampled_from(['a', '\r', '\n', ' ', '\u0301', '\u200d', '\U0001f1e9', '\U0001f1ea',
+                                            '\U0001f468', '\U0001f3fd',
+                                            '\u1112', '\u1161', '\u11ab', 'ไ', 'ำ', '\ud83d', '\ude00', '한']),
+                           max_size=40).map(''.join))
+def test_clusters_are_those_of_unicode(text):
+  assert set(granularity.inside_clusters(text).tolist()) == inside_characters(text)
 
 
 @few
@@ -97,8 +114,14 @@ def test_bounds_in_tokens(case, bounds):
   units = [text[a:b] for a, b in granularity.to_blocks(candidates, len(text))]
   counts = np.array([len(ends) for ends in segment_cases.words_as_tokens(units)] or [0])
   maximum = bounds[1] + 2
-  cuts = granularity.cuts_in_tokens(text, candidates, log_odds, np.cumsum(counts), Granularity(maximum=maximum),
-                                    segment_cases.words_as_tokens)
+  try:
+    cuts = granularity.cuts_in_tokens(text, candidates, log_odds, np.cumsum(counts), Granularity(maximum=maximum),
+                                      segment_cases.words_as_tokens)
+  except ValueError as error:   # marks on marks: one character of more tokens than that
+    clusters = regex.findall(r'\X', text)
+    assert 'cannot hold' in str(error)
+    assert max(len(ends) for ends in segment_cases.words_as_tokens(clusters)) > maximum
+    return
   blocks = [text[a:b] for a, b in granularity.to_blocks(cuts, len(text))]
   assert ''.join(blocks) == text
   assert all(len(ends) <= maximum for ends in segment_cases.words_as_tokens(blocks))

@@ -45,6 +45,17 @@ def test_headings_of_all_kinds_and_their_levels():
                    ('Item 7. Data', 2), ('§ 12-3 Terms', 2)]
 
 
+@pytest.mark.parametrize('code, after', [
+    ('```\n# in\n```\n', '# out'), ('```\n# in\n`````\n', '# out'), ('````\n```\n# in\n````\n', '# out'),
+    ('```py a=1\n# in\n```\n', '# out'), ('```\n``` x\n# in\n```\n', '# out'), ('~~~ ```\n# in\n```\n~~~\n', '# out'),
+    ('   ```\n# in\n   ```\n', '# out'), ('- a\n\n  ```\n  # in\n  ```\n', '# out'), ('``` a`b\n', '# out'),
+    ('    ```\n', '# out'), ('```\n# in\n', None), ('```\r\n# in\r\n```\r\n', '# out')])
+def test_headings_in_fenced_code_are_none(code, after):
+  text = f'words\n\n{code}{after or "# in, too"}\n'
+  found = [text[offset:].splitlines()[0] for offset, _ in outline.heading_lines(text)]
+  assert found == ([after] if after else [])
+
+
 def test_the_highest_level_that_cuts_has_rank_2():
   assert ranks(f'intro\n# A\n{BODY}## B\n{BODY}# C\n{BODY}') == {'# A': 2, '## B': 3, '# C': 2}
   assert ranks(f'Hi.\n# Title\n## A\n{BODY}### B\n{BODY}## C\n{BODY}') == {'# Title': 1, '## A': 2, '### B': 3, '## C': 2}

@@ -10,14 +10,18 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import unicodedata
 
+import data_cases
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import regex
 import segment_cases
 
 import blockattn
+from blockattn.data import encode
 from blockattn.inference import granularity
 from tools import segment, segment_page
 
@@ -72,6 +76,43 @@ def test_bounds_hold_for_the_tokens_of_each_block(text):
     blocks = blockattn.segment(text, min_tokens=minimum, max_tokens=maximum, model=MODEL)
     counts = [len(ends) for ends in segment_cases.words_as_tokens(text[a:b] for a, b in blocks)]
     assert minimum <= min(counts) and max(counts) <= maximum, (minimum, maximum)
+
+
+LANGUAGES = ['\U0001f1e9\U0001f1ea\U0001f1eb\U0001f1f7' * 40, unicodedata.normalize('NFD', '한국어 문장입니다. ' * 40),
+             'e\u0301' * 200, '\U0001f468\u200d\U0001f469\u200d\U0001f467 ' * 30, '漢字を読む。' * 60, SECTIONS,
+             'QUJD' * 400]
+
+
+def check_bounds(tokenizer, maximums):
+  """The maximum holds for the tokens that `tokenizer` makes of each block, and no character is divided, or it is refused."""
+  count = lambda piece: len(tokenizer.encode(piece, add_special_tokens=False).ids)
+  refused = 0
+  for text, maximum in itertools.product(LANGUAGES, maximums):
+    characters = regex.findall(r'\X', text)
+    try:
+      blocks = blockattn.segment(text, max_tokens=maximum, model=MODEL, tokenizer=tokenizer)
+    except ValueError as error:
+      assert 'cannot hold' in str(error) and max(map(count, characters)) > maximum
+      refused += 1
+      continue
+    assert joined(text, blocks) == text and max(count(text[a:b]) for a, b in blocks) <= maximum
+    assert {b for _, b in blocks} <= set(itertools.accumulate(map(len, characters)))
+  return refused
+
+
+def test_bounds_hold_in_the_tokens_of_the_reader():
+  tokenizer = data_cases.tiny_tokenizer().backend_tokenizer
+  assert check_bounds(tokenizer, (1, 3, 50)) > 1
+  text = 'word ' * 300
+  blocks = blockattn.segment(text, min_tokens=20, max_tokens=40, model=MODEL, tokenizer=len)   # a function counts
+  assert 20 <= min(b - a for a, b in blocks) and max(b - a for a, b in blocks) <= 40
+
+
+@pytest.mark.data
+def test_bounds_hold_in_the_tokens_of_published_models():
+  for folder in sorted((pathlib.Path(os.environ['BLOCKATTN_DATA']) / 'tokenizers').iterdir()):
+    if (folder / 'tokenizer.json').exists():
+      check_bounds(encode.plain(encode.load_tokenizer(folder)), (33,))
 
 
 def test_batches_and_progress():
@@ -218,6 +259,19 @@ def test_out_and_resume(tmp_path, capsys, monkeypatch):
   out.write_text('{"name": 1}\n')
   code, _, err = run(capsys, texts, '--out', out, '--resume')
   assert code == 2 and 'out.jsonl:1: not a line of this tool' in err
+  for name, extra in (('out.jsonl', ['--resume']), ('out.jsonl.part', ['--resume']), ('in.jsonl', []), ('in.jsonl.gz', [])):
+    other = tmp_path / name
+    other.write_text('my only copy')   # not ours, and without a line end
+    option = '--html' if name.endswith('gz') else '--out'
+    code, _, err = run(capsys, texts if extra else other, option, out if extra else other, *extra)
+    assert code == 2 and other.read_text() == 'my only copy', name
+    other.unlink()
+
+
+def test_a_terminal_is_not_told_what_names_hold(tmp_path, capsys):
+  (tmp_path / 'a\x1b[31m.txt').write_bytes(b'\xff')
+  err = run(capsys, tmp_path)[2]
+  assert '\x1b' not in err and '\\x1b[31m.txt: not UTF-8' in err
 
 
 def test_a_reader_that_has_enough(tmp_path):

@@ -35,7 +35,7 @@ def _arguments(argv):
   parser.add_argument('--chat', action='store_true', help="wrap prompts into the tokenizer's chat template")
   parser.add_argument('--segmenter', default='', help="cut new blocks: a segmenter's folder or hub name, or 'tiny'; "
                       'for the cache of a run with config.data.segmenter (default: the blocks that are given)')
-  parser.add_argument('--target', type=evaluate.positive, help="wanted length of a block in the segmenter's tokens")
+  parser.add_argument('--target', type=evaluate.positive, help="wanted length of a block in the tokenizer's tokens")
   parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
   parser.add_argument('--cache', help='folder that keeps the encoded documents')
   return parser.parse_args(argv)
@@ -60,11 +60,11 @@ def prepare_files(files, tokenizer, options, cache, *, strict, console, cutter=N
   return prepared
 
 
-def _cutter(args):
+def _cutter(args, tokenizer):
   if not args.segmenter:
     return None
   from blockattn.inference import cutter, granularity
-  return cutter.Cutter(args.segmenter, granularity.wanted(target=args.target))
+  return cutter.Cutter(args.segmenter, granularity.wanted(target=args.target), tokenizer=tokenizer)
 
 
 def _row(name, report, sizes, counts, seconds, options):
@@ -114,7 +114,7 @@ def main(argv=None) -> int:
     with contextlib.ExitStack() as stack:
       cache = args.cache or stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
       prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=args.strict, console=err,
-                               cutter=_cutter(args))
+                               cutter=_cutter(args, tokenizer))
       table, report = make_table(prepared, options)
       out.print(table)
       _print_problems(report, out)

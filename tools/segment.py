@@ -36,11 +36,13 @@ import rich.console
 import rich.progress
 
 import blockattn
+from blockattn.data import encode, text as text_lib
 from blockattn.inference import granularity
 from tools import arguments, segment_page
 
 JSON_LINES = ('.jsonl', '.jsonl.gz')
 BATCH = 1 << 20   # characters that are scored together
+_BEGIN = '{"id": '   # of every line
 PART = '.part'    # what --out has so far is kept in a file of this ending until it is complete
 
 
@@ -79,6 +81,8 @@ def _arguments(argv):
   parser.add_argument('--target-tokens', type=int, metavar='N', help='wanted length of a block')
   parser.add_argument('--min', type=int, metavar='N', help='tokens of a block at least (default: a quarter of the target)')
   parser.add_argument('--max', type=int, metavar='N', help='tokens of a block at most (default: twice the target)')
+  parser.add_argument('--tokenizer', help='whose tokens are counted: that of the model that will read the blocks, a local '
+                      "folder or a name on the hub (default: the segmenter's own)")
   parser.add_argument('--model', help='a local folder, or a name on the hub (default: the one of the package)')
   args = parser.parse_args(argv)
   if args.resume and not args.out:
@@ -187,9 +191,12 @@ def finished_lines(out: str) -> dict[str, str]:
       continue
     with open(path, encoding='utf-8') as file:
       for number, line in enumerate(file, start=1):
-        if not line.endswith('\n'):
-          break   # a stopped run was writing it
+        whole = line.endswith('\n')
+        if not whole and path != out and _BEGIN.startswith(line[:len(_BEGIN)]):
+          break   # a stopped run was writing it; what has the name --out was whole
         try:
+          if not whole:
+            raise ValueError('no line end')
           record = json.loads(line)
           done[json.dumps(record['id'])] = line
           record['blocks']
@@ -222,6 +229,11 @@ def line_of(text: Text, blocks: list[tuple[int, int]], with_text: bool) -> str:
   return json.dumps(record) + '\n'
 
 
+def printable(message: str) -> str:
+  """The message less control characters, which a file's name may hold and a terminal obeys."""
+  return ''.join(c if c.isprintable() or c in '\n\t' else repr(c)[1:-1] for c in message)
+
+
 # The run.
 
 
@@ -244,13 +256,14 @@ class Tally:
 def run(args, files, want, model, console) -> Tally:
   """Reads, cuts and writes everything behind a progress bar."""
   done = finished_lines(args.out) if args.resume else {}
+  reader = encode.token_ends(args.tokenizer) if args.tokenizer else None
   tally, pages, start = Tally(), [], time.perf_counter()
   with _progress_bar(console) as bar, open_output(args.out, done.values()) as out:
     task = bar.add_task('', total=_size(files))
     texts = _readable(read_texts(files, jsonl=args.jsonl, text_key=args.text_key), done, tally, bar, task)
     for batch in batches(texts, BATCH):
       for text, scored in zip(batch, _score(batch, model, bar, task), strict=True):
-        blocks = granularity.blocks_of(text.text, scored, want, model.token_ends)
+        blocks = granularity.blocks_of(text.text, scored, want, model.token_ends, reader)
         out.write(line_of(text, blocks, args.with_text))
         tally.texts, tally.blocks = tally.texts + 1, tally.blocks + len(blocks)
         tally.characters += len(text.text)
@@ -267,7 +280,7 @@ def _readable(texts, done, tally, bar, task):
   """The texts that are left to do; what is skipped is said and counted."""
   for text in texts:
     if isinstance(text, Unreadable):
-      bar.console.print(f'segment: {text}')
+      bar.console.print(f'segment: {printable(str(text))}')
       tally.skipped += 1
     elif json.dumps(text.id) in done:
       tally.resumed += 1
@@ -308,6 +321,10 @@ def main(argv=None, model=None) -> int:
     want = granularity.wanted(threshold=args.threshold, depth=args.depth, target=args.target_tokens, minimum=args.min,
                               maximum=args.max)
     files = find_inputs(args.paths)
+    for output in filter(None, (args.out, args.out and args.out + PART, args.html)):
+      text_lib.check_output(output, files)
+    if args.html and args.out and os.path.abspath(args.html) == os.path.abspath(args.out):
+      raise ValueError(f'--out and --html both are {args.out}: choose another name for one of them')
     model = blockattn.load_segmenter(model or args.model)
     want = granularity.for_model(want, model)
     tally = run(args, files, want, model, console)
@@ -319,7 +336,7 @@ def main(argv=None, model=None) -> int:
                                         else ''))
     return 130
   except (OSError, ValueError) as error:
-    console.print(f'segment: {error}')
+    console.print(f'segment: {printable(str(error))}')
     return 2
   console.print(f'segment: {tally}')
   return 1 if tally.skipped else 0

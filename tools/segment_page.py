@@ -59,7 +59,7 @@ def page_text(name: str, text: str, scored: Any, blocks: Sequence[tuple[int, int
 def _cut_places(cuts, places, length, total):
   """The command's cuts as places; forced ones, that `places` may lack, with about their number of tokens."""
   tokens = np.interp(cuts, [0, *places.offsets, length], [0, *places.lengths, total]).astype(np.int64)
-  return granularity.Places(cuts, tokens, np.full(len(cuts), -granularity.MARK_COST))
+  return granularity.Places(cuts, tokens, np.full(len(cuts), -granularity.INSIDE_COST))
 
 
 def write(path: str | os.PathLike, texts: Sequence[PageText], want: granularity.Granularity):

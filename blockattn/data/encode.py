@@ -12,11 +12,12 @@ tokenizer's own marking ("special": true); added tokens without it, such as Qwen
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,40 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
   if not tokenizer.is_fast:
     raise ValueError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
   return tokenizer
+
+
+def plain(tokenizer: Any) -> Any:
+  """The `tokenizers.Tokenizer` by which blocks are encoded: special tokens are read as text, nothing is cut or filled up.
+
+  Args:
+    tokenizer: a transformers fast tokenizer, or a `tokenizers.Tokenizer`; copied.
+  """
+  import tokenizers  # not needed by those who only want the types above
+  tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
+  made = tokenizers.Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {'padding': None, 'truncation': None}))
+  made.encode_special_tokens = True
+  return made
+
+
+@functools.lru_cache(maxsize=8)   # a copy of a large tokenizer takes seconds
+def token_ends(tokenizer: Any) -> Callable[[Sequence[str]], list[np.ndarray]]:
+  """What says where the tokens of texts end that are encoded alone, see `granularity.TokenEnds`.
+
+  Args:
+    tokenizer: see `plain`; or a folder or hub name; or a function, text -> its number of tokens, of which the ends are
+      then taken to be evenly spaced.
+  """
+  if isinstance(tokenizer, str | os.PathLike):
+    tokenizer = load_tokenizer(tokenizer)
+  if not hasattr(tokenizer, 'backend_tokenizer') and not hasattr(tokenizer, 'encode_batch'):
+    def ends(text):
+      count = tokenizer(text)
+      return -(-len(text) * np.arange(1, count + 1, dtype=np.int64) // max(count, 1))
+    return lambda texts: [ends(text) for text in texts]
+  made = plain(tokenizer)
+  encodable = lambda text: re.sub('[\ud800-\udfff]', '\ufffd', text)
+  return lambda texts: [np.array([stop for _, stop in e.offsets], np.int64)
+                        for e in made.encode_batch([encodable(t) for t in texts], add_special_tokens=False)]
 
 
 class Encoder:

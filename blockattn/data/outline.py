@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+import markdown_it
 import numpy as np
 
 from blockattn.data.semanticseg import structure_cuts
@@ -31,13 +32,22 @@ _WORDS = {'part': 1, 'book': 1}   # the others are one level below
 
 def heading_lines(text: str) -> list[tuple[int, int]]:
   """(offset, level) of every line that looks like a heading, outside of fenced code; level 1 is highest."""
-  fences = [match.span() for match in re.finditer(r'(?ms)^(```|~~~).*?^\1', text)]
+  fences = _fences(text)
   opens, underlines, found = [start for start, _ in fences], [], []
   for match in re.finditer(_HEADING, text):
     fence = np.searchsorted(opens, match.start(), 'right') - 1
     if fence < 0 or match.start() >= fences[fence][1]:
       found.append((match.start(), _level(match, underlines)))
   return found
+
+
+def _fences(text: str) -> list[tuple[int, int]]:
+  """(start, stop) of fenced code, as CommonMark has it: a longer fence ends it, one with a word does not."""
+  if '```' not in text and '~~~' not in text:
+    return []
+  lines = [*structure_cuts.line_starts(text), len(text)]
+  tokens = markdown_it.MarkdownIt('commonmark').disable('inline').parse(text)
+  return [(lines[token.map[0]], lines[min(token.map[1], len(lines) - 1)]) for token in tokens if token.type == 'fence']
 
 
 def _level(match: re.Match, underlines: list[str]) -> int:

@@ -3,10 +3,14 @@
 Each is made by a function, so that none of the libraries is needed to import this module, and takes the options of
 `blockattn.segment_many` (target_tokens=512, model=...). Chunks are blocks as they stand: joined, they are the text, and
 the offsets that a library keeps are exact, also where a text repeats itself.
+
+What is made can be pickled, as pipelines of several processes do: a class is known by the function here that makes it, and
+a model by its name, so that each process loads its own.
 """
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import blockattn
@@ -22,17 +26,29 @@ def langchain_splitter(*, add_start_index: bool = True, **options: Any):
   Raises:
     ImportError: langchain-text-splitters is not installed.
   """
+  # LangChain looks for a chunk from the end of the one before it, less the overlap: there it stands.
+  return _langchain_class()(blocks_of=functools.partial(blockattn.segment_many, **options), chunk_overlap=0,
+                            add_start_index=add_start_index, strip_whitespace=False)
+
+
+@functools.cache
+def _langchain_class():
   base = _library('langchain_text_splitters', 'langchain-text-splitters').TextSplitter
-  blocks_of = _cutter(options)
 
   class BlockSplitter(base):
     """Splits texts into blocks."""
 
-    def split_text(self, text: str) -> list[str]:
-      return [text[start:stop] for start, stop in blocks_of([text])[0]]
+    def __init__(self, *, blocks_of, **kwargs):
+      super().__init__(**kwargs)
+      self._blocks_of = blocks_of
 
-  # LangChain looks for a chunk from the end of the one before it, less the overlap: there it stands.
-  return BlockSplitter(chunk_overlap=0, add_start_index=add_start_index, strip_whitespace=False)
+    def __reduce__(self):
+      return _splitter, (self.__dict__,)
+
+    def split_text(self, text: str) -> list[str]:
+      return [text[start:stop] for start, stop in self._blocks_of([text])[0]]
+
+  return BlockSplitter
 
 
 def llama_index_parser(*, include_metadata: bool = True, include_prev_next_rel: bool = True, **options: Any):
@@ -45,18 +61,29 @@ def llama_index_parser(*, include_metadata: bool = True, include_prev_next_rel: 
   Raises:
     ImportError: llama-index-core is not installed.
   """
+  fields = {'options': {name: str(value) for name, value in options.items()}, 'include_metadata': include_metadata,
+            'include_prev_next_rel': include_prev_next_rel}
+  return _parser(fields, functools.partial(blockattn.segment_many, **options))
+
+
+@functools.cache
+def _llama_index_class():
   library = _library('llama_index.core.node_parser', 'llama-index-core')
   node_utils = _library('llama_index.core.node_parser.node_utils', 'llama-index-core')
-  blocks_of = _cutter(options)
+  import pydantic  # llama-index's own
 
   class BlockNodeParser(library.NodeParser):
     """Parses documents into nodes that are blocks; `options` tell parsers apart in LlamaIndex's caches."""
     options: dict[str, str]
+    _blocks_of: Callable = pydantic.PrivateAttr()
+
+    def __reduce__(self):
+      return _parser, (self.__getstate__()['__dict__'], self._blocks_of)
 
     def _parse_nodes(self, nodes, show_progress=False, **kwargs):
       texts = [node.get_content() for node in nodes]
       parsed = []
-      for node, text, blocks in zip(nodes, texts, blocks_of(texts), strict=True):
+      for node, text, blocks in zip(nodes, texts, self._blocks_of(texts), strict=True):
         made = node_utils.build_nodes_from_splits([text[a:b] for a, b in blocks], node, id_func=self.id_func)
         for part, (start, stop) in zip(made, blocks, strict=True):
           part.start_char_idx, part.end_char_idx = start, stop
@@ -71,8 +98,7 @@ def llama_index_parser(*, include_metadata: bool = True, include_prev_next_rel: 
         node.start_char_idx, node.end_char_idx = start, stop
       return nodes
 
-  return BlockNodeParser(options={name: str(value) for name, value in options.items()}, include_metadata=include_metadata,
-                         include_prev_next_rel=include_prev_next_rel)
+  return BlockNodeParser
 
 
 def chonkie_chunker(**options: Any):
@@ -84,31 +110,40 @@ def chonkie_chunker(**options: Any):
   Raises:
     ImportError: chonkie is not installed.
   """
+  return _chonkie_class()(options)
+
+
+@functools.cache
+def _chonkie_class():
   base = _library('chonkie', 'chonkie').BaseChunker
   chunk_type = _library('chonkie.types', 'chonkie').Chunk
-  blocks_of = _cutter(options)
-  model = lambda: blockattn.load_segmenter(options['model'] if 'model' in options else None)
-  count = lambda texts: [len(ends) for ends in model().token_ends(texts)]
 
   class BlockChunker(base):
     """Chunks texts into blocks, a batch at a time."""
+
+    def __init__(self, options):
+      self._options = options
+      super().__init__(tokenizer=functools.partial(_count, options.get('model')))
+
+    def __reduce__(self):
+      return _chunker, (self._options,)
 
     def chunk(self, text):
       return self.chunk_batch([text])[0]
 
     def chunk_batch(self, texts, show_progress=True):
-      return [self._chunks(text, blocks) for text, blocks in zip(texts, blocks_of(texts), strict=True)]
+      cut = blockattn.segment_many(texts, **self._options)
+      return [self._chunks(text, blocks) for text, blocks in zip(texts, cut, strict=True)]
 
     def _chunks(self, text, blocks):
-      counts = count([text[start:stop] for start, stop in blocks])
-      return [chunk_type(text=text[start:stop], start_index=start, end_index=stop, token_count=n)
-              for (start, stop), n in zip(blocks, counts, strict=True)]
+      return [chunk_type(text=text[start:stop], start_index=start, end_index=stop,
+                         token_count=_count(self._options.get('model'), text[start:stop])) for start, stop in blocks]
 
-  return BlockChunker(tokenizer=lambda text: count([text])[0])
+  return BlockChunker
 
 
-def _cutter(options):
-  return functools.partial(blockattn.segment_many, **options)
+def _count(model, text):
+  return len(blockattn.load_segmenter(model).token_ends([text])[0])
 
 
 def _library(module, package):
@@ -116,3 +151,22 @@ def _library(module, package):
     return importlib.import_module(module)
   except ImportError as error:
     raise ImportError(f'this adapter needs {package}: pip install "blockattn[text]" ({error})') from error
+
+
+# What pickle calls.
+
+
+def _splitter(state):
+  splitter = _langchain_class().__new__(_langchain_class())
+  splitter.__dict__.update(state)
+  return splitter
+
+
+def _parser(fields, blocks_of):
+  parser = _llama_index_class()(**fields)
+  parser._blocks_of = blocks_of
+  return parser
+
+
+def _chunker(options):
+  return chonkie_chunker(**options)

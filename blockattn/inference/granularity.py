@@ -13,24 +13,28 @@ Cuts never divide a line end of two characters or a surrogate pair; blocks are t
 import collections
 import dataclasses
 import math
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import regex
 
 # What a cut costs, in nats, at a place that is no candidate: they are used only where the bounds leave no other way.
 SPACE_COST = 1e4    # behind white space
 INSIDE_COST = 1e6   # between any two characters
-MARK_COST = 1e7     # in front of a combining mark, or inside an emoji made of several
+LONGEST_CLUSTER = 32   # characters that a reader takes for one, marks and all; Unicode's stream-safe text has no longer ones
 MAX_LOG_ODDS = 50.0
 SHORT = 100   # candidates of a text whose threshold is half its own
 ROUNDS = 6   # of choosing cuts anew because a block has other tokens than the sum of its units
 
 _SPACES = np.array([9, 10, 11, 12, 13, 28, 29, 30, 31, 32, 133, 5760, *range(8192, 8199), *range(8200, 8203), 8232, 8233,
                     8287, 12288], np.uint32)   # white space that may end a line, so not the no-break spaces
-_JOINER = 0x200d
-_SKIN_TONES = range(0x1f3fb, 0x1f400)
+# What may belong to a character that a reader sees as one: \\r\\n, a pair of surrogates, and, with their neighbours, the
+# characters that Unicode's rules for grapheme clusters name: marks, joiners, flags, parts of Hangul syllables.
+_JOINING = r'[^\p{GCB=Other}\p{GCB=Control}\p{GCB=CR}\p{GCB=LF}]'
+_ANY = r'(?:[\ud800-\udbff][\udc00-\udfff]|[^\r\n])'
+_STRETCH = regex.compile(rf'\r\n|[\ud800-\udbff][\udc00-\udfff]|{_ANY}?(?:{_JOINING}++{_ANY}?)++')
+_CLUSTER = regex.compile(r'(?:[\ud800-\udbff](?=[\udc00-\udfff]))?\X')
 
 # The ends of the tokens of each text, as character offsets into it: non-decreasing int64 [tokens], the last its length.
 TokenEnds = Callable[[Sequence[str]], Sequence[np.ndarray]]
@@ -145,7 +149,8 @@ def own_cuts(candidates: np.ndarray, log_odds: np.ndarray, threshold: float) -> 
   return candidates[log_odds >= own.log_odds]
 
 
-def blocks_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds) -> list[tuple[int, int]]:
+def blocks_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds,
+              reader: TokenEnds | None = None) -> list[tuple[int, int]]:
   """The (start, stop) of the blocks of a text.
 
   Args:
@@ -153,9 +158,22 @@ def blocks_of(text: str, scored: Any, granularity: Granularity, token_ends: Toke
     scored: what a segmenter says of it: `candidates` int64 [m], `log_odds` [m], `tokens` int64 [m + 1].
     granularity: lengths are in tokens.
     token_ends: the segmenter's.
+    reader: of the tokenizer in whose tokens lengths are counted; None: the segmenter's.
   """
-  cuts = cuts_in_tokens(text, scored.candidates, scored.log_odds, scored.tokens, granularity, token_ends)
-  return to_blocks(cuts, len(text))
+  return to_blocks(cuts_of(text, scored, granularity, token_ends, reader), len(text))
+
+
+def cuts_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds,
+            reader: TokenEnds | None = None) -> np.ndarray:
+  """The cuts between the `blocks_of` a text."""
+  inside = inside_clusters(text)   # such as a mark behind a blank
+  kept = ~np.isin(scored.candidates, inside)
+  candidates, log_odds = scored.candidates[kept], scored.log_odds[kept]
+  tokens = scored.tokens[np.append(kept, True)]
+  if reader is not None and (granularity.bounded or granularity.depth):
+    units = [text[a:b] for a, b in to_blocks(candidates, len(text))]
+    tokens = np.cumsum([len(ends) for ends in reader(units)], dtype=np.int64) if units else np.zeros(1, np.int64)
+  return cuts_in_tokens(text, candidates, log_odds, tokens, granularity, reader or token_ends)
 
 
 def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, granularity: Granularity,
@@ -193,8 +211,11 @@ def cuts_in_tokens(text: str, candidates: np.ndarray, log_odds: np.ndarray, toke
   """`choose_cuts` with bounds that hold for the tokens of every block when it is tokenised alone.
 
   A tokenizer makes of a block some tokens more or less than the sum of those of its units. Where that breaks a bound,
-  the bound is drawn tighter by as much, doubled in each round, and the cuts are chosen anew, at most ROUNDS times; the
-  maximum goes before the minimum.
+  the bound is drawn tighter by as much, doubled in each round, and the cuts are chosen anew, at most ROUNDS times. What is
+  too long then is divided in the middle until it is not: the maximum goes before the minimum.
+
+  Raises:
+    ValueError: a single character, with its marks, has more tokens than the maximum.
   """
   cuts = choose_cuts(text, candidates, log_odds, tokens, granularity, token_ends)
   if not granularity.bounded or not text:
@@ -213,7 +234,31 @@ def cuts_in_tokens(text: str, candidates: np.ndarray, log_odds: np.ndarray, toke
     target = granularity.target and min(max(granularity.target, low), high)
     tighter = dataclasses.replace(granularity, minimum=low, maximum=high, target=target)
     cuts = choose_cuts(text, candidates, log_odds, tokens, tighter, token_ends)
-  return min(found, key=lambda entry: entry[:3])[-1]
+  best = min(found, key=lambda entry: entry[:3])
+  return best[-1] if not best[0] else _torn(text, best[-1], maximum, token_ends)
+
+
+def _torn(text, cuts, maximum, token_ends) -> np.ndarray:
+  """The cuts, and more in every block of over `maximum` tokens, each where it divides a block best."""
+  offsets, gains = forced_places(text)
+  todo, starts = to_blocks(cuts, len(text))[::-1], []
+  while todo:
+    a, b = todo.pop()
+    count = len(token_ends([text[a:b]])[0])
+    if count <= maximum:
+      starts.append(a)
+      continue
+    first, stop = np.searchsorted(offsets, [a, b], side='left')
+    first += first < len(offsets) and offsets[first] == a
+    if first == stop:
+      raise ValueError(f'blocks of at most {maximum} tokens cannot hold {text[a:b]!r}, which has {count}: ask for a maximum '
+                       f'of at least {count}')
+    middle = (a + b) / 2
+    near = np.flatnonzero((np.abs(offsets[first:stop] - middle) <= (b - a) / 6) & (gains[first:stop] >= -SPACE_COST))
+    among = near if len(near) else np.arange(stop - first)
+    cut = int(offsets[first + among[np.argmin(np.abs(offsets[first + among] - middle))]])
+    todo += [(cut, b), (a, cut)]
+  return np.array(starts[1:], np.int64)
 
 
 def _check(text, candidates, log_odds, lengths):
@@ -428,7 +473,7 @@ def with_forced(text: str, places: Places, total: int, room: int, token_ends: To
   places += _spaces(_inner_places(text, forced, gaps, token_ends))
   blobs = _inner_places(text, forced, _gaps(places, len(text), total, room), token_ends)
   # Characters a quarter of the room apart are enough, and keep a megabyte of base64 quick.
-  return places + _thin(blobs[blobs.gains > -MARK_COST], max(1, room // 4))
+  return places + _thin(blobs, max(1, room // 4))
 
 
 def _gaps(places, stop, total, room) -> np.ndarray:
@@ -491,23 +536,23 @@ def forced_places(piece: str) -> tuple[np.ndarray, np.ndarray]:
 
   Returns:
     Offsets int64 [n] between two characters, but not of \\r\\n or a surrogate pair; and their gains float [n]:
-    -SPACE_COST behind white space, -MARK_COST in front of a combining mark and inside joined characters such as flags,
-    else -INSIDE_COST.
+    -SPACE_COST behind white space, else -INSIDE_COST. None is inside a grapheme cluster (a character with its marks, a
+    flag, a Hangul syllable in parts), unless that is one of more than LONGEST_CLUSTER characters.
   """
   codes = np.frombuffer(piece.encode('utf-32-le', 'surrogatepass'), np.uint32)
   before, after = codes[:-1], codes[1:]
-  divided = (before == 13) & (after == 10)
-  divided |= (before >> 10 == 0xd800 >> 10) & (after >> 10 == 0xdc00 >> 10)
   gains = np.where(np.isin(before, _SPACES) & ~np.isin(after, _SPACES), -SPACE_COST, -INSIDE_COST)
-  gains[_joined(before, after)] = -MARK_COST
-  offsets = np.flatnonzero(~divided) + 1
+  whole = np.ones(len(before), bool)
+  whole[inside_clusters(piece) - 1] = False
+  offsets = np.flatnonzero(whole) + 1
   return offsets.astype(np.int64), gains[offsets - 1]
 
 
-def _joined(before, after):
-  """Whether two characters are one for the reader: marks, joiners, skin tones, pairs of regional letters."""
-  known = np.unique(after[after >= 0x300])
-  marks = [c for c in known.tolist()
-           if unicodedata.category(chr(c)).startswith('M') or c in _SKIN_TONES or c == _JOINER]
-  flag = lambda codes: (codes >= 0x1f1e6) & (codes <= 0x1f1ff)
-  return np.isin(after, np.array(marks, np.uint32)) | (before == _JOINER) | (flag(before) & flag(after))
+def inside_clusters(text: str) -> np.ndarray:
+  """The offsets that divide what a reader takes for one character, ascending int64."""
+  found = []
+  for stretch in _STRETCH.finditer(text):
+    for cluster in _CLUSTER.finditer(text, *stretch.span()):
+      if 1 < cluster.end() - cluster.start() <= LONGEST_CLUSTER:
+        found += range(cluster.start() + 1, cluster.end())
+  return np.array(found, np.int64)

@@ -300,14 +300,16 @@ def rows(config, tokenizer):
     raise ValueError('config.data.files is empty: give JSON lines files, e.g. --config.data.files=train.jsonl,more/')
   options = pipeline.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long, chat=data.chat,
                                  block_tokens=data.block_tokens)
-  source = pipeline.FileRows(list(data.files), tokenizer, options, data.cache, strict=data.strict, cutter=cutter(data))
+  source = pipeline.FileRows(list(data.files), tokenizer, options, data.cache, strict=data.strict,
+                             cutter=cutter(data, tokenizer))
   if jax.process_index() == 0 and source.report.docs < source.report.lines:
     print(source.report.summary())
   return source
 
 
-def cutter(data):
-  """What cuts contexts in place of the given blocks, None if config.data.segmenter is empty.
+def cutter(data, tokenizer):
+  """What cuts contexts in place of the given blocks, None if config.data.segmenter is empty. Lengths count the tokens of
+  `tokenizer`, which is the model's.
 
   Raises:
     ValueError: the bounds contradict each other, or blocks of a fixed length are asked for too.
@@ -319,7 +321,7 @@ def cutter(data):
                      'say where blocks end; leave one of them out')
   asked = {name: data.segment[name] or None for name in ('target', 'minimum', 'maximum')}
   place = mesh_lib.Placement(mesh_lib.make_mesh({'data': -1}, jax.local_devices()))   # each process cuts its own texts
-  return segment_cutter.Cutter(data.segmenter, granularity.wanted(**asked), place)
+  return segment_cutter.Cutter(data.segmenter, granularity.wanted(**asked), place, tokenizer)
 
 
 def pages(data, tokenizer, *, split: str, own_blocks: bool = False, **style):
@@ -327,7 +329,7 @@ def pages(data, tokenizer, *, split: str, own_blocks: bool = False, **style):
   cuts any of them."""
   containers = stdlib.split_containers(stdlib.read_containers(), split)
   return pipeline.PageRows(containers, page_style(data, **style), tokenizer, length=data.length, max_blocks=data.max_blocks,
-                           block_tokens=data.block_tokens, cutter=None if own_blocks else cutter(data),
+                           block_tokens=data.block_tokens, cutter=None if own_blocks else cutter(data, tokenizer),
                            cut_share=data.segment.pages)
 
 

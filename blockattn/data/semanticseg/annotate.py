@@ -382,6 +382,7 @@ class Output:
     self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
       self._lock()
+      self.finished = self._read()   # before anything is changed: it may be no file of ours
       self._repair()
       self.finished = self._read()
     except BaseException:
@@ -427,15 +428,35 @@ class Output:
       schema.parse(data[start:])
       os.write(self.file, b'\n')
     except text_lib.Malformed:
+      # Only what is the beginning of a row of ours is taken away: the file may be somebody's only copy of something else.
+      if not _begins_row(data[start:]):
+        raise ValueError(f'{self.path}: its last line is none that this tool began to write; choose another '
+                         '--output') from None
       os.ftruncate(self.file, start)
     os.fsync(self.file)
 
   def _read(self):
-    report = text_lib.Report()
-    finished = {document.id: _digest(document.text) for document in schema.read(self.path, report)}
-    if report.bad:
-      raise ValueError(f'{report.listed[0]}; correct or remove the line')
+    """The documents of the whole lines."""
+    finished, data = {}, self.path.read_bytes()
+    for number, line in enumerate(data.split(b'\n')[:-1], start=1):
+      try:
+        document = schema.parse(line)
+      except text_lib.Malformed as error:
+        raise ValueError(f'{text_lib.BadLine(str(self.path), number, error.reason, error.detail)}; correct or remove the '
+                         'line') from error
+      finished[document.id] = _digest(document.text)
     return finished
+
+
+def _begins_row(line: bytes) -> bool:
+  """Whether `line` is the beginning, and not the whole, of what `schema.to_line` writes."""
+  try:
+    json.loads(line)
+    return False
+  except (ValueError, RecursionError):
+    name = re.match(rb'\{"id": "(?:[^"\\]|\\.)*"', line)
+    rest, begin = (line[name.end():], b', "category": ') if name else (line, b'{"id": ')
+    return rest.startswith(begin) or begin.startswith(rest)
 
 
 def _digest(text):

@@ -9,6 +9,7 @@ import datetime
 import email.utils
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -85,15 +86,17 @@ class Completions:
     Raises:
       ValueError: the URL or the key cannot be one.
     """
+    shown = redacted(base_url)
     try:
       url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
-      raise ValueError(f'base URL {base_url!r}: {error}') from error
+      raise ValueError(f'base URL {shown!r}: {redacted(str(error))}') from None
     if url.scheme not in ('http', 'https') or not url.host:
-      raise ValueError(f'base URL {base_url!r}: it must start with http:// or https:// and name a host')
+      raise ValueError(f'base URL {shown!r}: it must start with http:// or https:// and name a host')
     if not key.isascii() or not key.isprintable() or ' ' in key:
       raise ValueError('the key holds white space, or characters that are not ASCII; it must be the key alone')
     self.url = base_url.rstrip('/') + '/chat/completions'
+    self._secrets = [secret for secret in (key, url.password, url.userinfo.decode()) if secret]
     self.body = {'model': model, **(body or {})}
     self.limits = limits
     self.closed = threading.Event()
@@ -131,9 +134,14 @@ class Completions:
         return self._attempt(messages)
       except _Again as error:
         if attempt + 1 == self.limits.attempts:
-          raise Failed(f'{error} (attempt {attempt + 1}, the last)') from error
+          raise Failed(f'{self._redacted(error)} (attempt {attempt + 1}, the last)') from None
         self._wait(error, attempt)
+      except (Failed, Refused) as error:   # servers and proxies repeat what they were sent
+        raise type(error)(self._redacted(error)) from None
     raise AssertionError('no attempt')
+
+  def _redacted(self, error):
+    return redacted(str(error), self._secrets)
 
   def _wait_for_others(self):
     with self.lock:
@@ -147,7 +155,8 @@ class Completions:
       self.sleep(backoff)
       return
     if error.wait > self.limits.longest_wait:
-      raise Failed(f'{error}, and asks to wait {error.wait:.0f} s, longer than {self.limits.longest_wait:.0f} s') from error
+      raise Failed(f'{self._redacted(error)}, and asks to wait {error.wait:.0f} s, longer than '
+                   f'{self.limits.longest_wait:.0f} s') from None
     with self.lock:
       self.not_before = max(self.not_before, time.monotonic() + error.wait)
     self.sleep(error.wait)
@@ -155,7 +164,9 @@ class Completions:
   def _attempt(self, messages):
     deadline = time.monotonic() + self.limits.timeout
     try:
-      with self.client.stream('POST', self.url, json={**self.body, 'messages': list(messages)}) as response:
+      content = json.dumps({**self.body, 'messages': list(messages)}).encode()   # ASCII, also of half a surrogate pair
+      headers = {'Content-Type': 'application/json'}
+      with self.client.stream('POST', self.url, content=content, headers=headers) as response:
         data = bytearray()
         for piece in response.iter_bytes():
           data += piece
@@ -169,6 +180,14 @@ class Completions:
       raise _Again(f'the reply cannot be decoded: {error}') from error
     _check_status(response, bytes(data))
     return _read_reply(bytes(data))
+
+
+def redacted(message: str, secrets: Sequence[str] = ()) -> str:
+  """The message with `***` for each secret, for what follows `Bearer`, and for the name and password of a URL."""
+  for secret in sorted(secrets, key=len, reverse=True):
+    message = message.replace(secret, '***')
+  message = re.sub(r'(?i)(\bbearer\s+)[^\s"\',;}]+', r'\1***', message)
+  return re.sub(r'(://)[^/\s@]*@', r'\1***@', message)
 
 
 def _check_status(response, data):
@@ -193,7 +212,7 @@ def retry_after(value: str | None) -> float | None:
     pass
   try:
     then = email.utils.parsedate_to_datetime(value)
-  except ValueError:
+  except (ValueError, OverflowError):
     return None
   now = datetime.datetime.now(datetime.UTC)
   return max(0., ((then if then.tzinfo else then.replace(tzinfo=datetime.UTC)) - now).total_seconds())
