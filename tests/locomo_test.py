@@ -91,9 +91,9 @@ def test_the_last_sessions_go_where_the_prompt_is_too_long(file):
 def test_a_chat_template_goes_around_it(file):
   tokenizer = data_cases.tiny_tokenizer()
   plain, chat = items_of(file)[0].example, items_of(file, tokenizer=tokenizer, chat=True)[0].example
-  whole = tokenizer.apply_chat_template([{'role': 'user', 'content': ''.join(plain.blocks) + plain.prompt}],
+  whole = tokenizer.apply_chat_template([{'role': 'user', 'content': ''.join(plain.texts)}],
                                         tokenize=False, add_generation_prompt=True)
-  assert ''.join(chat.blocks) + chat.prompt == whole and chat.blocks[1:] == plain.blocks[1:]
+  assert ''.join(chat.texts) == whole and chat.blocks == plain.blocks and chat.header.endswith(plain.header)
 
 
 @pytest.mark.parametrize('change, message', [

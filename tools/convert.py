@@ -24,7 +24,7 @@ from blockattn.hf import config, convert, files
 from blockattn.models import lora, spec, transformer
 
 # What blockattn.json of an export takes over from a checkpoint's meta.
-CARRIED = ('source', 'kind', 'blocks', 'step', 'segmenter')
+CARRIED = ('source', 'kind', 'blocks', 'prompt', 'step', 'segmenter')
 
 
 def from_hf(source: str, out: str, dtype: str, overwrite: bool = False):
@@ -104,7 +104,7 @@ def default_card(cfg: transformer.ModelConfig, meta: dict) -> str:
            *(f'- {key}: {meta[key]}' for key in CARRIED if meta.get(key) is not None)]
   if cfg.learned_sinks:
     lines += ['', f'The last {cfg.learned_sinks} token ids, from {cfg.vocab} on, are learned block sinks: they stand '
-                  'in front of every block but the first and are never generated.']
+                  'in front of every block and are never generated.']
   lines += ['', 'Loaded as it is, the model attends to the whole prompt. How it attends in blocks is said by '
                 f'`{files.META}`: which sinks stand in front of a block, and how positions are counted.', '']
   return '\n'.join(lines)

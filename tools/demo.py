@@ -97,7 +97,8 @@ def export(folder, params, cfg, options, config, summary):
       f'- teacher, full attention: {score("teacher_full")}',
       f'- the same weights under the block mask: {score("student_block_before")}',
       f'- this student under the block mask: {score("student_block_after")}', ''])
-  meta = setup.model_meta(cfg, options, pathlib.Path(config.model.source).name, 'distill')
+  meta = setup.model_meta(cfg, options, pathlib.Path(config.model.source).name, 'distill',
+                          prompt=setup.prompt_meta(config, setup.tokenizer(config)))
   convert.save(params, cfg, folder, source=config.model.source, meta=meta, card=card, dtype='float32', overwrite=True)
 
 
