@@ -1,5 +1,6 @@
 """Reading, encoding and packing of examples."""
 
+import copy
 import gzip
 import json
 import re
@@ -276,6 +277,75 @@ def test_passages_in_a_turn_have_their_own_words(tmp_path):
   assert example.header == '<|im_start|>user\n' and example.blocks[0].startswith('Title 1.0\n')
   assert example.response == 'answer 1'
   assert example.prompt.endswith('Question: what is 1?<|im_end|>\n<|im_start|>assistant\n')
+
+
+def ask(messages, tokenizer, **more):
+  return text_lib.parse_line(json.dumps({'messages': messages} | more), where='f:1', tokenizer=tokenizer)
+
+
+def test_what_chats_of_people_hold_is_read():
+  tokenizer = data_cases.tiny_tokenizer()
+  parts = [{'type': 'text', 'text': 'one'}, {'type': 'text', 'text': 'two'}]
+  example = ask([{'role': 'system', 'content': ''}, MESSAGE | {'content': parts}, ANSWER], tokenizer)
+  assert example.texts == ('<|im_start|>system\n<|im_end|>\n', '<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n',
+                           'y<|im_end|>\n')
+
+
+THINKS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}"
+          "{{ '<think>\n' + m['reasoning_content'] | default('') + '\n</think>\n\n' }}{% endif %}"
+          "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+          "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+
+
+def thinking_tokenizer(said=''):
+  tokenizer = copy.deepcopy(data_cases.tiny_tokenizer(THINKS))
+  text_lib.set_template_args(tokenizer, said)
+  return tokenizer
+
+
+@pytest.mark.parametrize('said, shut', [('', True), ('enable_thinking=false', True), ('enable_thinking=true', False)])
+def test_lines_of_all_forms_are_asked_as_they_were_trained(said, shut):
+  tokenizer = thinking_tokenizer(said)
+  encoder = encode.Encoder(tokenizer)
+  asked = text_lib.wrap_in_turn(text_lib.Example(('one ',), 'who?', '', 'x'), tokenizer)
+  end = '<|im_start|>assistant\n' + '<think>\n\n</think>\n\n' * shut
+  assert asked.prompt.endswith(end) and asked.prompt.count('<think>') == shut
+  for line in ({'blocks': ['one '], 'prompt': 'who?', 'response': 'me'},
+               {'messages': [MESSAGE | {'content': 'one who?'}, ANSWER]}):
+    example = text_lib.parse_line(json.dumps(line), where='f:1', chat=True, tokenizer=tokenizer)
+    doc, _ = encode.fit(encoder.parts([example])[0])
+    assert tokenizer.decode(doc.tokens[:doc.answer[0]]) == ''.join(asked.texts[:-1])
+    assert example.prompt.endswith(end)
+  assert encoder.fingerprint == encode.Encoder(thinking_tokenizer(said)).fingerprint
+  assert (encoder.fingerprint == encode.Encoder(thinking_tokenizer()).fingerprint) == shut
+
+
+def test_a_thought_that_the_prompt_shuts_off_is_refused():
+  messages = [MESSAGE, ANSWER | {'reasoning_content': 'hm'}]
+  with pytest.raises(text_lib.Malformed, match='other prompt.*enable_thinking=true'):
+    ask(messages, thinking_tokenizer())
+  example = ask(messages, thinking_tokenizer('enable_thinking=true'))
+  assert example.response == '<think>\nhm\n</think>\n\ny<|im_end|>\n'
+  with pytest.raises(ValueError, match="template argument 'thoughts': the chat template of .* does not know it"):
+    thinking_tokenizer('thoughts=true')
+  with pytest.raises(ValueError, match='write NAME=VALUE'):
+    thinking_tokenizer('enable_thinking')
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day():
+  tokenizer = copy.deepcopy(data_cases.tiny_tokenizer("{{ strftime_now('%d %b %Y') }}" + data_cases.CHATML))
+  assert ask([MESSAGE, ANSWER], tokenizer).prompt.startswith('26 Jul 2024<|im_start|>user\n')
+
+
+@pytest.mark.data
+def test_tool_turns_of_a_real_template(data_dir):
+  tokenizer = encode.load_tokenizer(data_dir / 'tokenizers' / 'qwen3')
+  call = {'type': 'function', 'function': {'name': 'look', 'arguments': '{"at": "<x>"}'}}
+  messages = [MESSAGE, {'role': 'assistant', 'content': None, 'tool_calls': [call]}, {'role': 'tool', 'content': 'seen'},
+              ANSWER]
+  example = ask(messages, tokenizer, tools=[{'type': 'function', 'function': {'name': 'look'}}])
+  assert '<tool_call>\n{"name": "look"' in example.prompt and '<tool_response>\nseen\n' in example.prompt
+  assert example.prompt.endswith('<|im_start|>assistant\n<think>\n\n</think>\n\n') and example.response == 'y<|im_end|>\n'
 
 
 @pytest.mark.parametrize('template, detail', [

@@ -42,7 +42,7 @@ def models(tmp_path_factory):
   """(teacher folder, student folder); the same architecture, other values, and the student knows its block options."""
   root = tmp_path_factory.mktemp('models')
   tokenizer = data_cases.tiny_tokenizer()
-  said = {'kind': 'distill', 'blocks': dataclasses.asdict(OPTIONS)}
+  said = {'kind': 'distill', 'blocks': hf_config.blocks_meta(OPTIONS)}
   return save_model(root / 'teacher', tokenizer, {})[0], save_model(root / 'student', tokenizer, said, seed=1)[0]
 
 
@@ -126,6 +126,10 @@ def test_a_teacher_with_another_tokenizer_is_refused(models, data, tmp_path, cap
 def test_malformed_block_options_are_named():
   with pytest.raises(ValueError, match='here.*sink_ids, positions'):
     hf_config.block_options({'blocks': {'sink_ids': [1]}}, where='here')
+  before = {name: value for name, value in hf_config.blocks_meta(OPTIONS).items() if name != 'sinks_stand'}
+  with pytest.raises(ValueError, match='here: this student was trained with sinks in front of every block but the first'):
+    hf_config.block_options({'blocks': before}, where='here')
+  assert hf_config.block_options({'blocks': before | {'sink_ids': []}}).sink_ids == ()
 
 
 def test_documents_and_examples_stay_together(models, data):

@@ -11,7 +11,7 @@ import blockattn
 from blockattn import blocks
 from blockattn.data import encode
 from blockattn.evals import gap
-from blockattn.hf import convert
+from blockattn.hf import config as hf_config, convert
 from blockattn.models import transformer
 from tools import evaluate, judge
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
   cfg = transformer.ModelConfig('llama', vocab=len(tokenizer), width=16, layers=1, heads=2, kv_heads=1, head_dim=8,
                                 mlp=16, max_positions=1024)
   convert.save(hf_cases.random_params(cfg, 'float32', 1), cfg, folder, source=folder.with_name('tokenizer'),
-               meta={'blocks': dataclasses.asdict(OPTIONS)}, card='', dtype='float32')
+               meta={'blocks': hf_config.blocks_meta(OPTIONS)}, card='', dtype='float32')
   return str(folder)
 
 
