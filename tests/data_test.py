@@ -287,14 +287,15 @@ def test_what_chats_of_people_hold_is_read():
   tokenizer = data_cases.tiny_tokenizer()
   parts = [{'type': 'text', 'text': 'one'}, {'type': 'text', 'text': 'two'}]
   example = ask([{'role': 'system', 'content': ''}, MESSAGE | {'content': parts}, ANSWER], tokenizer)
-  assert example.texts == ('<|im_start|>system\n<|im_end|>\n', '<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n',
-                           'y<|im_end|>\n')
+  assert example.texts == ('<|im_start|>system\n<|im_end|>\n',
+                           '<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n', 'y<|im_end|>\n')
 
 
 THINKS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}"
           "{{ '<think>\n' + m['reasoning_content'] | default('') + '\n</think>\n\n' }}{% endif %}"
           "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-          "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}")
+          "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+          "{% endif %}")
 
 
 def thinking_tokenizer(said=''):

@@ -1,6 +1,5 @@
 """tools.evaluate from folders and files to tables, with models of a few thousand random parameters."""
 
-import dataclasses
 import io
 import json
 import re

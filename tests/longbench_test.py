@@ -308,7 +308,7 @@ def test_truncation_is_the_published_one(task, adds_bos):
   total = len(tokenizer(published(task, own))['input_ids'])
   for most in (total, total - 1, 401, 260, 90, 21, 3):
     made, = longbench.make_items(task, [own], tokenizer, cut=in_thirds, chat=False, max_length=most)
-    whole = ''.join(made.example.blocks) + made.example.prompt
+    whole = ''.join(made.example.texts)
     assert whole == published_truncation(published(task, own), tokenizer, most), most
     assert made.example.prompt and all(made.example.blocks)
 
@@ -337,7 +337,7 @@ def test_truncation_never_breaks_a_character():
   own = record('vcsum', '会议' * 50)
   for most in range(100, 112):
     made, = longbench.make_items('vcsum', [own], tokenizer, cut=None, chat=False, max_length=most)
-    whole = ''.join(made.example.blocks) + made.example.prompt
+    whole = ''.join(made.example.texts)
     assert '\ufffd' not in whole and set(whole) <= set(published('vcsum', own))
 
 
@@ -347,7 +347,7 @@ def test_with_a_real_tokenizer(data_dir):
   context = '\n'.join(f'Passage {i}:\nNaïve café number {i}. 你好，世界！' for i in range(200))
   own = record('hotpotqa', context)
   made, = longbench.make_items('hotpotqa', [own], tokenizer, cut=None, chat=False, max_length=1000)
-  whole = ''.join(made.example.blocks) + made.example.prompt
+  whole = ''.join(made.example.texts)
   assert whole == published_truncation(published('hotpotqa', own), tokenizer, 1000)
   assert abs(len(tokenizer(whole)['input_ids']) - 1000) < 5
   templates = json.loads((data_dir / 'longbench' / 'dataset2prompt.json').read_text())

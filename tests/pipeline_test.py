@@ -507,7 +507,8 @@ def get_config(arg=''):
 ''')
   files = [str(folder / 'a.jsonl')]
   assert prepare.main([*files, f'--config={tmp_path}/own.py', '--config.data.too_long=cut']) == 0
-  config = sweep.parse([f'--config={tmp_path}/own.py', f'--config.data.files={files[0]},', '--config.data.too_long=cut'])
+  config = sweep.parse([f'--config={tmp_path}/own.py', '--config.data.too_long=cut'])
+  config.data.files = tuple(files)
   source = setup.rows(config, setup.tokenizer(config))
   assert not source.stores[0].built and source.options.chat   # the tokenizer has a template
   assert prepare.main([*files, '--length', '9']) == 2 and prepare.main(['--tokenizer', arguments[1]]) == 2

@@ -471,8 +471,9 @@ def _value(said):
 
 def _render(tokenizer, messages, generation, tools=None):
   try:
+    # transformers would guard against special tokens in its own way, and make a text of every argument.
     return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generation,
-                                         strftime_now=_TODAY.strftime)
+                                         sanitize_control_tokens=False, strftime_now=_TODAY.strftime)
   except Exception as error:   # a template raises what it likes: jinja2 errors, TypeErrors, its own refusals
     raise Malformed('chat template', str(error)[:200]) from error
 
