@@ -335,6 +335,7 @@ def test_a_thought_that_the_prompt_shuts_off_is_refused():
 
 def test_a_template_that_writes_the_date_writes_the_same_every_day():
   tokenizer = copy.deepcopy(data_cases.tiny_tokenizer("{{ strftime_now('%d %b %Y') }}" + data_cases.CHATML))
+  text_lib.set_template_args(tokenizer)
   assert ask([MESSAGE, ANSWER], tokenizer).prompt.startswith('26 Jul 2024<|im_start|>user\n')
 
 

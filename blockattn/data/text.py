@@ -432,7 +432,7 @@ def _need_chat_template(tokenizer, what):
 
 
 def set_template_args(tokenizer: Any, said: str = '') -> None:
-  """Gives the tokenizer's chat template its arguments, for good: whatever renders with it renders with them.
+  """Gives the tokenizer's chat template its arguments, for good: whatever renders with it renders with them, on every day.
 
   Args:
     said: 'NAME=VALUE,...', values in JSON or plain text; those of TEMPLATE_ARGS that the template knows hold if they are not
@@ -456,9 +456,19 @@ def set_template_args(tokenizer: Any, said: str = '') -> None:
                        'not know it; leave it out')
   values = {name: value for name, value in TEMPLATE_ARGS.items() if knows(name)} | given
   head = ''.join(f'{{%- set {name} = {json.dumps(value)} -%}}' for name, value in sorted(values.items()))
-  if head:
-    tokenizer.chat_template = ({name: head + t for name, t in templates.items()} if isinstance(templates, Mapping)
-                               else head + templates)
+  with_head = lambda t: _fixed_date(t) + head + t
+  if templates:
+    tokenizer.chat_template = ({name: with_head(t) for name, t in templates.items()} if isinstance(templates, Mapping)
+                               else with_head(templates))
+
+
+def _fixed_date(template):
+  """What to write in front of a template that asks for today's date, so that it gets _TODAY."""
+  formats = set(re.findall(r"""strftime_now\(\s*["']([^"']*)["']\s*\)""", template))
+  if not formats:
+    return ''
+  dates = json.dumps({form: _TODAY.strftime(form) for form in sorted(formats)})
+  return f'{{%- macro strftime_now(format) -%}}{{{{ {dates}[format] }}}}{{%- endmacro -%}}'
 
 
 def _value(said):
@@ -471,9 +481,7 @@ def _value(said):
 
 def _render(tokenizer, messages, generation, tools=None):
   try:
-    # transformers would guard against special tokens in its own way, and make a text of every argument.
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generation,
-                                         sanitize_control_tokens=False, strftime_now=_TODAY.strftime)
+    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=generation)
   except Exception as error:   # a template raises what it likes: jinja2 errors, TypeErrors, its own refusals
     raise Malformed('chat template', str(error)[:200]) from error
 
