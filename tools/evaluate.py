@@ -129,7 +129,7 @@ def load_pair(model, teacher, modes: Sequence[str], compute: transformer.Compute
   return subjects, teacher_subject, tokenizer
 
 
-def file_docs(files: Sequence[str], tokenizer, *, chat: bool | None = None, strict: bool = False, limit: int | None = None):
+def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bool = False, limit: int | None = None):
   """(documents, their examples, text.Report of the lines) of JSON lines files; at most `limit` examples are read.
 
   Raises:
