@@ -96,9 +96,9 @@ def test_longbench(model, data, tmp_path, capsys):
   arguments = ['--tasks', 'hotpotqa', 'gov_report_e', '--segmenter', 'none']
   assert run('longbench', model, data, tmp_path, *arguments, '--limit', '2', made=made) == 0
   asked = {prompt[:20]: rest for _, prompt, *rest in made.asked}
-  assert asked == {'Answer the question ': [6, 32, ()], 'You are given a repo': [2, 512, ()]} and len(made.asked) == 3
+  assert asked == {'Answer the question ': [7, 32, ()], 'You are given a repo': [3, 512, ()]} and len(made.asked) == 3
   tasks = summary(tmp_path / 'block')['tasks']
-  assert tasks['hotpotqa']['score']['mean'] == 1 and tasks['hotpotqa']['blocks'] == 6
+  assert tasks['hotpotqa']['score']['mean'] == 1 and tasks['hotpotqa']['blocks'] == 7
   assert summary(tmp_path / 'block')['parts']['gov_report_e']['0-4k']['n'] == 1
   printed = capsys.readouterr().out
   assert '100.0 [100.0, 100.0]' in printed and '0-4k' in printed
