@@ -120,7 +120,7 @@ def test_longbench_cuts_with_the_segmenter(model, data, tmp_path, monkeypatch):
     assert run('longbench', model, data, tmp_path / name, '--tasks', 'hotpotqa', 'gov_report_e', '--segmenter', name,
                '--target-tokens', '64', made=made) == 0
     assert asked.pop() == (1, model_asked, 64) and not asked   # hotpotqa has passages
-  assert [blocks for _, prompt, blocks, *_ in made.asked if prompt.startswith('You')] == [4, 4]
+  assert [blocks for _, prompt, blocks, *_ in made.asked if prompt.startswith('You')] == [5, 5]
 
 
 def test_locomo(model, data, tmp_path, capsys):
