@@ -236,7 +236,7 @@ class BlockOptions:
   """How block mode looks to a model: decided at training, and the same for ever after.
 
   Attributes:
-    sink_ids: token ids inserted in front of every block but a document's first; their number is the number of sinks.
+    sink_ids: token ids inserted in front of every block; their number is the number of sinks.
     positions: scheme, see `with_positions`.
     max_blocks: most blocks in a row of packed documents: bounds the room that sinks take.
   """
@@ -266,7 +266,7 @@ def padded_length(length: int, count: int, max_blocks: int) -> int:
 
 
 def insert_sinks(tokens, layout: BlockLayout, sink_ids, length: int, positions: str):
-  """Puts sink tokens in front of every block but the first of each document.
+  """Puts sink tokens in front of every block, so that a block is made of the same tokens wherever it stands.
 
   Args:
     tokens: int32 [B, T].
@@ -283,7 +283,7 @@ def insert_sinks(tokens, layout: BlockLayout, sink_ids, length: int, positions: 
   tokens, doc = jnp.asarray(tokens), jnp.asarray(layout.doc)
   count = len(sink_ids)
   rows, old_length = doc.shape
-  starts = block_starts(layout) & ~_doc_starts(doc)
+  starts = block_starts(layout)
   index = (jnp.arange(old_length)[None, :] + count * jnp.cumsum(starts, axis=1)).astype(jnp.int32)
   b = jnp.arange(rows)[:, None]
   place = lambda old, new: jnp.zeros((rows, length), jnp.asarray(old).dtype).at[b, new].set(old, mode='drop')

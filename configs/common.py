@@ -1,6 +1,7 @@
 """What every config shares. A config file's `get_config(arg)` starts from `base()`; every key stands here once."""
 
 import ml_collections
+from ml_collections import config_dict
 
 from blockattn import mesh, tree
 
@@ -72,9 +73,9 @@ def base():
   config.optim.mu_dtype = ''       # of Adam's first moment: float32, bfloat16; empty: that of the parameters
 
   config.blocks = ml_collections.ConfigDict()         # block mode, see blocks.BlockOptions
-  config.blocks.sinks = 4          # sink tokens in front of every block but a document's first
+  config.blocks.sinks = 4          # sink tokens in front of every block
   config.blocks.sink_kind = 'token'   # 'token': an existing one; 'learned': new embedding rows
-  config.blocks.sink_text = '\n'   # the token of kind 'token', and where learned ones start
+  config.blocks.sink_text = ''     # the token of kind 'token', and where learned ones start; empty: the line end
   config.blocks.positions = 'sequential'   # 'sequential', or 'local': every context block starts at 0
 
   config.data = ml_collections.ConfigDict()
@@ -84,7 +85,8 @@ def base():
   config.data.max_blocks = 64      # most blocks of a row
   config.data.block_tokens = 0     # 0: the blocks that are given; else blocks of so many tokens, cut anywhere
   config.data.files = ()           # JSON lines: files, folders or globs; with commas between them on the command line
-  config.data.chat = False         # wrap plain examples in the tokenizer's chat template
+  config.data.chat = config_dict.placeholder(bool)   # wrap plain examples in the chat template; unset: if there is one
+  config.data.template_args = ''   # of the chat template, 'enable_thinking=true,...'; see data/text.py for what is default
   config.data.strict = False       # stop at the first malformed line instead of counting it
   config.data.too_long = 'drop'    # or 'cut': leave out context blocks without the answer
   config.data.cache = '.cache/blockattn'   # encoded documents

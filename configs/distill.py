@@ -1,8 +1,7 @@
 """Block distillation of a published model into itself, on files of prompts with answers.
 
     python -m tools.show --config configs/distill.py:model=qwen3_4b,ctx=32768 --devices 64
-    python -m tools.prepare train/ --tokenizer Qwen/Qwen3-4B --length 32768 --max-blocks 256 --chat \
-        --cache .cache/blockattn
+    python -m tools.prepare train/ --config configs/distill.py:model=qwen3_4b,ctx=32768
     python -m blockattn.train.distill --config configs/distill.py:model=qwen3_4b,ctx=32768 \
         --config.data.files=train/ --workdir runs/qwen3_4b
     python -m tools.convert to_hf runs/qwen3_4b exported/qwen3_4b
@@ -82,5 +81,4 @@ def published(model, ctx):
   config.optim.warmup = 25
   config.data.length = ctx
   config.data.max_blocks = max(8, ctx // 128)   # blocks of 128 tokens on average; sinks take 3% of the row then
-  config.data.chat = True
   return config

@@ -34,7 +34,7 @@ def test_a_prompt_has_its_length_and_blocks_of_all_lengths(length):
   sizes = [len(block) for block in prompt.blocks]
   assert prompt.tokens == sum(sizes) == length and sizes[-1] == 32
   assert len(set(sizes[:-1])) > 2 and all(20 <= size <= 110 for size in sizes)
-  assert prompt.with_sinks() == [sizes[0], *(size + 4 for size in sizes[1:])]
+  assert prompt.with_sinks() == [size + 4 for size in sizes]
   assert prompt == bench_ttft.make_prompt(length, 64, 32, 100)
 
 

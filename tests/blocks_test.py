@@ -197,15 +197,14 @@ def naive_sinks(tokens, layout, sink_ids, length):
   new = np.zeros((7, ROWS, length), np.int32)
   index = np.zeros((ROWS, T), np.int32)
   for b in range(ROWS):
-    out, blocks_seen, docs_seen = [], set(), set()
+    out, blocks_seen = [], set()
     for t in range(T):
       facts = [int(x[b, t]) for x in old]
       starts = facts[0] and tuple(facts[:2]) not in blocks_seen
-      if starts and facts[0] in docs_seen:
+      if starts:
         out += [[sink, *facts, 1] for sink in sink_ids]
       if facts[0]:
         blocks_seen.add(tuple(facts[:2]))
-        docs_seen.add(facts[0])
       index[b, t] = len(out)
       out.append([int(tokens[b, t]), *facts, 0])
     kept = np.array(out[:length], np.int32).T

@@ -12,7 +12,7 @@ from blockattn.train import setup
 from configs import common
 
 EXAMPLE = text_lib.Example(('<s>one. ', 'two. three.', ' four.</s>'), 'who? ', 'me', 'x', gold=(1,),
-                           template=(((0, 3),), (), ((6, 10),), (), ()))
+                           template=((), ((0, 3),), (), ((6, 10),), (), ()))
 
 
 class EveryFive:
@@ -28,8 +28,8 @@ class EveryFive:
 
 def test_blocks_gold_and_template_follow_the_cuts():
   cut = text_lib.recut(EXAMPLE, [2, 8, 13, 27, 40])   # in '<s>', behind 'one. ', behind 'two. ', in '</s>', nowhere
-  assert cut.blocks == ('<s>one. ', 'two. ', 'three. four.</s>')
-  assert cut.gold == (1, 2) and cut.template == (((0, 3),), (), ((12, 16),), (), ())
+  assert cut.blocks == ('<s>one.', ' two.', ' three. four.</s>')
+  assert cut.gold == (1, 2) and cut.template == ((), ((0, 3),), (), ((13, 17),), (), ())
   assert (cut.prompt, cut.response) == (EXAMPLE.prompt, EXAMPLE.response)
 
 
@@ -37,7 +37,7 @@ def test_blocks_gold_and_template_follow_the_cuts():
 def test_no_text_and_no_range_of_the_template_is_lost(cuts):
   cut = text_lib.recut(EXAMPLE, cuts)
   assert ''.join(cut.blocks) == ''.join(EXAMPLE.blocks) and all(cut.blocks)
-  written = [''.join(block[a:b] for a, b in own) for block, own in zip(cut.blocks, cut.template)]
+  written = [''.join(block[a:b] for a, b in own) for block, own in zip(cut.blocks, cut.template[1:])]
   assert ''.join(written) == '<s></s>'
 
 

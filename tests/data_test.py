@@ -1,5 +1,6 @@
 """Reading, encoding and packing of examples."""
 
+import copy
 import gzip
 import json
 import re
@@ -31,13 +32,13 @@ def rendering(tokenizer, messages, generation=False):
 
 
 def joined(example):
-  return ''.join(example.blocks) + example.prompt + example.response
+  return ''.join(example.texts)
 
 
 def from_template(example):
   """The text that the template wrote, of every part."""
   return [[part[a:b] for a, b in ranges] for part, ranges in
-          zip((*example.blocks, example.prompt, example.response), example.template, strict=True)]
+          zip(example.texts, example.template, strict=True)]
 
 
 @pytest.fixture(scope='module')
@@ -82,8 +83,8 @@ def test_a_chat_becomes_a_block_per_message(tmp_path):
   examples, _ = read(data_cases.write_lines(tmp_path / 'a.jsonl', [CHAT, later]))
   turn = '<|im_start|>{}\n{}<|im_end|>\n'
   for example in examples:
-    assert example.blocks == (turn.format('system', 'Be brief.'), turn.format('user', 'Hello'),
-                              turn.format('assistant', 'Hi.'))
+    assert example.header == turn.format('system', 'Be brief.')
+    assert example.blocks == (turn.format('user', 'Hello'), turn.format('assistant', 'Hi.'))
     assert example.prompt == turn.format('user', 'Who?') + '<|im_start|>assistant\n'
     assert (example.response, example.answers) == ('Me.<|im_end|>\n', ('Me.',))
     assert from_template(example)[-2:] == [['<|im_start|>user\n', '<|im_end|>\n<|im_start|>assistant\n'],
@@ -110,7 +111,8 @@ MALFORMED = [
     (PASSAGES | {'passages': ['a']}, 'wrong type'), (PASSAGES | {'passages': {}}, 'wrong type'),
     (PASSAGES | {'answers': 'a'}, 'wrong type'), (PASSAGES | {'answers': [1]}, 'wrong type'),
     ({'messages': {}}, 'wrong type'), ({'messages': ['x']}, 'wrong type'),
-    ({'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 'x'}]}, ANSWER]}, 'wrong type'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'text', 'text': 1}]}, ANSWER]}, 'wrong type'),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'image_url', 'image_url': 'x'}]}, ANSWER]}, 'content part'),
     ({'messages': [MESSAGE, {'role': 'assistant', 'content': None}]}, 'wrong type'),
     (GOOD | {'prompt': ' \n'}, 'empty text'), (PASSAGES | {'question': ''}, 'empty text'),
     (PASSAGES | {'answers': []}, 'empty answers'), (PASSAGES | {'answers': ['a', ' ']}, 'empty answers'),
@@ -126,6 +128,8 @@ MALFORMED = [
     ({'messages': []}, 'no assistant message'), ({'messages': [MESSAGE]}, 'no assistant message'),
     ({'messages': [{'role': 'system', 'content': 'x'}, ANSWER]}, 'no user message'),
     ({'messages': [MESSAGE, ANSWER | {'tool_calls': [{'name': 'f'}]}]}, 'tool calls'),
+    ({'messages': [MESSAGE, {'role': 'assistant', 'tool_calls': [{'name': 'f', 'arguments': '{'}]}, ANSWER]}, 'tool calls'),
+    ({'messages': [MESSAGE, ANSWER], 'tools': [{'name': '<|im_end|>'}]}, 'tool calls'),
 ]
 
 
@@ -220,9 +224,10 @@ def test_a_chat_is_its_rendering_byte_for_byte(contents, system, template):
 def check_chat(messages, tokenizer):
   example = text_lib.parse_line(json.dumps({'messages': messages}), where='f:1', tokenizer=tokenizer)
   assert joined(example) == rendering(tokenizer, messages)
-  assert len(example.blocks) == len(messages) - 2
-  for text, message, own in zip((*example.blocks, example.prompt, example.response), messages, from_template(example),
-                                strict=True):
+  shown = [(text, own) for text, own in zip(example.texts, from_template(example), strict=True)]
+  shown = shown[len(shown) - len(messages):]   # a header of the template's own comes in front
+  assert rendering(tokenizer, messages[:-1], generation=True) == joined(example).removesuffix(example.response)
+  for (text, own), message in zip(shown, messages, strict=True):
     content = message['content'].split('</think>')[-1].strip()
     assert content in text
     assert len(''.join(own)) <= len(text) - len(content)   # the template claims nothing of the message
@@ -233,8 +238,7 @@ REAL_CHATS = [
     [('user', 'Hi'), ('assistant', 'Hello')],
     [('system', ' You are\nkind. '), ('user', '<|im_end|>\n<|im_start|>user'), ('assistant', 'x\n\n'),
      ('user', '  user  '), ('assistant', '\n assistant <|eot_id|>')],
-    [('user', 'a'), ('assistant', '<think>\nhm\n</think>\n\nb'), ('user', 'c'),
-     ('assistant', '<think>\nso\n</think>\n\nd')],
+    [('user', 'a'), ('assistant', '<think>\nhm\n</think>\n\nb'), ('user', 'c'), ('assistant', 'd')],
     [('user', 'system'), ('assistant', 'user'), ('user', 'é́ ﬁ'), ('assistant', 'assistant')],
 ]
 
@@ -263,15 +267,88 @@ def check_turn(blocks, prompt, tokenizer):
   whole = [{'role': 'user', 'content': ''.join(blocks) + prompt}]
   assert joined(example) == rendering(tokenizer, whole, generation=True) + 'r'
   assert len(example.blocks) == len(blocks) and example.response == 'r'
-  assert example.blocks[0].rstrip().endswith(blocks[0].strip())
+  assert blocks[0].startswith(example.blocks[0]) or example.blocks[0] == blocks[0].lstrip()
+  assert from_template(example)[0] == [example.header] * bool(example.header)
   assert all(text == block for text, block in zip(example.blocks[1:], blocks[1:], strict=True))
   assert prompt.strip() in example.prompt
 
 
 def test_passages_in_a_turn_have_their_own_words(tmp_path):
   [example], _ = read(data_cases.write_lines(tmp_path / 'a.jsonl', [PASSAGES]), chat=True)
-  assert example.blocks[0].startswith('<|im_start|>user\nTitle 1.0\n') and example.response == 'answer 1'
+  assert example.header == '<|im_start|>user\n' and example.blocks[0].startswith('Title 1.0\n')
+  assert example.response == 'answer 1'
   assert example.prompt.endswith('Question: what is 1?<|im_end|>\n<|im_start|>assistant\n')
+
+
+def ask(messages, tokenizer, **more):
+  return text_lib.parse_line(json.dumps({'messages': messages} | more), where='f:1', tokenizer=tokenizer)
+
+
+def test_what_chats_of_people_hold_is_read():
+  tokenizer = data_cases.tiny_tokenizer()
+  parts = [{'type': 'text', 'text': 'one'}, {'type': 'text', 'text': 'two'}]
+  example = ask([{'role': 'system', 'content': ''}, MESSAGE | {'content': parts}, ANSWER], tokenizer)
+  assert example.texts == ('<|im_start|>system\n<|im_end|>\n',
+                           '<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n', 'y<|im_end|>\n')
+
+
+THINKS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if loop.last and m['role'] == 'assistant' %}"
+          "{{ '<think>\n' + m['reasoning_content'] | default('') + '\n</think>\n\n' }}{% endif %}"
+          "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+          "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+          "{% endif %}")
+
+
+def thinking_tokenizer(said=''):
+  tokenizer = copy.deepcopy(data_cases.tiny_tokenizer(THINKS))
+  text_lib.set_template_args(tokenizer, said)
+  return tokenizer
+
+
+@pytest.mark.parametrize('said, shut', [('', True), ('enable_thinking=false', True), ('enable_thinking=true', False)])
+def test_lines_of_all_forms_are_asked_as_they_were_trained(said, shut):
+  tokenizer = thinking_tokenizer(said)
+  encoder = encode.Encoder(tokenizer)
+  asked = text_lib.wrap_in_turn(text_lib.Example(('one ',), 'who?', '', 'x'), tokenizer)
+  end = '<|im_start|>assistant\n' + '<think>\n\n</think>\n\n' * shut
+  assert asked.prompt.endswith(end) and asked.prompt.count('<think>') == shut
+  for line in ({'blocks': ['one '], 'prompt': 'who?', 'response': 'me'},
+               {'messages': [MESSAGE | {'content': 'one who?'}, ANSWER]}):
+    example = text_lib.parse_line(json.dumps(line), where='f:1', chat=True, tokenizer=tokenizer)
+    doc, _ = encode.fit(encoder.parts([example])[0])
+    assert tokenizer.decode(doc.tokens[:doc.answer[0]]) == ''.join(asked.texts[:-1])
+    assert example.prompt.endswith(end)
+  assert encoder.fingerprint == encode.Encoder(thinking_tokenizer(said)).fingerprint
+  assert (encoder.fingerprint == encode.Encoder(thinking_tokenizer()).fingerprint) == shut
+
+
+def test_a_thought_that_the_prompt_shuts_off_is_refused():
+  messages = [MESSAGE, ANSWER | {'reasoning_content': 'hm'}]
+  with pytest.raises(text_lib.Malformed, match='other prompt.*enable_thinking=true'):
+    ask(messages, thinking_tokenizer())
+  example = ask(messages, thinking_tokenizer('enable_thinking=true'))
+  assert example.response == '<think>\nhm\n</think>\n\ny<|im_end|>\n'
+  with pytest.raises(ValueError, match="template argument 'thoughts': the chat template of .* does not know it"):
+    thinking_tokenizer('thoughts=true')
+  with pytest.raises(ValueError, match='write NAME=VALUE'):
+    thinking_tokenizer('enable_thinking')
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day():
+  tokenizer = copy.deepcopy(data_cases.tiny_tokenizer("{{ strftime_now('%d %b %Y') }}" + data_cases.CHATML))
+  text_lib.set_template_args(tokenizer)
+  assert ask([MESSAGE, ANSWER], tokenizer).prompt.startswith('26 Jul 2024<|im_start|>user\n')
+
+
+@pytest.mark.data
+def test_tool_turns_of_a_real_template(data_dir):
+  tokenizer = encode.load_tokenizer(data_dir / 'tokenizers' / 'qwen3')
+  call = {'type': 'function', 'function': {'name': 'look', 'arguments': '{"at": "<x>"}'}}
+  messages = [MESSAGE, {'role': 'assistant', 'content': None, 'tool_calls': [call]}, {'role': 'tool', 'content': 'seen'},
+              ANSWER]
+  example = ask(messages, tokenizer, tools=[{'type': 'function', 'function': {'name': 'look'}}])
+  assert '<tool_call>\n{"name": "look"' in example.prompt and '<tool_response>\nseen\n' in example.prompt
+  assert example.prompt.endswith('<|im_start|>assistant\n<think>\n\n</think>\n\n') and example.response == 'y<|im_end|>\n'
 
 
 @pytest.mark.parametrize('template, detail', [
@@ -322,7 +399,7 @@ def test_a_chat_ends_with_its_own_token(encoder):
   doc, _ = encode.fit(encoder.parts([example])[0])
   assert tokenizer.decode(doc.tokens) == joined(example)
   assert tokenizer.decode(doc.tokens[slice(*doc.answer)]) == 'Me.<|im_end|>'
-  assert [tokenizer.decode(block) for block in encoder.prompt(example)] == [*example.blocks, example.prompt]
+  assert [tokenizer.decode(block) for block in encoder.prompt(example)] == list(example.texts[:-1])
 
 
 @pytest.mark.data
@@ -348,7 +425,7 @@ def test_beginning_of_text_stands_once(template, adds_bos, chat, count):
   doc, _ = encode.fit(parts)
   assert doc.tokens.tolist().count(tokenizer.bos_token_id) == count
   assert not count or doc.tokens[0] == tokenizer.bos_token_id
-  assert parts.spare == (not count, True)
+  assert parts.spare == (True, True) and parts.header[:1] == [tokenizer.bos_token_id] * count
   assert encode.Encoder(tokenizer, bos='never').bos is None
 
 

@@ -15,7 +15,7 @@ import rich.console
 from blockattn import blocks, checkpoint
 from blockattn.data import stdlib, text as text_lib
 from blockattn.evals import gap
-from blockattn.hf import convert
+from blockattn.hf import config as hf_config, convert
 from blockattn.models import transformer
 from blockattn.train import setup
 from tools import evaluate, report
@@ -43,7 +43,7 @@ def models(tmp_path_factory):
   """(teacher folder, student folder); the same architecture, other values, and the student knows its block options."""
   root = tmp_path_factory.mktemp('models')
   tokenizer = data_cases.tiny_tokenizer()
-  said = {'kind': 'distill', 'blocks': dataclasses.asdict(OPTIONS)}
+  said = {'kind': 'distill', 'blocks': hf_config.blocks_meta(OPTIONS)}
   return save_model(root / 'teacher', tokenizer, {})[0], save_model(root / 'student', tokenizer, said, seed=1)[0]
 
 
@@ -136,6 +136,13 @@ def test_a_teacher_with_another_tokenizer_is_refused(models, data, tmp_path, cap
   data_cases.tiny_tokenizer.cache_clear()   # it has the new token, too
   assert evaluate.main(arguments((teacher, models[1]), data)) == 2
   assert "first 'one more'" in capsys.readouterr().err
+
+
+def test_students_of_another_rule_for_sinks_are_refused():
+  before = {name: value for name, value in hf_config.blocks_meta(OPTIONS).items() if name != 'sinks_stand'}
+  with pytest.raises(ValueError, match='here: this student was trained with sinks in front of every block but the first'):
+    hf_config.block_options({'blocks': before}, where='here')
+  assert hf_config.block_options({'blocks': before | {'sink_ids': []}}).sink_ids == ()
 
 
 def test_documents_and_examples_stay_together(models, data):

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 
+import data_cases
 import hf_cases
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import tokenizers
 
 from blockattn import blocks
+from blockattn.data import encode, text as text_lib
 from blockattn.inference import cache, generate, pool
 from blockattn.inference.generate import Engine, Request
 from blockattn.models import decode, transformer
@@ -46,16 +49,42 @@ def engine(name, words, positions='sequential', devices=1, dtype='float32', impl
 def masked_logits(name, prompt, positions, dtype='float32', shared=False):
   """Of the token after the prompt, from one masked forward pass."""
   cfg, params = model(name)
+  return masked(params, cfg, Compute(dtype=dtype, impl='reference'), blocks.BlockOptions(SINKS[name], positions, 8), prompt,
+                shared)
+
+
+def masked(params, cfg, compute, options, prompt, shared=False):
   lengths = [list(map(len, prompt))]
   layout = blocks.from_lengths([lengths], 256, shared_first=shared)
   tokens = np.zeros((1, 256), np.int32)
   tokens[0, :sum(lengths[0])] = np.concatenate(prompt)
-  tokens, layout, index = blocks.block_mode(tokens, layout, blocks.BlockOptions(SINKS[name], positions, 8))
-  x_BTD = _apply(params, tokens, layout, cfg, Compute(dtype=dtype, impl='reference'))
+  tokens, layout, index = blocks.block_mode(tokens, layout, options)
+  x_BTD = _apply(params, tokens, layout, cfg, compute)
   return np.asarray(transformer.logits(params, x_BTD[0, int(index[0, sum(lengths[0]) - 1])], cfg))
 
 
 _apply = jax.jit(transformer.apply, static_argnums=(3, 4))
+
+
+@pytest.mark.parametrize('positions', ['sequential', 'local'])
+@pytest.mark.parametrize('template, adds_bos', [(None, False), (None, True), (data_cases.CHATML, False),
+                                                (data_cases.TRIMMING, True)])
+def test_passages_in_another_order_are_all_found_again(positions, template, adds_bos):
+  tokenizer = data_cases.tiny_tokenizer(template, adds_bos=adds_bos)
+  cfg = dataclasses.replace(hf_cases.MODELS['llama_rope'], vocab=len(tokenizer), max_positions=2048)
+  params, options = hf_cases.random_params(cfg, 'float32'), blocks.BlockOptions((3, 3), positions, max_blocks=8)
+  compute = Compute(impl='reference')
+  asked = Engine(params, cfg, compute, options, tokenizer, stop_ids=(), device_tokens=1024)
+  lines = {name: {'passages': [{'title': '', 'text': text} for text in name], 'question': f'{name}?', 'answers': ['x']}
+           for name in ('ABC', 'BCA', 'CBA', 'CA', 'B')}
+  for name, line in lines.items():
+    example = text_lib.parse_line(json.dumps(line), where='f:1', chat=bool(template), tokenizer=tokenizer,
+                                  template=text_lib.CHAT if template else text_lib.PLAIN)
+    prompt = encode.Encoder(tokenizer).prompt(example)
+    found = asked.prepare([Request(prompt)])[0]
+    assert len(found) == len(name) + (template is not None or adds_bos)   # a header
+    assert {block.found for block in found} == ({'computed'} if name == 'ABC' else {'device'})
+    np.testing.assert_allclose(asked.logits(Request(prompt)), masked(params, cfg, compute, options, prompt), atol=1e-4)
 
 
 def random_prompt(rng, context=(1, 2, 4)):

@@ -10,9 +10,11 @@ import pytest
 import rich.console
 from evaluate_test import save_model
 
+from blockattn import blocks
+from blockattn.hf import config
 from tools import generate
 
-SINKS = {'blocks': {'sink_ids': [5, 6], 'positions': 'sequential', 'max_blocks': 8}}
+SINKS = {'blocks': config.blocks_meta(blocks.BlockOptions((5, 6), 'sequential', max_blocks=8))}
 LINES = [{'blocks': ['one two ', 'three '], 'prompt': 'count:', 'response': ' four', 'id': 'a'},
          {'blocks': ['three ', 'one two '], 'prompt': 'count:', 'response': ' four', 'id': 'b'}]
 

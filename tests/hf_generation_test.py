@@ -56,7 +56,7 @@ class Student:
 def export(cfg, folder, options):
   params = hf_cases.random_params(cfg, 'float32')
   convert.save(params, cfg, folder / 'student', source=hf_cases.write_tokenizer(folder / 'source', cfg.vocab),
-               meta={'blocks': None if options is None else dataclasses.asdict(options)}, card='', dtype='float32')
+               meta={'blocks': None if options is None else config.blocks_meta(options)}, card='', dtype='float32')
   return Student(cfg, params, read(folder / 'student'), folder / 'student')
 
 
@@ -211,7 +211,7 @@ def test_logits_are_ours(student, options):
   for prompt, ours, masked in zip(PROMPTS, expected, masked_logits(student.model, PROMPTS, options), strict=True):
     np.testing.assert_allclose(masked, ours, atol=TOLERANCE, rtol=0)
     cached = cached_logits(student.model, prompt, options)
-    assert len(cached) == len(prompt[-1]) + (len(options.sink_ids) if len(prompt) > 1 else 0)
+    assert len(cached) == len(prompt[-1]) + len(options.sink_ids)
     np.testing.assert_allclose(cached, ours[-len(cached):], atol=TOLERANCE, rtol=0)
 
 
@@ -288,9 +288,9 @@ def test_states_are_used_again_in_any_order(student, options):
   expected = our_answers(student, orders, options)
   for prompt, ours in zip(orders, expected, strict=True):
     np.testing.assert_array_equal(cached_answer(student.model, prompt, options, cache=cache), ours)
-  # Without sinks a block that comes first is the same block; with them it is not.
+  # A block that comes first is the same block.
   cached_answer(student.model, [a, first, question], options, cache=cache)
-  assert cache.writes == (6 if options.sink_ids else 4)
+  assert cache.writes == 4
   for key, state in kept.items():
     assert all(torch.equal(x, y) for old, new in zip(state, cache[key]) for x, y in zip(old, new)), 'written to'
 

@@ -11,7 +11,7 @@ import blockattn
 from blockattn import blocks
 from blockattn.data import encode
 from blockattn.evals import gap
-from blockattn.hf import convert
+from blockattn.hf import config as hf_config, convert
 from blockattn.models import transformer
 from tools import evaluate, judge
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
   cfg = transformer.ModelConfig('llama', vocab=len(tokenizer), width=16, layers=1, heads=2, kv_heads=1, head_dim=8,
                                 mlp=16, max_positions=1024)
   convert.save(hf_cases.random_params(cfg, 'float32', 1), cfg, folder, source=folder.with_name('tokenizer'),
-               meta={'blocks': dataclasses.asdict(OPTIONS)}, card='', dtype='float32')
+               meta={'blocks': hf_config.blocks_meta(OPTIONS)}, card='', dtype='float32')
   return str(folder)
 
 
@@ -96,9 +96,9 @@ def test_longbench(model, data, tmp_path, capsys):
   arguments = ['--tasks', 'hotpotqa', 'gov_report_e', '--segmenter', 'none']
   assert run('longbench', model, data, tmp_path, *arguments, '--limit', '2', made=made) == 0
   asked = {prompt[:20]: rest for _, prompt, *rest in made.asked}
-  assert asked == {'Answer the question ': [6, 32, ()], 'You are given a repo': [2, 512, ()]} and len(made.asked) == 3
+  assert asked == {'Answer the question ': [7, 32, ()], 'You are given a repo': [3, 512, ()]} and len(made.asked) == 3
   tasks = summary(tmp_path / 'block')['tasks']
-  assert tasks['hotpotqa']['score']['mean'] == 1 and tasks['hotpotqa']['blocks'] == 6
+  assert tasks['hotpotqa']['score']['mean'] == 1 and tasks['hotpotqa']['blocks'] == 7
   assert summary(tmp_path / 'block')['parts']['gov_report_e']['0-4k']['n'] == 1
   printed = capsys.readouterr().out
   assert '100.0 [100.0, 100.0]' in printed and '0-4k' in printed
@@ -120,7 +120,7 @@ def test_longbench_cuts_with_the_segmenter(model, data, tmp_path, monkeypatch):
     assert run('longbench', model, data, tmp_path / name, '--tasks', 'hotpotqa', 'gov_report_e', '--segmenter', name,
                '--target-tokens', '64', made=made) == 0
     assert asked.pop() == (1, model_asked, 64) and not asked   # hotpotqa has passages
-  assert [blocks for _, prompt, blocks, *_ in made.asked if prompt.startswith('You')] == [4, 4]
+  assert [blocks for _, prompt, blocks, *_ in made.asked if prompt.startswith('You')] == [5, 5]
 
 
 def test_locomo(model, data, tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_sessions_are_blocks(file):
   assert [item.task for item in items[:5]] == ['single-hop', 'temporal', 'adversarial', 'multi-hop', 'open-domain']
   for item in items:
     first, second, last = item.example.blocks
-    assert 'Ann and Bo' in first and 'Date: 1 May, 2023\nAnn: I ran.\nBo: Look [shows a dog]\n' in first
+    assert 'Ann and Bo' in item.example.header and first == 'Date: 1 May, 2023\nAnn: I ran.\nBo: Look [shows a dog]\n\n'
     assert second == 'Date: 2 May, 2023\nBo: Rain\n\n' and '9 May, 2023\nAnn: Last one.' in last   # 10 comes after 2
     assert all(len(tokens) for tokens in encode.Encoder(PLAIN).prompt(item.example))
   # All questions about a conversation share its blocks.
@@ -91,9 +91,9 @@ def test_the_last_sessions_go_where_the_prompt_is_too_long(file):
 def test_a_chat_template_goes_around_it(file):
   tokenizer = data_cases.tiny_tokenizer()
   plain, chat = items_of(file)[0].example, items_of(file, tokenizer=tokenizer, chat=True)[0].example
-  whole = tokenizer.apply_chat_template([{'role': 'user', 'content': ''.join(plain.blocks) + plain.prompt}],
+  whole = tokenizer.apply_chat_template([{'role': 'user', 'content': ''.join(plain.texts)}],
                                         tokenize=False, add_generation_prompt=True)
-  assert ''.join(chat.blocks) + chat.prompt == whole and chat.blocks[1:] == plain.blocks[1:]
+  assert ''.join(chat.texts) == whole and chat.blocks == plain.blocks and chat.header.endswith(plain.header)
 
 
 @pytest.mark.parametrize('change, message', [

@@ -245,14 +245,14 @@ def test_joined_blocks_are_the_published_prompt(task):
   tokenizer = data_cases.tiny_tokenizer(None)
   made, = longbench.make_items(task, [own], tokenizer, cut=in_thirds, chat=False, max_length=None)
   blocks = made.example.blocks
-  assert ''.join(blocks) + made.example.prompt == published(task, own)
+  assert ''.join(made.example.texts) == published(task, own)
   assert len(blocks) == count and all(blocks)
   template, lengths = longbench.load_prompts()
   before, after = template[task].split('{context}')
-  assert blocks[0].startswith(before) and made.example.prompt == after.replace('{input}', own.input)
+  assert made.example.header == before and made.example.prompt == after.replace('{input}', own.input)
   heading = longbench.TASKS[task].heading
   if heading:
-    assert all(re.match(heading, block) for block in blocks[1:]) and re.match(heading, blocks[0][len(before):])
+    assert all(re.match(heading, block) for block in blocks)
   assert (made.id, made.max_new, made.references, made.stop) == (f'{task}:r1', lengths[task], ('x',), ())
   # As tokens: no block is empty, and decoded they are the prompt.
   tokens = encode.Encoder(tokenizer).prompt(made.example)
@@ -270,9 +270,8 @@ def test_a_chat_template_goes_around_the_prompt_of_some_tasks(task):
     return
   whole = tokenizer.apply_chat_template([{'role': 'user', 'content': published(task, own)}], tokenize=False,
                                         add_generation_prompt=True)
-  assert ''.join(made.example.blocks) + made.example.prompt == whole
-  assert len(made.example.blocks) == len(plain.example.blocks)
-  assert made.example.blocks[0].startswith('<|im_start|>user\n') and made.example.blocks[1:] == plain.example.blocks[1:]
+  assert ''.join(made.example.texts) == whole and made.example.blocks == plain.example.blocks
+  assert made.example.header == '<|im_start|>user\n' + plain.example.header
   # Special tokens stand where the template wrote them, and nowhere else.
   tokens = encode.Encoder(tokenizer).prompt(made.example)
   start, end = tokenizer.convert_tokens_to_ids(['<|im_start|>', '<|im_end|>'])
@@ -285,7 +284,7 @@ def test_a_context_without_headings_is_cut_by_the_segmenter_or_not_at_all():
          record('hotpotqa', 'Passage 1:\na\nPassage 2:\nb', id='c')]
   make = lambda cut: [len(i.example.blocks) for i in longbench.make_items(
       'hotpotqa', own, data_cases.tiny_tokenizer(None), cut=cut, chat=False, max_length=None)]
-  assert make(in_thirds) == [3, 1, 2] and make(None) == [1, 1, 2]
+  assert make(in_thirds) == [3, 0, 2] and make(None) == [1, 0, 2]
   seen = []
   make(lambda texts: seen.extend(texts) or in_thirds(texts))
   assert seen == [own[0].context]   # the others need none
@@ -309,7 +308,7 @@ def test_truncation_is_the_published_one(task, adds_bos):
   total = len(tokenizer(published(task, own))['input_ids'])
   for most in (total, total - 1, 401, 260, 90, 21, 3):
     made, = longbench.make_items(task, [own], tokenizer, cut=in_thirds, chat=False, max_length=most)
-    whole = ''.join(made.example.blocks) + made.example.prompt
+    whole = ''.join(made.example.texts)
     assert whole == published_truncation(published(task, own), tokenizer, most), most
     assert made.example.prompt and all(made.example.blocks)
 
@@ -338,7 +337,7 @@ def test_truncation_never_breaks_a_character():
   own = record('vcsum', '会议' * 50)
   for most in range(100, 112):
     made, = longbench.make_items('vcsum', [own], tokenizer, cut=None, chat=False, max_length=most)
-    whole = ''.join(made.example.blocks) + made.example.prompt
+    whole = ''.join(made.example.texts)
     assert '\ufffd' not in whole and set(whole) <= set(published('vcsum', own))
 
 
@@ -348,7 +347,7 @@ def test_with_a_real_tokenizer(data_dir):
   context = '\n'.join(f'Passage {i}:\nNaïve café number {i}. 你好，世界！' for i in range(200))
   own = record('hotpotqa', context)
   made, = longbench.make_items('hotpotqa', [own], tokenizer, cut=None, chat=False, max_length=1000)
-  whole = ''.join(made.example.blocks) + made.example.prompt
+  whole = ''.join(made.example.texts)
   assert whole == published_truncation(published('hotpotqa', own), tokenizer, 1000)
   assert abs(len(tokenizer(whole)['input_ids']) - 1000) < 5
   templates = json.loads((data_dir / 'longbench' / 'dataset2prompt.json').read_text())

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from blockattn.data import encode, pipeline, stdlib, text as text_lib
+from blockattn.train import setup
+from launch import sweep
 from tools import prepare
 
 LENGTH = 256
@@ -497,6 +499,27 @@ def test_prepare_without_a_cache_leaves_nothing(folder, arguments, tmp_path, cap
   monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
   assert prepare.main([str(folder / 'a.jsonl'), *arguments, '--chat', '--too-long', 'cut']) == 0
   assert not os.listdir(tmp_path) and 'a.jsonl' in capsys.readouterr().out
+
+
+def test_prepare_reads_what_the_training_will(folder, arguments, tmp_path, capsys):
+  (tmp_path / 'own.py').write_text(f'''
+from configs import common
+
+def get_config(arg=''):
+  config = common.base()
+  config.data.tokenizer = {arguments[1]!r}
+  config.data.length, config.data.max_blocks, config.data.cache = {LENGTH}, 9, {str(tmp_path / 'cache')!r}
+  return config
+''')
+  files = [str(folder / 'a.jsonl')]
+  assert prepare.main([*files, f'--config={tmp_path}/own.py', '--config.data.too_long=cut']) == 0
+  config = sweep.parse([f'--config={tmp_path}/own.py', '--config.data.too_long=cut'])
+  config.data.files = tuple(files)
+  source = setup.rows(config, setup.tokenizer(config))
+  assert not source.stores[0].built and source.options.chat   # the tokenizer has a template
+  assert prepare.main([*files, '--length', '9']) == 2 and prepare.main(['--tokenizer', arguments[1]]) == 2
+  err = capsys.readouterr().err
+  assert 'give --tokenizer, or a --config' in err and 'give files, --length, or a --config' in err
 
 
 def test_prepare_fails_as_it_says(folder, arguments, tmp_path, capsys):

@@ -51,7 +51,7 @@ def test_files_of_one_name_are_refused(files, tmp_path):
 def test_a_chat_template_goes_around_it(files):
   tokenizer = data_cases.tiny_tokenizer()
   example = read(files, tokenizer=tokenizer, chat=True)[0][0].example
-  assert example.blocks[0].startswith('<|im_start|>user\n') and example.prompt.endswith('<|im_start|>assistant\n')
+  assert example.header == '<|im_start|>user\n' and example.prompt.endswith('<|im_start|>assistant\n')
 
 
 @pytest.mark.parametrize('prediction, expected', [

@@ -448,13 +448,15 @@ def test_sinks_of_a_config():
   place = train_cases.placement(8, fsdp=8)
   student = setup.add_sink_rows(train_cases.params(place=place), larger, Words(), config.blocks.sink_text, place)
   np.testing.assert_array_equal(student['sinks'], np.repeat(np.asarray(student['embed'])[4:5], 2, axis=0))
+  config = config_with(blocks__sinks=1)   # the first of those that may be chosen is one token here
+  assert setup.block_options(config, cfg, Words())[1].sink_ids == (1,)
   config.blocks.sinks = 0
   assert setup.block_options(config, cfg, None)[0] == cfg   # no sinks, no token for them
 
 
 @pytest.mark.parametrize('changes, message', [
     ({'blocks__sink_kind': 'tokens'}, "config.blocks.sink_kind='tokens'; choose 'token' or 'learned'"),
-    ({'blocks__sink_text': 'two words'}, "config.blocks.sink_text='two words' is 2 tokens of this tokenizer"),
+    ({'blocks__sink_text': 'two words'}, "config.blocks.sink_text='two words' is 2 tokens of .*leave it empty"),
     ({'blocks__positions': 'globl'}, "positions='globl'; choose one of sequential, local"),
 ])
 def test_a_mistake_in_the_blocks_of_a_config(changes, message):

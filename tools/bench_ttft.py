@@ -53,7 +53,7 @@ class Prompt:
 
   def with_sinks(self) -> list[int]:
     """Tokens of each block, sinks included."""
-    return [len(block) + len(_SINKS) * (i > 0) for i, block in enumerate(self.blocks)]
+    return [len(block) + len(_SINKS) for block in self.blocks]
 
 
 def make_prompt(length: int, block: int, last: int, vocab: int) -> Prompt:
@@ -90,7 +90,8 @@ def ways(model: Model, prompt: Prompt, folder: pathlib.Path, states=STATES) -> d
   """{name: (get ready, run)} of `full` and of these states. Run gives seconds."""
   request = generate.Request(prompt.blocks, max_new=1)
   some = generate.Request((*prompt.blocks[:-1:2], prompt.blocks[-1]), max_new=1)
-  whole = generate.Request((sum(prompt.blocks, ()),), max_new=1)
+  # With its sinks as many tokens as torch reads.
+  whole = generate.Request((sum(prompt.blocks, ())[len(_SINKS):],), max_new=1)
   first = lambda engine, asked: engine.generate([asked])[0].seconds['first_token']
   device = model.engine(prompt)
 

@@ -26,7 +26,7 @@ from blockattn.train import loop
 from tools import arguments
 
 # What blockattn.json of an export takes over from a checkpoint's meta.
-CARRIED = ('source', 'kind', 'blocks', 'step', 'segmenter')
+CARRIED = ('source', 'kind', 'blocks', 'prompt', 'step', 'segmenter')
 # And what its card says of the run's config.
 _SHOWN = ('steps', 'batch', 'seed', 'data.kind', 'data.length', 'optim.lr', 'distill.temperature', 'distill.ce_weight',
           'distill.drop_rate', 'distill.drop_mode', 'distill.weights.form', 'finetune.mode', 'lora.rank')

@@ -92,7 +92,8 @@ def make_subjects(config, cfg, student, finetuned, options):
 
 def export(folder, params, cfg, options, config, summary):
   score = lambda name: f'{summary[name]["exact_match"]:.1%} exact match, KL to the teacher {summary[name]["kl"]:.3f} nats'
-  meta = setup.model_meta(cfg, options, pathlib.Path(config.model.source).name, 'distill')
+  meta = setup.model_meta(cfg, options, pathlib.Path(config.model.source).name, 'distill',
+                          prompt=setup.prompt_meta(config, setup.tokenizer(config)))
   card = card_lib.text(cfg, meta, pathlib.Path(config.model.source), title='Tiny block-attention student', facts={
       'command': '`./launch/local.sh demo`',
       'teacher, full attention': score('teacher_full'),

@@ -14,7 +14,7 @@ The parts, the most valuable first:
   tests      tests marked `device` of tests/kernels_test.py: every kernel against the float32 reference, both passes
   kernels    attention of long prompts against flex_attention, cuDNN and tokamax, forward and with the backward pass
   ttft       time to the first token with Qwen3-4B's shapes: full prefill, and none, half and all blocks cached
-  step       distillation, block fine-tuning, a stored teacher: a step's time, MFU and memory with Qwen3-0.6B's and 4B's shapes
+  step       distillation, block fine-tuning, a stored teacher: time, MFU and memory of a step, shapes of Qwen3-0.6B and 4B
   train      a real model distilled as long as there is time, and evaluated before and after
 
 --toy does all of it at sizes that a CPU manages in a minute. The exit code is 0 if every part is done, else 1; 2 if the

@@ -1,13 +1,14 @@
 """How far a student is from its teacher, on questions with answers: in block and in full attention.
 
-  python -m tools.evaluate exported/qwen3_4b --teacher Qwen/Qwen3-4B --data test.jsonl --chat --out runs/eval
+  python -m tools.evaluate exported/qwen3_4b --teacher Qwen/Qwen3-4B --data test.jsonl --out runs/eval
   python -m tools.evaluate runs/tiny --teacher blockattn/assets/tiny_teacher --data pages --limit 200
 
 MODEL and TEACHER are folders in the Hugging Face format, hub names, or work directories of a trainer (the newest
 checkpoint). Sinks and positions of block mode are those that the model was trained with: `blocks` in its blockattn.json
 or in its checkpoint; a model without runs in block mode without sinks, at sequential positions. The teacher reads in
-full attention. --data takes JSON lines in the forms of blockattn.data.text, or `pages`: pages about classes of Python's
-standard library that no training of this project sees; `pages:validation` are those that settings may be chosen by.
+full attention. Prompts are made as in training, with the chat template or without. --data takes JSON lines in the forms of
+blockattn.data.text, or `pages`: pages about classes of Python's standard library that no training of this project sees;
+`pages:validation` are those that settings may be chosen by.
 
 Prints exact match, substring and token F1 of greedy answers, cross-entropy and KL to the teacher on the answer's tokens
 (in nats), each with its interval from resampled documents, and the latter two by distance from the start of the block.
@@ -53,13 +54,15 @@ COLUMNS = {'exact_match': '{:.1%}', 'substring': '{:.1%}', 'f1': '{:.1%}', 'ce':
 _PAGES_BY_DEFAULT = 200
 
 
-def load_subject(path: str | os.PathLike, mode: str, compute: transformer.Compute):
+def load_subject(path: str | os.PathLike, mode: str, compute: transformer.Compute, template_args: str | None = None,
+                 chat: bool | None = None):
   """A model to evaluate, its parameters in compute.dtype.
 
   Args:
     path: Hugging Face folder, hub name, or a trainer's work directory.
     mode: 'full' or 'block'; `dataclasses.replace(subject, mode=...)` gives the other without loading again.
     compute: Compute.
+    template_args, chat: see `prompts_of`.
 
   Returns:
     (gap.Subject, tokenizer).
@@ -73,8 +76,30 @@ def load_subject(path: str | os.PathLike, mode: str, compute: transformer.Comput
     folder = hf_files.locate(path)
     cfg, params = hf_convert.load(folder, compute.dtype)
     meta, tokenizer = hf_config.read_meta(folder), folder
-  subject = gap.Subject(params, cfg, compute, mode, hf_config.block_options(meta, where=str(path)))
-  return subject, encode.load_tokenizer(tokenizer)
+  options = hf_config.block_options(meta, where=str(path))
+  tokenizer, chat = prompts_of(meta, tokenizer, template_args, chat)
+  return gap.Subject(params, cfg, compute, mode, options, chat), tokenizer
+
+
+def prompts_of(meta: dict, tokenizer: str | os.PathLike, template_args: str | None = None, chat: bool | None = None):
+  """(tokenizer, whether prompts get its chat template) of a model: as said, else as in its training, else if its tokenizer
+  has one.
+
+  Args:
+    meta: what the model's folder or checkpoint says.
+    tokenizer: folder or hub name.
+  """
+  trained = meta.get('prompt') or {}
+  loaded = encode.load_tokenizer(tokenizer, trained.get('template_args', '') if template_args is None else template_args)
+  return loaded, text_lib.wants_chat(trained.get('chat') if chat is None else chat, loaded)
+
+
+def add_prompt_arguments(parser):
+  """--chat and --template-args, the same in all commands that ask a model."""
+  parser.add_argument('--chat', action=argparse.BooleanOptionalAction, help="the tokenizer's chat template around prompts "
+                      '(default: as in the training of the model; of other models, if the tokenizer has one)')
+  parser.add_argument('--template-args', metavar='NAME=VALUE,...', help='of the chat template, such as enable_thinking=true '
+                      '(default: as in training; enable_thinking=false where the template knows it)')
 
 
 def _load_workdir(workdir, dtype):
@@ -93,7 +118,7 @@ def _tokenizer_of(workdir, meta):
   return meta['source']
 
 
-def load_pair(model, teacher, modes: Sequence[str], compute: transformer.Compute):
+def load_pair(model, teacher, modes: Sequence[str], compute: transformer.Compute, **prompts):
   """({name: Subject} of the teacher and of the student by mode, the teacher, the student's tokenizer).
 
   With block mode comes the teacher under the student's block mask, without sinks: it never saw one.
@@ -102,7 +127,7 @@ def load_pair(model, teacher, modes: Sequence[str], compute: transformer.Compute
     ValueError: the two tokenizers differ, so that tokens of one mean nothing to the other.
   """
   teacher_subject, teacher_tokenizer = load_subject(teacher, 'full', compute)
-  student, tokenizer = load_subject(model, 'block', compute)
+  student, tokenizer = load_subject(model, 'block', compute, **prompts)
   ours = tokenizer.get_vocab()
   other = [text for text, i in teacher_tokenizer.get_vocab().items() if text not in ours or ours[text] != i]
   if other:
@@ -234,7 +259,7 @@ def _arguments(argv):
   parser.add_argument('--max-new', type=positive, default=64, help='most tokens of an answer (default: %(default)s)')
   parser.add_argument('--stop', help='text that ends an answer beside the end-of-text token (default: none; of pages a '
                                      'line end)')
-  parser.add_argument('--chat', action='store_true', help="wrap prompts into the tokenizer's chat template")
+  add_prompt_arguments(parser)
   parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='(default: %(default)s)')
   parser.add_argument('--impl', default='auto', help='of attention (default: %(default)s)')
@@ -269,12 +294,14 @@ def run(options, console, err) -> dict:
   attention = api.choose(options.impl, jax.devices()[0])
   err.print(str(attention))
   subjects, teacher, tokenizer = load_pair(options.model, options.teacher, modes,
-                                           transformer.Compute(dtype=options.dtype, impl=attention.impl))
+                                           transformer.Compute(dtype=options.dtype, impl=attention.impl),
+                                           template_args=options.template_args, chat=options.chat)
   if files is None:
     docs, examples = page_docs(tokenizer, options.limit or _PAGES_BY_DEFAULT, split=split)
     report, stop = text_lib.Report(), options.stop or PAGE_STOP
   else:
-    docs, examples, report = file_docs(files, tokenizer, chat=options.chat, strict=options.strict, limit=options.limit)
+    chat = next(subject.chat for name, subject in subjects.items() if name != TEACHER)
+    docs, examples, report = file_docs(files, tokenizer, chat=chat, strict=options.strict, limit=options.limit)
     stop = options.stop
   facts = {'model': options.model, 'teacher': options.teacher, 'data': ' '.join(options.data), 'dtype': options.dtype,
            'impl': attention.impl, 'malformed_lines': report.bad.total()}

@@ -64,7 +64,7 @@ def cutting(segmenter: str, target_tokens: int | None):
 
 
 def read_blocks(files: Sequence[str], cut=None) -> tuple[str, ...]:
-  """The texts of the blocks of text files.
+  """The texts of the blocks of text files; a file without a line end at its end gets one, so that words stay apart.
 
   Args:
     cut: texts -> for each its blocks as (start, stop); None: a file is a block.
@@ -81,9 +81,12 @@ def read_blocks(files: Sequence[str], cut=None) -> tuple[str, ...]:
       raise ValueError(f'{file}: no UTF-8 text (byte {error.start})') from error
     if not texts[-1]:
       raise ValueError(f'{file}: the file is empty')
+    if not texts[-1].endswith(('\n', '\r')):
+      texts[-1] = text_lib.PLAIN.untitled.format(text=texts[-1])
   if cut is None:
     return tuple(texts)
-  return tuple(text[a:b] for text, spans in zip(texts, cut(texts), strict=True) for a, b in spans)
+  return tuple(block for text, spans in zip(texts, cut(texts), strict=True)
+               for block in text_lib.pieces(text, [start for start, _ in spans]))
 
 
 def asked(blocks: Sequence[str], question: str, tokenizer, chat: bool) -> text_lib.Example:
@@ -97,8 +100,7 @@ def asked(blocks: Sequence[str], question: str, tokenizer, chat: bool) -> text_l
   except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character
     raise ValueError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
   template = text_lib.CHAT if chat else text_lib.PLAIN
-  apart = tuple(text if text.endswith(('\n', '\r')) else template.untitled.format(text=text) for text in blocks)
-  example = text_lib.Example(apart, template.question.format(question=question), response='', id=question)
+  example = text_lib.Example(tuple(blocks), template.question.format(question=question), response='', id=question)
   return text_lib.wrap_in_turn(example, tokenizer) if chat else example
 
 
@@ -214,8 +216,8 @@ def run(options, stream, console) -> None:
   attention = api.choose(options.impl, jax.devices()[0])
   console.print(str(attention))
   compute = transformer.Compute(dtype=options.dtype, impl=attention.impl)
-  subject, tokenizer = evaluate.load_subject(options.model, 'block', compute)
-  chat = bool(tokenizer.chat_template) if options.chat is None else options.chat
+  subject, tokenizer = evaluate.load_subject(options.model, 'block', compute, options.template_args, options.chat)
+  chat = subject.chat
   if pages:
     examples = evaluate.page_docs(tokenizer, options.limit or _SOME_PAGES)[1]
     options.stop.append(evaluate.PAGE_STOP)
@@ -264,8 +266,7 @@ def _arguments(argv):
   parser.add_argument('--limit', type=evaluate.positive, help='most questions of JSON lines (default: all)')
   parser.add_argument('--segmenter', help=f'cuts text files: a folder, a hub name, or {cutter.EMBEDDED}')
   parser.add_argument('--target-tokens', type=evaluate.positive, help='length of its blocks (default: what it finds)')
-  parser.add_argument('--chat', action=argparse.BooleanOptionalAction,
-                      help="wrap prompts into the tokenizer's chat template (default: if it has one)")
+  evaluate.add_prompt_arguments(parser)
   parser.add_argument('--max-new', type=evaluate.positive, default=256, help=f'most tokens of an answer {default}')
   parser.add_argument('--stop', action='append', default=[], help='text that ends an answer; may be given again')
   parser.add_argument('--temperature', type=evaluate.amount, default=0.0, help=f'0: the most probable token {default}')

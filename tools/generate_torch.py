@@ -23,15 +23,17 @@ from blockattn.hf import config as hf_config, files as hf_files
 from tools import arguments, evaluate, generate
 
 
-def load(name, dtype: str):
-  """(model of transformers on the GPU if there is one, its BlockOptions, tokenizer)."""
+def load(name, dtype: str, template_args: str | None = None, chat: bool | None = None):
+  """(model of transformers on the GPU if there is one, its BlockOptions, tokenizer, whether its prompts are chats)."""
   folder = hf_files.locate(name)
-  options = hf_config.block_options(hf_config.read_meta(folder), where=str(folder / hf_files.META))
+  meta = hf_config.read_meta(folder)
+  options = hf_config.block_options(meta, where=str(folder / hf_files.META))
+  tokenizer, chat = evaluate.prompts_of(meta, folder, template_args, chat)
   import torch
   import transformers
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
-  return model.to(device).eval(), options, encode.load_tokenizer(folder)
+  return model.to(device).eval(), options, tokenizer, chat
 
 
 def examples(files, question: str | None, tokenizer, *, chat: bool, limit: int | None) -> list[text_lib.Example]:
@@ -72,9 +74,9 @@ def answer_twice(model, prompt, options, cache, max_new: int):
 
 def run(args) -> bool:
   """The command. Returns whether both ways agreed on every answer."""
-  model, options, tokenizer = load(args.model, args.dtype)
+  model, options, tokenizer, chat = load(args.model, args.dtype, args.template_args, args.chat)
   encoder, cache, agreed = encode.Encoder(tokenizer), {}, True
-  for example in examples(args.files, args.question, tokenizer, chat=args.chat, limit=args.limit):
+  for example in examples(args.files, args.question, tokenizer, chat=chat, limit=args.limit):
     prompt, known = encoder.prompt(example), len(cache)
     (tokens, seconds), (check, check_seconds) = answer_twice(model, prompt, options, cache, args.max_new)
     print(f'{example.id}\n  {tokenizer.decode(tokens, skip_special_tokens=True).strip()}')
@@ -93,7 +95,7 @@ def _arguments(argv):
   parser.add_argument('model', help='Hugging Face folder or hub name')
   parser.add_argument('files', nargs='+', help='text files, a block each; or JSON lines')
   parser.add_argument('--question', help='about the text files')
-  parser.add_argument('--chat', action='store_true', help="wrap prompts into the tokenizer's chat template")
+  evaluate.add_prompt_arguments(parser)
   parser.add_argument('--limit', type=evaluate.positive, help='most questions of JSON lines (default: all)')
   parser.add_argument('--max-new', type=evaluate.positive, default=64,
                       help='most tokens of an answer (default: %(default)s)')

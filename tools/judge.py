@@ -48,7 +48,8 @@ def answerer(subject: gap.Subject, tokenizer, *, batch: int, store: cache_lib.St
 
   Room in device memory starts at _DEVICE_TOKENS tokens and doubles when a prompt needs more.
   """
-  make = functools.partial(generate.Engine, subject.params, subject.cfg, subject.compute, subject.options, tokenizer,
+  options = subject.options if subject.mode == 'block' else dataclasses.replace(subject.options, sink_ids=())
+  make = functools.partial(generate.Engine, subject.params, subject.cfg, subject.compute, options, tokenizer,
                            stop_ids=stop_ids(tokenizer), store=store, batch=batch)
   room, engine = _DEVICE_TOKENS, None
 
@@ -56,7 +57,7 @@ def answerer(subject: gap.Subject, tokenizer, *, batch: int, store: cache_lib.St
     nonlocal room, engine
     if subject.mode == 'full':
       prompts = [[[token for tokens in prompt for token in tokens]] for prompt in prompts]
-    need = max(_room_for(prompt, subject.options) for prompt in prompts)
+    need = max(_room_for(prompt, options) for prompt in prompts)
     if engine is None or need > room:
       while room < need:
         room *= 2
@@ -110,9 +111,10 @@ def load_locomo(options, tokenizer, subject, conversations) -> Benchmark:
     return len(encoder.texts([text], [ranges])[0])
 
   def fits(example):
-    texts = (*example.blocks, example.prompt)
+    texts = example.texts[:-1]
     lengths = [count(*of) for of in zip(texts, example.template[:-1] or [()] * len(texts))]
     lengths[0] += encoder.bos is not None
+    lengths = [n for n in lengths if n]
     return _fits(subject, options.max_length, locomo.MAX_NEW, lengths)
 
   items = locomo.make_items(conversations, tokenizer, chat=options.chat, tasks=options.tasks, limit=options.limit, fits=fits)
@@ -135,7 +137,7 @@ def _fits(subject, max_length, max_new, lengths):
 
   The same in both modes, so that they answer the same items.
   """
-  tokens, sinks = sum(lengths), len(subject.options.sink_ids) * (len(lengths) - 1)
+  tokens, sinks = sum(lengths), len(subject.options.sink_ids) * len(lengths)
   return tokens <= (max_length or tokens) and tokens + sinks + max_new <= subject.cfg.max_positions
 
 
@@ -165,8 +167,8 @@ def run(options, console, err, make_answerer=answerer) -> dict[str, dict]:
   err.print(str(attention))
   modes = gap.MODES if options.mode == 'both' else (options.mode,)
   compute = transformer.Compute(dtype=options.dtype, impl=attention.impl)
-  subject, tokenizer = evaluate.load_subject(options.model, modes[0], compute)
-  chat = bool(tokenizer.chat_template) if options.chat is None else options.chat
+  subject, tokenizer = evaluate.load_subject(options.model, modes[0], compute, options.template_args, options.chat)
+  chat = subject.chat
   options = argparse.Namespace(**vars(options) | {'chat': chat})
   benchmark = load(options, tokenizer, subject, data)
   encoder = encode.Encoder(tokenizer)
@@ -249,8 +251,7 @@ def _arguments(argv):
   common.add_argument('--max-length', type=evaluate.positive,
                       help='most tokens of a prompt; longbench: its middle goes, locomo: its last sessions, qa: the '
                            "question is left out (default: the model's positions)")
-  common.add_argument('--chat', action=argparse.BooleanOptionalAction,
-                      help="the tokenizer's chat template around prompts (default: if there is one)")
+  evaluate.add_prompt_arguments(common)
   common.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='(default: %(default)s)')
   common.add_argument('--impl', default='auto', help='of attention (default: %(default)s)')
   common.add_argument('--cache', metavar='DIR', help='keep block states here, for later runs too (default: device only)')

@@ -1,12 +1,14 @@
 """Reads, checks and encodes files of examples, and says what a training run would see.
 
+  python -m tools.prepare train/*.jsonl.gz --config configs/distill.py:model=qwen3_4b,ctx=32768
   python -m tools.prepare train/*.jsonl.gz --tokenizer Qwen3-4B --length 32768 --cache ~/.cache/blockattn
 
-Prints a table with a line per file and the malformed lines. With --cache, encoded documents stay there: a run with the
-same files, tokenizer, length and options starts in seconds. The exit code is 0; 1 with --strict at the first malformed
-line; 2 if files, tokenizer or options are no good, or if no document is left.
+Prints a table with a line per file and the malformed lines. Encoded documents stay in the config's cache, or in --cache: a
+run with the same files, tokenizer, length and options starts in seconds. The exit code is 0; 1 with --strict at the first
+malformed line; 2 if files, tokenizer or options are no good, or if no document is left.
 """
 
+import argparse
 import contextlib
 import os
 import sys
@@ -19,26 +21,56 @@ import rich.progress
 import rich.table
 
 from blockattn.data import encode, packing, pipeline, text as text_lib
+from blockattn.train import command, setup
+from configs import common
 from tools import arguments, evaluate
 
 _COLUMNS = ('file', 'lines', 'examples', 'bad', 'too long', 'cut', 'docs', 'tokens', 'tokens/s', 'rows', 'padding')
 
 
 def _arguments(argv):
+  """(options, arguments of the config)."""
   parser = arguments.Parser(prog='tools.prepare', description=__doc__.split('\n\n')[0])
-  parser.add_argument('files', nargs='+', help='.jsonl or .jsonl.gz files, folders, globs')
-  parser.add_argument('--tokenizer', required=True, help='a local folder, or a name on the hub')
-  parser.add_argument('--length', required=True, type=evaluate.positive, help='tokens of a row')
-  parser.add_argument('--max-blocks', type=evaluate.positive, default=384, help='blocks of a row (default: %(default)s)')
-  parser.add_argument('--too-long', choices=encode.TOO_LONG, default='drop', help='documents longer than a row: leave '
-                      'them out, or cut context blocks without the answer (default: %(default)s)')
-  parser.add_argument('--chat', action='store_true', help="wrap prompts into the tokenizer's chat template")
-  parser.add_argument('--segmenter', default='', help="cut new blocks: a segmenter's folder or hub name, or 'tiny'; "
-                      'for the cache of a run with config.data.segmenter (default: the blocks that are given)')
+  parser.add_argument('files', nargs='*', help='.jsonl or .jsonl.gz files, folders, globs (default: config.data.files)')
+  parser.add_argument('--config', metavar='FILE[:ARG]', help='the config of the training: gives all that is not given here; '
+                      '--config.data.KEY=VALUE changes it')
+  parser.add_argument('--tokenizer', help='a local folder, or a name on the hub')
+  parser.add_argument('--length', type=evaluate.positive, help='tokens of a row')
+  parser.add_argument('--max-blocks', type=evaluate.positive, help='blocks of a row')
+  parser.add_argument('--too-long', choices=encode.TOO_LONG, help='documents longer than a row: leave them out, or cut '
+                      'context blocks without the answer')
+  parser.add_argument('--chat', action=argparse.BooleanOptionalAction,
+                      help="wrap prompts into the tokenizer's chat template (default: if it has one)")
+  parser.add_argument('--template-args', metavar='NAME=VALUE,...', help='of the chat template')
+  parser.add_argument('--segmenter', help="cut new blocks: a segmenter's folder or hub name, or 'tiny'")
   parser.add_argument('--target', type=evaluate.positive, help="wanted length of a block in the tokenizer's tokens")
-  parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
-  parser.add_argument('--cache', help='folder that keeps the encoded documents')
-  return parser.parse_args(argv)
+  parser.add_argument('--strict', action='store_const', const=True, help='stop at the first malformed line')
+  parser.add_argument('--cache', help='folder that keeps the encoded documents (default: that of the config; without one '
+                      'none is kept)')
+  args, more = parser.parse_known_args(argv)
+  if any(not arg.startswith('--config.') for arg in more) or (more and not args.config):
+    parser.error(f'unrecognized arguments: {" ".join(more)}')
+  return args, more
+
+
+def read_config(args, more):
+  """The config of the training, config.data as the command line says.
+
+  Raises:
+    ValueError: an unknown key; no files, tokenizer or length.
+  """
+  config = command.read_config([f'--config={args.config}', *more])[0] if args.config else common.base()
+  data = config.data
+  for name in ('tokenizer', 'length', 'max_blocks', 'too_long', 'chat', 'template_args', 'segmenter', 'strict', 'cache'):
+    if getattr(args, name) is not None:
+      data[name] = getattr(args, name)
+  data.files = tuple(args.files) or data.files
+  data.segment.target = args.target or data.segment.target
+  missing = {'files': not data.files, '--tokenizer': not (data.tokenizer or config.model.source),
+             '--length': not (args.config or args.length)}
+  if any(missing.values()):
+    raise ValueError(f'give {", ".join(name for name, lacks in missing.items() if lacks)}, or a --config that says so')
+  return config
 
 
 def prepare_files(files, tokenizer, options, cache, *, strict, console, cutter=None):
@@ -58,13 +90,6 @@ def prepare_files(files, tokenizer, options, cache, *, strict, console, cutter=N
       done += os.path.getsize(file)
       bar.update(whole, completed=done)
   return prepared
-
-
-def _cutter(args, tokenizer):
-  if not args.segmenter:
-    return None
-  from blockattn.inference import cutter, granularity
-  return cutter.Cutter(args.segmenter, granularity.wanted(target=args.target), tokenizer=tokenizer)
 
 
 def _row(name, report, sizes, counts, seconds, options):
@@ -102,19 +127,21 @@ def _print_problems(report, console):
 
 
 def main(argv=None) -> int:
-  args = _arguments(argv)
+  args, more = _arguments(argv)
   # Text of the files may look like rich's markup; a pipe has no width of its own.
   plain = {'markup': False, 'emoji': False, 'highlight': False, 'soft_wrap': True}
   out = rich.console.Console(width=None if sys.stdout.isatty() else 150, **plain)
   err = rich.console.Console(stderr=True, **plain)
   try:
-    options = pipeline.FileOptions(args.length, args.max_blocks, args.too_long, args.chat)
-    files = text_lib.find_files(args.files)
-    tokenizer = encode.load_tokenizer(args.tokenizer)
+    config = read_config(args, more)
+    files = text_lib.find_files(list(config.data.files))
+    tokenizer = setup.tokenizer(config)
+    options, cutter = setup.file_options(config.data, tokenizer), setup.cutter(config.data, tokenizer)
     with contextlib.ExitStack() as stack:
-      cache = args.cache or stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
-      prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=args.strict, console=err,
-                               cutter=_cutter(args, tokenizer))
+      kept = args.config or args.cache
+      cache = config.data.cache if kept else stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
+      prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=config.data.strict, console=err,
+                               cutter=cutter)
       table, report = make_table(prepared, options)
       out.print(table)
       _print_problems(report, out)

@@ -2,8 +2,8 @@
 
 Every block is tokenised alone, so that its tokens, and with them its cached keys and values, depend on the block alone;
 the response is tokenised apart from the prompt, as it is when a model writes it. The tokenizer adds nothing by itself:
-a beginning-of-text token is put in front of the first block if the tokenizer's own encoding starts with one, an
-end-of-text token behind the response.
+a beginning-of-text token is put in front of the header, or makes one, if the tokenizer's own encoding starts with one, an
+end-of-text token behind the response. The header is a block of its own, the first.
 
 Only a chat template's text (`Example.template`) can become special tokens. Everything else is encoded with them
 switched off: "<|im_end|>" in a passage becomes the tokens of these ten characters. What counts as special is the
@@ -47,11 +47,13 @@ class EncodedDoc:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedParts:
-  """Tokens of an example before it is put together: of each context block, the prompt, the response.
+  """Tokens of an example before it is put together: of the header, each context block, the prompt, the response.
 
   `answer` is how many of the response's tokens are answer; what a chat template writes after the end-of-text token is
-  not. `spare` are the context blocks that may be cut, see `fit`; `gold` those known to hold the answer.
+  not. `spare` are the context blocks that may be cut, see `fit`; `gold` those known to hold the answer. The header is none
+  of them.
   """
+  header: list[int]
   blocks: tuple[list[int], ...]
   prompt: list[int]
   response: list[int]
@@ -60,13 +62,14 @@ class EncodedParts:
   gold: tuple[bool, ...]
 
 
-def load_tokenizer(name: str | os.PathLike) -> Any:
-  """A transformers fast tokenizer, from a local folder without any network access, or by its name on the hub.
+def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
+  """A transformers fast tokenizer, from a local folder without any network access, or by its name on the hub, its chat
+  template with its arguments, see `text.set_template_args`.
 
   Raises:
     FileNotFoundError: `name` is a path, not a hub name, and no such folder with a tokenizer.json exists; or it cannot be
       downloaded.
-    ValueError: the tokenizer has no fast version.
+    ValueError: the tokenizer has no fast version, or its template does not know an argument.
   """
   import transformers  # slow to import
   name = os.path.expanduser(os.fspath(name))
@@ -79,6 +82,7 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
   if not tokenizer.is_fast:
     raise ValueError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
+  text_lib.set_template_args(tokenizer, template_args)
   return tokenizer
 
 
@@ -139,7 +143,9 @@ class Encoder:
     self.eos = tokenizer.eos_token_id
     self.bos = _own_bos(tokenizer) if bos == 'auto' else None
     # Everything that decides the tokens, and through the chat template the texts.
-    facts = (state, tokenizer.chat_template, sorted(map(str, tokenizer.special_tokens_map.items())), self.bos, self.eos)
+    rendered = text_lib.probe(tokenizer) if tokenizer.chat_template else ''
+    facts = (state, tokenizer.chat_template, rendered, sorted(map(str, tokenizer.special_tokens_map.items())), self.bos,
+             self.eos)
     self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
     self._plain = tokenizers.Tokenizer.from_str(state)
     self._plain.encode_special_tokens = True
@@ -180,30 +186,27 @@ class Encoder:
     """Encodes a batch of examples, in order."""
     texts, ranges = [], []
     for example in examples:
-      own = [*example.blocks, example.prompt, example.response]
-      texts += own
-      ranges += example.template or [()] * len(own)
+      texts += example.texts
+      ranges += example.template or [()] * len(example.texts)
     encoded = iter(self.texts(texts, ranges))
-    return [self._finish(example, [next(encoded) for _ in range(len(example.blocks) + 2)]) for example in examples]
+    return [self._finish(example, [next(encoded) for _ in example.texts]) for example in examples]
 
   def _finish(self, example, encoded):
-    *blocks, prompt, response = encoded
-    spare = [example.gold is not None and i not in example.gold and not (example.template and example.template[i])
-             for i in range(len(blocks))]
-    first = blocks[0] if blocks else prompt
-    if self.bos is not None and first[:1] != [self.bos]:
-      first.insert(0, self.bos)
-      spare[:1] = [False] * len(spare[:1])   # the block that begins the text stays
+    header, *blocks, prompt, response = encoded
+    spare = tuple(example.gold is not None and i not in example.gold and not (example.template and example.template[i + 1])
+                  for i in range(len(blocks)))
+    if self.bos is not None and next(filter(None, (header, *blocks, prompt)), [])[:1] != [self.bos]:
+      header.insert(0, self.bos)
     # A chat template ends the turn itself; ours is the first end-of-text token there, or one that is appended.
     if self.eos not in response:
       response.append(self.eos)
     gold = tuple(example.gold is not None and i in example.gold for i in range(len(blocks)))
-    return EncodedParts(tuple(blocks), prompt, response, response.index(self.eos) + 1, tuple(spare), gold)
+    return EncodedParts(header, tuple(blocks), prompt, response, response.index(self.eos) + 1, spare, gold)
 
   def prompt(self, example: text_lib.Example) -> list[list[int]]:
-    """Token ids of each context block and, last, the prompt: what a model is given to answer. No block is empty."""
+    """Token ids of the header, each context block and, last, the prompt: what a model is given. None is empty."""
     parts = self.parts([example])[0]
-    return [tokens for tokens in (*parts.blocks, parts.prompt) if tokens]
+    return [tokens for tokens in (parts.header, *parts.blocks, parts.prompt) if tokens]
 
 
 def _own_bos(tokenizer):
@@ -217,8 +220,8 @@ def _own_bos(tokenizer):
 def recut(parts: EncodedParts, size: int) -> EncodedParts:
   """The same context in blocks of `size` tokens, cut wherever they end, instead of the blocks that were given.
 
-  What a splitter by length does. A new block is gold if it holds a token of a gold block, and spare if it holds nothing
-  but tokens of spare ones.
+  What a splitter by length does. The header stays. A new block is gold if it holds a token of a gold block, and spare if it
+  holds nothing but tokens of spare ones.
   """
   if size < 1:
     raise ValueError(f'blocks of {size} tokens: the size must be at least 1')
@@ -237,9 +240,9 @@ def fit(parts: EncodedParts, *, length: int | None = None, max_blocks: int | Non
 
   Args:
     parts: from `Encoder.parts`.
-    length, max_blocks: bounds; the reader counts as a block.
+    length, max_blocks: bounds; the reader and the header, if there is one, count as blocks.
     too_long: 'drop' refuses a document over a bound. 'cut' leaves out context blocks, from the last to the first,
-      until it fits: only blocks that hold no gold answer, no text of the chat template and no beginning-of-text token.
+      until it fits: only blocks that hold no gold answer and no text of the chat template.
       Where the line does not say which blocks are gold, none can be left out.
 
   Returns:
@@ -249,8 +252,8 @@ def fit(parts: EncodedParts, *, length: int | None = None, max_blocks: int | Non
     raise ValueError(f'too_long={too_long!r}; choose one of {", ".join(TOO_LONG)}')
   kept = [i for i, tokens in enumerate(parts.blocks) if tokens]   # a normaliser may leave nothing of a block
   whole = len(kept)
-  room = float('inf') if length is None else length - len(parts.prompt) - len(parts.response)
-  places = float('inf') if max_blocks is None else max_blocks - 1
+  room = float('inf') if length is None else length - len(parts.header) - len(parts.prompt) - len(parts.response)
+  places = float('inf') if max_blocks is None else max_blocks - 1 - bool(parts.header)
   over = lambda: sum(len(parts.blocks[i]) for i in kept) > room or len(kept) > places
   spare = [i for i in kept if parts.spare[i]] if too_long == 'cut' else []
   while over() and spare:
@@ -261,11 +264,12 @@ def fit(parts: EncodedParts, *, length: int | None = None, max_blocks: int | Non
 
 
 def _doc(kept, parts):
-  blocks, reader = [parts.blocks[i] for i in kept], parts.prompt + parts.response
+  header = [parts.header] if parts.header else []
+  blocks, reader = [*header, *(parts.blocks[i] for i in kept)], parts.prompt + parts.response
   start = sum(map(len, blocks)) + len(parts.prompt)
   tokens = np.fromiter((token for block in (*blocks, reader) for token in block), np.int32)
   return EncodedDoc(tokens, (*map(len, blocks), len(reader)), (start, start + parts.answer),
-                    (*(parts.gold[i] for i in kept), False))
+                    (*(False for _ in header), *(parts.gold[i] for i in kept), False))
 
 
 def encode_examples(examples: Iterable[text_lib.Example], encoder: Encoder, *, length: int | None = None,

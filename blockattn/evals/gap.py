@@ -40,12 +40,14 @@ class Subject:
     compute: Compute.
     mode: 'full': plain causal attention, no sinks. 'block': the block mask with the sinks of `options`.
     options: BlockOptions of block mode; its max_blocks is set by the documents at hand.
+    chat: whether its prompts are to be put into the chat template.
   """
   params: Any
   cfg: transformer.ModelConfig
   compute: transformer.Compute
   mode: str
   options: blocks.BlockOptions
+  chat: bool = False
 
   def __post_init__(self):
     if self.mode not in MODES:

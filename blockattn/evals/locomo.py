@@ -152,8 +152,8 @@ def _item(conversation, number, task, tokenizer, chat, fits):
   right = str(question['answer'] if 'answer' in question else question['adversarial_answer'])
   reference = ABSENT if task == 'adversarial' else right
   texts = [_SESSION.format(date, turns.rstrip('\n')) for date, turns in zip(conversation.dates, conversation.sessions)]
-  texts[0] = _BEFORE.format(*conversation.speakers) + texts[0]
-  make = lambda count: _example(texts[:count], asked, name, reference, tokenizer, chat)
+  header = _BEFORE.format(*conversation.speakers)
+  make = lambda count: _example(header, texts[:count], asked, name, reference, tokenizer, chat)
   count = _most_sessions(make, len(texts), fits) if fits is not None else len(texts)
   return answers.Item(name, task, make(count), MAX_NEW, references=(reference,),
                       facts={'offered': offered, 'sessions_left_out': len(texts) - count})
@@ -170,8 +170,8 @@ def _most_sessions(make, count, fits):
   return low
 
 
-def _example(blocks, asked, name, reference, tokenizer, chat):
-  example = text.Example(tuple(blocks), asked, '', name, (reference,))
+def _example(header, blocks, asked, name, reference, tokenizer, chat):
+  example = text.Example(tuple(blocks), asked, '', name, (reference,), header=header)
   return text.wrap_in_turn(example, tokenizer) if chat else example
 
 

@@ -1,14 +1,14 @@
 """LongBench v1: its 21 tasks as items of blocks, and their scores (arXiv 2308.14508).
 
 Prompts, lengths of answers, truncation, chat template or none, and scores are the published ones; what is added is where a
-context is cut into blocks. Joined, the blocks and the question are the published prompt, byte for byte:
+context is cut into blocks. Joined, header, blocks and question are the published prompt, byte for byte:
 
   multi_news, hotpotqa, 2wikimqa, musique, dureader     a block per passage
   passage_count, passage_retrieval_*                    a block per paragraph
   trec, triviaqa, samsum, lsht                          a block per solved example
   the others, and a context without two such headings   as the segmenter cuts
 
-What a prompt's template says before the context belongs to the first block; what it says behind it is the question.
+What a prompt's template says before the context is the header; what it says behind it is the question.
 
 Differences from the published code, none of which moves a score but by accident: it generates with each model's own chat
 format, ours with the tokenizer's template; truncation never writes a broken character (see `truncate`); in samsum it
@@ -136,12 +136,16 @@ def _lines(data, task) -> Iterator[tuple[tuple[str, int], bytes]]:
   """((file, number), line) of a task."""
   place = pathlib.Path(data).expanduser()
   if place.is_dir():
-    found = [path for path in (place / f'{task}.jsonl', place / 'data' / f'{task}.jsonl') if path.is_file()]
+    folders = (place, place / 'data')
+    found = [path for path in (folder / f'{task}.jsonl' for folder in folders) if path.is_file()]
     if found:
       yield from (((str(found[0]), number), line) for number, line in text.numbered_lines(str(found[0])))
       return
     if not (place / ARCHIVE).is_file():
-      raise FileNotFoundError(f'{place}: no {task}.jsonl, data/{task}.jsonl or {ARCHIVE} in this folder')
+      there = sorted({path.stem for folder in folders for path in folder.glob('*.jsonl')} & {*TASKS, *EVEN_TASKS})
+      raise FileNotFoundError(f'{place}: no {task}.jsonl, data/{task}.jsonl or {ARCHIVE} in this folder; '
+                              + (f'judge what is there with --tasks {" ".join(there)}' if there else
+                                 'give the folder of the published files, or the name of the data on the hub'))
     place = place / ARCHIVE
   yield from _zipped_lines(place if place.is_file() else _download(data), task)
 
@@ -151,7 +155,7 @@ def _zipped_lines(archive, task):
     with zipfile.ZipFile(archive) as file:
       names = [name for name in file.namelist() if name.split('/')[-1] == f'{task}.jsonl']
       if not names:
-        raise FileNotFoundError(f'{archive}: no {task}.jsonl in it')
+        raise FileNotFoundError(f'{archive}: no {task}.jsonl in it; name the tasks that are there with --tasks')
       with file.open(names[0]) as stream:
         for number, line in enumerate(io.BufferedReader(stream), start=1):
           if line.strip():
@@ -252,7 +256,7 @@ def cut_at_headings(context: str, heading: str) -> list[int]:
 
 
 def cut_prompts(prompts: Sequence[Prompt], heading: str, cut: Cut | None) -> list[list[str]]:
-  """Texts of the blocks of each prompt, the question last; no block is empty, and joined they are the prompt.
+  """Texts of the blocks of each prompt's context; none is empty, and joined they are the context.
 
   Args:
     cut: cuts the contexts that lack headings; None: they are one block.
@@ -262,13 +266,7 @@ def cut_prompts(prompts: Sequence[Prompt], heading: str, cut: Cut | None) -> lis
   if cut is not None and bare:
     for i, spans in zip(bare, cut([prompts[i].context for i in bare]), strict=True):
       cuts[i] = [start for start, _ in spans if start]
-  return [_blocks(prompt, own) for prompt, own in zip(prompts, cuts)]
-
-
-def _blocks(prompt, cuts):
-  inside = sorted({cut for cut in (*cuts, prompt.seam) if 0 < cut < len(prompt.context)})
-  pieces = [prompt.context[a:b] for a, b in itertools.pairwise([0, *inside, len(prompt.context)])]
-  return [piece for piece in (prompt.before + pieces[0], *pieces[1:]) if piece] + [prompt.after]
+  return [text.pieces(prompt.context, (*own, prompt.seam)) for prompt, own in zip(prompts, cuts)]
 
 
 def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut | None, chat: bool,
@@ -293,8 +291,8 @@ def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut
   if max_length is not None:
     prompts = [truncate(prompt, tokenizer, max_length) for prompt in prompts]
   items = []
-  for record, (*blocks, question) in zip(records, cut_prompts(prompts, known.heading, cut)):
-    example = text.Example(tuple(blocks), question, '', record.id, record.answers)
+  for record, prompt, blocks in zip(records, prompts, cut_prompts(prompts, known.heading, cut)):
+    example = text.Example(tuple(blocks), prompt.after, '', record.id, record.answers, header=prompt.before)
     if chat and known.chat:
       example = _in_turn(example, tokenizer, record.where)
     part = next(part for below, part in _RANGES if record.length < below) if task.endswith(EVEN) else ''

@@ -31,6 +31,8 @@ HARMLESS = {
     'auto_map': ((None,), 'code of a checkpoint is never run; remove the key if the model is plain Qwen3 or Llama'),
 }
 
+SINKS_STAND = 'in front of every block'   # part of what an export says of its blocks
+
 LLAMA3_KEYS = {'factor': 'factor', 'low_freq_factor': 'low_freq_factor', 'high_freq_factor': 'high_freq_factor',
                'original_max_position_embeddings': 'original_length'}
 
@@ -66,16 +68,26 @@ def block_options(meta: dict, where: str = files.META) -> BlockOptions:
   A model that was never trained with blocks, so that "blocks" is missing or null, reads without sinks.
 
   Raises:
-    ValueError: naming `where` and the keys that are needed.
+    ValueError: naming `where` and the keys that are needed; or the student is one of before `SINKS_STAND`, whose first
+      block had no sinks.
   """
   said = meta['blocks'] if 'blocks' in meta else None
   if said is None:
     return BlockOptions(sink_ids=(), positions='sequential', max_blocks=1)
   disk.check_form(said, {'sink_ids': [int], 'positions': str, 'max_blocks': int}, f'{where}: "blocks"')
   try:
-    return BlockOptions(tuple(said['sink_ids']), said['positions'], said['max_blocks'])
+    options = BlockOptions(tuple(said['sink_ids']), said['positions'], said['max_blocks'])
   except ValueError as error:
     raise ValueError(f'{where}: "blocks": {error}') from error
+  if options.sink_ids and said.get('sinks_stand') != SINKS_STAND:
+    raise ValueError(f'{where}: this student was trained with sinks in front of every block but the first; now they '
+                     'stand in front of every block. Train it again, or read it with the version of blockattn that made it')
+  return options
+
+
+def blocks_meta(options: BlockOptions) -> dict:
+  """What `block_options` reads back."""
+  return dataclasses.asdict(options) | {'sinks_stand': SINKS_STAND}
 
 
 def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:

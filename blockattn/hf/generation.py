@@ -103,10 +103,9 @@ def _place(prompt: Prompt, options: BlockOptions, shared: bool) -> list[_Placed]
       raise ValueError(f'block {i} of {len(prompt)} has no tokens; drop empty blocks first')
   if not prompt:
     raise ValueError('a prompt without blocks; its last one, the question, is needed')
-  blocks = [(*(options.sink_ids if i else ()), *tokens) for i, tokens in enumerate(prompt)]
+  blocks = [(*options.sink_ids, *tokens) for tokens in prompt]
   starts = _starts([len(tokens) for tokens in blocks], options.positions, shared)
-  return [_Placed(tokens, len(options.sink_ids) if i else 0, start)
-          for i, (tokens, start) in enumerate(zip(blocks, starts, strict=True))]
+  return [_Placed(tokens, len(options.sink_ids), start) for tokens, start in zip(blocks, starts, strict=True)]
 
 
 def _starts(lengths, positions, shared):

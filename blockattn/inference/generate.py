@@ -183,10 +183,7 @@ class Engine:
 
   def _plan(self, number, request) -> _Plan:
     _check(number, request, self._options, self._cfg)
-    *context, question = (tuple(map(int, tokens)) for tokens in request.prompt)
-    sinks = tuple(self._options.sink_ids)
-    context = [(sinks if i else ()) + tokens for i, tokens in enumerate(context)]
-    question = (sinks if context else ()) + question
+    *context, question = ((*self._options.sink_ids, *map(int, tokens)) for tokens in request.prompt)
     local = self._options.positions == 'local'
     first = self._keys.of(context[0]) if request.shared and context else ''
     places, start, end = [], 0, 0

@@ -146,10 +146,9 @@ def as_one_block(blocks: Blocks) -> Seen:
 
 
 def in_blocks(blocks: Blocks, *, sinks: int = 0, drop_rate: float = 0.0, drop_mode: str = 'lift') -> Seen:
-  """Block attention as `blocks.may_attend` allows it, with `sinks` tokens in front of every block but the first of a
-  document; under block dropout (`blocks.drop_blocks`) the mean over its draws. What is neglected there: a document whose
-  first block is removed has its sinks one block later."""
-  text, sink = blocks.sizes, np.where(blocks.first, 0.0, sinks)
+  """Block attention as `blocks.may_attend` allows it, with `sinks` tokens in front of every block; under block dropout
+  (`blocks.drop_blocks`) the mean over its draws."""
+  text, sink = blocks.sizes, np.full(len(blocks.sizes), float(sinks))
   fixed = blocks.reader | blocks.shared
   rate = np.where(fixed, 0.0, drop_rate)
   if drop_mode == 'merge':   # a boundary vanishes, and its sinks; not behind a reader, a shared block or at the start

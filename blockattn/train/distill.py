@@ -189,7 +189,8 @@ def run(config, workdir):
   state = loop.run(lambda state, batch: step_fn(state, frozen, batch), loop.init_state(params, optimizer),
                    setup.batches(config, source), setup.loop_config(config, 'distilling', cfg), workdir,
                    put_batch=place.put_batch,
-                   meta=setup.model_meta(cfg, block_options, config.model.source, 'distill', low_rank))
+                   meta=setup.model_meta(cfg, block_options, config.model.source, 'distill', low_rank,
+                                         setup.prompt_meta(config, tokenizer)))
   return cfg, state.params, block_options
 
 

@@ -102,7 +102,8 @@ def run(config, workdir):
     params = setup.lora_start(params, cfg, low_rank, config, place)
   optimizer = optim.make_optimizer(optim_config)
   step_fn = make_step(cfg, compute, block_options, options, optimizer, optim.learning_rate(optim_config), low_rank)
-  meta = setup.model_meta(cfg, block_options if options.mode != 'full' else None, config.model.source, 'finetune', low_rank)
+  meta = setup.model_meta(cfg, block_options if options.mode != 'full' else None, config.model.source, 'finetune', low_rank,
+                          setup.prompt_meta(config, tokenizer))
   state = loop.run(lambda state, batch: step_fn(state, frozen, batch), loop.init_state(params, optimizer),
                    setup.batches(config, source), setup.loop_config(config, f'fine-tuning ({options.mode})', cfg), workdir,
                    put_batch=place.put_batch, meta=meta)

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import blocks, errors, mesh as mesh_lib, optim, trace, tree
-from blockattn.data import encode, pipeline, stdlib, taught as taught_lib
+from blockattn.data import encode, pipeline, stdlib, taught as taught_lib, text as text_lib
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.inference import cutter as segment_cutter, granularity
 from blockattn.kernels import api, tiles
 from blockattn.models import flops, lora, sizes, spec, transformer, weights
 from blockattn.train import loop
+
+SINK_TEXTS = ('\n', '\n\n', ' ', '.', ',')
 
 
 def placement(config) -> mesh_lib.Placement:
@@ -115,17 +117,26 @@ def block_options(config, cfg, tokenizer) -> tuple[transformer.ModelConfig, bloc
     ids = tuple(range(cfg.vocab, cfg.vocab + b.sinks))
     cfg = dataclasses.replace(cfg, learned_sinks=b.sinks)
   elif b.sink_kind == 'token':
-    ids = (single_token(tokenizer, b.sink_text),) * b.sinks if b.sinks else ()
+    ids = (sink_token(tokenizer, b.sink_text),) * b.sinks if b.sinks else ()
   else:
     raise ValueError(f"config.blocks.sink_kind={b.sink_kind!r}; choose 'token' or 'learned'")
   return cfg, blocks.BlockOptions(sink_ids=ids, positions=b.positions, max_blocks=config.data.max_blocks)
 
 
-def single_token(tokenizer, text) -> int:
-  ids = tokenizer.encode(text, add_special_tokens=False)
-  if len(ids) != 1:
-    raise ValueError(f'config.blocks.sink_text={text!r} is {len(ids)} tokens of this tokenizer; a sink is one token')
-  return ids[0]
+def sink_token(tokenizer, text: str) -> int:
+  """The token of `text`; '': of the first of SINK_TEXTS that is a single one.
+
+  Raises:
+    ValueError: there is no such token.
+  """
+  for candidate in [text] if text else SINK_TEXTS:
+    ids = tokenizer.encode(candidate, add_special_tokens=False)
+    if len(ids) == 1:
+      if candidate != (text or SINK_TEXTS[0]) and jax.process_index() == 0:
+        print(f'config.blocks.sink_text: {candidate!r}, which is one token of this tokenizer')
+      return ids[0]
+  raise ValueError(f'config.blocks.sink_text={text!r} is {len(ids)} tokens of this tokenizer; a sink is one token: leave it '
+                   'empty to have one chosen')
 
 
 def teacher_from(params, cfg, config, place):
@@ -207,7 +218,7 @@ def add_sink_rows(params, cfg, tokenizer, text, place):
   if not cfg.learned_sinks:
     return params
   sharding = place.sharding((None, 'width'))
-  row = single_token(tokenizer, text)
+  row = sink_token(tokenizer, text)
   start = jax.jit(lambda e: jnp.tile(e[row], (cfg.learned_sinks, 1)), out_shardings=sharding)(params['embed'])
   return params | {'sinks': start}
 
@@ -278,15 +289,28 @@ def step_flops(config, cfg) -> Callable[[flops.Blocks], flops.Flops]:
 
 
 def model_meta(cfg, options: blocks.BlockOptions | None, source: str, kind: str,
-               low_rank: lora.LoraOptions = lora.NONE) -> dict:
-  """What a checkpoint says of its model: enough to export it and to run it."""
+               low_rank: lora.LoraOptions = lora.NONE, prompt: dict | None = None) -> dict:
+  """What a checkpoint says of its model: enough to export it and to run it. `prompt`: see `prompt_meta`."""
   return {'model': dataclasses.asdict(cfg), 'source': str(source), 'kind': kind,
-          'blocks': None if options is None else dataclasses.asdict(options),
-          'lora': dataclasses.asdict(low_rank) if low_rank.rank else None}
+          'blocks': None if options is None else hf_config.blocks_meta(options),
+          'lora': dataclasses.asdict(low_rank) if low_rank.rank else None, 'prompt': prompt}
+
+
+def prompt_meta(config, tokenizer) -> dict:
+  """How prompts were made in training, so that the model is asked the same way."""
+  data = config.data
+  return {'chat': data.kind == 'files' and text_lib.wants_chat(data.chat, tokenizer), 'template_args': data.template_args}
 
 
 def tokenizer(config):
-  return encode.load_tokenizer(config.data.tokenizer or config.model.source)
+  """config.data.tokenizer, with the arguments of its chat template."""
+  return encode.load_tokenizer(config.data.tokenizer or config.model.source, config.data.template_args)
+
+
+def file_options(data, tokenizer) -> pipeline.FileOptions:
+  """How files become rows, from a config.data."""
+  return pipeline.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long,
+                              chat=text_lib.wants_chat(data.chat, tokenizer), block_tokens=data.block_tokens)
 
 
 def rows(config, tokenizer):
@@ -298,9 +322,7 @@ def rows(config, tokenizer):
     raise ValueError(f"config.data.kind={data.kind!r}; choose 'files' or 'pages'")
   if not data.files:
     raise ValueError('config.data.files is empty: give JSON lines files, e.g. --config.data.files=train.jsonl,more/')
-  options = pipeline.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long, chat=data.chat,
-                                 block_tokens=data.block_tokens)
-  source = pipeline.FileRows(list(data.files), tokenizer, options, data.cache, strict=data.strict,
+  source = pipeline.FileRows(list(data.files), tokenizer, file_options(data, tokenizer), data.cache, strict=data.strict,
                              cutter=cutter(data, tokenizer))
   if jax.process_index() == 0 and source.report.docs < source.report.lines:
     print(source.report.summary())
