@@ -36,7 +36,7 @@ import jax
 import rich.console
 import rich.table
 
-from blockattn import mesh, metrics
+from blockattn import disk, mesh, metrics
 from blockattn.data import encode, text as text_lib
 from blockattn.evals import answers, gap
 from blockattn.hf import config as hf_config, convert as hf_convert, files as hf_files
@@ -211,7 +211,7 @@ def write_examples(folder: pathlib.Path, examples, rows) -> None:
   shown = [{'blocks': list(example.blocks), 'prompt': example.prompt, 'response': example.response,
             'answers': {name: own['prediction'].strip() for name, own in row['models'].items()}}
            for example, row in zip(examples[:report_page.MAX_EXAMPLES], rows, strict=False)]
-  compare.write_text(folder / 'examples.jsonl', ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in shown))
+  disk.write_text(folder / 'examples.jsonl', ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in shown))
 
 
 def print_table(summary: dict, console: rich.console.Console | None = None):
