@@ -482,24 +482,49 @@ def test_a_part_of_the_queries_in_the_gpu_interpreter():
     np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('bfloat16', wanted), err_msg=part)
 
 
+def random_layout(seed: int, length: int) -> blocks.BlockLayout:
+  """Documents of blocks of every kind, from one token to a few hundred."""
+  random = np.random.default_rng(seed)
+  docs, left = [], length - int(random.integers(100))
+  while left > 0:
+    sizes = [int(min(left, 1 + random.integers(1, 300) * random.integers(2))) for _ in range(random.integers(1, 9))]
+    docs.append(([(size, str(random.choice(('context', *layout_cases.KINDS)))) for size in sizes], bool(random.integers(2))))
+    left -= sum(sizes)
+  return layout_cases.build([(int(random.integers(20)), docs)], length)
+
+
+@functools.cache
+def on_device(impl, dtype, cut=None):
+  """f(layout, q, k, v, grad) -> float32 (output, dq, dk, dv); `cut` divides the lists of the GPU kernels so."""
+  def attend(q, k, v, layout):
+    if cut is None:
+      return api.block_attention(q, k, v, layout, impl=impl)
+    return gpu.attention(q, k, v, schedule.token_marks(layout), Tiles(128, 128), cut=cut)[0]
+
+  @jax.jit
+  def run(layout, *arrays):
+    *inputs, grad = (x.astype(dtype) for x in arrays)
+    out, pull = jax.vjp(lambda *x: attend(*x, layout), *inputs)
+    return [x.astype(jnp.float32) for x in (out, *pull(grad))]
+  return run
+
+
 @pytest.mark.device
 @pytest.mark.parametrize('width', [64, 128])
-@pytest.mark.parametrize('name', gpu_layouts)
-def test_kernels_on_their_device(name, width):
-  """The accelerator's own kernels against the float32 reference, twice, bit for bit the same."""
+@pytest.mark.parametrize('cut', [None, schedule.Cut(owners=4, pieces=3)], ids=['whole', 'split'])
+@pytest.mark.parametrize('name', [*gpu_layouts, *range(6)])
+def test_kernels_on_their_device(name, cut, width):
+  """The accelerator's own kernels against the float32 reference, twice, bit for bit the same: named and random layouts, the
+  lists of the last readers whole and divided over thread blocks."""
   impl, length, heads, shared = jax.default_backend(), 1500, 8, 2
+  if cut is not None and impl != 'gpu':
+    pytest.skip('only the GPU kernels divide lists')
   random = np.random.default_rng(1)
-  q, k, v, grad = (random.normal(size=(1, length, n, width)).astype('bfloat16') for n in (heads, shared, shared, heads))
-  layout = gpu_layouts[name](length)
-
-  @functools.partial(jax.jit, static_argnames=('impl', 'dtype'))
-  def run(q, k, v, grad, layout, impl, dtype):
-    q, k, v, grad = (x.astype(dtype) for x in (q, k, v, grad))
-    out, pull = jax.vjp(lambda *x: api.block_attention(*x, layout, impl=impl), q, k, v)
-    return [x.astype(jnp.float32) for x in (out, *pull(grad))]
-
-  expected = run(q, k, v, grad, layout, 'reference', 'float32')
-  results, again = (run(q, k, v, grad, layout, impl, 'bfloat16') for _ in range(2))
+  shapes = [(1, length, n, width) for n in (heads, shared, shared, heads)]
+  arrays = [random.normal(size=shape).astype('bfloat16') for shape in shapes]
+  layout = jax.tree.map(jnp.asarray, random_layout(name, length) if isinstance(name, int) else gpu_layouts[name](length))
+  expected = on_device('reference', 'float32')(layout, *arrays)
+  results, again = (on_device(impl, 'bfloat16', cut)(layout, *arrays) for _ in range(2))
   for part, result, same, wanted in zip(('output', 'dq', 'dk', 'dv'), results, again, expected):
     np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('bfloat16', wanted), err_msg=part)
     np.testing.assert_array_equal(result, same, err_msg=part)
