@@ -269,7 +269,7 @@ def test_what_a_user_can_mend_is_one_line(tmp_path):
       (lambda: (tmp_path / 'file' / 'x').mkdir(), f'{tmp_path}/file/x: Not a directory; repair it, or name another path'),
       (lambda: (tmp_path / 'nothing').read_text(), f'{tmp_path}/nothing: No such file or directory; '),
       (lambda: (tmp_path / ('x' * 300)).touch(), 'File name too long; '),
-      (lambda: loop.save_run_facts(tmp_path, common.base()), f'{tmp_path}/config.json is no valid JSON: '),
+      (lambda: loop.save_run_facts(tmp_path, common.base()), f'{tmp_path}/config.json is no UTF-8 text: '),
       (lambda: setup.architecture(common.base().model), 'config.model.fields lacks family'),
       (lambda: sizes.get('qwen'), "no model size 'qwen'; ")):
     assert line in errors.line_of(raised(call))

@@ -3,8 +3,10 @@
 import argparse
 import ast
 import contextlib
+import functools
 import importlib.util
 import json
+import operator
 import os
 import pathlib
 import platform
@@ -41,7 +43,6 @@ def main(run, section: str | None = None):
   from absl import app
   argv = sys.argv[1:]
   with _errors_as_a_line():
-    disk.check_local(argv)
     if HELP & set(argv):
       print(help_text([arg for arg in argv if arg not in HELP], section))
       return
@@ -141,9 +142,10 @@ def read_config(argv: Sequence[str]) -> tuple[Any, list[str]]:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: the config file refuses its argument, a key does not exist (names the nearest), or a value is not of its
-      type.
+    ValueError: a path is on another machine, the config file refuses its argument, a key does not exist (names the
+      nearest), or a value is not of its type.
   """
+  disk.check_local(argv)
   path, files, argv = _take_files(argv)
   if path is None:
     raise ValueError('--config is missing: give --config FILE[:ARG], such as configs/tiny.py')
@@ -185,7 +187,7 @@ def _take_overrides(argv, config) -> tuple[list[str], list[str]]:
     no, key, text = match.groups()
     _check_key(key, known, f'--config.{key}')
     now = traverse_util.flatten_dict(known, sep='.').get(key)
-    if text is None and (no or isinstance(now, bool)):
+    if text is None and (no or _type_of(config, key) is bool):
       text = 'false' if no else 'true'
     elif text is None:
       text = next(given, None)
@@ -196,6 +198,12 @@ def _take_overrides(argv, config) -> tuple[list[str], list[str]]:
     else:
       overrides.append(f'--config.{key}={text}')
   return overrides + [f'--config.{key}={value!r}' for key, value in lists.items()], rest
+
+
+def _type_of(config, key: str) -> type:
+  """Of a key with dots, also where no value is set."""
+  *sections, name = key.split('.')
+  return functools.reduce(operator.getitem, sections, config).get_type(name)
 
 
 def read_list(text: str, texts: bool = False) -> tuple:
