@@ -14,7 +14,7 @@ from tools import device, device_parts
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FAILING = {
     'raises': 'raise ValueError("no such luck")',
-    'hangs': 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print("waiting", flush=True); time.sleep(99)',
+    'hangs': 'import signal, time; signal.signal(15, signal.SIG_IGN); print("waiting", flush=True); time.sleep(99)',
     'killed': 'import os; print("here", flush=True); os.kill(os.getpid(), 9)',
     'works': 'import json, sys; json.dump({"cases": {"a": {"ms": 1}}}, open(sys.argv[1], "w"))',
 }
@@ -74,7 +74,8 @@ def test_a_record_measures_what_is_missing_and_what_failed(tmp_path):
 
 
 @pytest.mark.parametrize('arguments, says', [
-    (['x', '--parts', 'cards'], "no part 'cards'; choose from card, tests"), (['x', '--budget', '3'], 'give from 15 seconds'),
+    (['x', '--parts', 'cards'], "no part 'cards'; choose from card, tests"),
+    (['x', '--budget', '3'], 'give from 15 seconds'),
     (['x', '--model', 'a.gguf'], '--model and --data go together')])
 def test_wrong_arguments_are_refused(arguments, says, capsys):
   with pytest.raises(SystemExit) as ended:
