@@ -273,8 +273,8 @@ def _plan(options, work, impl) -> Plan:
     from configs import tiny
     more = ['--config.batch=2', '--config.data.segmenter='] if options.toy else ['--config.batch=64']
     return Plan(str(tiny.TEACHER), ['--config=configs/tiny.py', *for_ever, *more],
-                ['--data', 'pages', '--limit', '4' if options.toy else '256', '--batch', '4' if options.toy else '128',
-                 '--max-new', '8' if options.toy else '24'])
+                ['--data', 'pages', '--limit', '2' if options.toy else '256', '--batch', '2' if options.toy else '128',
+                 '--max-new', '4' if options.toy else '24'])
   model, files = str(work / 'model'), [str(path) for path in sorted(options.data.glob('train*.jsonl*'))]
   trainer = ['--config=configs/distill.py:model=llama32_1b,ctx=2048', *for_ever, f'--config.model.source={model}',
              f'--config.compute.impl={impl}', '--config.compute.remat=none', '--config.batch=32', '--config.optim.lr=3e-4',
@@ -318,7 +318,7 @@ def _train(plan, workdir, seconds):
     said, _ = trainer.communicate()
   if trainer.returncode not in (0, 75):
     raise RuntimeError(f'the trainer ended with code {trainer.returncode}:\n{said[-2000:]}')
-  lines = list(metrics.read_metrics(workdir))
+  lines = list(metrics.read_metrics(workdir / metrics.FILE_NAME))
   return {'seconds': round(time.monotonic() - start, 1), 'steps': lines[-1]['step'], 'first': lines[0], 'last': lines[-1]}
 
 
