@@ -376,6 +376,13 @@ def load_params(folder, abstract, step: int | None = None):
     return _restored(manager, step, params=ocp.args.StandardRestore(abstract))['params']
 
 
+def param_dtypes(folder, step: int | None = None) -> dict[str, str]:
+  """Names -> dtypes ('float32') of the `params` item of a step, by default of the newest; for errors see `load_params`."""
+  with _reader(folder) as manager:
+    step = _step_of(manager, folder, step, 'params')
+    return {name: str(leaf.dtype) for name, leaf in tree.named_leaves(_shapes_of(pathlib.Path(manager.directory) / str(step)))}
+
+
 def _shapes_of(path: pathlib.Path):
   """The tree of what a step's `params` are, read from their index."""
   try:

@@ -385,6 +385,25 @@ def test_cli_round_trip_keeps_every_bit(tmp_path, source, capsys):
   assert config.read_meta(tmp_path / 'b')['kind'] == 'distill'
 
 
+def test_weights_keep_their_dtype_unless_told(tmp_path, source, capsys):
+  params = hf_cases.random_params(CFG, 'float32')
+  save(params, CFG, tmp_path / 'a', source)
+  rewrite(tmp_path / 'a' / files.SINGLE, lambda t: t.update({'model.norm.weight': t['model.norm.weight'].astype(np.float16)}))
+  params = convert.load(tmp_path / 'a', 'float32')[1]
+  assert cli.main(['from_hf', str(tmp_path / 'a'), str(tmp_path / 'work')]) == 0   # float32 holds float16
+  assert cli.main(['to_hf', str(tmp_path / 'work'), str(tmp_path / 'b')]) == 0
+  assert 'rounded' not in capsys.readouterr().out
+  assert_same_bits(convert.load(tmp_path / 'b', 'float32')[1], params)
+  many = len(names.slots(CFG))
+  assert cli.main(['from_hf', str(tmp_path / 'a'), str(tmp_path / 'half'), '--dtype', 'bfloat16']) == 0
+  assert (f'1 of {many} tensors are rounded from F16 to BF16; {many - 1} of {many} tensors are rounded from F32 to BF16, '
+          'as --dtype bfloat16 says') in capsys.readouterr().out
+  assert cli.main(['to_hf', str(tmp_path / 'work'), str(tmp_path / 'c'), '--dtype', 'bfloat16']) == 0
+  assert f'{many} of {many} tensors are rounded from F32 to BF16' in capsys.readouterr().out
+  assert cli.main(['to_hf', str(tmp_path / 'half'), str(tmp_path / 'd')]) == 0 and 'rounded' not in capsys.readouterr().out
+  assert (tmp_path / 'd' / files.SINGLE).read_bytes() == (tmp_path / 'c' / files.SINGLE).read_bytes()
+
+
 def test_cli_says_what_is_wrong(tmp_path, capsys):
   assert cli.main(['from_hf', str(tmp_path / 'none'), str(tmp_path / 'work')]) == 2
   assert 'none' in capsys.readouterr().err

@@ -3,6 +3,8 @@
   python -m tools.convert from_hf Qwen/Qwen3-4B-Instruct-2507 work/qwen3
   python -m tools.convert to_hf work/distilled exported --step 2000
 
+Weights keep their dtype, unless --dtype says another; what that rounds is said.
+
 `from_hf` makes a work directory of step 0: `checkpoints/0` holds the parameters and what the model is, `hf` the
 tokenizer and config files, so that `to_hf` needs nothing else. `to_hf` takes any trainer's work directory: the
 tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source.
@@ -20,7 +22,7 @@ import jax
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blockattn import checkpoint, disk, mesh
-from blockattn.hf import card as card_lib, config, convert, files
+from blockattn.hf import card as card_lib, config, convert, files, names
 from blockattn.models import lora, spec, transformer
 from blockattn.train import loop
 from tools import arguments
@@ -32,13 +34,19 @@ _SHOWN = ('steps', 'batch', 'seed', 'data.kind', 'data.length', 'optim.lr', 'dis
           'distill.drop_rate', 'distill.drop_mode', 'distill.weights.form', 'finetune.mode', 'lora.rank')
 
 
-def from_hf(source: str, out: str, dtype: str, overwrite: bool = False):
+def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = False):
   """Hugging Face folder or hub name -> work directory `out` with a checkpoint of step 0.
+
+  Args:
+    dtype: of the checkpoint; None: the smaller of float32 and bfloat16 that rounds nothing.
 
   Raises:
     FileExistsError, FileNotFoundError, ValueError: naming the file and the key at fault; `out` is then untouched.
   """
   folder = files.locate(source)
+  stored = [tensor.dtype for tensor in files.stored_tensors(folder).values()]
+  dtype = dtype or convert.dtype_for(stored)
+  _say_rounding(stored, dtype)
   with files.new_folder(pathlib.Path(out), overwrite) as new:
     (new / 'hf').mkdir()
     files.copy_companions(folder, new / 'hf', also=('config.json', files.META, files.CARD))
@@ -49,13 +57,16 @@ def from_hf(source: str, out: str, dtype: str, overwrite: bool = False):
     checkpoint.save_params(new / 'checkpoints', params, meta)
 
 
-def to_hf(workdir: str, out: str, dtype: str, step: int | None = None, source: str | None = None,
+def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = None, source: str | None = None,
           card: str | None = None, overwrite: bool = False):
-  """A checkpoint of `workdir`, the newest unless `step` says which, -> Hugging Face folder `out`."""
+  """A checkpoint of `workdir`, the newest unless `step` says which, -> Hugging Face folder `out`; None: in its own dtype."""
   meta = checkpoint.load_meta(pathlib.Path(workdir) / 'checkpoints', step)
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
   config.check_exportable(model_of(meta))
+  stored = _stored_dtypes(pathlib.Path(workdir) / 'checkpoints', step, model_of(meta))
+  dtype = dtype or convert.dtype_for(stored)
+  _say_rounding(stored, dtype)
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
   cfg, params, _ = load_run(workdir, dtype, one, step, source)
   carried = _carried(meta)
@@ -94,6 +105,19 @@ def load_run(workdir: str | os.PathLike, dtype: str, place: mesh.Placement, step
     raise ValueError(f'{workdir} holds a LoRA student of another model than {source or meta["source"]}: {base_cfg} there, '
                      f'{cfg} in the checkpoint')
   return cfg, lora.merge(base, trained, options), meta
+
+
+def _stored_dtypes(checkpoints, step, cfg) -> list[str]:
+  """The dtype of each tensor that a checkpoint becomes, as safetensors calls it. What a LoRA student adds to counts as what
+  it has trained."""
+  known = checkpoint.param_dtypes(checkpoints, step)
+  trained = next(iter(known.values()))
+  return [convert.DTYPES[known.get(slot.name, trained)] for slot in names.slots(cfg).values()]
+
+
+def _say_rounding(stored, dtype):
+  if said := convert.rounding(stored, dtype):
+    print(f'{said}, as --dtype {dtype} says')
 
 
 def model_of(meta: dict) -> transformer.ModelConfig:
@@ -155,7 +179,8 @@ def _parser():
     command = commands.add_parser(name)
     command.add_argument(first)
     command.add_argument('out')
-    command.add_argument('--dtype', choices=sorted(convert.DTYPES), default='bfloat16', help='of the weights written')
+    command.add_argument('--dtype', choices=sorted(convert.DTYPES), help='of the weights written (default: that of '
+                         'the weights read, so that nothing is rounded)')
     command.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
   command.add_argument('--step', type=int, help='default: the newest')
   command.add_argument('--source', help='folder or hub name to copy the tokenizer from')

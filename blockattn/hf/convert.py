@@ -66,6 +66,22 @@ def load(name: os.PathLike | str, dtype: str, mesh=None, rules=None, report: Rep
   return cfg, traverse_util.unflatten_dict(flat, sep='/')
 
 
+def dtype_for(stored) -> str:
+  """The smallest of DTYPES that holds numbers of these dtypes, safetensors' names of them, as they are."""
+  return 'bfloat16' if set(stored) == {'BF16'} else 'float32'
+
+
+def rounding(stored, dtype: str) -> str:
+  """A line about the tensors that lose digits in `dtype`; '' if none does.
+
+  Args:
+    stored: their dtypes, safetensors' names of them.
+  """
+  lossy = collections.Counter(name for name in stored if dtype == 'bfloat16' and name != 'BF16')
+  return '; '.join(f'{count} of {len(stored)} tensors are rounded from {name} to {DTYPES[dtype]}'
+                   for name, count in sorted(lossy.items()))
+
+
 def save(params, cfg: ModelConfig, folder: os.PathLike | str, *, source: os.PathLike | str, meta: dict, card: str,
          dtype: str, max_shard_bytes: float = 5e9, overwrite: bool = False, report: Report | None = None):
   """Writes a model in the Hugging Face format, whole or not at all.
