@@ -388,7 +388,8 @@ def test_cli_round_trip_keeps_every_bit(tmp_path, source, capsys):
 def test_weights_keep_their_dtype_unless_told(tmp_path, source, capsys):
   params = hf_cases.random_params(CFG, 'float32')
   save(params, CFG, tmp_path / 'a', source)
-  rewrite(tmp_path / 'a' / files.SINGLE, lambda t: t.update({'model.norm.weight': t['model.norm.weight'].astype(np.float16)}))
+  half = {'model.norm.weight': params['final_norm'].astype(np.float16)}
+  rewrite(tmp_path / 'a' / files.SINGLE, lambda tensors: tensors.update(half))
   params = convert.load(tmp_path / 'a', 'float32')[1]
   assert cli.main(['from_hf', str(tmp_path / 'a'), str(tmp_path / 'work')]) == 0   # float32 holds float16
   assert cli.main(['to_hf', str(tmp_path / 'work'), str(tmp_path / 'b')]) == 0

@@ -21,14 +21,14 @@ import sys
 import jax
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from blockattn import checkpoint, disk, mesh
+from blockattn import checkpoint, disk, mesh, tree
 from blockattn.hf import card as card_lib, config, convert, files, names
 from blockattn.models import lora, spec, transformer
 from blockattn.train import loop
 from tools import arguments
 
 # What blockattn.json of an export takes over from a checkpoint's meta.
-CARRIED = ('source', 'kind', 'blocks', 'prompt', 'step', 'segmenter')
+CARRIED = ('source', 'source_weights', 'kind', 'blocks', 'prompt', 'step', 'segmenter')
 # And what its card says of the run's config.
 _SHOWN = ('steps', 'batch', 'seed', 'data.kind', 'data.length', 'optim.lr', 'distill.temperature', 'distill.ce_weight',
           'distill.drop_rate', 'distill.drop_mode', 'distill.weights.form', 'finetune.mode', 'lora.rank')
@@ -53,7 +53,7 @@ def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = F
     with _progress(f'reading {folder}') as report:
       cfg, params = convert.load(folder, dtype, report=report)
     meta = {'kind': 'from_hf', 'blocks': None} | _carried(config.read_meta(folder))
-    meta |= {'source': str(source), 'model': dataclasses.asdict(cfg)}
+    meta |= {'source': str(source), 'source_weights': convert.weights_facts(params), 'model': dataclasses.asdict(cfg)}
     checkpoint.save_params(new / 'checkpoints', params, meta)
 
 
@@ -97,14 +97,26 @@ def load_run(workdir: str | os.PathLike, dtype: str, place: mesh.Placement, step
   options = lora.LoraOptions(**meta['lora'])
   trained = checkpoint.load_params(checkpoints, spec.abstract(lora.spec(cfg, options), 'float32', place), step)
   try:
-    base_cfg, base = convert.load(source or meta['source'], dtype, mesh=place.mesh, rules=place.rules)
+    base_cfg, base = _load_base(source or meta['source'], dtype, place, meta.get('source_weights'))
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{workdir} holds a LoRA student, to be merged with the model that it started from: {error}'
                             ) from error
   if base_cfg != dataclasses.replace(cfg, learned_sinks=0):
     raise ValueError(f'{workdir} holds a LoRA student of another model than {source or meta["source"]}: {base_cfg} there, '
                      f'{cfg} in the checkpoint')
-  return cfg, lora.merge(base, trained, options), meta
+  weights = convert.weights_facts(base)
+  convert.check_same_weights(meta.get('source_weights'), weights, f'the LoRA student in {workdir}', source or meta['source'],
+                             'name the folder that has them with --source of tools.convert')
+  return cfg, jax.tree.map(lambda x: x.astype(dtype), lora.merge(base, trained, options)), meta
+
+
+def _load_base(source, dtype, place, said):
+  """(ModelConfig, parameters) that a LoRA student adds to."""
+  load = lambda dtype: convert.load(source, dtype, mesh=place.mesh, rules=place.rules)
+  cfg, params = load(dtype)
+  if said and said['dtype'] != dtype and tree.fingerprint(params) != said['fingerprint']:
+    return load(said['dtype'])   # of float32 weights, one of the two was rounded: only as in training can they be compared
+  return cfg, params
 
 
 def _stored_dtypes(checkpoints, step, cfg) -> list[str]:

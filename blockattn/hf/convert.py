@@ -143,6 +143,32 @@ def verify(folder: pathlib.Path, cfg: ModelConfig, dtype: str):
       raise ValueError(f'{at.file}: {key} is {at.dtype}, expected {DTYPES[dtype]}')
 
 
+# Which weights they were: a path says it only as long as nobody writes there.
+
+
+def weights_facts(params) -> dict:
+  """What a checkpoint, stored logits or an export say of the weights that they were made from."""
+  return {'fingerprint': tree.fingerprint(params), 'dtype': str(jax.tree.leaves(params)[0].dtype)}
+
+
+def check_same_weights(said: dict | None, now: dict | None, what: str, source: os.PathLike | str, remedy: str):
+  """Checks that the weights are those that something was made from, as far as it says.
+
+  Args:
+    said, now: from `weights_facts`; None: not known.
+    what: what was made from them, for the error.
+    source: where they lie.
+    remedy: what else to do than to put the old weights back.
+
+  Raises:
+    ValueError: they are others.
+  """
+  if said and now and said['fingerprint'] != now['fingerprint']:
+    old, new = (f'{facts["fingerprint"][:12]}, read as {facts["dtype"]}' for facts in (said, now))
+    raise ValueError(f'{what} was made from other weights than lie in {source} now (fingerprint {old}; now {new}): put the '
+                     f'old ones back, or {remedy}')
+
+
 def _check_dtype(dtype):
   if dtype not in DTYPES:
     raise ValueError(f'dtype={dtype!r}; choose one of {", ".join(DTYPES)}')
