@@ -108,6 +108,22 @@ def test_missing_config_key_is_named(key):
     config.from_dict(raw)
 
 
+@pytest.mark.parametrize('key', [*config.COUNTS, 'rms_norm_eps', 'rope_theta'])
+def test_a_number_of_nothing_is_named(key):
+  for value in (0, -1):
+    with pytest.raises(ValueError, match=f'^some/config.json: {key}={value}.*; give a number (from 1|above 0)'):
+      config.from_dict(QWEN3_4B | {key: value}, 'some/config.json')
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'num_key_value_heads': 5}, '32 query heads cannot share 5 key/value heads evenly'),
+    ({'head_dim': 7}, 'head_dim 7 is odd'), ({'rope_scaling': LLAMA31_8B['rope_scaling'] | {'factor': 0.0}}, 'factor=0.0'),
+    ({'rms_norm_eps': float('nan')}, 'rms_norm_eps=nan; give a number above 0')])
+def test_numbers_that_do_not_fit_are_said_with_the_file(change, message):
+  with pytest.raises(ValueError, match=f'^some/config.json: .*{message}'):
+    config.from_dict(QWEN3_4B | change, 'some/config.json')
+
+
 def test_llama_may_leave_out_what_its_class_derives():
   raw = {k: v for k, v in LLAMA31_8B.items() if k not in ('num_key_value_heads', 'mlp_bias', 'tie_word_embeddings')}
   cfg = config.from_dict(raw)
@@ -240,6 +256,9 @@ def rewrite(file, change):
     (lambda t: t.update({'model.layers.9.input_layernorm.weight': np.ones(24, np.float32)}), 'model.layers.9'),
     (lambda t: t.update({'model.norm.weight': np.ones(23, np.float32)}), r'model.norm.weight has shape \(23,\)'),
     (lambda t: t.update({'model.norm.weight': np.ones(24, np.int8)}), 'model.norm.weight is I8'),
+    (lambda t: t['model.layers.1.mlp.up_proj.weight'].__setitem__((3, 2), np.nan),
+     'model.layers.1.mlp.up_proj.weight holds NaN or infinity, read as float32'),
+    (lambda t: t['lm_head.weight'].__setitem__((0, 0), -np.inf), 'lm_head.weight holds NaN or infinity'),
 ])
 def test_tensors_that_do_not_fit_are_named(tmp_path, source, change, message):
   save(hf_cases.random_params(CFG, 'float32'), CFG, tmp_path / 'model', source)

@@ -242,8 +242,8 @@ def test_a_base_that_is_gone_or_another_is_named(folder, tmp_path, capsys):
   with resume_test.overwritten(folder):
     for command in (['--dtype', 'bfloat16'], []):
       assert convert.main(['to_hf', str(tmp_path / 'run'), str(tmp_path / 'y'), *command]) == 2
-      assert re.search('the LoRA student in .*/run was made from other weights than lie in .*/teacher now .* put the old ones '
-                       'back, or name the folder that has them with --source', capsys.readouterr().err)
+      assert re.search('the LoRA student in .*/run was made from other weights than lie in .*/teacher now .* put the old '
+                       'ones back, or name the folder that has them with --source', capsys.readouterr().err)
   other = dataclasses.replace(resume_test.MODEL, layers=3)
   hf_convert.save(hf_cases.random_params(other, 'float32'), other, tmp_path / 'other', source=folder / 'tokenizer', meta={},
                   card='', dtype='float32')

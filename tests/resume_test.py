@@ -185,9 +185,12 @@ def test_a_run_does_not_go_on_with_another_teacher(folder, straight, monkeypatch
 
 
 def test_a_run_that_goes_wrong_stops_with_one_line(folder):
-  """A teacher with one broken embedding: all is well until the token is read."""
+  """A teacher with one broken embedding, which loading it would have found: all is well until the token is read."""
   workdir = folder / 'broken'
-  result = start(folder, workdir, overrides=[f'--config.model.source={folder}/broken_teacher', '--config.save_every=1'])
+  blind = ('from blockattn import tree\nfrom blockattn.train import command, distill\ntree.not_finite = lambda tree: []\n'
+           "command.main(distill.run, 'distill')")
+  result = start(folder, workdir, '-c', blind,
+                 overrides=[f'--config.model.source={folder}/broken_teacher', '--config.save_every=1'])
   assert result.returncode == 2, result.stderr
   last = losses(workdir)[0][-1]
   assert last > 1

@@ -111,7 +111,7 @@ def test_what_other_weights_have_said_is_refused(folder, written, tmp_path):
   shutil.copytree(written, tmp_path / 'begun')
   for part in (tmp_path / 'begun').glob('part-*.json'):
     part.unlink()
-  message = 'was made from other weights than lie in .*/teacher now .*: put the old ones back, or run .*teach into a new folder'
+  message = 'was made from other weights than lie in .*/teacher now .*: put the old ones back, or run .*teach into a new'
   with resume_test.overwritten(folder):
     with pytest.raises(ValueError, match=f'begun {message}'):
       teach.run(config, tmp_path / 'begun')

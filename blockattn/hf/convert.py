@@ -43,7 +43,8 @@ def load(name: os.PathLike | str, dtype: str, mesh=None, rules=None, report: Rep
     (ModelConfig, parameter tree of jax arrays). Host memory above the parameters: the largest stacked kind.
 
   Raises:
-    ValueError: anything that does not fit exactly, naming file and key, before any weight is read.
+    ValueError: anything that does not fit exactly, naming file and key, before any weight is read; or a weight is NaN or
+      infinite.
     FileNotFoundError: a missing folder or file.
   """
   _check_dtype(dtype)
@@ -63,6 +64,7 @@ def load(name: os.PathLike | str, dtype: str, mesh=None, rules=None, report: Rep
     done += host.size
     if report:
       report(done * jnp.dtype(dtype).itemsize, total * jnp.dtype(dtype).itemsize)
+  _check_finite(flat, slots, stored, dtype)
   return cfg, traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -201,6 +203,17 @@ def _check_tied_head(cfg, stored):
   if not np.array_equal(head, embed):
     raise ValueError(f'{stored[names.HEAD].file}: {names.HEAD} differs from {names.EMBED}, though config.json says '
                      'tie_word_embeddings=true; set it to false if the head was trained, or delete the tensor')
+
+
+def _check_finite(flat, slots, stored, dtype):
+  """A model with a NaN answers nonsense, if anything."""
+  broken = {'embed' if name == 'sinks' else name for name in tree.not_finite(flat)}
+  for key in (key for key, slot in slots.items() if slot.name in broken):
+    with files.open_tensors(stored[key].file) as tensors:
+      whole = np.isfinite(tensors.get_tensor(key).astype(jnp.dtype(dtype)).astype(np.float32)).all()
+    if not whole:
+      raise ValueError(f'{stored[key].file}: {key} holds NaN or infinity, read as {dtype}: the file is damaged, or the '
+                       'training went wrong; get the weights again, or take an earlier checkpoint')
 
 
 def _bits(file, key):

@@ -80,15 +80,24 @@ def load_model(config, place, dtype=None):
 
   Returns:
     (ModelConfig, params) with params in `dtype`, by default config.model.dtype, placed by the rules.
+
+  Raises:
+    ValueError: the model is a segmenter, and the config not for one; or a document may be longer than it has positions for.
   """
   dtype = dtype or config.model.dtype
   if config.model.source:
     folder = files.locate(config.model.source)
-    check_positions(config, hf_config.read(folder))
+    _check_model(config, hf_config.read(folder), folder)
     return convert.load(folder, dtype, mesh=place.mesh, rules=place.rules)
   cfg = architecture(config.model)
-  check_positions(config, cfg)
+  _check_model(config, cfg, 'config.model')
   return cfg, init_params(cfg, place, config.seed, dtype)
+
+
+def _check_model(config, cfg, name):
+  if 'segment' not in config:
+    hf_config.check_language_model(cfg, name)
+  check_positions(config, cfg)
 
 
 def check_positions(config, cfg):
