@@ -110,6 +110,10 @@ class Checkpoints:
     """The `data` item of a step. Raises Damaged."""
     return _restored(self._manager, step, data=ocp.args.JsonRestore())['data']
 
+  def meta(self, step: int) -> dict:
+    """The `meta` item of a step. Raises Damaged."""
+    return _restored(self._manager, step, meta=ocp.args.JsonRestore())['meta']
+
   def restore(self, step: int, params, opt_state):
     """Reads a step back, unchecked: see `verify`.
 
@@ -374,6 +378,14 @@ def load_params(folder, abstract, step: int | None = None):
     verify(folder, step, ('params',))
     _check_shapes(folder, _shapes_of(pathlib.Path(manager.directory) / str(step)), abstract)
     return _restored(manager, step, params=ocp.args.StandardRestore(abstract))['params']
+
+
+def param_dtypes(folder, step: int | None = None) -> dict[str, str]:
+  """Names -> dtypes ('float32') of the `params` item of a step, by default of the newest; for errors see `load_params`."""
+  with _reader(folder) as manager:
+    step = _step_of(manager, folder, step, 'params')
+    stored = _shapes_of(pathlib.Path(manager.directory) / str(step))
+    return {name: str(leaf.dtype) for name, leaf in tree.named_leaves(stored)}
 
 
 def _shapes_of(path: pathlib.Path):

@@ -77,6 +77,22 @@ def read_text(path: str | os.PathLike) -> str:
     raise ValueError(f'{path} is no UTF-8 text: {error}') from error
 
 
+def read_tokenizer(path: str | os.PathLike) -> Any:
+  """The `tokenizers.Tokenizer` of a tokenizer.json.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it holds something else. Both name the file.
+  """
+  import tokenizers  # not needed by those who read JSON
+  try:
+    return tokenizers.Tokenizer.from_file(str(path))
+  except Exception as error:   # of no other class
+    read_json(path)   # says what is wrong, if it is no JSON
+    raise ValueError(f'{path} is no tokenizer that tokenizers {tokenizers.__version__} reads ({error}); save it again with '
+                     'save_pretrained') from error
+
+
 def parse_json(text: str | bytes, place: str, form: Any = dict) -> Any:
   """JSON of a form, by default an object. Raises ValueError, naming the place."""
   try:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from blockattn import mesh as mesh_lib
+from blockattn import mesh as mesh_lib, tree
 from blockattn.inference import cache
 from blockattn.models import spec, transformer
 
@@ -64,11 +64,13 @@ def test_everything_that_decides_a_state_is_in_its_key():
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_a_model_has_the_same_fingerprint_on_every_mesh(dtype):
+def test_a_model_has_the_same_fingerprint_on_every_mesh_and_in_every_dtype(dtype):
   params = hf_cases.random_params(CFG, dtype)
   place = mesh_lib.Placement(mesh_lib.make_mesh({'fsdp': 2, 'tensor': 2, 'data': 2}))
   shardings = jax.tree.map(lambda x: x.sharding, spec.abstract(transformer.spec(CFG), dtype, place))
-  assert cache.fingerprint(jax.device_put(params, shardings)) == cache.fingerprint(params)
+  assert tree.fingerprint(jax.device_put(params, shardings)) == tree.fingerprint(params)
+  if dtype == 'bfloat16':
+    assert tree.fingerprint(jax.tree.map(lambda x: x.astype('float32'), params)) == tree.fingerprint(params)
 
 
 # Memory and disk.

@@ -455,6 +455,18 @@ def test_encoding_counts_what_it_leaves_out(encoder):
   assert (report.docs, report.cut) == (6, 2)
 
 
+@pytest.mark.parametrize('file, text, message', [
+    ('tokenizer.json', '{"version": "1.0', 'is no valid JSON: Unterminated string'), ('tokenizer.json', '[]', 'is a list'),
+    ('tokenizer.json', '{}', 'is no tokenizer that tokenizers .* reads'), ('tokenizer.json', '{"model": 1}', 'is no tok'),
+    ('tokenizer_config.json', '[]', 'is a list, not a JSON object'), ('tokenizer_config.json', '{', 'is no valid JSON'),
+    ('special_tokens_map.json', '[', 'is no valid JSON'), ('added_tokens.json', '[', 'is no valid JSON')])
+def test_a_broken_file_of_a_tokenizer_is_named(tmp_path, file, text, message):
+  data_cases.tiny_tokenizer().save_pretrained(tmp_path)
+  (tmp_path / file).write_text(text)
+  with pytest.raises(ValueError, match=f'^{tmp_path}/{file} {message}'):
+    encode.load_tokenizer(tmp_path)
+
+
 def test_tokenizers_that_will_not_do(tmp_path):
   for name in ('./missing', str(tmp_path / 'missing'), 'a/b/c'):
     with pytest.raises(FileNotFoundError, match='no such folder'):

@@ -16,6 +16,7 @@ from blockattn import blocks, checkpoint
 from blockattn.data import stdlib, text as text_lib
 from blockattn.evals import gap
 from blockattn.hf import config as hf_config, convert
+from blockattn.inference import segmenter
 from blockattn.models import transformer
 from blockattn.train import setup
 from tools import evaluate, report
@@ -36,6 +37,11 @@ def save_model(folder, tokenizer, blocks_meta, seed=0):
   params = hf_cases.random_params(cfg, 'float32', seed)
   convert.save(params, cfg, folder, source=source, meta=blocks_meta, card='', dtype='float32')
   return folder, cfg, params
+
+
+def test_a_segmenter_is_no_model_to_ask():
+  with pytest.raises(ValueError, match='assets/tiny_segmenter is a segmenter .*ForTokenClassification.: it cuts texts'):
+    evaluate.load_subject(segmenter.EMBEDDED, 'block', COMPUTE)
 
 
 @pytest.fixture(scope='module')

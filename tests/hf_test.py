@@ -108,6 +108,22 @@ def test_missing_config_key_is_named(key):
     config.from_dict(raw)
 
 
+@pytest.mark.parametrize('key', [*config.COUNTS, 'rms_norm_eps', 'rope_theta'])
+def test_a_number_of_nothing_is_named(key):
+  for value in (0, -1):
+    with pytest.raises(ValueError, match=f'^some/config.json: {key}={value}.*; give a number (from 1|above 0)'):
+      config.from_dict(QWEN3_4B | {key: value}, 'some/config.json')
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'num_key_value_heads': 5}, '32 query heads cannot share 5 key/value heads evenly'),
+    ({'head_dim': 7}, 'head_dim 7 is odd'), ({'rope_scaling': LLAMA31_8B['rope_scaling'] | {'factor': 0.0}}, 'factor=0.0'),
+    ({'rms_norm_eps': float('nan')}, 'rms_norm_eps=nan; give a number above 0')])
+def test_numbers_that_do_not_fit_are_said_with_the_file(change, message):
+  with pytest.raises(ValueError, match=f'^some/config.json: .*{message}'):
+    config.from_dict(QWEN3_4B | change, 'some/config.json')
+
+
 def test_llama_may_leave_out_what_its_class_derives():
   raw = {k: v for k, v in LLAMA31_8B.items() if k not in ('num_key_value_heads', 'mlp_bias', 'tie_word_embeddings')}
   cfg = config.from_dict(raw)
@@ -240,6 +256,9 @@ def rewrite(file, change):
     (lambda t: t.update({'model.layers.9.input_layernorm.weight': np.ones(24, np.float32)}), 'model.layers.9'),
     (lambda t: t.update({'model.norm.weight': np.ones(23, np.float32)}), r'model.norm.weight has shape \(23,\)'),
     (lambda t: t.update({'model.norm.weight': np.ones(24, np.int8)}), 'model.norm.weight is I8'),
+    (lambda t: t['model.layers.1.mlp.up_proj.weight'].__setitem__((3, 2), np.nan),
+     'model.layers.1.mlp.up_proj.weight holds NaN or infinity, read as float32'),
+    (lambda t: t['lm_head.weight'].__setitem__((0, 0), -np.inf), 'lm_head.weight holds NaN or infinity'),
 ])
 def test_tensors_that_do_not_fit_are_named(tmp_path, source, change, message):
   save(hf_cases.random_params(CFG, 'float32'), CFG, tmp_path / 'model', source)
@@ -383,6 +402,26 @@ def test_cli_round_trip_keeps_every_bit(tmp_path, source, capsys):
   for name in (files.SINGLE, 'config.json', 'tokenizer.json', 'generation_config.json', 'chat_template.jinja'):
     assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
   assert config.read_meta(tmp_path / 'b')['kind'] == 'distill'
+
+
+def test_weights_keep_their_dtype_unless_told(tmp_path, source, capsys):
+  params = hf_cases.random_params(CFG, 'float32')
+  save(params, CFG, tmp_path / 'a', source)
+  half = {'model.norm.weight': params['final_norm'].astype(np.float16)}
+  rewrite(tmp_path / 'a' / files.SINGLE, lambda tensors: tensors.update(half))
+  params = convert.load(tmp_path / 'a', 'float32')[1]
+  assert cli.main(['from_hf', str(tmp_path / 'a'), str(tmp_path / 'work')]) == 0   # float32 holds float16
+  assert cli.main(['to_hf', str(tmp_path / 'work'), str(tmp_path / 'b')]) == 0
+  assert 'rounded' not in capsys.readouterr().out
+  assert_same_bits(convert.load(tmp_path / 'b', 'float32')[1], params)
+  many = len(names.slots(CFG))
+  assert cli.main(['from_hf', str(tmp_path / 'a'), str(tmp_path / 'half'), '--dtype', 'bfloat16']) == 0
+  assert (f'1 of {many} tensors are rounded from F16 to BF16; {many - 1} of {many} tensors are rounded from F32 to BF16, '
+          'as --dtype bfloat16 says') in capsys.readouterr().out
+  assert cli.main(['to_hf', str(tmp_path / 'work'), str(tmp_path / 'c'), '--dtype', 'bfloat16']) == 0
+  assert f'{many} of {many} tensors are rounded from F32 to BF16' in capsys.readouterr().out
+  assert cli.main(['to_hf', str(tmp_path / 'half'), str(tmp_path / 'd')]) == 0 and 'rounded' not in capsys.readouterr().out
+  assert (tmp_path / 'd' / files.SINGLE).read_bytes() == (tmp_path / 'c' / files.SINGLE).read_bytes()
 
 
 def test_cli_says_what_is_wrong(tmp_path, capsys):

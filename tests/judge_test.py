@@ -175,6 +175,11 @@ def test_stop_ids(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / 'generation_config.json').write_text(json.dumps(said))
     assert judge.stop_ids(encode.load_tokenizer(tmp_path)) == expected
+  for text, message in (('{"eos', 'is no valid JSON'), ('[]', 'is a list, not a JSON object'),
+                        ('{"eos_token_id": "x"}', "eos_token_id.0. is 'x', not a whole number")):
+    (tmp_path / 'generation_config.json').write_text(text)
+    with pytest.raises(ValueError, match=f'^{tmp_path}/generation_config.json.*{message}'):
+      judge.stop_ids(encode.load_tokenizer(tmp_path))
 
 
 def test_answers_are_those_of_the_masked_forward_pass(model, data, tmp_path, monkeypatch):

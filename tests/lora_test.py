@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import hf_cases
 import jax
@@ -11,7 +12,7 @@ import resume_test
 import train_cases
 
 from blockattn import blocks, checkpoint, losses, optim, tree
-from blockattn.hf import convert as hf_convert
+from blockattn.hf import config as hf_config, convert as hf_convert
 from blockattn.models import lora, transformer, weights
 from blockattn.train import distill, finetune, loop, setup
 from configs import common
@@ -232,9 +233,17 @@ def test_a_base_that_is_gone_or_another_is_named(folder, tmp_path, capsys):
     assert 'is not there now: say where it is with --source' in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match='holds a LoRA student, to be merged with the model that it started from'):
       evaluate.load_subject(str(tmp_path / 'run'), 'block', transformer.Compute(impl='xla'))
-    assert convert.main(['to_hf', str(tmp_path / 'run'), str(tmp_path / 'out'), '--source', str(moved)]) == 0
+    assert convert.main(['to_hf', str(tmp_path / 'run'), str(tmp_path / 'out'), '--source', str(moved), '--dtype',
+                         'bfloat16']) == 0   # rounded, but the same
   finally:
     moved.rename(folder / 'teacher')
+  said = hf_config.read_meta(tmp_path / 'out')['source_weights']
+  assert said == hf_convert.weights_facts(hf_convert.load(folder / 'teacher', 'float32')[1])
+  with resume_test.overwritten(folder):
+    for command in (['--dtype', 'bfloat16'], []):
+      assert convert.main(['to_hf', str(tmp_path / 'run'), str(tmp_path / 'y'), *command]) == 2
+      assert re.search('the LoRA student in .*/run was made from other weights than lie in .*/teacher now .* put the old '
+                       'ones back, or name the folder that has them with --source', capsys.readouterr().err)
   other = dataclasses.replace(resume_test.MODEL, layers=3)
   hf_convert.save(hf_cases.random_params(other, 'float32'), other, tmp_path / 'other', source=folder / 'tokenizer', meta={},
                   card='', dtype='float32')

@@ -1,8 +1,10 @@
 """Runs that are killed and started again, as processes; and the loop alone, with a step that computes nothing."""
 
+import contextlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +62,19 @@ def folder(tmp_path_factory):
       f'import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]\nimport resume_test\n\n\n'
       f'def get_config():\n  return resume_test.get_config({str(folder)!r})\n')
   return folder
+
+
+@contextlib.contextmanager
+def overwritten(folder):
+  """Within the block other weights of the same shapes lie where the teacher was."""
+  (folder / 'teacher').rename(folder / 'kept_teacher')
+  try:
+    convert.save(hf_cases.random_params(MODEL, 'float32', seed=1), MODEL, folder / 'teacher', source=folder / 'tokenizer',
+                 meta={}, card='', dtype='float32')
+    yield
+  finally:
+    shutil.rmtree(folder / 'teacher')
+    (folder / 'kept_teacher').rename(folder / 'teacher')
 
 
 def environment(folder, devices=1):
@@ -153,10 +168,29 @@ def test_a_workdir_of_another_config_is_refused(folder, straight):
   assert (straight / 'config.json').read_text() == before and newest(straight) == STEPS
 
 
+@pytest.mark.usefixtures('standard_promotion')   # optax
+def test_a_run_does_not_go_on_with_another_teacher(folder, straight, monkeypatch):
+  config = get_config(folder)
+  config.update_from_flattened_dict({'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2})
+  with overwritten(folder):
+    with pytest.raises(ValueError, match=f'step {STEPS} in {straight}/checkpoints was made from other weights than lie in '
+                                         f'{folder}/teacher now .fingerprint .{{12}}, read as float32; now .{{12}}, read as '
+                                         'float32.: put the old ones back, or begin again with a new --workdir'):
+      distill.run(config, straight)
+    saved = checkpoint.Checkpoints.meta   # as before there were fingerprints
+    monkeypatch.setattr(checkpoint.Checkpoints, 'meta', lambda *args: saved(*args) | {'source_weights': None})
+    distill.run(config, straight)
+  monkeypatch.undo()
+  distill.run(config, straight)   # on other devices the same weights are the same
+
+
 def test_a_run_that_goes_wrong_stops_with_one_line(folder):
-  """A teacher with one broken embedding: all is well until the token is read."""
+  """A teacher with one broken embedding, which loading it would have found: all is well until the token is read."""
   workdir = folder / 'broken'
-  result = start(folder, workdir, overrides=[f'--config.model.source={folder}/broken_teacher', '--config.save_every=1'])
+  blind = ('from blockattn import tree\nfrom blockattn.train import command, distill\ntree.not_finite = lambda tree: []\n'
+           "command.main(distill.run, 'distill')")
+  result = start(folder, workdir, '-c', blind,
+                 overrides=[f'--config.model.source={folder}/broken_teacher', '--config.save_every=1'])
   assert result.returncode == 2, result.stderr
   last = losses(workdir)[0][-1]
   assert last > 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -103,6 +104,20 @@ def test_a_folder_for_something_else_is_refused(folder, written, tmp_path, chang
     distill.run(config_of(folder, **{'teacher.logits': str(written)} | changes), tmp_path / 'run')
   with pytest.raises(ValueError, match=message):
     teach.run(config_of(folder, **{'teacher.top_k': VOCAB - 1} | changes), written)
+
+
+def test_what_other_weights_have_said_is_refused(folder, written, tmp_path):
+  config = config_of(folder, **{'teacher.top_k': VOCAB - 1})
+  shutil.copytree(written, tmp_path / 'begun')
+  for part in (tmp_path / 'begun').glob('part-*.json'):
+    part.unlink()
+  message = 'was made from other weights than lie in .*/teacher now .*: put the old ones back, or run .*teach into a new'
+  with resume_test.overwritten(folder):
+    with pytest.raises(ValueError, match=f'begun {message}'):
+      teach.run(config, tmp_path / 'begun')
+    config.teacher.logits = str(written)
+    with pytest.raises(ValueError, match=f'all {message}'):
+      distill.run(config, tmp_path / 'run')
 
 
 def test_more_tokens_than_there_are(folder, tmp_path):

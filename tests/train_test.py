@@ -12,6 +12,7 @@ import pytest
 import train_cases
 
 from blockattn import blocks, checkpoint, losses, mesh as mesh_lib, optim, tree
+from blockattn.inference import segmenter
 from blockattn.models import transformer
 from blockattn.train import distill, finetune, loop, setup, teach
 from configs import common
@@ -410,6 +411,10 @@ def test_a_mistake_in_the_options_of_fine_tuning(changes, message):
     (lambda c: setup.architecture(c.model), {}, 'config.model.fields lacks family, vocab, width, .* or a config.model.size'),
     (lambda c: setup.load_model(c, None), {'data__length': 40961, 'model__size': 'qwen3_0_6b'},
      r'config.data.length=40961: .* the model has 40960 positions .max_position_embeddings'),
+    (lambda c: setup.load_model(c, None), {'model__size': 'qwen3_0_6b', 'model__fields': {'labels': 2}},
+     r'config.model is a segmenter .Qwen3ForTokenClassification.: .* name a model of Qwen3ForCausalLM'),
+    (lambda c: setup.load_model(c, None), {'model__source': str(segmenter.EMBEDDED)},
+     r'assets/tiny_segmenter is a segmenter .*ForTokenClassification.: .* name a model of .*ForCausalLM'),
     (lambda c: setup.placement(c), {'rules': (('batch', 'dat'),)}, "'batch' is mapped to 'dat', .*mean 'data'"),
 ])
 def test_a_mistake_in_the_rest_of_a_config(call, changes, message):

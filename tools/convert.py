@@ -3,6 +3,8 @@
   python -m tools.convert from_hf Qwen/Qwen3-4B-Instruct-2507 work/qwen3
   python -m tools.convert to_hf work/distilled exported --step 2000
 
+Weights keep their dtype, unless --dtype says another; what that rounds is said.
+
 `from_hf` makes a work directory of step 0: `checkpoints/0` holds the parameters and what the model is, `hf` the
 tokenizer and config files, so that `to_hf` needs nothing else. `to_hf` takes any trainer's work directory: the
 tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source.
@@ -19,43 +21,52 @@ import sys
 import jax
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from blockattn import checkpoint, disk, mesh
-from blockattn.hf import card as card_lib, config, convert, files
+from blockattn import checkpoint, disk, mesh, tree
+from blockattn.hf import card as card_lib, config, convert, files, names
 from blockattn.models import lora, spec, transformer
 from blockattn.train import loop
 from tools import arguments
 
 # What blockattn.json of an export takes over from a checkpoint's meta.
-CARRIED = ('source', 'kind', 'blocks', 'prompt', 'step', 'segmenter')
+CARRIED = ('source', 'source_weights', 'kind', 'blocks', 'prompt', 'step', 'segmenter')
 # And what its card says of the run's config.
 _SHOWN = ('steps', 'batch', 'seed', 'data.kind', 'data.length', 'optim.lr', 'distill.temperature', 'distill.ce_weight',
           'distill.drop_rate', 'distill.drop_mode', 'distill.weights.form', 'finetune.mode', 'lora.rank')
 
 
-def from_hf(source: str, out: str, dtype: str, overwrite: bool = False):
+def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = False):
   """Hugging Face folder or hub name -> work directory `out` with a checkpoint of step 0.
+
+  Args:
+    dtype: of the checkpoint; None: the smaller of float32 and bfloat16 that rounds nothing.
 
   Raises:
     FileExistsError, FileNotFoundError, ValueError: naming the file and the key at fault; `out` is then untouched.
   """
   folder = files.locate(source)
+  stored = [tensor.dtype for tensor in files.stored_tensors(folder).values()]
+  dtype = dtype or convert.dtype_for(stored)
+  _say_rounding(stored, dtype)
   with files.new_folder(pathlib.Path(out), overwrite) as new:
     (new / 'hf').mkdir()
     files.copy_companions(folder, new / 'hf', also=('config.json', files.META, files.CARD))
     with _progress(f'reading {folder}') as report:
       cfg, params = convert.load(folder, dtype, report=report)
     meta = {'kind': 'from_hf', 'blocks': None} | _carried(config.read_meta(folder))
-    meta |= {'source': str(source), 'model': dataclasses.asdict(cfg)}
+    meta |= {'source': str(source), 'source_weights': convert.weights_facts(params), 'model': dataclasses.asdict(cfg)}
     checkpoint.save_params(new / 'checkpoints', params, meta)
 
 
-def to_hf(workdir: str, out: str, dtype: str, step: int | None = None, source: str | None = None,
+def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = None, source: str | None = None,
           card: str | None = None, overwrite: bool = False):
-  """A checkpoint of `workdir`, the newest unless `step` says which, -> Hugging Face folder `out`."""
+  """A checkpoint of `workdir`, the newest unless `step` says which, -> Hugging Face folder `out`; None: in its own dtype."""
   meta = checkpoint.load_meta(pathlib.Path(workdir) / 'checkpoints', step)
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
   config.check_exportable(model_of(meta))
+  stored = _stored_dtypes(pathlib.Path(workdir) / 'checkpoints', step, model_of(meta))
+  dtype = dtype or convert.dtype_for(stored)
+  _say_rounding(stored, dtype)
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
   cfg, params, _ = load_run(workdir, dtype, one, step, source)
   carried = _carried(meta)
@@ -86,14 +97,39 @@ def load_run(workdir: str | os.PathLike, dtype: str, place: mesh.Placement, step
   options = lora.LoraOptions(**meta['lora'])
   trained = checkpoint.load_params(checkpoints, spec.abstract(lora.spec(cfg, options), 'float32', place), step)
   try:
-    base_cfg, base = convert.load(source or meta['source'], dtype, mesh=place.mesh, rules=place.rules)
+    base_cfg, base = _load_base(source or meta['source'], dtype, place, meta.get('source_weights'))
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{workdir} holds a LoRA student, to be merged with the model that it started from: {error}'
                             ) from error
   if base_cfg != dataclasses.replace(cfg, learned_sinks=0):
     raise ValueError(f'{workdir} holds a LoRA student of another model than {source or meta["source"]}: {base_cfg} there, '
                      f'{cfg} in the checkpoint')
-  return cfg, lora.merge(base, trained, options), meta
+  weights = convert.weights_facts(base)
+  convert.check_same_weights(meta.get('source_weights'), weights, f'the LoRA student in {workdir}', source or meta['source'],
+                             'name the folder that has them with --source of tools.convert')
+  return cfg, jax.tree.map(lambda x: x.astype(dtype), lora.merge(base, trained, options)), meta
+
+
+def _load_base(source, dtype, place, said):
+  """(ModelConfig, parameters) that a LoRA student adds to."""
+  load = lambda dtype: convert.load(source, dtype, mesh=place.mesh, rules=place.rules)
+  cfg, params = load(dtype)
+  if said and said['dtype'] != dtype and tree.fingerprint(params) != said['fingerprint']:
+    return load(said['dtype'])   # of float32 weights, one of the two was rounded: only as in training can they be compared
+  return cfg, params
+
+
+def _stored_dtypes(checkpoints, step, cfg) -> list[str]:
+  """The dtype of each tensor that a checkpoint becomes, as safetensors calls it. What a LoRA student adds to counts as what
+  it has trained."""
+  known = checkpoint.param_dtypes(checkpoints, step)
+  trained = next(iter(known.values()))
+  return [convert.DTYPES[known.get(slot.name, trained)] for slot in names.slots(cfg).values()]
+
+
+def _say_rounding(stored, dtype):
+  if said := convert.rounding(stored, dtype):
+    print(f'{said}, as --dtype {dtype} says')
 
 
 def model_of(meta: dict) -> transformer.ModelConfig:
@@ -155,7 +191,8 @@ def _parser():
     command = commands.add_parser(name)
     command.add_argument(first)
     command.add_argument('out')
-    command.add_argument('--dtype', choices=sorted(convert.DTYPES), default='bfloat16', help='of the weights written')
+    command.add_argument('--dtype', choices=sorted(convert.DTYPES), help='of the weights written (default: that of '
+                         'the weights read, so that nothing is rounded)')
     command.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
   command.add_argument('--step', type=int, help='default: the newest')
   command.add_argument('--source', help='folder or hub name to copy the tokenizer from')

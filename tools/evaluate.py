@@ -36,7 +36,7 @@ import jax
 import rich.console
 import rich.table
 
-from blockattn import disk, mesh, metrics
+from blockattn import checkpoint, disk, mesh, metrics
 from blockattn.data import encode, text as text_lib
 from blockattn.evals import answers, gap
 from blockattn.hf import config as hf_config, convert as hf_convert, files as hf_files
@@ -74,6 +74,7 @@ def load_subject(path: str | os.PathLike, mode: str, compute: transformer.Comput
     cfg, params, meta, tokenizer = _load_workdir(pathlib.Path(path), compute.dtype)
   else:
     folder = hf_files.locate(path)
+    hf_config.check_language_model(hf_config.read(folder), folder)
     cfg, params = hf_convert.load(folder, compute.dtype)
     meta, tokenizer = hf_config.read_meta(folder), folder
   options = hf_config.block_options(meta, where=str(path))
@@ -104,6 +105,7 @@ def add_prompt_arguments(parser):
 
 def _load_workdir(workdir, dtype):
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices()[:1]))
+  hf_config.check_language_model(convert.model_of(checkpoint.load_meta(workdir / 'checkpoints')), workdir)
   cfg, params, meta = convert.load_run(workdir, dtype, one)
   return cfg, params, meta, _tokenizer_of(workdir, meta)
 

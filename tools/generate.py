@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ import rich.console
 import rich.table
 
 import blockattn
-from blockattn import tree
+from blockattn import disk, tree
 from blockattn.data import encode, text as text_lib
 from blockattn.inference import cache as cache_lib, cutter, generate
 from blockattn.kernels import api
@@ -52,9 +51,10 @@ COMMANDS = {'/blocks': "where the blocks' states are", '/help': 'this list', '/q
 def stop_ids(tokenizer) -> tuple[int, ...]:
   """Tokens that end an answer: the tokenizer's end-of-text token, and those of a generation_config.json beside it."""
   path = pathlib.Path(tokenizer.name_or_path) / 'generation_config.json'
-  said = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
-  more = said['eos_token_id'] if 'eos_token_id' in said else []
-  return tuple(dict.fromkeys([tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])]))
+  more = disk.read_json(path).get('eos_token_id') if path.is_file() else None
+  more = more if isinstance(more, list) else [] if more is None else [more]
+  disk.check_form(more, [int], f'{path}: eos_token_id')
+  return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 def cutting(segmenter: str, target_tokens: int | None):

@@ -22,9 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from blockattn import errors
+from blockattn import disk, errors
 from blockattn.data import text as text_lib
 
+# What a tokenizer is made of, beside tokenizer.json.
+TOKENIZER_FILES = ('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
 TOO_LONG = ('drop', 'cut')
 BOS = ('auto', 'never')
 
@@ -69,7 +71,7 @@ def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
   Raises:
     FileNotFoundError: `name` is a path, not a hub name, and no such folder with a tokenizer.json exists; or it cannot be
       downloaded.
-    ValueError: the tokenizer has no fast version, or its template does not know an argument.
+    ValueError: a file is broken; the tokenizer has no fast version, or its template does not know an argument.
   """
   import transformers  # slow to import
   name = os.path.expanduser(os.fspath(name))
@@ -78,12 +80,27 @@ def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
     raise FileNotFoundError(f'{name}: no such folder; give a folder with a tokenizer.json, or a name on the hub')
   if local and not os.path.isfile(os.path.join(name, 'tokenizer.json')):
     raise FileNotFoundError(f'{name}: no tokenizer.json in this folder; save the tokenizer with save_pretrained first')
-  with contextlib.nullcontext() if local else errors.hub(name):
+  with _naming_files(name) if local else errors.hub(name):
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
   if not tokenizer.is_fast:
     raise ValueError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
   text_lib.set_template_args(tokenizer, template_args)
   return tokenizer
+
+
+@contextlib.contextmanager
+def _naming_files(folder):
+  """Within the block, what transformers makes of broken files becomes a line that names the file."""
+  try:
+    yield
+  except Exception as error:   # of many classes
+    for file in TOKENIZER_FILES:
+      if os.path.isfile(path := os.path.join(folder, file)):
+        disk.read_json(path)
+    disk.read_tokenizer(os.path.join(folder, 'tokenizer.json'))
+    said = ' '.join(f'{type(error).__name__}: {error}'.split())
+    raise ValueError(f'{folder}: transformers cannot make a tokenizer of its files ({said:.300}); save them again with '
+                     'save_pretrained') from error
 
 
 def plain(tokenizer: Any) -> Any:

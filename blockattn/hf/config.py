@@ -9,7 +9,7 @@ import dataclasses
 import os
 import pathlib
 
-from blockattn import disk
+from blockattn import disk, errors
 from blockattn.blocks import BlockOptions
 from blockattn.hf import files
 from blockattn.models.transformer import Llama3Rope, ModelConfig
@@ -32,6 +32,10 @@ HARMLESS = {
 }
 
 SINKS_STAND = 'in front of every block'   # part of what an export says of its blocks
+
+# Keys that count something, and may not say 0.
+COUNTS = ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim',
+          'intermediate_size', 'max_position_embeddings', 'unit_tokens')
 
 LLAMA3_KEYS = {'factor': 'factor', 'low_freq_factor': 'low_freq_factor', 'high_freq_factor': 'high_freq_factor',
                'original_max_position_embeddings': 'original_length'}
@@ -107,10 +111,11 @@ def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
   need = lambda key, kind=int: _require(raw, key, kind, where)
   # Absent keys mean what they mean to transformers' class; where its guess would be a gamble, the key is required.
   absent = lambda key: family == 'llama' and raw.get(key) is None
+  _check_ranges(raw, where)
   heads, width = need('num_attention_heads'), need('hidden_size')
   theta, scaling = _rope(raw, where)
-  return ModelConfig(
-      family=family, vocab=need('vocab_size'), width=width, layers=need('num_hidden_layers'), heads=heads,
+  return _named(
+      where, family=family, vocab=need('vocab_size'), width=width, layers=need('num_hidden_layers'), heads=heads,
       kv_heads=heads if absent('num_key_value_heads') else need('num_key_value_heads'),
       head_dim=width // heads if absent('head_dim') else need('head_dim'),
       mlp=need('intermediate_size'), norm_eps=need('rms_norm_eps', float), rope_theta=theta, rope_scaling=scaling,
@@ -118,6 +123,28 @@ def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
       mlp_bias=family == 'llama' and _flag(raw, 'mlp_bias', where), tied=_flag(raw, 'tie_word_embeddings', where),
       max_positions=need('max_position_embeddings'), labels=_labels(raw, family, where),
       unit_tokens=need('unit_tokens') if raw.get('unit_tokens') is not None else 0)
+
+
+def _check_ranges(raw, where):
+  for key in COUNTS:
+    if raw.get(key) is not None:
+      errors.check_number(f'{where}: {key}', _require(raw, key, int, where), 1)
+  errors.check_number(f'{where}: rms_norm_eps', _require(raw, 'rms_norm_eps', float, where), above=0)
+
+
+def _named(where, **fields):
+  """The ModelConfig; what it refuses is said with the file's name."""
+  try:
+    return ModelConfig(**fields)
+  except ValueError as error:
+    raise ValueError(f'{where}: {error}') from error
+
+
+def check_language_model(cfg: ModelConfig, name: os.PathLike | str):
+  """Raises ValueError of a segmenter, or another model that gives classes instead of next tokens."""
+  if cfg.labels:
+    raise ValueError(f'{name} is a segmenter ({architecture(cfg)}): it cuts texts, see tools.segment and --segmenter, and '
+                     f'predicts no tokens; name a model of {ARCHITECTURES[cfg.family]}')
 
 
 def _labels(raw, family, where):
@@ -197,6 +224,7 @@ def _rope(raw, where):
     raise ValueError(f'{where}: the rotary keys contradict each other: theta {thetas}, scaling {scalings}; keep one')
   if not thetas:
     raise ValueError(f'{where}: key rope_theta is missing (or rope_parameters with a rope_theta)')
+  errors.check_number(f'{where}: rope_theta', min(thetas.values()), above=0)
   return next(iter(thetas.values())), next(iter(scalings.values()), None)
 
 
@@ -219,6 +247,8 @@ def _rope_dict(rope, where):
     return theta, None
   numbers = {field: _require(rope, key, int if field == 'original_length' else float, where)
              for key, field in LLAMA3_KEYS.items()}
+  for key, field in LLAMA3_KEYS.items():
+    errors.check_number(f'{where}: {key}', numbers[field], above=0)
   return theta, Llama3Rope(**numbers)
 
 

@@ -43,7 +43,8 @@ def load(name: os.PathLike | str, dtype: str, mesh=None, rules=None, report: Rep
     (ModelConfig, parameter tree of jax arrays). Host memory above the parameters: the largest stacked kind.
 
   Raises:
-    ValueError: anything that does not fit exactly, naming file and key, before any weight is read.
+    ValueError: anything that does not fit exactly, naming file and key, before any weight is read; or a weight is NaN or
+      infinite.
     FileNotFoundError: a missing folder or file.
   """
   _check_dtype(dtype)
@@ -63,7 +64,24 @@ def load(name: os.PathLike | str, dtype: str, mesh=None, rules=None, report: Rep
     done += host.size
     if report:
       report(done * jnp.dtype(dtype).itemsize, total * jnp.dtype(dtype).itemsize)
+  _check_finite(flat, slots, stored, dtype)
   return cfg, traverse_util.unflatten_dict(flat, sep='/')
+
+
+def dtype_for(stored) -> str:
+  """The smallest of DTYPES that holds numbers of these dtypes, safetensors' names of them, as they are."""
+  return 'bfloat16' if set(stored) == {'BF16'} else 'float32'
+
+
+def rounding(stored, dtype: str) -> str:
+  """A line about the tensors that lose digits in `dtype`; '' if none does.
+
+  Args:
+    stored: their dtypes, safetensors' names of them.
+  """
+  lossy = collections.Counter(name for name in stored if dtype == 'bfloat16' and name != 'BF16')
+  return '; '.join(f'{count} of {len(stored)} tensors are rounded from {name} to {DTYPES[dtype]}'
+                   for name, count in sorted(lossy.items()))
 
 
 def save(params, cfg: ModelConfig, folder: os.PathLike | str, *, source: os.PathLike | str, meta: dict, card: str,
@@ -127,6 +145,32 @@ def verify(folder: pathlib.Path, cfg: ModelConfig, dtype: str):
       raise ValueError(f'{at.file}: {key} is {at.dtype}, expected {DTYPES[dtype]}')
 
 
+# Which weights they were: a path says it only as long as nobody writes there.
+
+
+def weights_facts(params) -> dict:
+  """What a checkpoint, stored logits or an export say of the weights that they were made from."""
+  return {'fingerprint': tree.fingerprint(params), 'dtype': str(jax.tree.leaves(params)[0].dtype)}
+
+
+def check_same_weights(said: dict | None, now: dict | None, what: str, source: os.PathLike | str, remedy: str):
+  """Checks that the weights are those that something was made from, as far as it says.
+
+  Args:
+    said, now: from `weights_facts`; None: not known.
+    what: what was made from them, for the error.
+    source: where they lie.
+    remedy: what else to do than to put the old weights back.
+
+  Raises:
+    ValueError: they are others.
+  """
+  if said and now and said['fingerprint'] != now['fingerprint']:
+    old, new = (f'{facts["fingerprint"][:12]}, read as {facts["dtype"]}' for facts in (said, now))
+    raise ValueError(f'{what} was made from other weights than lie in {source} now (fingerprint {old}; now {new}): put the '
+                     f'old ones back, or {remedy}')
+
+
 def _check_dtype(dtype):
   if dtype not in DTYPES:
     raise ValueError(f'dtype={dtype!r}; choose one of {", ".join(DTYPES)}')
@@ -159,6 +203,17 @@ def _check_tied_head(cfg, stored):
   if not np.array_equal(head, embed):
     raise ValueError(f'{stored[names.HEAD].file}: {names.HEAD} differs from {names.EMBED}, though config.json says '
                      'tie_word_embeddings=true; set it to false if the head was trained, or delete the tensor')
+
+
+def _check_finite(flat, slots, stored, dtype):
+  """A model with a NaN answers nonsense, if anything."""
+  broken = {'embed' if name == 'sinks' else name for name in tree.not_finite(flat)}
+  for key in (key for key, slot in slots.items() if slot.name in broken):
+    with files.open_tensors(stored[key].file) as tensors:
+      whole = np.isfinite(tensors.get_tensor(key).astype(jnp.dtype(dtype)).astype(np.float32)).all()
+    if not whole:
+      raise ValueError(f'{stored[key].file}: {key} holds NaN or infinity, read as {dtype}: the file is damaged, or the '
+                       'training went wrong; get the weights again, or take an earlier checkpoint')
 
 
 def _bits(file, key):

@@ -15,7 +15,7 @@ import safetensors.numpy
 import tokenizers
 
 from blockattn import errors
-from blockattn.disk import read_json
+from blockattn.disk import read_json, read_tokenizer
 
 META = 'blockattn.json'
 SINGLE = 'model.safetensors'
@@ -206,7 +206,7 @@ def token_ids(source: pathlib.Path) -> dict:
     raw = read_json(source / 'config.json')
     return {key: raw.get(key) for key in TOKEN_IDS}
   raw = read_json(source / 'tokenizer_config.json')
-  tokenizer = tokenizers.Tokenizer.from_file(str(source / 'tokenizer.json'))
+  tokenizer = read_tokenizer(source / 'tokenizer.json')
   texts = {key: raw.get(key.removesuffix('_id')) for key in TOKEN_IDS}
   texts = {key: text['content'] if isinstance(text, dict) else text for key, text in texts.items()}
   return {key: None if text is None else tokenizer.token_to_id(text) for key, text in texts.items()}
@@ -223,7 +223,7 @@ def add_sink_tokens(folder: pathlib.Path, vocab: int, count: int):
     ValueError: the tokenizer has more tokens than the model has rows, or numbers its tokens otherwise.
   """
   path = folder / 'tokenizer.json'
-  tokenizer = tokenizers.Tokenizer.from_file(str(path))
+  tokenizer = read_tokenizer(path)
   sinks = {vocab + i: f'<|sink_{i}|>' for i in range(count)}
   known = tokenizer.get_vocab_size(with_added_tokens=True)
   fillers = {i: f'<|reserved_{i}|>' for i in range(known, vocab)}

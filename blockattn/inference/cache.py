@@ -25,8 +25,6 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -64,44 +62,12 @@ def keys_of(params, cfg, dtype: str, quantize: str = 'none') -> Keys:
   """The keys of a model's blocks.
 
   Args:
-    params, cfg: the model; the bits of every parameter count.
+    params, cfg: the model; every bit of the parameters' values counts.
     dtype: of activations, hence of states.
     quantize: of what is stored, so that exact states and others are told apart in one folder.
   """
   said = (FORMAT, 'keys unrotated', repr(cfg), dtype, quantize)
-  return Keys(_hash(*(text.encode() for text in said), fingerprint(params).encode()).encode())
-
-
-def fingerprint(params) -> str:
-  """A hash over the bits of every parameter, its name, shape and dtype; computed where the parameters are.
-
-  The same on every mesh. It tells models apart; it is no defence against somebody who makes two models collide.
-  """
-  named = dict(tree.named_leaves(params))
-  sums = jax.device_get(_bit_sums(named))
-  facts = [f'{name} {x.shape} {x.dtype} {sums[name][0]} {sums[name][1]}' for name, x in sorted(named.items())]
-  return _hash(*(fact.encode() for fact in facts))
-
-
-@jax.jit
-def _bit_sums(named):
-  return {name: _bit_sum(x) for name, x in named.items()}
-
-
-def _bit_sum(x):
-  """Two sums, modulo 2^32, over the array's bits mixed with their places. The mixing is MurmurHash3's finaliser."""
-  bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
-  place = jnp.zeros(x.shape, jnp.uint32)
-  for axis, size in enumerate(x.shape):
-    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-
-  def mixed(seed):
-    h = bits ^ ((place + jnp.uint32(seed)) * jnp.uint32(0x9E3779B1))
-    for multiplier, shift in ((0x85EBCA6B, 16), (0xC2B2AE35, 13)):
-      h = (h ^ (h >> shift)) * jnp.uint32(multiplier)
-    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-
-  return mixed(1), mixed(0x68E31DA4)
+  return Keys(_hash(*(text.encode() for text in said), tree.fingerprint(params).encode()).encode())
 
 
 def _hash(*parts: bytes) -> str:

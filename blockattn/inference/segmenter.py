@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 
 from blockattn import blocks, disk, mesh as mesh_lib
 from blockattn.data import markers, outline as outline_lib, packing
@@ -154,7 +153,7 @@ class Segmenter:
     options = options_of(folder, **overrides)
     place = place or mesh_lib.Placement(mesh_lib.make_mesh({'data': -1}))
     cfg, params = convert.load(folder, dtype, mesh=place.mesh, rules=place.rules)
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    tokenizer = disk.read_tokenizer(folder / 'tokenizer.json')
     return cls(params, cfg, tokenizer, options, place=place, dtype=dtype, batch_tokens=batch_tokens)
 
   def score(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> list[Scored]:

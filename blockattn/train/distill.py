@@ -174,6 +174,9 @@ def run(config, workdir):
   tokenizer = setup.tokenizer(config)
   source = setup.taught(config, setup.rows(config, tokenizer))
   teacher_cfg, params = setup.load_model(config, place)
+  weights = setup.source_weights(config, params)
+  if config.teacher.logits:
+    setup.check_taught_weights(config.teacher.logits, config, weights)
   cfg, block_options = setup.block_options(config, teacher_cfg, tokenizer)
   models = Models(
       student=cfg, teacher=teacher_cfg, student_compute=setup.compute(config, place),
@@ -190,7 +193,7 @@ def run(config, workdir):
                    setup.batches(config, source), setup.loop_config(config, 'distilling', cfg), workdir,
                    put_batch=place.put_batch,
                    meta=setup.model_meta(cfg, block_options, config.model.source, 'distill', low_rank,
-                                         setup.prompt_meta(config, tokenizer)))
+                                         setup.prompt_meta(config, tokenizer), weights))
   return cfg, state.params, block_options
 
 

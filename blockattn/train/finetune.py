@@ -95,6 +95,7 @@ def run(config, workdir):
   tokenizer = setup.tokenizer(config)
   source = setup.rows(config, tokenizer)
   cfg, params = setup.load_model(config, place)
+  weights = setup.source_weights(config, params)
   cfg, block_options = setup.block_options(config, cfg, tokenizer)
   params = setup.add_sink_rows(params, cfg, tokenizer, config.blocks.sink_text, place)
   if low_rank.rank:
@@ -103,7 +104,7 @@ def run(config, workdir):
   optimizer = optim.make_optimizer(optim_config)
   step_fn = make_step(cfg, compute, block_options, options, optimizer, optim.learning_rate(optim_config), low_rank)
   meta = setup.model_meta(cfg, block_options if options.mode != 'full' else None, config.model.source, 'finetune', low_rank,
-                          setup.prompt_meta(config, tokenizer))
+                          setup.prompt_meta(config, tokenizer), weights)
   state = loop.run(lambda state, batch: step_fn(state, frozen, batch), loop.init_state(params, optimizer),
                    setup.batches(config, source), setup.loop_config(config, f'fine-tuning ({options.mode})', cfg), workdir,
                    put_batch=place.put_batch, meta=meta)

@@ -20,6 +20,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from blockattn import checkpoint, disk, errors, locks, metrics, multihost, trace
+from blockattn.hf import convert
 from blockattn.kernels import api
 from blockattn.models import flops as flops_lib
 
@@ -162,7 +163,7 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
     state: TrainState at step 0, also the shapes and shardings to restore into.
     batches: iterator with `get_state() -> dict`, `set_state(dict)` and `fingerprint`; one item per step.
     put_batch: host batch -> device batch.
-    meta: JSON saved with every checkpoint: what the model is.
+    meta: JSON saved with every checkpoint: what the model is, and under 'source_weights' what it began from.
     watch: what looks at the state now and then, in time that does not count as training: `due(step) -> bool`, and called
       with (step, state) it gives scalars to write, {} for none.
 
@@ -174,13 +175,13 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
     Preempted: SIGTERM or Ctrl-C came; the state is saved; exit code 75 or 130.
     checkpoint.NotSaved: a checkpoint could not be written; those before it stand.
     checkpoint.Damaged: the newest checkpoint is not what was written.
-    ValueError: the newest checkpoint is of other data.
+    ValueError: the newest checkpoint is of other data, or began from other weights.
   """
   folder = pathlib.Path(workdir) / 'checkpoints'
   multihost.check_equal('data', batches.fingerprint)
   with checkpoint.Checkpoints(folder, keep=config.keep) as saved, \
       multihost.failing_ends_all(agreed=(NotFinite, Preempted)), _Signals() as signals:
-    state, step = _resume(saved, state, batches)
+    state, step = _resume(saved, state, batches, meta)
     first = jax.process_index() == 0
     with metrics.MetricWriter(workdir, jax.process_index(), resume_step=step, wandb_project=config.wandb) as writer, \
         metrics.ProgressLine(config.steps, config.label, enabled=first) as progress, \
@@ -215,7 +216,7 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
   return state
 
 
-def _resume(saved, state, batches):
+def _resume(saved, state, batches, meta):
   newest = saved.newest()
   if newest is None:
     return state, 0
@@ -223,6 +224,8 @@ def _resume(saved, state, batches):
   with multihost.timed(f'restoring step {newest}'):
     saved.verify(newest)
     batches.set_state(saved.data(newest))   # refuses other data before the large items are read
+    convert.check_same_weights(saved.meta(newest).get('source_weights'), meta.get('source_weights'),
+                               f'step {newest} in {saved.folder}', meta.get('source'), 'begin again with a new --workdir')
     params, opt_state, _ = saved.restore(newest, like['params'], like['opt_state'])
   step = jax.device_put(jnp.asarray(newest, jnp.int32), state.step.sharding)
   return TrainState(step=step, params=params, opt_state=opt_state), newest

@@ -15,9 +15,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 
-from blockattn import errors, optim
+from blockattn import disk, errors, optim
 from blockattn.data import markers, segment_pipeline
 from blockattn.data.semanticseg import hints, schema
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
@@ -146,7 +145,7 @@ def read_options(config) -> markers.ReadOptions:
 
 
 def reader_of(config, folder) -> markers.Reader:
-  tokenizer = tokenizers.Tokenizer.from_file(str(pathlib.Path(folder) / 'tokenizer.json'))
+  tokenizer = disk.read_tokenizer(pathlib.Path(folder) / 'tokenizer.json')
   return markers.Reader(tokenizer, read_options(config))
 
 

@@ -80,15 +80,24 @@ def load_model(config, place, dtype=None):
 
   Returns:
     (ModelConfig, params) with params in `dtype`, by default config.model.dtype, placed by the rules.
+
+  Raises:
+    ValueError: the model is a segmenter, and the config not for one; or a document may be longer than it has positions for.
   """
   dtype = dtype or config.model.dtype
   if config.model.source:
     folder = files.locate(config.model.source)
-    check_positions(config, hf_config.read(folder))
+    _check_model(config, hf_config.read(folder), folder)
     return convert.load(folder, dtype, mesh=place.mesh, rules=place.rules)
   cfg = architecture(config.model)
-  check_positions(config, cfg)
+  _check_model(config, cfg, 'config.model')
   return cfg, init_params(cfg, place, config.seed, dtype)
+
+
+def _check_model(config, cfg, name):
+  if 'segment' not in config:
+    hf_config.check_language_model(cfg, name)
+  check_positions(config, cfg)
 
 
 def check_positions(config, cfg):
@@ -159,6 +168,11 @@ def teacher_from(params, cfg, config, place):
   return jax.jit(copy, out_shardings=shardings)(params)
 
 
+def source_weights(config, params) -> dict | None:
+  """Which weights config.model.source holds, from the parameters as they were loaded; None of random ones."""
+  return convert.weights_facts(params) if config.model.source else None
+
+
 def teacher_facts(config) -> dict:
   """What a training that reads stored logits must agree with, see train/teach.py."""
   return {'source': str(config.model.source), 'length': config.data.length, 'temperature': config.distill.temperature,
@@ -172,6 +186,12 @@ def check_taught(folder, found: dict, wanted: dict):
     if found[name] != value:
       raise ValueError(f'{folder} was written for {name}={found[name]!r}, this config says {value!r}; use another folder, '
                        'or the config that it was written for')
+
+
+def check_taught_weights(folder, config, weights: dict):
+  """Raises ValueError if a folder of stored logits is from other weights than those of config.model.source."""
+  convert.check_same_weights(taught_lib.read_meta(folder).get('source_weights'), weights, f'{folder}', config.model.source,
+                             'run blockattn.train.teach into a new folder')
 
 
 def needed_rows(config, source) -> np.ndarray:
@@ -289,9 +309,10 @@ def step_flops(config, cfg) -> Callable[[flops.Blocks], flops.Flops]:
 
 
 def model_meta(cfg, options: blocks.BlockOptions | None, source: str, kind: str,
-               low_rank: lora.LoraOptions = lora.NONE, prompt: dict | None = None) -> dict:
-  """What a checkpoint says of its model: enough to export it and to run it. `prompt`: see `prompt_meta`."""
-  return {'model': dataclasses.asdict(cfg), 'source': str(source), 'kind': kind,
+               low_rank: lora.LoraOptions = lora.NONE, prompt: dict | None = None, weights: dict | None = None) -> dict:
+  """What a checkpoint says of its model: enough to export it and to run it. `prompt`: see `prompt_meta`; `weights`: see
+  `source_weights`."""
+  return {'model': dataclasses.asdict(cfg), 'source': str(source), 'source_weights': weights, 'kind': kind,
           'blocks': None if options is None else hf_config.blocks_meta(options),
           'lora': dataclasses.asdict(low_rank) if low_rank.rank else None, 'prompt': prompt}
 

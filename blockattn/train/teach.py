@@ -31,7 +31,8 @@ def run(config, workdir):
   options, folder = distill.options_of(config), pathlib.Path(workdir)
   place = setup.placement(config)
   setup.check_batch(config, place)
-  _claim(folder, setup.teacher_facts(config))
+  facts = setup.teacher_facts(config)
+  _check_claim(folder, facts)
   source = setup.rows(config, setup.tokenizer(config))
   needed = setup.needed_rows(config, source)
   done = {row for rows in taught.written_rows(folder).values() for row in rows}
@@ -47,6 +48,7 @@ def run(config, workdir):
   cfg, params = setup.load_model(config, place)
   if config.teacher.top_k >= cfg.vocab:
     raise ValueError(f'config.teacher.top_k={config.teacher.top_k}: the vocabulary has {cfg.vocab} tokens; keep fewer')
+  _claim(folder, config, facts, setup.source_weights(config, params))
   teacher = setup.teacher_from(params, cfg, config, teacher_place)
   del params
   compute = setup.compute(config, teacher_place, dtype=config.teacher.compute_dtype, remat='none')
@@ -104,13 +106,19 @@ def _held(x) -> dict[int, np.ndarray]:
   return held
 
 
-def _claim(folder, facts):
-  """Says in a new folder what it is made for; one that was begun for something else is refused."""
+def _check_claim(folder, facts):
+  """Refuses a folder that was begun for something else."""
   if (folder / taught.META).is_file():
     setup.check_taught(folder, taught.read_meta(folder), facts)
+
+
+def _claim(folder, config, facts, weights):
+  """Says in a new folder what it is made for and from; one that was begun with other weights is refused."""
+  if (folder / taught.META).is_file():
+    setup.check_taught_weights(folder, config, weights)
   elif jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(folder / taught.META, facts)
+    metrics.write_json(folder / taught.META, facts | {'source_weights': weights})
 
 
 def teacher_says(teacher, batch, *, cfg, compute, options, top_k, positions) -> dict:
