@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import re
@@ -112,6 +113,18 @@ def test_llama_may_leave_out_what_its_class_derives():
   raw = {k: v for k, v in LLAMA31_8B.items() if k not in ('num_key_value_heads', 'mlp_bias', 'tie_word_embeddings')}
   cfg = config.from_dict(raw)
   assert (cfg.kv_heads, cfg.head_dim, cfg.mlp_bias, cfg.tied) == (32, 128, False, False)
+
+
+@pytest.mark.parametrize('drop, more', [
+    (('rope_theta', 'rope_scaling'), {}), (('rope_theta',), {}), ((), {'hidden_act': 'swish'}),
+    ((), {'rope_scaling': LLAMA31_8B['rope_scaling'] | {'original_max_position_embeddings': 8192.0}})])
+def test_configs_of_old_are_read_as_transformers_does(drop, more):
+  raw = {k: v for k, v in LLAMA31_8B.items() if k not in drop} | more
+  cfg, theirs = config.from_dict(raw), transformers.LlamaConfig.from_dict(copy.deepcopy(raw))
+  assert cfg.rope_theta == theirs.rope_parameters['rope_theta'] == (10000 if drop else 500000)
+  assert config.from_dict(config.to_dict(cfg, 'float32', NO_IDS)) == cfg
+  if 'rope_scaling' not in drop:
+    assert cfg.rope_scaling == sizes.get('llama31_8b').rope_scaling and isinstance(cfg.rope_scaling.original_length, int)
 
 
 @pytest.mark.parametrize('cfg, field', [
@@ -275,6 +288,34 @@ def test_an_index_that_lies_is_refused(exported):
   (folder / files.INDEX).unlink()
   with pytest.raises(ValueError, match='no model.safetensors.index.json'):
     convert.load(folder, 'float32')
+
+
+def test_the_index_decides_and_old_buffers_do_not_count(exported):
+  folder, params = exported
+  raw = json.loads((folder / files.INDEX).read_text())
+  for path in sorted(folder.glob('model-*.safetensors')):
+    path.rename(folder / path.name.replace('model-', 'part-'))
+  raw['weight_map'] = {key: file.replace('model-', 'part-') for key, file in raw['weight_map'].items()}
+  key, file = 'model.layers.0.self_attn.rotary_emb.inv_freq', min(raw['weight_map'].values())
+  rewrite(folder / file, lambda tensors: tensors.update({key: np.ones(4, np.float32)}))
+  raw['weight_map'][key] = file
+  (folder / files.INDEX).write_text(json.dumps(raw))
+  assert_same_bits(convert.load(folder, 'float32')[1], params)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+  np.testing.assert_array_equal(theirs['model.norm.weight'].numpy(), params['final_norm'])
+  raw['weight_map'][key] = '../source/part.safetensors'
+  (folder / files.INDEX).write_text(json.dumps(raw))
+  with pytest.raises(FileNotFoundError, match='../source/part.safetensors is missing'):
+    convert.load(folder, 'float32')
+
+
+@pytest.mark.parametrize('file, text, message', [
+    ('model-Q4_K_M.gguf', '', r'holds only GGUF \(model-Q4_K_M.gguf\).*gguf_file'),
+    ('adapter_config.json', '{"base_model_name_or_path": "owner/base"}', 'adapter of PEFT.*owner/base.*merge_and_unload')])
+def test_what_lies_there_in_place_of_a_model_is_named(tmp_path, file, text, message):
+  (tmp_path / file).write_text(text)
+  with pytest.raises(ValueError, match=message):
+    convert.load(tmp_path, 'float32')
 
 
 def test_pickled_weights_are_refused(exported):

@@ -19,7 +19,7 @@ CLASSIFIERS = {'qwen3': 'Qwen3ForTokenClassification', 'llama': 'LlamaForTokenCl
 
 # Key -> the values that change nothing, and what to tell whoever has another one.
 HARMLESS = {
-    'hidden_act': ((None, 'silu'), "supported is 'silu'"),
+    'hidden_act': ((None, 'silu', 'swish'), "supported is 'silu'"),
     'use_sliding_window': ((None, False), 'supported is full attention only (false)'),
     'partial_rotary_factor': ((None, 1), 'supported is rotary over whole heads (1.0)'),
     'quantization_config': ((None,), 'supported are float32, bfloat16 and float16 weights; dequantize them first'),
@@ -32,6 +32,8 @@ HARMLESS = {
 }
 
 SINKS_STAND = 'in front of every block'   # part of what an export says of its blocks
+
+LLAMA_THETA = 10000.0   # of configs from before the key
 
 LLAMA3_KEYS = {'factor': 'factor', 'low_freq_factor': 'low_freq_factor', 'high_freq_factor': 'high_freq_factor',
                'original_max_position_embeddings': 'original_length'}
@@ -195,6 +197,8 @@ def _rope(raw, where):
   scalings = {key: scaling for key, (_, scaling) in said.items()}
   if len(set(thetas.values())) > 1 or len(set(scalings.values())) > 1:
     raise ValueError(f'{where}: the rotary keys contradict each other: theta {thetas}, scaling {scalings}; keep one')
+  if not thetas and raw['model_type'] == 'llama':
+    thetas['rope_theta'] = LLAMA_THETA
   if not thetas:
     raise ValueError(f'{where}: key rope_theta is missing (or rope_parameters with a rope_theta)')
   return next(iter(thetas.values())), next(iter(scalings.values()), None)
@@ -217,9 +221,10 @@ def _rope_dict(rope, where):
     raise ValueError(f'{where}: keys {sorted(unknown)} are not supported with rope_type {kind!r}')
   if kind == 'default':
     return theta, None
-  numbers = {field: _require(rope, key, int if field == 'original_length' else float, where)
-             for key, field in LLAMA3_KEYS.items()}
-  return theta, Llama3Rope(**numbers)
+  numbers = {field: _require(rope, key, float, where) for key, field in LLAMA3_KEYS.items()}
+  if not numbers['original_length'].is_integer():
+    raise ValueError(f'{where}: original_max_position_embeddings={numbers["original_length"]} is no whole number')
+  return theta, Llama3Rope(**numbers | {'original_length': int(numbers['original_length'])})
 
 
 def _rope_to_dict(cfg):

@@ -51,7 +51,8 @@ def load(name: os.PathLike | str, dtype: str, mesh=None, rules=None, report: Rep
   cfg = config.read(folder)
   slots, stored = names.slots(cfg), files.stored_tensors(folder)
   _check_tied_head(cfg, stored)
-  _check_stored(slots, {key: at for key, at in stored.items() if not (cfg.tied and key == names.HEAD)}, folder)
+  stored = {key: at for key, at in stored.items() if not (cfg.tied and key == names.HEAD or names.is_buffer(key))}
+  _check_stored(slots, stored, folder)
   place = _placer(cfg, mesh, rules)
   total = sum(math.prod(at.shape) for at in stored.values())
   done = 0

@@ -26,8 +26,9 @@ COPIED = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'spe
           'added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model', 'generation_config.json')
 LICENCES = ('LICENSE*', 'NOTICE*', 'USE_POLICY*')
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl')
+ADAPTER = 'adapter_config.json'
 CARD = 'README.md'
-DOWNLOADED = ('config.json', META, '*.safetensors', INDEX, CARD, *COPIED, *LICENCES)
+DOWNLOADED = ('config.json', META, ADAPTER, '*.safetensors', INDEX, CARD, *COPIED, *LICENCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +46,32 @@ def locate(name: os.PathLike | str) -> pathlib.Path:
 
   Raises:
     FileNotFoundError: `name` is no folder, and no hub name either or one that cannot be downloaded.
+    ValueError: there is no model in it, but something in its place that other programs read.
   """
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir():
-    return folder
+    return _check_kind(folder)
   repo, _, revision = str(name).partition('@')
   if folder.is_absolute() or repo.startswith(('.', '~')) or repo.count('/') != 1 or '' in repo.split('/'):
     raise FileNotFoundError(f'no folder {name}, and it is no hub name (owner/model or owner/model@revision) either')
   # '*' of the patterns matches '/', too: keep out other formats' copies that some repositories hold in folders.
   with errors.hub(str(name)):
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        repo, revision=revision or None, allow_patterns=list(DOWNLOADED), ignore_patterns=['*/*', 'consolidated*']))
+    return _check_kind(pathlib.Path(huggingface_hub.snapshot_download(
+        repo, revision=revision or None, allow_patterns=list(DOWNLOADED), ignore_patterns=['*/*', 'consolidated*'])))
+
+
+def _check_kind(folder):
+  if (folder / SINGLE).exists() or (folder / INDEX).exists():
+    return folder
+  if (folder / ADAPTER).exists():
+    base = read_json(folder / ADAPTER).get('base_model_name_or_path')
+    raise ValueError(f'{folder} holds an adapter of PEFT ({ADAPTER}), no model; merge it with its base, {base}, first (peft: '
+                     'PeftModel.from_pretrained, merge_and_unload, save_pretrained)')
+  quantized = sorted(path.name for path in folder.glob('*.gguf'))
+  if quantized:
+    raise ValueError(f'{folder} holds only GGUF ({quantized[0]}); name the folder of the weights that it was made of, or '
+                     'convert it to safetensors first (transformers: from_pretrained with gguf_file, save_pretrained)')
+  return folder
 
 
 def write_json(path: pathlib.Path, value: dict):
@@ -94,7 +110,8 @@ def _placement(folder):
     weight_map = read_json(folder / INDEX).get('weight_map')
     if not isinstance(weight_map, dict):
       raise ValueError(f'{folder / INDEX} has no weight_map')
-    missing, stray = set(weight_map.values()) - names, names - set(weight_map.values())
+    there = {path.name for path in folder.glob('*.safetensors')}   # whatever it calls its shards, beside it
+    missing, stray = set(weight_map.values()) - there, names - set(weight_map.values())
     if missing:
       raise FileNotFoundError(f'{folder}: {sorted(missing)[0]} is missing, though {INDEX} names it')
     if stray:
