@@ -25,7 +25,7 @@ LENGTH = 64
 
 class Words:
   """As much of a tokenizer as an evaluation needs: token 7 reads 'w7'."""
-  eos_token_id = 0
+  eos_token_id, name_or_path = 0, ''
 
   def decode(self, tokens, skip_special_tokens):
     assert skip_special_tokens
@@ -118,8 +118,8 @@ def test_documents_without_an_answer_have_no_gap(docs):
 
 def test_answers_come_back_in_order(docs):
   student = subject('block', seed=1)
-  together = gap.answer(student, docs, 0, batch=2, max_new=3)
-  assert together == [gap.answer(student, [doc], 0, batch=1, max_new=3)[0] for doc in docs]
+  together = gap.answer(student, docs, (0,), batch=2, max_new=3)
+  assert together == [gap.answer(student, [doc], (0,), batch=1, max_new=3)[0] for doc in docs]
   assert len({tuple(answer) for answer in together}) > 1
 
 
@@ -141,7 +141,7 @@ def test_an_answer_ends_before_the_stop_text(docs):
 
 def test_rows_and_their_means(docs):
   student, teacher = subject('block', seed=1), subject('full')
-  given = gap.answer(student, docs, 0, batch=2, max_new=3)
+  given = gap.answer(student, docs, (0,), batch=2, max_new=3)
   assert len(given) == len(docs) and all(0 not in tokens and len(tokens) <= 3 for tokens in given)
   said = [Words().decode(tokens, skip_special_tokens=True) for tokens in given]
   # Right to the letter, right but for the accepted case, one word of the answer, wrong, and an answer without a list.

@@ -200,7 +200,8 @@ def test_greedy_answers_are_those_of_the_masked_forward_pass(words):
   for row, prompt in zip(tokens, prompts, strict=True):
     row[:sum(map(len, prompt))] = np.concatenate(prompt)
   tokens, layout, _ = blocks.block_mode(tokens, layout, blocks.BlockOptions(SINKS['qwen3_tied'], 'sequential', 8))
-  want = decode.greedy(params, tokens, layout, cfg=cfg, compute=Compute(impl='reference'), length=12, stop_id=STOP, vocab=48)
+  want = decode.greedy(params, tokens, layout, cfg=cfg, compute=Compute(impl='reference'), length=12,
+                       stop_ids=np.array([STOP]), vocab=48)
   got = engine('qwen3_tied', words).generate([Request(prompt, max_new=12) for prompt in prompts])
   for row, answer in zip(np.asarray(want), got, strict=True):
     assert list(answer.tokens) == [t for t in row.tolist() if t != STOP]

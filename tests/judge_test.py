@@ -192,6 +192,6 @@ def test_answers_are_those_of_the_masked_forward_pass(model, data, tmp_path, mon
     judged = dataclasses.replace(subject, mode=mode)
     answer = judge.answerer(judged, tokenizer, batch=4)
     said[mode] = answer(prompts, max_new=4, stop=())
-    expected = gap.answer(judged, docs, tokenizer.eos_token_id, batch=4, max_new=4)
+    expected = gap.answer(judged, docs, (tokenizer.eos_token_id,), batch=4, max_new=4)
     assert said[mode] == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
   assert said['full'] != said['block'] and all(said['full'])

@@ -17,9 +17,11 @@ import resource
 import sys
 
 import jax
+import tokenizers
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blockattn import checkpoint, disk, mesh
+from blockattn.data import encode
 from blockattn.hf import card as card_lib, config, convert, files
 from blockattn.models import lora, spec, transformer
 from blockattn.train import loop
@@ -39,6 +41,7 @@ def from_hf(source: str, out: str, dtype: str, overwrite: bool = False):
     FileExistsError, FileNotFoundError, ValueError: naming the file and the key at fault; `out` is then untouched.
   """
   folder = files.locate(source)
+  _check_tokenizer(folder, config.read(folder))
   with files.new_folder(pathlib.Path(out), overwrite) as new:
     (new / 'hf').mkdir()
     files.copy_companions(folder, new / 'hf', also=('config.json', files.META, files.CARD))
@@ -56,6 +59,7 @@ def to_hf(workdir: str, out: str, dtype: str, step: int | None = None, source: s
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
   config.check_exportable(model_of(meta))
+  _check_tokenizer(companions, model_of(meta))
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
   cfg, params, _ = load_run(workdir, dtype, one, step, source)
   carried = _carried(meta)
@@ -136,6 +140,13 @@ def _companions(workdir, meta, source):
                               f'--source ({error})') from error
   raise FileNotFoundError(f'{workdir} holds no hf folder with a tokenizer, and the run did not start from a model; '
                           'name one with --source')
+
+
+def _check_tokenizer(folder, cfg):
+  """Raises ValueError if its tokenizer has tokens that the model has no rows for."""
+  if (folder / 'tokenizer.json').is_file():
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    encode.check_tokenizer(tokenizer, cfg.vocab, str(folder / 'tokenizer.json'), cfg.learned_sinks)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ def read(folder: os.PathLike | str) -> ModelConfig:
     FileNotFoundError: no config.json.
     ValueError: naming the file, key and value that is missing, malformed or unsupported.
   """
+  files.check_kind(pathlib.Path(folder))
   path = pathlib.Path(folder) / 'config.json'
   cfg = from_dict(files.read_json(path), str(path))
   meta = read_meta(folder)

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 
 from blockattn import errors, optim
-from blockattn.data import markers, segment_pipeline
+from blockattn.data import encode, markers, segment_pipeline
 from blockattn.data.semanticseg import hints, schema
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
 from blockattn.models import segmenter, spec
@@ -147,6 +147,7 @@ def read_options(config) -> markers.ReadOptions:
 
 def reader_of(config, folder) -> markers.Reader:
   tokenizer = tokenizers.Tokenizer.from_file(str(pathlib.Path(folder) / 'tokenizer.json'))
+  encode.check_tokenizer(tokenizer, setup.model_config(config).vocab, str(folder))
   return markers.Reader(tokenizer, read_options(config))
 
 

@@ -75,19 +75,21 @@ def architecture(model) -> transformer.ModelConfig:
   return transformer.ModelConfig(**fields)
 
 
+def model_config(config) -> transformer.ModelConfig:
+  """The ModelConfig of config.model, before any weight is read."""
+  return hf_config.read(files.locate(config.model.source)) if config.model.source else architecture(config.model)
+
+
 def load_model(config, place, dtype=None):
   """Model of config.model: the Hugging Face folder or hub name `model.source`, or random values if it is empty.
 
   Returns:
     (ModelConfig, params) with params in `dtype`, by default config.model.dtype, placed by the rules.
   """
-  dtype = dtype or config.model.dtype
-  if config.model.source:
-    folder = files.locate(config.model.source)
-    check_positions(config, hf_config.read(folder))
-    return convert.load(folder, dtype, mesh=place.mesh, rules=place.rules)
-  cfg = architecture(config.model)
+  dtype, cfg = dtype or config.model.dtype, model_config(config)
   check_positions(config, cfg)
+  if config.model.source:
+    return convert.load(config.model.source, dtype, mesh=place.mesh, rules=place.rules)
   return cfg, init_params(cfg, place, config.seed, dtype)
 
 
@@ -305,6 +307,17 @@ def prompt_meta(config, tokenizer) -> dict:
 def tokenizer(config):
   """config.data.tokenizer, with the arguments of its chat template."""
   return encode.load_tokenizer(config.data.tokenizer or config.model.source, config.data.template_args)
+
+
+def model_tokenizer(config):
+  """`tokenizer`, once it is known that config.model has a row for each of its tokens.
+
+  Raises:
+    ValueError: it has not; names the first of them.
+  """
+  cfg, loaded = model_config(config), tokenizer(config)
+  encode.check_tokenizer(loaded, cfg.vocab, str(loaded.name_or_path), cfg.learned_sinks)
+  return loaded
 
 
 def file_options(data, tokenizer) -> pipeline.FileOptions:

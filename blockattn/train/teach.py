@@ -32,7 +32,7 @@ def run(config, workdir):
   place = setup.placement(config)
   setup.check_batch(config, place)
   _claim(folder, setup.teacher_facts(config))
-  source = setup.rows(config, setup.tokenizer(config))
+  source = setup.rows(config, setup.model_tokenizer(config))
   needed = setup.needed_rows(config, source)
   done = {row for rows in taught.written_rows(folder).values() for row in rows}
   total, missing = len(needed), sum(int(number) not in done for number in needed)
