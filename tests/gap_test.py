@@ -27,6 +27,9 @@ class Words:
   """As much of a tokenizer as an evaluation needs: token 7 reads 'w7'."""
   eos_token_id, name_or_path = 0, ''
 
+  def id_to_token(self, token):
+    return f'w{token}'
+
   def decode(self, tokens, skip_special_tokens):
     assert skip_special_tokens
     return ' '.join(f'w{token}' for token in tokens)
@@ -121,6 +124,9 @@ def test_answers_come_back_in_order(docs):
   together = gap.answer(student, docs, (0,), batch=2, max_new=3)
   assert together == [gap.answer(student, [doc], (0,), batch=1, max_new=3)[0] for doc in docs]
   assert len({tuple(answer) for answer in together}) > 1
+  stop = together[0][1]   # a second token that ends answers
+  ended = [answer[:answer.index(stop)] if stop in answer else answer for answer in together]
+  assert gap.answer(student, docs, (0, stop), batch=2, max_new=3) == ended != together
 
 
 def measure(docs, examples, subjects=None, **more):
@@ -137,6 +143,12 @@ def test_an_answer_ends_before_the_stop_text(docs):
   said = {stop: [row['models']['it']['prediction'] for row in measure(docs, examples_of(docs), stop=stop)]
           for stop in (None, ' ')}
   assert said[' '] == [answer.split(' ')[0] for answer in said[None]] != said[None]
+
+
+def test_a_token_without_a_row_is_refused(docs):
+  wrong = dataclasses.replace(docs[1], tokens=np.where(np.arange(len(docs[1].tokens)) == 3, CFG.vocab, docs[1].tokens))
+  with pytest.raises(ValueError, match='it: id1: token .* has the id 24, and the model has 24 rows'):
+    measure([docs[0], wrong], examples_of(docs[:2]))
 
 
 def test_rows_and_their_means(docs):

@@ -426,6 +426,25 @@ def test_cli_round_trip_keeps_every_bit(tmp_path, source, capsys):
   assert config.read_meta(tmp_path / 'b')['kind'] == 'distill'
 
 
+def test_cli_refuses_a_tokenizer_of_another_model(tmp_path, exported, capsys):
+  folder, _ = exported
+  tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  tokenizer.add_tokens(['<new>'])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  assert cli.main(['from_hf', str(folder), str(tmp_path / 'work')]) == 2
+  assert "tokenizer.json: token '<new>' has the id 48, and the model has 48 rows" in capsys.readouterr().err
+  assert not (tmp_path / 'work').exists()
+
+
+def test_an_export_says_every_token_that_ends_an_answer(tmp_path, source):
+  params = hf_cases.random_params(CFG, 'float32')
+  (source / 'generation_config.json').unlink()
+  (source / 'config.json').write_text(json.dumps({'eos_token_id': [5, 6]}))
+  save(params, CFG, tmp_path / 'model', source)
+  assert json.loads((tmp_path / 'model' / 'generation_config.json').read_text())['eos_token_id'] == [0, 5, 6]
+  assert transformers.GenerationConfig.from_pretrained(tmp_path / 'model').eos_token_id == [0, 5, 6]
+
+
 def test_cli_says_what_is_wrong(tmp_path, capsys):
   assert cli.main(['from_hf', str(tmp_path / 'none'), str(tmp_path / 'work')]) == 2
   assert 'none' in capsys.readouterr().err

@@ -43,8 +43,8 @@ class Stored:
 def locate(name: os.PathLike | str, wanted: Sequence[str] = DOWNLOADED) -> pathlib.Path:
   """The local folder of a model: `name` itself if it is a folder, else a download of the hub's `owner/model`.
 
-  A local folder never touches the network. A hub name may end in `@revision`. Only the files `wanted` are downloaded, pickled
-  weights never.
+  A local folder never touches the network. A hub name may end in `@revision`. Only the files `wanted` are downloaded,
+  pickled weights never.
 
   Raises:
     FileNotFoundError: `name` is no folder, and no hub name either or one that cannot be downloaded.
