@@ -265,6 +265,11 @@ def padded_length(length: int, count: int, max_blocks: int) -> int:
   return length + count * max_blocks
 
 
+def sink_tokens(vocab: int, count: int) -> dict[int, str]:
+  """{id: text}: the tokens as which learned sinks are exported."""
+  return {vocab + i: f'<|sink_{i}|>' for i in range(count)}
+
+
 def insert_sinks(tokens, layout: BlockLayout, sink_ids, length: int, positions: str):
   """Puts sink tokens in front of every block, so that a block is made of the same tokens wherever it stands.
 

@@ -484,6 +484,23 @@ def test_tokenizers_that_will_not_do(tmp_path):
     encode.Encoder(transformers.PreTrainedTokenizerFast(tokenizer_object=words))
 
 
+def test_a_tokenizer_with_more_tokens_than_rows():
+  tokenizer = data_cases.tiny_tokenizer()
+  last = len(tokenizer) - 1
+  encode.check_tokenizer(tokenizer, last + 1, 'here')
+  for asked in (tokenizer, tokenizer.backend_tokenizer):
+    said = f'here: token {tokenizer.convert_ids_to_tokens(last)!r} has the id {last}, and the model has {last} rows'
+    with pytest.raises(ValueError, match=re.escape(said)):
+      encode.check_tokenizer(asked, last, 'here')
+  more = copy.deepcopy(tokenizer)
+  more.add_tokens(['<|sink_0|>', '<|sink_1|>'], special_tokens=True)
+  encode.check_tokenizer(more, last + 1, 'here', sinks=2)   # as an export names learned sinks
+  with pytest.raises(ValueError, match="'<|sink_1|>'"):
+    encode.check_tokenizer(more, last + 1, 'here', sinks=1)
+  with pytest.raises(ValueError, match='token None has the id -1'):
+    encode.check_ids([3, -1], 9, tokenizer, 'here')
+
+
 def test_a_saved_tokenizer_is_the_same(tmp_path, encoder):
   data_cases.tiny_tokenizer().save_pretrained(tmp_path)
   loaded = encode.load_tokenizer(tmp_path)

@@ -18,7 +18,7 @@ COMPUTE = Compute(impl='reference')
 VOCAB = 26    # the last four ids of the table are never to be produced
 SINKS = (30, 31)
 NEW = 5
-NEVER = -1    # no token has this id
+NEVER = np.array([-1])   # no token has this id
 LENGTH = 32   # of every forward pass, so that few programs are compiled
 PROMPTS = ((5, 4, 3), (7, 2), (4,), (6, 1, 2, 1))
 MODES = {'full': None, 'block': blocks.BlockOptions((), 'sequential', 4),
@@ -79,7 +79,7 @@ def recomputed(params, options):
 def test_greedy_is_the_whole_forward_pass_for_every_token(params, options):
   expected, forbidden = recomputed(params, options)
   tokens, layout, _ = rows_of(prompt_tokens(), options)
-  np.testing.assert_array_equal(greedy(params, tokens, layout, stop_id=NEVER), expected)
+  np.testing.assert_array_equal(greedy(params, tokens, layout, stop_ids=NEVER), expected)
   assert forbidden and len(np.unique(expected)) > 4, 'the case has to be a hard one'
 
 
@@ -100,22 +100,22 @@ def test_cached_states_are_those_of_the_whole_forward_pass(params, mode, shared_
 def test_an_answer_ends_with_its_stop_token(params):
   options = MODES['sinks']
   tokens, layout, _ = rows_of(prompt_tokens(), options)
-  free = np.asarray(greedy(params, tokens, layout, stop_id=NEVER))
-  stop = int(free[0, 1])
-  stopped = np.asarray(greedy(params, tokens, layout, stop_id=stop))
+  free = np.asarray(greedy(params, tokens, layout, stop_ids=NEVER))
+  stops = np.array([free[0, 1], free[1, 2]])   # an answer ends with any of them
+  stopped = np.asarray(greedy(params, tokens, layout, stop_ids=stops))
   for got, plain in zip(stopped, free, strict=True):
-    ends = np.flatnonzero(plain == stop)[:1]
-    length = int(ends[0]) if ends.size else NEW
+    ends = np.flatnonzero(np.isin(plain, stops))[:1]
+    length = int(ends[0]) + 1 if ends.size else NEW
     np.testing.assert_array_equal(got[:length], plain[:length])
-    assert np.all(got[length:] == stop)
+    assert np.all(got[length:] == stops[0])
   assert np.any(stopped[0] != free[0])
 
 
 def test_rows_of_padding_change_nothing(params):
   tokens, layout, _ = rows_of(prompt_tokens(), MODES['sinks'])
-  expected = greedy(params, tokens, layout, stop_id=NEVER)
+  expected = greedy(params, tokens, layout, stop_ids=NEVER)
   blank = lambda x: np.concatenate([x[:2], np.zeros_like(x[2:])])   # as the last batch of an evaluation is filled up
-  got = greedy(params, blank(tokens), jax.tree.map(blank, layout), stop_id=NEVER)
+  got = greedy(params, blank(tokens), jax.tree.map(blank, layout), stop_ids=NEVER)
   np.testing.assert_array_equal(got[:2], expected[:2])
   x_BD, cache = prefill(params, blank(tokens), jax.tree.map(blank, layout), CFG, COMPUTE, NEW)
   x_BD, _ = extend(params, jnp.zeros(len(PROMPTS), jnp.int32), cache, CFG, COMPUTE)

@@ -25,7 +25,10 @@ LENGTH = 64
 
 class Words:
   """As much of a tokenizer as an evaluation needs: token 7 reads 'w7'."""
-  eos_token_id = 0
+  eos_token_id, name_or_path = 0, ''
+
+  def id_to_token(self, token):
+    return f'w{token}'
 
   def decode(self, tokens, skip_special_tokens):
     assert skip_special_tokens
@@ -118,9 +121,12 @@ def test_documents_without_an_answer_have_no_gap(docs):
 
 def test_answers_come_back_in_order(docs):
   student = subject('block', seed=1)
-  together = gap.answer(student, docs, 0, batch=2, max_new=3)
-  assert together == [gap.answer(student, [doc], 0, batch=1, max_new=3)[0] for doc in docs]
+  together = gap.answer(student, docs, (0,), batch=2, max_new=3)
+  assert together == [gap.answer(student, [doc], (0,), batch=1, max_new=3)[0] for doc in docs]
   assert len({tuple(answer) for answer in together}) > 1
+  stop = together[0][1]   # a second token that ends answers
+  ended = [answer[:answer.index(stop)] if stop in answer else answer for answer in together]
+  assert gap.answer(student, docs, (0, stop), batch=2, max_new=3) == ended != together
 
 
 def measure(docs, examples, subjects=None, **more):
@@ -139,9 +145,15 @@ def test_an_answer_ends_before_the_stop_text(docs):
   assert said[' '] == [answer.split(' ')[0] for answer in said[None]] != said[None]
 
 
+def test_a_token_without_a_row_is_refused(docs):
+  wrong = dataclasses.replace(docs[1], tokens=np.where(np.arange(len(docs[1].tokens)) == 3, CFG.vocab, docs[1].tokens))
+  with pytest.raises(ValueError, match='it: id1: token .* has the id 24, and the model has 24 rows'):
+    measure([docs[0], wrong], examples_of(docs[:2]))
+
+
 def test_rows_and_their_means(docs):
   student, teacher = subject('block', seed=1), subject('full')
-  given = gap.answer(student, docs, 0, batch=2, max_new=3)
+  given = gap.answer(student, docs, (0,), batch=2, max_new=3)
   assert len(given) == len(docs) and all(0 not in tokens and len(tokens) <= 3 for tokens in given)
   said = [Words().decode(tokens, skip_special_tokens=True) for tokens in given]
   # Right to the letter, right but for the accepted case, one word of the answer, wrong, and an answer without a list.

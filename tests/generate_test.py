@@ -200,7 +200,8 @@ def test_greedy_answers_are_those_of_the_masked_forward_pass(words):
   for row, prompt in zip(tokens, prompts, strict=True):
     row[:sum(map(len, prompt))] = np.concatenate(prompt)
   tokens, layout, _ = blocks.block_mode(tokens, layout, blocks.BlockOptions(SINKS['qwen3_tied'], 'sequential', 8))
-  want = decode.greedy(params, tokens, layout, cfg=cfg, compute=Compute(impl='reference'), length=12, stop_id=STOP, vocab=48)
+  want = decode.greedy(params, tokens, layout, cfg=cfg, compute=Compute(impl='reference'), length=12,
+                       stop_ids=np.array([STOP]), vocab=48)
   got = engine('qwen3_tied', words).generate([Request(prompt, max_new=12) for prompt in prompts])
   for row, answer in zip(np.asarray(want), got, strict=True):
     assert list(answer.tokens) == [t for t in row.tolist() if t != STOP]
@@ -255,7 +256,7 @@ def test_nothing_is_compiled_after_warm_up(words):
 
 @pytest.mark.parametrize('change, message', [
     (dict(prompt=[]), 'a prompt is a list of blocks'), (dict(prompt=[[1], []]), 'none of them empty'),
-    (dict(prompt=[[1], [50]]), 'not one of the 50'), (dict(prompt=[[-1]]), 'not one of the 50'),
+    (dict(prompt=[[1], [48]]), 'token .* has the id 48, and the model has 48 rows'), (dict(prompt=[[-1]]), 'the id -1'),
     (dict(max_new=0), 'at least one token'), (dict(stop=('',)), 'empty stop'), (dict(top_p=0.0), 'top_p=0.0'),
     (dict(temperature=-1.0), 'temperature=-1.0'), (dict(temperature=float('nan')), 'temperature=nan'),
     (dict(prompt=[[1], [2], [3]], shared=True), 'shared prefix'),

@@ -109,7 +109,7 @@ def our_answers(student, prompts, options, shared=False):
   """int32 [B, NEW], END behind an answer that ended."""
   tokens, layout = rows_of(prompts, options, shared)
   return np.asarray(decode.greedy(student.params, tokens, layout, cfg=student.cfg, compute=COMPUTE, length=NEW,
-                                  stop_id=END, vocab=student.cfg.vocab))[:len(prompts)]
+                                  stop_ids=np.array([END]), vocab=student.cfg.vocab))[:len(prompts)]
 
 
 def masked_logits(model, prompts, options, shared=False, vocab=48):

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import re
@@ -128,6 +129,18 @@ def test_llama_may_leave_out_what_its_class_derives():
   raw = {k: v for k, v in LLAMA31_8B.items() if k not in ('num_key_value_heads', 'mlp_bias', 'tie_word_embeddings')}
   cfg = config.from_dict(raw)
   assert (cfg.kv_heads, cfg.head_dim, cfg.mlp_bias, cfg.tied) == (32, 128, False, False)
+
+
+@pytest.mark.parametrize('drop, more', [
+    (('rope_theta', 'rope_scaling'), {}), (('rope_theta',), {}), ((), {'hidden_act': 'swish'}),
+    ((), {'rope_scaling': LLAMA31_8B['rope_scaling'] | {'original_max_position_embeddings': 8192.0}})])
+def test_configs_of_old_are_read_as_transformers_does(drop, more):
+  raw = {k: v for k, v in LLAMA31_8B.items() if k not in drop} | more
+  cfg, theirs = config.from_dict(raw), transformers.LlamaConfig.from_dict(copy.deepcopy(raw))
+  assert cfg.rope_theta == theirs.rope_parameters['rope_theta'] == (10000 if drop else 500000)
+  assert config.from_dict(config.to_dict(cfg, 'float32', NO_IDS)) == cfg
+  if 'rope_scaling' not in drop:
+    assert cfg.rope_scaling == sizes.get('llama31_8b').rope_scaling and isinstance(cfg.rope_scaling.original_length, int)
 
 
 @pytest.mark.parametrize('cfg, field', [
@@ -296,6 +309,34 @@ def test_an_index_that_lies_is_refused(exported):
     convert.load(folder, 'float32')
 
 
+def test_the_index_decides_and_old_buffers_do_not_count(exported):
+  folder, params = exported
+  raw = json.loads((folder / files.INDEX).read_text())
+  for path in sorted(folder.glob('model-*.safetensors')):
+    path.rename(folder / path.name.replace('model-', 'part-'))
+  raw['weight_map'] = {key: file.replace('model-', 'part-') for key, file in raw['weight_map'].items()}
+  key, file = 'model.layers.0.self_attn.rotary_emb.inv_freq', min(raw['weight_map'].values())
+  rewrite(folder / file, lambda tensors: tensors.update({key: np.ones(4, np.float32)}))
+  raw['weight_map'][key] = file
+  (folder / files.INDEX).write_text(json.dumps(raw))
+  assert_same_bits(convert.load(folder, 'float32')[1], params)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+  np.testing.assert_array_equal(theirs['model.norm.weight'].numpy(), params['final_norm'])
+  raw['weight_map'][key] = '../source/part.safetensors'
+  (folder / files.INDEX).write_text(json.dumps(raw))
+  with pytest.raises(FileNotFoundError, match='../source/part.safetensors is missing'):
+    convert.load(folder, 'float32')
+
+
+@pytest.mark.parametrize('file, text, message', [
+    ('model-Q4_K_M.gguf', '', r'holds only GGUF \(model-Q4_K_M.gguf\).*gguf_file'),
+    ('adapter_config.json', '{"base_model_name_or_path": "owner/base"}', 'adapter of PEFT.*owner/base.*merge_and_unload')])
+def test_what_lies_there_in_place_of_a_model_is_named(tmp_path, file, text, message):
+  (tmp_path / file).write_text(text)
+  with pytest.raises(ValueError, match=message):
+    convert.load(tmp_path, 'float32')
+
+
 def test_pickled_weights_are_refused(exported):
   folder, _ = exported
   for path in [*folder.glob('*.safetensors'), folder / files.INDEX]:
@@ -422,6 +463,25 @@ def test_weights_keep_their_dtype_unless_told(tmp_path, source, capsys):
   assert f'{many} of {many} tensors are rounded from F32 to BF16' in capsys.readouterr().out
   assert cli.main(['to_hf', str(tmp_path / 'half'), str(tmp_path / 'd')]) == 0 and 'rounded' not in capsys.readouterr().out
   assert (tmp_path / 'd' / files.SINGLE).read_bytes() == (tmp_path / 'c' / files.SINGLE).read_bytes()
+
+
+def test_cli_refuses_a_tokenizer_of_another_model(tmp_path, exported, capsys):
+  folder, _ = exported
+  tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  tokenizer.add_tokens(['<new>'])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  assert cli.main(['from_hf', str(folder), str(tmp_path / 'work')]) == 2
+  assert "tokenizer.json: token '<new>' has the id 48, and the model has 48 rows" in capsys.readouterr().err
+  assert not (tmp_path / 'work').exists()
+
+
+def test_an_export_says_every_token_that_ends_an_answer(tmp_path, source):
+  params = hf_cases.random_params(CFG, 'float32')
+  (source / 'generation_config.json').unlink()
+  (source / 'config.json').write_text(json.dumps({'eos_token_id': [5, 6]}))
+  save(params, CFG, tmp_path / 'model', source)
+  assert json.loads((tmp_path / 'model' / 'generation_config.json').read_text())['eos_token_id'] == [0, 5, 6]
+  assert transformers.GenerationConfig.from_pretrained(tmp_path / 'model').eos_token_id == [0, 5, 6]
 
 
 def test_cli_says_what_is_wrong(tmp_path, capsys):

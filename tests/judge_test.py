@@ -5,13 +5,13 @@ import json
 
 import data_cases
 import hf_cases
+import huggingface_hub
 import pytest
 
 import blockattn
 from blockattn import blocks
-from blockattn.data import encode
 from blockattn.evals import gap
-from blockattn.hf import config as hf_config, convert
+from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import transformer
 from tools import evaluate, judge
 
@@ -168,18 +168,25 @@ def test_another_model_is_another_run(model, data, tmp_path, capsys):
   assert "dtype was 'float32' and is 'bfloat16'" in capsys.readouterr().err
 
 
-def test_stop_ids(tmp_path):
-  tokenizer = data_cases.tiny_tokenizer(None)
-  for said, expected in (({}, (tokenizer.eos_token_id,)), ({'eos_token_id': 1}, (tokenizer.eos_token_id, 1)),
-                         ({'eos_token_id': [tokenizer.eos_token_id, 0]}, (tokenizer.eos_token_id, 0))):
-    tokenizer.save_pretrained(tmp_path)
-    (tmp_path / 'generation_config.json').write_text(json.dumps(said))
-    assert judge.stop_ids(encode.load_tokenizer(tmp_path)) == expected
+def test_stop_ids(tmp_path, monkeypatch):
+  """Of the tokenizer, and of the first file that says some; of a run that began with a hub name as well."""
+  calls = []
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda repo, **kw: calls.append((repo, kw)) or tmp_path)
+  for generation, model, expected in (
+      ({}, {}, (2,)), ({'eos_token_id': 1}, {'eos_token_id': 3}, (2, 1)), ({'eos_token_id': [2, 0]}, {}, (2, 0)),
+      ({'temperature': 1}, {'eos_token_id': [3, 0]}, (2, 3, 0)), (None, {'eos_token_id': [3, 2]}, (2, 3))):
+    (tmp_path / 'generation_config.json').unlink(missing_ok=True)
+    if generation is not None:
+      (tmp_path / 'generation_config.json').write_text(json.dumps(generation))
+    (tmp_path / 'config.json').write_text(json.dumps(model))
+    assert files.stop_ids(str(tmp_path), 2) == files.stop_ids('owner/model', 2) == expected
+  assert {(repo, *how['allow_patterns']) for repo, how in calls} == {('owner/model', *files.STOPS)}
+  assert files.stop_ids('', 2) == (2,) and files.stop_ids('', None) == ()
   for text, message in (('{"eos', 'is no valid JSON'), ('[]', 'is a list, not a JSON object'),
                         ('{"eos_token_id": "x"}', "eos_token_id.0. is 'x', not a whole number")):
     (tmp_path / 'generation_config.json').write_text(text)
     with pytest.raises(ValueError, match=f'^{tmp_path}/generation_config.json.*{message}'):
-      judge.stop_ids(encode.load_tokenizer(tmp_path))
+      files.stop_ids(str(tmp_path), 2)
 
 
 def test_answers_are_those_of_the_masked_forward_pass(model, data, tmp_path, monkeypatch):
@@ -197,6 +204,6 @@ def test_answers_are_those_of_the_masked_forward_pass(model, data, tmp_path, mon
     judged = dataclasses.replace(subject, mode=mode)
     answer = judge.answerer(judged, tokenizer, batch=4)
     said[mode] = answer(prompts, max_new=4, stop=())
-    expected = gap.answer(judged, docs, tokenizer.eos_token_id, batch=4, max_new=4)
+    expected = gap.answer(judged, docs, (tokenizer.eos_token_id,), batch=4, max_new=4)
     assert said[mode] == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
   assert said['full'] != said['block'] and all(said['full'])

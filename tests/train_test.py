@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import typing
 
+import hf_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -457,6 +458,18 @@ def test_sinks_of_a_config():
   assert setup.block_options(config, cfg, Words())[1].sink_ids == (1,)
   config.blocks.sinks = 0
   assert setup.block_options(config, cfg, None)[0] == cfg   # no sinks, no token for them
+
+
+def test_the_tokenizer_is_one_of_the_model(tmp_path):
+  """Before any document is encoded."""
+  folder = hf_cases.write_tokenizer(tmp_path / 'words', 48)
+  fields = {'family': 'llama', 'width': 8, 'layers': 1, 'heads': 1, 'kv_heads': 1, 'head_dim': 8, 'mlp': 8}
+  config = config_with(data__tokenizer=str(folder))
+  config.model.fields = fields | {'vocab': 48}
+  assert len(setup.model_tokenizer(config)) == 48
+  config.model.fields = fields | {'vocab': 47}
+  with pytest.raises(ValueError, match=r"words: token 'word47' has the id 47, and the model has 47 rows .*data.tokenizer"):
+    setup.model_tokenizer(config)
 
 
 @pytest.mark.parametrize('changes, message', [

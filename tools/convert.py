@@ -19,9 +19,11 @@ import resource
 import sys
 
 import jax
+import tokenizers
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from blockattn import checkpoint, disk, mesh, tree
+from blockattn.data import encode
 from blockattn.hf import card as card_lib, config, convert, files, names
 from blockattn.models import lora, spec, transformer
 from blockattn.train import loop
@@ -44,6 +46,7 @@ def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = F
     FileExistsError, FileNotFoundError, ValueError: naming the file and the key at fault; `out` is then untouched.
   """
   folder = files.locate(source)
+  _check_tokenizer(folder, config.read(folder))
   stored = [tensor.dtype for tensor in files.stored_tensors(folder).values()]
   dtype = dtype or convert.dtype_for(stored)
   _say_rounding(stored, dtype)
@@ -64,6 +67,7 @@ def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = N
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
   config.check_exportable(model_of(meta))
+  _check_tokenizer(companions, model_of(meta))
   stored = _stored_dtypes(pathlib.Path(workdir) / 'checkpoints', step, model_of(meta))
   dtype = dtype or convert.dtype_for(stored)
   _say_rounding(stored, dtype)
@@ -172,6 +176,13 @@ def _companions(workdir, meta, source):
                               f'--source ({error})') from error
   raise FileNotFoundError(f'{workdir} holds no hf folder with a tokenizer, and the run did not start from a model; '
                           'name one with --source')
+
+
+def _check_tokenizer(folder, cfg):
+  """Raises ValueError if its tokenizer has tokens that the model has no rows for."""
+  if (folder / 'tokenizer.json').is_file():
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    encode.check_tokenizer(tokenizer, cfg.vocab, str(folder / 'tokenizer.json'), cfg.learned_sinks)
 
 
 @contextlib.contextmanager

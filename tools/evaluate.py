@@ -79,6 +79,8 @@ def load_subject(path: str | os.PathLike, mode: str, compute: transformer.Comput
     meta, tokenizer = hf_config.read_meta(folder), folder
   options = hf_config.block_options(meta, where=str(path))
   tokenizer, chat = prompts_of(meta, tokenizer, template_args, chat)
+  encode.check_tokenizer(tokenizer, cfg.vocab, str(path), cfg.learned_sinks)
+  encode.check_ids(options.sink_ids, cfg.vocab + cfg.learned_sinks, tokenizer, f'{path}: sinks')
   return gap.Subject(params, cfg, compute, mode, options, chat), tokenizer
 
 

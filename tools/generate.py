@@ -33,8 +33,9 @@ import rich.console
 import rich.table
 
 import blockattn
-from blockattn import disk, tree
+from blockattn import tree
 from blockattn.data import encode, text as text_lib
+from blockattn.hf import files
 from blockattn.inference import cache as cache_lib, cutter, generate
 from blockattn.kernels import api
 from blockattn.models import transformer
@@ -46,15 +47,6 @@ COMMANDS = {'/blocks': "where the blocks' states are", '/help': 'this list', '/q
 
 
 # Prompts.
-
-
-def stop_ids(tokenizer) -> tuple[int, ...]:
-  """Tokens that end an answer: the tokenizer's end-of-text token, and those of a generation_config.json beside it."""
-  path = pathlib.Path(tokenizer.name_or_path) / 'generation_config.json'
-  more = disk.read_json(path).get('eos_token_id') if path.is_file() else None
-  more = more if isinstance(more, list) else [] if more is None else [more]
-  disk.check_form(more, [int], f'{path}: eos_token_id')
-  return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 def cutting(segmenter: str, target_tokens: int | None):
@@ -232,7 +224,8 @@ def run(options, stream, console) -> None:
     devices = jax.local_devices()
     if not 1 <= options.devices <= len(devices):
       raise ValueError(f'--devices {options.devices}: there are {len(devices)} here')
-    engine = generate.Engine(subject.params, subject.cfg, compute, subject.options, tokenizer, stop_ids=stop_ids(tokenizer),
+    engine = generate.Engine(subject.params, subject.cfg, compute, subject.options, tokenizer,
+                             stop_ids=files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id),
                              device_tokens=options.device_tokens, store=store, devices=devices[:options.devices])
     like = generate.Request((), max_new=options.max_new, stop=tuple(options.stop), temperature=options.temperature,
                             top_k=options.top_k, top_p=options.top_p, seed=options.seed)

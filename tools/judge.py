@@ -28,11 +28,12 @@ import rich.table
 from blockattn import metrics
 from blockattn.data import encode, text as text_lib
 from blockattn.evals import answers, gap, locomo, longbench, qa
+from blockattn.hf import files
 from blockattn.inference import cache as cache_lib, cutter, generate
 from blockattn.kernels import api
 from blockattn.models import transformer
 from tools import arguments, compare, evaluate
-from tools.generate import cutting, stop_ids
+from tools.generate import cutting
 
 MODES = (*gap.MODES, 'both')
 _DEVICE_TOKENS = 32768   # of block states, at first
@@ -50,7 +51,8 @@ def answerer(subject: gap.Subject, tokenizer, *, batch: int, store: cache_lib.St
   """
   options = subject.options if subject.mode == 'block' else dataclasses.replace(subject.options, sink_ids=())
   make = functools.partial(generate.Engine, subject.params, subject.cfg, subject.compute, options, tokenizer,
-                           stop_ids=stop_ids(tokenizer), store=store, batch=batch)
+                           stop_ids=files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id), store=store,
+                           batch=batch)
   room, engine = _DEVICE_TOKENS, None
 
   def answer(prompts, *, max_new, stop):

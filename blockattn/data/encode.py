@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from blockattn import disk, errors
+from blockattn import blocks as blocks_lib, disk, errors
 from blockattn.data import text as text_lib
 
 # What a tokenizer is made of, beside tokenizer.json.
@@ -101,6 +101,30 @@ def _naming_files(folder):
     said = ' '.join(f'{type(error).__name__}: {error}'.split())
     raise ValueError(f'{folder}: transformers cannot make a tokenizer of its files ({said:.300}); save them again with '
                      'save_pretrained') from error
+
+
+def check_ids(ids: Sequence[int] | np.ndarray, rows: int, tokenizer: Any, where: str):
+  """Raises ValueError, naming the token, if an id is no row of a table: a device reads some other row without a word.
+
+  Args:
+    ids: token ids.
+    rows: of the embedding, without those of learned sinks.
+    tokenizer: a transformers tokenizer, or a `tokenizers.Tokenizer`.
+    where: what the ids are of.
+  """
+  ids = np.asarray(ids, np.int64)
+  wrong = ids[(ids < 0) | (ids >= rows)]
+  if len(wrong):
+    first = int(wrong[0])
+    text = getattr(tokenizer, 'backend_tokenizer', tokenizer).id_to_token(first) if 0 <= first < 1 << 32 else None
+    raise ValueError(f'{where}: token {text!r} has the id {first}, and the model has {rows} rows (vocab_size): they do '
+                     'not belong together; take the tokenizer of this model (in training config.data.tokenizer)')
+
+
+def check_tokenizer(tokenizer: Any, vocab: int, where: str, sinks: int = 0):
+  """`check_ids` of all that the tokenizer can make; the names that an export gave to learned sinks are none of it."""
+  own = blocks_lib.sink_tokens(vocab, sinks)
+  check_ids(sorted(i for text, i in tokenizer.get_vocab().items() if own.get(i) != text), vocab, tokenizer, where)
 
 
 def plain(tokenizer: Any) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 from blockattn import blocks, losses
 from blockattn.data import encode, packing, text
 from blockattn.evals import answers, scores
+from blockattn.hf import files
 from blockattn.models import decode, transformer
 
 MODES = ('full', 'block')
@@ -66,7 +67,7 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
     docs: encoded examples, answers included, in the order of `examples`.
     batch: documents per forward pass.
     max_new: most tokens of an answer.
-    stop: an answer ends before this text, as it does at the end-of-text token.
+    stop: an answer ends before this text, as it does at the tokens of `files.stop_ids`.
     out: a folder, made if absent: run.json holds the facts, documents.jsonl gets a line per document as they come. What is
       there is not computed again.
     facts: what decides the figures beside documents, subjects' names, max_new and stop; JSON values.
@@ -79,13 +80,17 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
     over answer tokens, in nats, by the distance of the predicted token from the start of its block.
 
   Raises:
-    ValueError: there is no document, one is longer than a model has positions for, or the folder holds another run.
+    ValueError: there is no document, one is longer than a model has positions for or has tokens that it has no rows for,
+      or the folder holds another run.
   """
   if len(docs) != len(examples):
     raise ValueError(f'{len(docs)} documents but {len(examples)} examples')
   if not docs:
     raise ValueError('nothing to evaluate: no document was left')
   check_positions(subjects, docs, examples, max_new)
+  for name, subject in subjects.items():
+    for doc, example in zip(docs, examples, strict=True):
+      encode.check_ids(doc.tokens, subject.cfg.vocab, tokenizer, f'{name}: {example.id}')
   facts = {'subjects': list(subjects), 'max_new': max_new, 'stop': stop} | dict(facts or {})
   keys = {number: _key(doc) for number, doc in enumerate(docs)}
   rows = {} if out is None else answers.resume(pathlib.Path(out), facts, keys, DOCUMENTS, _ROW, 'document')
@@ -131,8 +136,9 @@ def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new,
   """Rows of the documents of one batch, see `measure`."""
   sums = _token_sums(subjects, teacher, _rows(docs, batch))
   models = [{} for _ in docs]
+  stop_ids = files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id)
   for name, subject in subjects.items():
-    tokens = answer(subject, docs, tokenizer.eos_token_id, batch=batch, max_new=max_new)
+    tokens = answer(subject, docs, stop_ids, batch=batch, max_new=max_new)
     filled = sums[name][:len(docs)]   # the other rows are empty
     for own, example, said, (count, ce, kl) in zip(models, examples, tokens, filled, strict=True):
       said = tokenizer.decode(said, skip_special_tokens=True)
@@ -234,17 +240,17 @@ def _gap_figures(sums):
   return {'ce': float(sums[1].sum() / every), 'kl': float(sums[2].sum() / every), 'by_distance': by_distance}
 
 
-def answer(subject: Subject, docs: Sequence[encode.EncodedDoc], stop_id: int, *, batch: int,
+def answer(subject: Subject, docs: Sequence[encode.EncodedDoc], stop_ids: Sequence[int], *, batch: int,
            max_new: int) -> list[list[int]]:
-  """The greedy answer to each document's prompt: token ids without the end-of-text token."""
+  """The greedy answer to each document's prompt: token ids without the one of `stop_ids` that ends it."""
   found = [[] for _ in docs]
   for numbers, rows in _batches([_prompt_of(doc) for doc in docs], batch):
     static = _static(subject, rows)
     tokens, layout = _view(rows, static)[:2]
     out = decode.greedy(subject.params, tokens, layout, cfg=subject.cfg, compute=subject.compute, length=max_new,
-                        stop_id=stop_id, vocab=subject.cfg.vocab)
+                        stop_ids=np.array(stop_ids, np.int32), vocab=subject.cfg.vocab)
     for number, row in zip(numbers, np.asarray(out), strict=False):   # the rows after the last document are empty
-      found[number] = [int(t) for t in row if t != stop_id]
+      found[number] = [int(t) for t in row if t not in stop_ids]
   return found
 
 

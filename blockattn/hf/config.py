@@ -19,7 +19,7 @@ CLASSIFIERS = {'qwen3': 'Qwen3ForTokenClassification', 'llama': 'LlamaForTokenCl
 
 # Key -> the values that change nothing, and what to tell whoever has another one.
 HARMLESS = {
-    'hidden_act': ((None, 'silu'), "supported is 'silu'"),
+    'hidden_act': ((None, 'silu', 'swish'), "supported is 'silu'"),
     'use_sliding_window': ((None, False), 'supported is full attention only (false)'),
     'partial_rotary_factor': ((None, 1), 'supported is rotary over whole heads (1.0)'),
     'quantization_config': ((None,), 'supported are float32, bfloat16 and float16 weights; dequantize them first'),
@@ -33,6 +33,7 @@ HARMLESS = {
 
 SINKS_STAND = 'in front of every block'   # part of what an export says of its blocks
 
+LLAMA_THETA = 10000.0   # of configs from before the key
 # Keys that count something, and may not say 0.
 COUNTS = ('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads', 'head_dim',
           'intermediate_size', 'max_position_embeddings', 'unit_tokens')
@@ -48,6 +49,7 @@ def read(folder: os.PathLike | str) -> ModelConfig:
     FileNotFoundError: no config.json.
     ValueError: naming the file, key and value that is missing, malformed or unsupported.
   """
+  files.check_kind(pathlib.Path(folder))
   path = pathlib.Path(folder) / 'config.json'
   cfg = from_dict(files.read_json(path), str(path))
   meta = read_meta(folder)
@@ -222,6 +224,8 @@ def _rope(raw, where):
   scalings = {key: scaling for key, (_, scaling) in said.items()}
   if len(set(thetas.values())) > 1 or len(set(scalings.values())) > 1:
     raise ValueError(f'{where}: the rotary keys contradict each other: theta {thetas}, scaling {scalings}; keep one')
+  if not thetas and raw['model_type'] == 'llama':
+    thetas['rope_theta'] = LLAMA_THETA
   if not thetas:
     raise ValueError(f'{where}: key rope_theta is missing (or rope_parameters with a rope_theta)')
   errors.check_number(f'{where}: rope_theta', min(thetas.values()), above=0)
@@ -245,11 +249,12 @@ def _rope_dict(rope, where):
     raise ValueError(f'{where}: keys {sorted(unknown)} are not supported with rope_type {kind!r}')
   if kind == 'default':
     return theta, None
-  numbers = {field: _require(rope, key, int if field == 'original_length' else float, where)
-             for key, field in LLAMA3_KEYS.items()}
+  numbers = {field: _require(rope, key, float, where) for key, field in LLAMA3_KEYS.items()}
   for key, field in LLAMA3_KEYS.items():
     errors.check_number(f'{where}: {key}', numbers[field], above=0)
-  return theta, Llama3Rope(**numbers)
+  if not numbers['original_length'].is_integer():
+    raise ValueError(f'{where}: original_max_position_embeddings={numbers["original_length"]} is no whole number')
+  return theta, Llama3Rope(**numbers | {'original_length': int(numbers['original_length'])})
 
 
 def _rope_to_dict(cfg):

@@ -52,7 +52,8 @@ def load(name: os.PathLike | str, dtype: str, mesh=None, rules=None, report: Rep
   cfg = config.read(folder)
   slots, stored = names.slots(cfg), files.stored_tensors(folder)
   _check_tied_head(cfg, stored)
-  _check_stored(slots, {key: at for key, at in stored.items() if not (cfg.tied and key == names.HEAD)}, folder)
+  stored = {key: at for key, at in stored.items() if not (cfg.tied and key == names.HEAD or names.is_buffer(key))}
+  _check_stored(slots, stored, folder)
   place = _placer(cfg, mesh, rules)
   total = sum(math.prod(at.shape) for at in stored.values())
   done = 0
@@ -318,8 +319,15 @@ def _write_companions(new, source, cfg, raw_config, meta, card):
   files.write_json(new / files.META, meta)
   (new / files.CARD).write_text(card, encoding='utf-8')
   files.copy_companions(source, new)
-  if not (new / 'generation_config.json').exists():
-    files.write_json(new / 'generation_config.json',
-                     {'_from_model_config': True, **{key: raw_config[key] for key in files.TOKEN_IDS}})
+  _write_generation_config(new / 'generation_config.json', raw_config, files.own_stop_ids(source))
   if cfg.learned_sinks:
     files.add_sink_tokens(new, cfg.vocab, cfg.learned_sinks)
+
+
+def _write_generation_config(path, raw_config, stops):
+  """The one that was copied, or one of the token ids; it says every token that ends an answer."""
+  raw = files.read_json(path) if path.exists() else {key: raw_config[key] for key in files.TOKEN_IDS}
+  said = raw.get('eos_token_id')
+  if stops and set(stops) != set(said if isinstance(said, list) else [said]):
+    raw['eos_token_id'] = stops[0] if len(stops) == 1 else list(stops)
+  files.write_json(path, raw)

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import huggingface_hub
 import numpy as np
@@ -14,8 +14,8 @@ import safetensors
 import safetensors.numpy
 import tokenizers
 
-from blockattn import errors
-from blockattn.disk import read_json, read_tokenizer
+from blockattn import blocks, errors
+from blockattn.disk import check_form, read_json, read_tokenizer
 
 META = 'blockattn.json'
 SINGLE = 'model.safetensors'
@@ -24,10 +24,12 @@ TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 # What an export takes over from the folder that its tokenizer comes from. Licences travel with the weights.
 COPIED = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'special_tokens_map.json',
           'added_tokens.json', 'vocab.json', 'merges.txt', 'tokenizer.model', 'generation_config.json')
+STOPS = ('generation_config.json', 'config.json')   # where the tokens stand that end an answer, the first that says so
 LICENCES = ('LICENSE*', 'NOTICE*', 'USE_POLICY*')
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl')
+ADAPTER = 'adapter_config.json'
 CARD = 'README.md'
-DOWNLOADED = ('config.json', META, '*.safetensors', INDEX, CARD, *COPIED, *LICENCES)
+DOWNLOADED = ('config.json', META, ADAPTER, '*.safetensors', INDEX, CARD, *COPIED, *LICENCES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +40,11 @@ class Stored:
   dtype: str
 
 
-def locate(name: os.PathLike | str) -> pathlib.Path:
+def locate(name: os.PathLike | str, wanted: Sequence[str] = DOWNLOADED) -> pathlib.Path:
   """The local folder of a model: `name` itself if it is a folder, else a download of the hub's `owner/model`.
 
-  A local folder never touches the network. A hub name may end in `@revision`. Pickled weights are never downloaded.
+  A local folder never touches the network. A hub name may end in `@revision`. Only the files `wanted` are downloaded,
+  pickled weights never.
 
   Raises:
     FileNotFoundError: `name` is no folder, and no hub name either or one that cannot be downloaded.
@@ -55,7 +58,21 @@ def locate(name: os.PathLike | str) -> pathlib.Path:
   # '*' of the patterns matches '/', too: keep out other formats' copies that some repositories hold in folders.
   with errors.hub(str(name)):
     return pathlib.Path(huggingface_hub.snapshot_download(
-        repo, revision=revision or None, allow_patterns=list(DOWNLOADED), ignore_patterns=['*/*', 'consolidated*']))
+        repo, revision=revision or None, allow_patterns=list(wanted), ignore_patterns=['*/*', 'consolidated*']))
+
+
+def check_kind(folder: pathlib.Path):
+  """Raises ValueError if there is no model in the folder, but something in its place that other programs read."""
+  if (folder / SINGLE).exists() or (folder / INDEX).exists():
+    return
+  if (folder / ADAPTER).exists():
+    base = read_json(folder / ADAPTER).get('base_model_name_or_path')
+    raise ValueError(f'{folder} holds an adapter of PEFT ({ADAPTER}), no model; merge it with its base, {base}, first '
+                     '(peft: PeftModel.from_pretrained, merge_and_unload, save_pretrained)')
+  quantized = sorted(path.name for path in folder.glob('*.gguf'))
+  if quantized:
+    raise ValueError(f'{folder} holds only GGUF ({quantized[0]}); name the folder of the weights that it was made of, or '
+                     'convert it to safetensors first (transformers: from_pretrained with gguf_file, save_pretrained)')
 
 
 def write_json(path: pathlib.Path, value: dict):
@@ -94,7 +111,8 @@ def _placement(folder):
     weight_map = read_json(folder / INDEX).get('weight_map')
     if not isinstance(weight_map, dict):
       raise ValueError(f'{folder / INDEX} has no weight_map')
-    missing, stray = set(weight_map.values()) - names, names - set(weight_map.values())
+    there = {path.name for path in folder.glob('*.safetensors')}   # whatever it calls its shards, beside it
+    missing, stray = set(weight_map.values()) - there, names - set(weight_map.values())
     if missing:
       raise FileNotFoundError(f'{folder}: {sorted(missing)[0]} is missing, though {INDEX} names it')
     if stray:
@@ -205,11 +223,44 @@ def token_ids(source: pathlib.Path) -> dict:
   if (source / 'config.json').is_file():
     raw = read_json(source / 'config.json')
     return {key: raw.get(key) for key in TOKEN_IDS}
-  raw = read_json(source / 'tokenizer_config.json')
+  return _tokenizer_ids(source)
+
+
+def _tokenizer_ids(source):
+  path = source / 'tokenizer_config.json'
+  raw = read_json(path) if path.is_file() else {}
   tokenizer = read_tokenizer(source / 'tokenizer.json')
   texts = {key: raw.get(key.removesuffix('_id')) for key in TOKEN_IDS}
   texts = {key: text['content'] if isinstance(text, dict) else text for key, text in texts.items()}
   return {key: None if text is None else tokenizer.token_to_id(text) for key, text in texts.items()}
+
+
+def stop_ids(name: os.PathLike | str, eos: int | None) -> tuple[int, ...]:
+  """Tokens that end an answer: the tokenizer's own end-of-text token, which stands behind the answers of training, and what
+  generation_config.json says, or, where that says nothing, config.json.
+
+  Args:
+    name: folder or hub name that the tokenizer comes from (its `name_or_path`); '': it comes from none.
+    eos: the tokenizer's `eos_token_id`.
+
+  Raises:
+    FileNotFoundError: the hub cannot be reached, and holds what is asked for.
+    ValueError: one of the files is broken; names it.
+  """
+  said = []
+  if os.path.isdir(name) or str(name).count('/') == 1:
+    folder = locate(name, STOPS)
+    for file in STOPS:
+      if not said and (folder / file).is_file():
+        said = read_json(folder / file).get('eos_token_id')
+        said = said if isinstance(said, list) else [] if said is None else [said]
+        check_form(said, [int], f'{folder / file}: eos_token_id')
+  return tuple(dict.fromkeys(i for i in (eos, *said) if i is not None))
+
+
+def own_stop_ids(source: pathlib.Path) -> tuple[int, ...]:
+  """`stop_ids` of a folder with its tokenizer's files."""
+  return stop_ids(source, _tokenizer_ids(source)['eos_token_id'])
 
 
 def add_sink_tokens(folder: pathlib.Path, vocab: int, count: int):
@@ -224,7 +275,7 @@ def add_sink_tokens(folder: pathlib.Path, vocab: int, count: int):
   """
   path = folder / 'tokenizer.json'
   tokenizer = read_tokenizer(path)
-  sinks = {vocab + i: f'<|sink_{i}|>' for i in range(count)}
+  sinks = blocks.sink_tokens(vocab, count)
   known = tokenizer.get_vocab_size(with_added_tokens=True)
   fillers = {i: f'<|reserved_{i}|>' for i in range(known, vocab)}
   if any(tokenizer.token_to_id(text) != i for i, text in sinks.items()):

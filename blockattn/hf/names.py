@@ -84,6 +84,11 @@ class Slot:
     return split.transpose([letters.index(letter) for letter in self.axes])
 
 
+def is_buffer(key: str) -> bool:
+  """Whether old checkpoints hold this though it is no parameter: rotary frequencies, which config.json says."""
+  return key.endswith('.rotary_emb.inv_freq')
+
+
 def slots(cfg: ModelConfig) -> dict[str, Slot]:
   """Every tensor of the Hugging Face checkpoint of this architecture, by name, in the order of the files.
 

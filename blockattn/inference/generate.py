@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from blockattn import blocks as blocks_lib, trace
+from blockattn.data import encode
 from blockattn.inference import cache as cache_lib, pool as pool_lib, sampling as sampling_lib
 from blockattn.models import decode, transformer
 
@@ -135,6 +136,8 @@ class Engine:
     self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
     self._cfg, self._compute, self._options = cfg, compute, options
     self._tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
+    encode.check_ids(options.sink_ids, cfg.vocab + cfg.learned_sinks, self._tokenizer, 'sinks')
+    encode.check_ids(stop_ids, cfg.vocab, self._tokenizer, 'end of an answer')
     self._stop_ids, self._batch, self._fill_tokens, self._timed = tuple(stop_ids), batch, fill_tokens, timed
     self._pool = pool_lib.Pool(cfg, compute.dtype, self._mesh, device_tokens)
     self._store = store
@@ -182,7 +185,7 @@ class Engine:
   # Planning, on the host.
 
   def _plan(self, number, request) -> _Plan:
-    _check(number, request, self._options, self._cfg)
+    _check(number, request, self._options, self._cfg, self._tokenizer)
     *context, question = ((*self._options.sink_ids, *map(int, tokens)) for tokens in request.prompt)
     local = self._options.positions == 'local'
     first = self._keys.of(context[0]) if request.shared and context else ''
@@ -409,13 +412,11 @@ def _home(size, load, room) -> int:
   return min(able, key=load.__getitem__)
 
 
-def _check(number, request, options, cfg):
+def _check(number, request, options, cfg, tokenizer):
   where = f'request {number}: '
   if not request.prompt or not all(len(tokens) for tokens in request.prompt):
     raise ValueError(where + 'a prompt is a list of blocks, none of them empty, the question last')
-  table = cfg.vocab + cfg.learned_sinks
-  if not all(0 <= token < table for tokens in (*request.prompt, options.sink_ids) for token in tokens):
-    raise ValueError(where + f'a token id is not one of the {table} of the model')
+  encode.check_ids([token for tokens in request.prompt for token in tokens], cfg.vocab, tokenizer, f'request {number}')
   if request.max_new < 1:
     raise ValueError(where + f'max_new={request.max_new}; an answer has at least one token')
   if any(not stop for stop in request.stop):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import blocks, disk, mesh as mesh_lib
-from blockattn.data import markers, outline as outline_lib, packing
+from blockattn.data import encode, markers, outline as outline_lib, packing
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import segmenter, transformer
 from blockattn.models.transformer import Compute
@@ -119,6 +119,7 @@ class Segmenter:
     if cfg.unit_tokens != options.read.unit_tokens:
       raise ValueError(f'the model reads {cfg.unit_tokens} tokens at a position, the options {options.read.unit_tokens}: '
                        f'{files.META} (markers, head, tail) and config.json (unit_tokens) do not belong together')
+    encode.check_tokenizer(tokenizer, cfg.vocab, 'segmenter')
     self.cfg, self.options = cfg, options
     self.reader = markers.Reader(tokenizer, options.read)
     self._place = place or mesh_lib.Placement(mesh_lib.make_mesh({'data': -1}))

@@ -154,34 +154,36 @@ def extend(params, tokens, cache: Cache, cfg, compute, context: Context | None =
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'length', 'vocab'))
-def greedy(params, tokens, layout, *, cfg, compute, length: int, stop_id, vocab: int):
+def greedy(params, tokens, layout, *, cfg, compute, length: int, stop_ids, vocab: int):
   """The most probable continuation, token by token.
 
   Args:
     tokens, layout: [B, T], see `prefill`.
     length: most tokens to generate.
-    stop_id: the token that ends an answer.
+    stop_ids: int32 [n], n > 0, the tokens that end an answer.
     vocab: tokens from this id on are never produced (sinks, padding of the table).
 
   Returns:
-    int32 [B, length]; after a row's stop_id, all stop_id.
+    int32 [B, length]; after a row's first of stop_ids, all stop_ids[0].
   """
   head_VD = transformer.head_of(params, cfg)[:vocab]
   choose = lambda x: jnp.argmax(transformer.project(x, head_VD), axis=-1).astype(jnp.int32)
+
+  stops = lambda token: jnp.isin(token, stop_ids)
 
   def step(carry):
     token, answer, n, cache = carry
     answer = answer.at[:, n].set(token)
     x_BD, cache = extend(params, token, cache, cfg, compute)
-    token = jnp.where(token == stop_id, stop_id, choose(x_BD))   # once stopped, stopped for ever
+    token = jnp.where(stops(token), stop_ids[0], choose(x_BD))   # once stopped, stopped for ever
     return token, answer, n + 1, cache
 
   def goes_on(carry):
     token, _, n, _ = carry
-    return (n < length) & jnp.any(token != stop_id)
+    return (n < length) & ~jnp.all(stops(token))
 
   x_BD, cache = prefill(params, tokens, layout, cfg, compute, length)
   # A row of padding has nothing to say.
-  token = jnp.where(jnp.any(layout.doc != 0, axis=1), choose(x_BD), stop_id)
-  answer = jnp.full((tokens.shape[0], length), stop_id, jnp.int32)
+  token = jnp.where(jnp.any(layout.doc != 0, axis=1), choose(x_BD), stop_ids[0])
+  answer = jnp.full((tokens.shape[0], length), stop_ids[0], jnp.int32)
   return jax.lax.while_loop(goes_on, step, (token, answer, jnp.int32(0), cache))[1]

@@ -171,7 +171,7 @@ def run(config, workdir):
   setup.check_batch(config, place)
   teacher_place = setup.teacher_placement(config, place)
   loop.save_run_facts(workdir, config)
-  tokenizer = setup.tokenizer(config)
+  tokenizer = setup.model_tokenizer(config)
   source = setup.taught(config, setup.rows(config, tokenizer))
   teacher_cfg, params = setup.load_model(config, place)
   weights = setup.source_weights(config, params)

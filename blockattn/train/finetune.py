@@ -92,7 +92,7 @@ def run(config, workdir):
   compute = setup.compute(config, place)
   low_rank, frozen = setup.lora_options(config), None
   loop.save_run_facts(workdir, config)
-  tokenizer = setup.tokenizer(config)
+  tokenizer = setup.model_tokenizer(config)
   source = setup.rows(config, tokenizer)
   cfg, params = setup.load_model(config, place)
   weights = setup.source_weights(config, params)

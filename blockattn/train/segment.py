@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import disk, errors, optim
-from blockattn.data import markers, segment_pipeline
+from blockattn.data import encode, markers, segment_pipeline
 from blockattn.data.semanticseg import hints, schema
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
 from blockattn.models import segmenter, spec
@@ -146,6 +146,7 @@ def read_options(config) -> markers.ReadOptions:
 
 def reader_of(config, folder) -> markers.Reader:
   tokenizer = disk.read_tokenizer(pathlib.Path(folder) / 'tokenizer.json')
+  encode.check_tokenizer(tokenizer, setup.model_config(config).vocab, str(folder))
   return markers.Reader(tokenizer, read_options(config))
 
 

@@ -75,6 +75,11 @@ def architecture(model) -> transformer.ModelConfig:
   return transformer.ModelConfig(**fields)
 
 
+def model_config(config) -> transformer.ModelConfig:
+  """The ModelConfig of config.model, before any weight is read."""
+  return hf_config.read(files.locate(config.model.source)) if config.model.source else architecture(config.model)
+
+
 def load_model(config, place, dtype=None):
   """Model of config.model: the Hugging Face folder or hub name `model.source`, or random values if it is empty.
 
@@ -84,13 +89,10 @@ def load_model(config, place, dtype=None):
   Raises:
     ValueError: the model is a segmenter, and the config not for one; or a document may be longer than it has positions for.
   """
-  dtype = dtype or config.model.dtype
+  dtype, cfg = dtype or config.model.dtype, model_config(config)
+  _check_model(config, cfg, config.model.source or 'config.model')
   if config.model.source:
-    folder = files.locate(config.model.source)
-    _check_model(config, hf_config.read(folder), folder)
-    return convert.load(folder, dtype, mesh=place.mesh, rules=place.rules)
-  cfg = architecture(config.model)
-  _check_model(config, cfg, 'config.model')
+    return convert.load(config.model.source, dtype, mesh=place.mesh, rules=place.rules)
   return cfg, init_params(cfg, place, config.seed, dtype)
 
 
@@ -326,6 +328,17 @@ def prompt_meta(config, tokenizer) -> dict:
 def tokenizer(config):
   """config.data.tokenizer, with the arguments of its chat template."""
   return encode.load_tokenizer(config.data.tokenizer or config.model.source, config.data.template_args)
+
+
+def model_tokenizer(config):
+  """`tokenizer`, once it is known that config.model has a row for each of its tokens.
+
+  Raises:
+    ValueError: it has not; names the first of them.
+  """
+  cfg, loaded = model_config(config), tokenizer(config)
+  encode.check_tokenizer(loaded, cfg.vocab, str(loaded.name_or_path), cfg.learned_sinks)
+  return loaded
 
 
 def file_options(data, tokenizer) -> pipeline.FileOptions:

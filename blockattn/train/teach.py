@@ -33,7 +33,7 @@ def run(config, workdir):
   setup.check_batch(config, place)
   facts = setup.teacher_facts(config)
   _check_claim(folder, facts)
-  source = setup.rows(config, setup.tokenizer(config))
+  source = setup.rows(config, setup.model_tokenizer(config))
   needed = setup.needed_rows(config, source)
   done = {row for rows in taught.written_rows(folder).values() for row in rows}
   total, missing = len(needed), sum(int(number) not in done for number in needed)
