@@ -248,17 +248,18 @@ def test_a_stall_is_not_waited_for():
   assert len(server.requests) == 2 and time.monotonic() - start < 3
 
 
-def test_a_slow_trickle_is_not_waited_for(monkeypatch):
+@pytest.mark.parametrize('first, then', [(b'HTTP/1.1 200 OK\r\n\r\n', b' '), (b'HTTP/1.1 200 OK\r\n', b'X-More: 1\r\n'),
+                                         (b'', b'HTTP/1.1 102 Processing\r\n\r\n'), (b'', b'H')])
+def test_a_slow_trickle_is_not_waited_for(monkeypatch, first, then):
   class Trickle(Server):
     def reply(self, handler, action):
       if len(self.requests) > 1:
         super().reply(handler, action)
         return
-      handler.send_response(200)
-      handler.end_headers()
       with contextlib.suppress(OSError):
+        handler.wfile.write(first)
         for _ in range(40):
-          handler.wfile.write(b' ')
+          handler.wfile.write(then)
           time.sleep(.03)
       handler.close_connection = True
   monkeypatch.setattr(f'{__name__}.Server', Trickle)
