@@ -226,7 +226,7 @@ def test_windows_too_short_for_two_units_are_refused(tmp_path):
 @pytest.mark.parametrize('said, message', [
     ({'threshold': 'x'}, ": 'threshold' is 'x', not a number"), ({'threshold': None}, ": 'threshold' is None, not a number"),
     ({'threshold': math.nan}, ': threshold=nan'), ({'cohesion': 'yes'}, ": 'cohesion' is 'yes', not true or false"),
-    ({'separators': '('}, r": separators='\\(' is no regular expression: missing \), unterminated subpattern"),
+    ({'separators': '('}, r": separators='\(' is no regular expression: missing \), unterminated subpattern"),
     ({'separators': 3}, ": 'separators' is 3, not a text"), ({'length': 9.5}, ": 'length' is 9.5, not a whole number"),
     ({'overlap': math.nan}, ': overlap=nan'), ({'markers': 'odd'}, ": marker style 'odd'; choose one of"),
     ({'outline': {'since': []}}, ": 'outline' lacks 'average', 'chosen', 'until'"), ('x', " is 'x', not a JSON object"),
