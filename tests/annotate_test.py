@@ -469,13 +469,12 @@ def test_the_output_is_guarded(tmp_path):
 
 @pytest.mark.parametrize('foreign', ['{"id": "a", "text": "my only copy"}', '{"id": "a", "text": "my on', 'my notes',
                                      '{"id": "a", "text": "one"}\n{"id": "b", "text": "two"}', '[1, 2]'])
-def test_a_file_of_others_stays_as_it_is(tmp_path, capsys, foreign):
+def test_a_file_of_others_stays_as_it_is(tmp_path, foreign):
   path = tmp_path / 'notes.jsonl'
   path.write_text(foreign)
   with pytest.raises(ValueError, match='correct or remove|choose another --output'):
     annotate.Output(path)
-  code = tool.main([str(path), '--output', f'{tmp_path}/./notes.jsonl', '--base-url', 'http://h/v1', '--model', 'm'])
-  assert code == 2 and 'is read, and would be replaced' in capsys.readouterr().err and path.read_text() == foreign
+  assert path.read_text() == foreign
 
 
 def run(capsys, server, tmp_path, *args):

@@ -36,7 +36,7 @@ import rich.console
 import rich.progress
 
 import blockattn
-from blockattn.data import encode, text as text_lib
+from blockattn.data import encode
 from blockattn.inference import granularity
 from tools import arguments, segment_page
 
@@ -321,10 +321,8 @@ def main(argv=None, model=None) -> int:
     want = granularity.wanted(threshold=args.threshold, depth=args.depth, target=args.target_tokens, minimum=args.min,
                               maximum=args.max)
     files = find_inputs(args.paths)
-    for output in filter(None, (args.out, args.out and args.out + PART, args.html)):
-      text_lib.check_output(output, files)
-    if args.html and args.out and os.path.abspath(args.html) == os.path.abspath(args.out):
-      raise ValueError(f'--out and --html both are {args.out}: choose another name for one of them')
+    arguments.check_outputs({'out': args.out, 'html': args.html, 'files': files})
+    arguments.check_outputs({'out': args.out and args.out + PART, 'files': files})
     model = blockattn.load_segmenter(model or args.model)
     want = granularity.for_model(want, model)
     tally = run(args, files, want, model, console)
