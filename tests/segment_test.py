@@ -41,7 +41,10 @@ def joined(text, blocks):
 
 def run(capsys, *args, model=MODEL):
   """(exit code, records, messages) of the tool."""
-  code = segment.main([str(arg) for arg in args], model=model)
+  try:
+    code = segment.main([str(arg) for arg in args], model=model)
+  except SystemExit as ended:   # of the parser
+    code = ended.code
   out, err = capsys.readouterr()
   return code, [json.loads(line) for line in out.splitlines()], err
 

@@ -159,7 +159,7 @@ def read_config(argv: Sequence[str]) -> tuple[Any, list[str]]:
   return config, rest
 
 
-def take_files(argv):
+def take_files(argv: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
   """(value of --config, values of --overrides, all other arguments)."""
   path, files, rest, given = None, [], [], iter(argv)
   for arg in given:
