@@ -342,6 +342,14 @@ def test_the_page_holds_the_text_and_fetches_nothing():
                                                 granularity.blocks_of(text, scored, want, MODEL.token_ends)[1:]]
 
 
+def test_the_page_counts_in_the_tokens_of_the_reader():
+  text = SECTIONS + 'x' * 200
+  reader = encode.token_ends(len)
+  scored = MODEL.score([text])[0]
+  page = segment_page.page_text('a', text, scored, [(0, len(text))], MODEL.token_ends, reader)
+  assert page.lengths == list(itertools.accumulate(map(len, page.pieces)))
+
+
 def test_the_page_from_the_tool(tmp_path, capsys):
   (tmp_path / 'a.txt').write_text(SECTIONS)
   code, _, _ = run(capsys, tmp_path / 'a.txt', '--html', tmp_path / 'page.html', '--target-tokens', 50)

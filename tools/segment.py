@@ -268,7 +268,7 @@ def run(args, files, want, model, console) -> Tally:
         tally.texts, tally.blocks = tally.texts + 1, tally.blocks + len(blocks)
         tally.characters += len(text.text)
         if args.html:
-          pages.append(segment_page.page_text(str(text.id), text.text, scored, blocks, model.token_ends))
+          pages.append(segment_page.page_text(str(text.id), text.text, scored, blocks, model.token_ends, reader))
       out.flush()
   tally.seconds = time.perf_counter() - start
   if args.html:

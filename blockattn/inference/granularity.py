@@ -171,9 +171,14 @@ def cuts_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenE
   candidates, log_odds = scored.candidates[kept], scored.log_odds[kept]
   tokens = scored.tokens[np.append(kept, True)]
   if reader is not None and (granularity.bounded or granularity.depth):
-    units = [text[a:b] for a, b in to_blocks(candidates, len(text))]
-    tokens = np.cumsum([len(ends) for ends in reader(units)], dtype=np.int64) if units else np.zeros(1, np.int64)
+    tokens = tokens_of_units(text, candidates, reader)
   return cuts_in_tokens(text, candidates, log_odds, tokens, granularity, reader or token_ends)
+
+
+def tokens_of_units(text: str, candidates: np.ndarray, token_ends: TokenEnds) -> np.ndarray:
+  """The tokens up to each candidate, and in all, each unit encoded alone: int64 [m + 1]."""
+  units = [text[a:b] for a, b in to_blocks(candidates, len(text))]
+  return np.cumsum([len(ends) for ends in token_ends(units)], dtype=np.int64) if units else np.zeros(1, np.int64)
 
 
 def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, granularity: Granularity,
