@@ -104,6 +104,11 @@ def test_chonkie():
     assert [(chunk.start_index, chunk.end_index) for chunk in chunks] == blockattn.segment(text, **OPTIONS)
     assert [chunk.token_count for chunk in chunks] == [chunker.tokenizer.count_tokens(c.text) for c in chunks]
   assert [chunk.text for chunk in chunker(SECTIONS)] == pieces(SECTIONS)
+  # A reader's tokens, if one is given, and also of a chunker that was sent to another process.
+  for made in (reader := adapters.chonkie_chunker(**OPTIONS, tokenizer=len), pickle.loads(pickle.dumps(reader))):
+    chunks = made(SECTIONS)
+    assert [chunk.token_count for chunk in chunks] == [len(chunk.text) for chunk in chunks] and len(chunks) > 13
+    assert made.tokenizer.count_tokens(SECTIONS) == len(SECTIONS)
   document = chunker.chunk_document(chonkie.Document(content=SECTIONS, metadata={'source': 'a'}))
   assert ''.join(chunk.text for chunk in document.chunks) == SECTIONS
   assert all(chunk.metadata == {'source': 'a'} for chunk in document.chunks)

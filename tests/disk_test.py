@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import pathlib
+import re
 import stat
 import sys
 
@@ -15,10 +16,34 @@ from blockattn.data.semanticseg import schema
 from blockattn.hf import files
 from blockattn.train import command
 from configs import common
+from tools import arguments
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMANDS = sorted(f'tools.{path.stem}' for path in (ROOT / 'tools').glob('*.py') if path.stem != 'arguments'
                   and 'arguments.Parser(' in path.read_text()) + ['tools.show', 'launch.sweep']
+
+
+# Command lines that would write over what they read: a.jsonl is a file, `run` a folder with some.
+OVER_INPUT = {
+    'tools.annotate': ['a.jsonl --output ./a.jsonl --base-url http://h/v1 --model m'],
+    'tools.bench': ['segment --data run --json run', 'segment --data a.jsonl --plot=a.jsonl'],
+    'tools.build_semanticseg': ['run --out ./run', 'a.jsonl --out a.jsonl', 'r*n --out run'],
+    'tools.compare': ['run x --json run/summary.json', 'x run --json run/predictions.jsonl',
+                      '--sweep . --html run/config.json', '--sweep . --json x.json --html ./x.json'],
+    'tools.convert': ['from_hf run ./run --overwrite', 'from_hf run/hf run --overwrite', 'to_hf run run',
+                      'to_hf run a.jsonl --card a.jsonl'],
+    'tools.device': ['run --data run'],
+    'tools.evaluate': ['run --teacher x --data a.jsonl --out run', 'x --teacher run --data a.jsonl --out ./run'],
+    'tools.generate': ['run a.jsonl --cache run'],
+    'tools.judge': ['qa run --data a.jsonl --out run', 'qa x --data a.jsonl --out a.jsonl',
+                    'qa x --data a.jsonl --out o --cache o'],
+    'tools.prepare': ['a.jsonl --cache a.jsonl', 'run --cache run --tokenizer x'],
+    'tools.segment': ['a.jsonl --out a.jsonl', 'run --out run/config.json', '*.jsonl --html=a.jsonl',
+                      'a.jsonl --html x --out x'],
+    'tools.show': ['--config CONFIG --json CONFIG', '--config=CONFIG --overrides run/config.json --json=run/config.json'],
+    'tools.structure': ['a.jsonl a.jsonl --category c --license l'],
+    'tools.tiny_segmenter_tokenizer': ['a.jsonl --out a.jsonl'],
+}
 
 
 # Places.
@@ -33,6 +58,45 @@ def test_paths_on_other_machines_are_refused(text):
 def test_what_only_looks_like_one_is_not():
   disk.check_local(['/data/x', 'configs/a.py:model=b', 'owner/model@main', 'https://example.org/v1', '10.0.0.1:80,2,0',
                     'What is gs://bucket for?', '--beam-options=--temp_location=gs://bucket/x', 'sub/gs://', ''])
+
+
+def test_the_table_of_outputs_is_whole():
+  """Every tool that has an output is in it, or has no files to read."""
+  option = re.compile(rf"add(?:_argument)?\('(?:--)?(?:{'|'.join(arguments.OUTPUTS)})'(?!, action)")
+  tools = {f'tools.{path.stem}' for path in (ROOT / 'tools').glob('*.py') if option.search(path.read_text())
+           and 'arguments.Parser(' in path.read_text()}
+  assert tools - {'tools.meshes', 'tools.tiny_tokenizer'} <= set(OVER_INPUT)
+
+
+@pytest.mark.parametrize('name', OVER_INPUT)
+def test_no_command_writes_over_what_it_reads(name, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'a.jsonl').write_text('{"text": "my only copy"}')
+  (tmp_path / 'run' / 'hf').mkdir(parents=True)
+  for file in ('config.json', 'summary.json', 'predictions.jsonl'):
+    (tmp_path / 'run' / file).write_text('{"steps": 1}')
+  (tmp_path / 'tiny.py').write_text((ROOT / 'configs' / 'tiny.py').read_text())
+  before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+  try:
+    module = importlib.import_module(name)
+  except ImportError as error:   # of an extra that is not installed
+    pytest.skip(str(error))
+  for line in OVER_INPUT[name]:
+    monkeypatch.setattr(sys, 'argv', [name, *line.replace('CONFIG', 'tiny.py').split()])
+    with pytest.raises(SystemExit) as ended:
+      sys.exit(module.main())
+    said = ' '.join(capsys.readouterr().err.split())
+    assert ended.value.code == 2, (line, said)
+    assert re.search('is read, and would be replaced|both are .* choose another', said), (line, said)
+  assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+
+
+def test_only_models_and_runs_are_replaced(tmp_path):
+  (tmp_path / 'notes.txt').write_text('mine')
+  with pytest.raises(FileExistsError, match='holds neither config.json nor checkpoints, so that it is no model or run'):
+    files.check_free(tmp_path, overwrite=True)
+  (tmp_path / 'config.json').write_text('{}')
+  files.check_free(tmp_path, overwrite=True)
 
 
 @pytest.mark.parametrize('name', COMMANDS)

@@ -11,6 +11,7 @@ import rich.console
 from evaluate_test import save_model
 
 from blockattn import blocks
+from blockattn.data import encode
 from blockattn.hf import config
 from tools import generate
 
@@ -53,6 +54,16 @@ def test_a_question_about_files_and_again_from_the_cache(call, tmp_path):
   assert (again, same) == (code, out) and '2 disk' in err
   assert re.search(r'8-bit states are 0\.\d\d% off', call(*asked, '--int8')[2])
   assert call('two.md', 'one.txt', '--question', 'what?', '--cache', str(tmp_path))[1] != ''
+
+
+def test_blocks_have_a_length_in_the_tokens_of_the_model_that_answers(call, folder):
+  (folder / 'long.txt').write_text('A sentence about 語 and more.\n' * 12)
+  code, _, err = call('long.txt', '--question', 'what?', '--segmenter', 'tiny', '--target-tokens', '32')
+  assert code == 0, err
+  sizes = [int(size) for size in re.findall(r'^ *\d+ +(\d+) +computed', err, re.MULTILINE)]
+  counts = encode.token_ends(str(folder / 'model'))
+  text = (folder / 'long.txt').read_text()
+  assert sum(sizes) >= len(counts([text])[0]) > 128 and all(8 <= size <= 64 for size in sizes[:-1])
 
 
 def test_lines_bring_their_own_questions(call):

@@ -82,6 +82,23 @@ def test_bounds_hold_on_any_text(case, bounds, wish):
     assert sizes.max() <= max(maximum, longest, 2)   # only what cannot be divided is longer
 
 
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@hypothesis.given(st.text('aabbc \n', min_size=1, max_size=14), st.tuples(st.integers(1, 4), st.integers(0, 3)))
+def test_bounds_hold_in_tokens_that_merge_over_cuts(text, wish):
+  """Wherever there is a way; and the maximum always."""
+  low, high = wish[0], sum(wish)
+  ends = lambda texts: [np.array([m.end() for m in regex.finditer(r'a{1,3}|bb|b| ?c+|\s', t)], np.int64) for t in texts]
+  places = np.arange(2, len(text), 3)
+  units = granularity.tokens_of_units(text, places, ends)
+  cuts = granularity.cuts_in_tokens(text, places, np.sin(places * 7.), units, Granularity(minimum=low, maximum=high), ends)
+  counts = [len(e) for e in ends([text[a:b] for a, b in granularity.to_blocks(cuts, len(text))])]
+  reached = {0}
+  for j in range(1, len(text) + 1):
+    if any(low <= len(ends([text[i:j]])[0]) <= high for i in reached):
+      reached.add(j)
+  assert max(counts) <= high and (min(counts) >= low or len(text) not in reached)
+
+
 def some_chain(text, minimum, maximum):
   """Whether any cuts keep the bounds without dividing a line end or a pair."""
   reached, inside = {0}, inside_characters(text)

@@ -111,15 +111,16 @@ def test_longbench(model, data, tmp_path, capsys):
 
 def test_longbench_cuts_with_the_segmenter(model, data, tmp_path, monkeypatch):
   asked = []
-  def segment_many(texts, *, model, target_tokens):
-    asked.append((len(texts), model, target_tokens))
+  def segment_many(texts, *, model, target_tokens, tokenizer):
+    asked.append((len(texts), model, target_tokens, len(tokenizer)))
     return [[(0, 6), (6, 12), (12, len(t))] for t in texts]
   monkeypatch.setattr(blockattn, 'segment_many', segment_many)
   made = Made()
   for name, model_asked in (('tiny', None), ('folder', 'folder')):
     assert run('longbench', model, data, tmp_path / name, '--tasks', 'hotpotqa', 'gov_report_e', '--segmenter', name,
                '--target-tokens', '64', made=made) == 0
-    assert asked.pop() == (1, model_asked, 64) and not asked   # hotpotqa has passages
+    assert asked.pop() == (1, model_asked, 64, len(encode.load_tokenizer(str(model))))
+    assert not asked   # hotpotqa has passages
   assert [blocks for _, prompt, blocks, *_ in made.asked if prompt.startswith('You')] == [5, 5]
 
 

@@ -41,7 +41,10 @@ def joined(text, blocks):
 
 def run(capsys, *args, model=MODEL):
   """(exit code, records, messages) of the tool."""
-  code = segment.main([str(arg) for arg in args], model=model)
+  try:
+    code = segment.main([str(arg) for arg in args], model=model)
+  except SystemExit as ended:   # of the parser
+    code = ended.code
   out, err = capsys.readouterr()
   return code, [json.loads(line) for line in out.splitlines()], err
 
@@ -337,6 +340,14 @@ def test_the_page_holds_the_text_and_fetches_nothing():
     scored = MODEL.score([text])[0]
     assert [ends[i] for i in shown['cuts']] == [a for a, _ in
                                                 granularity.blocks_of(text, scored, want, MODEL.token_ends)[1:]]
+
+
+def test_the_page_counts_in_the_tokens_of_the_reader():
+  text = SECTIONS + 'x' * 200
+  reader = encode.token_ends(len)
+  scored = MODEL.score([text])[0]
+  page = segment_page.page_text('a', text, scored, [(0, len(text))], MODEL.token_ends, reader)
+  assert page.lengths == list(itertools.accumulate(map(len, page.pieces)))
 
 
 def test_the_page_from_the_tool(tmp_path, capsys):

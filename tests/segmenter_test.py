@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import data_cases
 import hf_cases
@@ -223,11 +224,16 @@ def test_windows_too_short_for_two_units_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('said, message', [
-    ({'threshold': None}, "'threshold' is None, not a number"),
-    ({'cohesion': 'yes'}, "'cohesion' is 'yes', not true or false"),
-    ({'separators': '('}, 'unterminated subpattern'), ({'length': 9.5}, "'length' is 9.5, not a whole number"),
-    ({'overlap': float('nan')}, 'overlap=nan')])
+    ({'threshold': 'x'}, ": 'threshold' is 'x', not a number"), ({'threshold': None}, ": 'threshold' is None, not a number"),
+    ({'threshold': math.nan}, ': threshold=nan'), ({'cohesion': 'yes'}, ": 'cohesion' is 'yes', not true or false"),
+    ({'separators': '('}, r": separators='\(' is no regular expression: missing \), unterminated subpattern"),
+    ({'separators': 3}, ": 'separators' is 3, not a text"), ({'length': 9.5}, ": 'length' is 9.5, not a whole number"),
+    ({'overlap': math.nan}, ': overlap=nan'), ({'markers': 'odd'}, ": marker style 'odd'; choose one of"),
+    ({'outline': {'since': []}}, ": 'outline' lacks 'average', 'chosen', 'until'"), ('x', " is 'x', not a JSON object"),
+    ({'outline': {'average': [['x']], 'chosen': [], 'since': [], 'until': []}}, r": 'outline': 'average'\[0\]\[0\] is 'x'")])
 def test_what_a_folder_says_is_checked(tmp_path, said, message):
-  (tmp_path / files.META).write_text(json.dumps({'segmenter': {'markers': 'text', 'length': 8192} | said}))
-  with pytest.raises(ValueError, match=f'{files.META}: segmenter: .*{message}'):
+  section = {'markers': 'text', 'length': 8192} | said if isinstance(said, dict) else said
+  (tmp_path / files.META).write_text(json.dumps({'segmenter': section}))
+  with pytest.raises(ValueError, match=f'^{tmp_path / files.META}: segmenter{message}') as raised:
     inference.options_of(tmp_path)
+  assert '\n' not in str(raised.value)

@@ -59,7 +59,7 @@ def run(options, console) -> dict[tuple[str, str], float]:
   if options.files == ['pages']:
     texts = [doc.tokens for doc in evaluate.page_docs(tokenizer, options.limit)[0]]
   else:
-    texts = [np.array(tokens, np.int32) for tokens in encode.Encoder(tokenizer).texts(generate.read_blocks(options.files))]
+    texts = [np.array(tokens, np.int32) for tokens in encode.Encoder(tokenizer).texts(generate.read_texts(options.files))]
   found = {f'{name}, {dtype}': way(folder, texts, dtype)
            for name, way in (('ours', ours), ('transformers', theirs)) for dtype in DTYPES}
   shares = {(a, b): float(np.mean(found[a] == found[b])) for a, b in itertools.combinations(found, 2)}

@@ -117,7 +117,6 @@ def _annotate(args, out, err):
   limits = completions.Limits(args.timeout, args.attempts, args.backoff, args.longest_wait)
   connect = functools.partial(completions.Completions, args.base_url, args.model, os.environ.get(args.key_env, ''),
                               body=args.body, limits=limits)
-  text_lib.check_output(os.path.expanduser(args.output), args.files)
   with annotate.Output(os.path.expanduser(args.output)) as output, connect() as endpoint:
     report = text_lib.Report()
     estimate = annotate.estimate(_unfinished(args, output, report), markers.candidates, options, _counter(args.tokenizer))

@@ -261,6 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   """The command line. Returns the exit status."""
   options = _arguments(argv)
   try:
+    names = ('*/config.json', f'*/{metrics.FILE_NAME}') if options.sweep else (answers.RUN, answers.PREDICTIONS,
+                                                                              answers.SUMMARY)
+    arguments.check_outputs({'html': options.html, 'json': options.json, 'files': [
+        os.path.join(folder, name) for folder in (options.a, options.b, options.sweep) if folder for name in names]})
     result = read_sweep(options.sweep) if options.sweep else compare(options.a, options.b, options.measure)
     if options.html:
       disk.write_text(options.html, sweep_page(options.sweep, result))

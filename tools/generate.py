@@ -49,17 +49,17 @@ COMMANDS = {'/blocks': "where the blocks' states are", '/help': 'this list', '/q
 # Prompts.
 
 
-def cutting(segmenter: str, target_tokens: int | None):
-  """`blockattn.segment_many` with this segmenter: a folder, a hub name, or the name of the embedded one."""
+def cutting(segmenter: str, target_tokens: int | None, tokenizer):
+  """`blockattn.segment_many` with this segmenter: a folder, a hub name, or the name of the embedded one.
+
+  Lengths are in tokens of `tokenizer`, that of the model that answers.
+  """
   model = None if segmenter == cutter.EMBEDDED else segmenter
-  return functools.partial(blockattn.segment_many, model=model, target_tokens=target_tokens)
+  return functools.partial(blockattn.segment_many, model=model, target_tokens=target_tokens, tokenizer=tokenizer)
 
 
-def read_blocks(files: Sequence[str], cut=None) -> tuple[str, ...]:
-  """The texts of the blocks of text files; a file without a line end at its end gets one, so that words stay apart.
-
-  Args:
-    cut: texts -> for each its blocks as (start, stop); None: a file is a block.
+def read_texts(files: Sequence[str]) -> list[str]:
+  """Text files; one without a line end at its end gets it, so that words stay apart.
 
   Raises:
     ValueError: a file that is no UTF-8, or is empty.
@@ -75,6 +75,15 @@ def read_blocks(files: Sequence[str], cut=None) -> tuple[str, ...]:
       raise ValueError(f'{file}: the file is empty')
     if not texts[-1].endswith(('\n', '\r')):
       texts[-1] = text_lib.PLAIN.untitled.format(text=texts[-1])
+  return texts
+
+
+def blocks_of(texts: Sequence[str], cut=None) -> tuple[str, ...]:
+  """The blocks of texts.
+
+  Args:
+    cut: texts -> for each its blocks as (start, stop); None: a text is a block.
+  """
   if cut is None:
     return tuple(texts)
   return tuple(block for text, spans in zip(texts, cut(texts), strict=True)
@@ -199,12 +208,11 @@ def run(options, stream, console) -> None:
   if '-' in options.files and options.question is None:
     raise ValueError('standard input cannot be a text and the questions; give --question')
   pages = options.files == [_PAGES]
-  examples = blocks = None
+  examples = texts = None
   if lines:
     text_lib.find_files(lines)
   elif not pages:
-    cut = None if options.segmenter is None else cutting(options.segmenter, options.target_tokens)
-    blocks = read_blocks(options.files, cut)   # before the model is loaded
+    texts = read_texts(options.files)   # before the model is loaded
   attention = api.choose(options.impl, jax.devices()[0])
   console.print(str(attention))
   compute = transformer.Compute(dtype=options.dtype, impl=attention.impl)
@@ -220,6 +228,9 @@ def run(options, stream, console) -> None:
     if not examples:
       raise ValueError(f'{", ".join(options.files)}: no example')
     blocks = examples[0].blocks
+  else:
+    cut = None if options.segmenter is None else cutting(options.segmenter, options.target_tokens, tokenizer)
+    blocks = blocks_of(texts, cut)
   with _store(options) as store:
     devices = jax.local_devices()
     if not 1 <= options.devices <= len(devices):
@@ -258,7 +269,8 @@ def _arguments(argv):
   parser.add_argument('--interactive', action='store_true', help='ask about the blocks of the first JSON line')
   parser.add_argument('--limit', type=evaluate.positive, help='most questions of JSON lines (default: all)')
   parser.add_argument('--segmenter', help=f'cuts text files: a folder, a hub name, or {cutter.EMBEDDED}')
-  parser.add_argument('--target-tokens', type=evaluate.positive, help='length of its blocks (default: what it finds)')
+  parser.add_argument('--target-tokens', type=evaluate.positive, help="length of its blocks in the model's tokens (default: "
+                      'what it finds)')
   evaluate.add_prompt_arguments(parser)
   parser.add_argument('--max-new', type=evaluate.positive, default=256, help=f'most tokens of an answer {default}')
   parser.add_argument('--stop', action='append', default=[], help='text that ends an answer; may be given again')

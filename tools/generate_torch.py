@@ -52,7 +52,7 @@ def examples(files, question: str | None, tokenizer, *, chat: bool, limit: int |
     return found
   if question is None:
     raise ValueError('text files need a --question')
-  return [generate.asked(generate.read_blocks(files), question, tokenizer, chat)]
+  return [generate.asked(generate.read_texts(files), question, tokenizer, chat)]
 
 
 def answer_twice(model, prompt, options, cache, max_new: int):

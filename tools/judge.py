@@ -95,7 +95,7 @@ class Benchmark:
 
 
 def load_longbench(options, tokenizer, subject, records) -> Benchmark:
-  cut = None if options.segmenter == 'none' else cutting(options.segmenter, options.target_tokens)
+  cut = None if options.segmenter == 'none' else cutting(options.segmenter, options.target_tokens, tokenizer)
   lengths, positions = longbench.load_prompts()[1], subject.cfg.max_positions
   items = []
   for task, own in records.items():
@@ -263,7 +263,7 @@ def _arguments(argv):
   long = benchmarks.add_parser('longbench', parents=[common], help='LongBench v1, TASK_e of LongBench-E')
   long.add_argument('--segmenter', default=cutter.EMBEDDED,
                     help='cuts contexts that no heading divides: folder, hub name, or none (default: the embedded one)')
-  long.add_argument('--target-tokens', type=evaluate.positive, help="wanted length of its blocks, in its tokens")
+  long.add_argument('--target-tokens', type=evaluate.positive, help="wanted length of its blocks, in the model's tokens")
   talks = benchmarks.add_parser('locomo', parents=[common], help='LoCoMo')
   talks.add_argument('--letters', choices=locomo.LETTERS, default='alone', help='where (a) or (b) counts as a choice in the '
                      'answer to an adversarial question; alone is the published rule (default: %(default)s)')

@@ -36,7 +36,7 @@ import rich.console
 import rich.progress
 
 import blockattn
-from blockattn.data import encode, text as text_lib
+from blockattn.data import encode
 from blockattn.inference import granularity
 from tools import arguments, segment_page
 
@@ -268,7 +268,7 @@ def run(args, files, want, model, console) -> Tally:
         tally.texts, tally.blocks = tally.texts + 1, tally.blocks + len(blocks)
         tally.characters += len(text.text)
         if args.html:
-          pages.append(segment_page.page_text(str(text.id), text.text, scored, blocks, model.token_ends))
+          pages.append(segment_page.page_text(str(text.id), text.text, scored, blocks, model.token_ends, reader))
       out.flush()
   tally.seconds = time.perf_counter() - start
   if args.html:
@@ -321,10 +321,8 @@ def main(argv=None, model=None) -> int:
     want = granularity.wanted(threshold=args.threshold, depth=args.depth, target=args.target_tokens, minimum=args.min,
                               maximum=args.max)
     files = find_inputs(args.paths)
-    for output in filter(None, (args.out, args.out and args.out + PART, args.html)):
-      text_lib.check_output(output, files)
-    if args.html and args.out and os.path.abspath(args.html) == os.path.abspath(args.out):
-      raise ValueError(f'--out and --html both are {args.out}: choose another name for one of them')
+    arguments.check_outputs({'out': args.out, 'html': args.html, 'files': files})
+    arguments.check_outputs({'out': args.out and args.out + PART, 'files': files})
     model = blockattn.load_segmenter(model or args.model)
     want = granularity.for_model(want, model)
     tally = run(args, files, want, model, console)

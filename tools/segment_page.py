@@ -41,13 +41,19 @@ class PageText:
 
 
 def page_text(name: str, text: str, scored: Any, blocks: Sequence[tuple[int, int]],
-              token_ends: granularity.TokenEnds) -> PageText:
-  """What the page needs of a scored text and of the blocks that the command made of it."""
-  total, limit = int(scored.tokens[-1]), granularity.MAX_LOG_ODDS
-  places = granularity.Places(np.asarray(scored.candidates, np.int64), np.asarray(scored.tokens[:-1], np.int64),
+              token_ends: granularity.TokenEnds, reader: granularity.TokenEnds | None = None) -> PageText:
+  """What the page needs of a scored text and of the blocks that the command made of it.
+
+  Args:
+    token_ends: the segmenter's.
+    reader: of the tokenizer in whose tokens lengths are counted; None: the segmenter's.
+  """
+  tokens = scored.tokens if reader is None else granularity.tokens_of_units(text, scored.candidates, reader)
+  total, limit = int(tokens[-1]), granularity.MAX_LOG_ODDS
+  places = granularity.Places(np.asarray(scored.candidates, np.int64), np.asarray(tokens[:-1], np.int64),
                               np.clip(np.asarray(scored.log_odds, np.float64), -limit, limit))
   smallest = granularity.Granularity(target=SMALLEST_TARGET).bounds(total)
-  places = granularity.with_forced(text, places, total, smallest[1] - smallest[0], token_ends)
+  places = granularity.with_forced(text, places, total, smallest[1] - smallest[0], reader or token_ends)
   cuts = np.array([start for start, _ in blocks[1:]], np.int64)
   places += _cut_places(cuts, places, len(text), total)
   edges = [0, *places.offsets.tolist(), len(text)]

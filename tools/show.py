@@ -67,7 +67,7 @@ from blockattn.data import packing
 from blockattn.hf import config as hf_config
 from blockattn.models import lora, segmenter, spec as spec_lib, transformer, weights
 from blockattn.train import command, distill, finetune, segment, setup
-from tools import aot_step, show_step
+from tools import aot_step, arguments, show_step
 
 _GB = 1e9
 
@@ -468,6 +468,8 @@ def main(argv: list[str] | None = None) -> int:
     rest = values(['tools.show', *rest])[1:]
     if rest:
       raise ValueError(f'unexpected arguments {rest}')
+    path, overrides, _ = command.take_files(argv)
+    arguments.check_outputs({'json': out.value, 'config': path.partition(':')[0], 'overrides': overrides})
     if mesh.value is not None:
       config.mesh = parse_mesh(mesh.value)
     count = devices.value or mesh_devices(mesh.value, config, topology.value)

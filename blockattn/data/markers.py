@@ -97,7 +97,10 @@ class ReadOptions:
                        '(ahead=1), or, in the pooled style, some units later')
     if self.cohesion and self.style != 'pooled':
       raise ValueError(f'cohesion with marker style {self.style!r}; only pooled units are read with it')
-    re.compile(self.separators)
+    try:
+      re.compile(self.separators)
+    except re.error as error:
+      raise ValueError(f'separators={self.separators!r} is no regular expression: {error}') from error
 
   @property
   def longest(self) -> int:

@@ -33,7 +33,6 @@ import glob
 import gzip
 import itertools
 import json
-import os
 import pathlib
 import re
 import zlib
@@ -213,15 +212,6 @@ class Report:
     counts = ', '.join(f'{count} {reason}' for reason, count in (self.bad + self.dropped).most_common())
     head = f'{self.lines} lines, {self.examples} examples, {self.docs} docs'
     return '\n'.join([f'{head}; left out: {counts}' if counts else head, *map(str, self.listed)])
-
-
-def check_output(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]):
-  """Raises ValueError if a file that is to be written is one of those that are read, under whatever name."""
-  if not os.path.exists(output):
-    return
-  for file in inputs:
-    if os.path.exists(file) and os.path.samefile(file, output):
-      raise ValueError(f'{output}: is read, and would be replaced by what is written; choose another name')
 
 
 def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[str]:

@@ -196,12 +196,19 @@ def new_folder(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     raise
 
 
+_OURS = ('config.json', 'checkpoints')   # what a folder that may be replaced has, of a model or of a run
+
+
 def check_free(folder: pathlib.Path, overwrite: bool):
-  """Raises FileExistsError if `folder` is a file, or holds something and may not be replaced."""
+  """Raises FileExistsError if `folder` is a file, or holds something and may not be replaced, whoever asks: what is no
+  model and no run."""
   if folder.is_file():
     raise FileExistsError(f'{folder} is a file; name a new folder')
   if folder.is_dir() and any(folder.iterdir()) and not overwrite:
     raise FileExistsError(f'{folder} is not empty; name a new folder, or say overwrite to replace it')
+  if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in _OURS):
+    raise FileExistsError(f'{folder} holds neither {" nor ".join(_OURS)}, so that it is no model or run to be replaced; '
+                          'name a new folder')
 
 
 def copy_companions(source: pathlib.Path, target: pathlib.Path, also: Iterable[str] = ()):

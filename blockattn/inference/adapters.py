@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import blockattn
+from blockattn.data import encode
 
 
 def langchain_splitter(*, add_start_index: bool = True, **options: Any):
@@ -102,7 +103,8 @@ def _llama_index_class():
 
 
 def chonkie_chunker(**options: Any):
-  """A `chonkie.BaseChunker` whose chunks have `start_index`, `end_index` and `token_count`, in tokens of the model.
+  """A `chonkie.BaseChunker` whose chunks have `start_index`, `end_index` and `token_count`, in the tokens that
+  `tokenizer=` counts, by default the segmenter's.
 
   Args:
     options: of `blockattn.segment_many`.
@@ -123,7 +125,8 @@ def _chonkie_class():
 
     def __init__(self, options):
       self._options = options
-      super().__init__(tokenizer=functools.partial(_count, options.get('model')))
+      self._count = _counter(options)
+      super().__init__(tokenizer=self._count)
 
     def __reduce__(self):
       return _chunker, (self._options,)
@@ -137,13 +140,18 @@ def _chonkie_class():
 
     def _chunks(self, text, blocks):
       return [chunk_type(text=text[start:stop], start_index=start, end_index=stop,
-                         token_count=_count(self._options.get('model'), text[start:stop])) for start, stop in blocks]
+                         token_count=self._count(text[start:stop])) for start, stop in blocks]
 
   return BlockChunker
 
 
-def _count(model, text):
-  return len(blockattn.load_segmenter(model).token_ends([text])[0])
+def _counter(options):
+  """Text -> its tokens, as `blockattn.segment_many` counts them with these options."""
+  if options.get('tokenizer') is not None:
+    ends = encode.token_ends(options['tokenizer'])
+  else:
+    ends = lambda texts: blockattn.load_segmenter(options.get('model')).token_ends(texts)
+  return lambda text: len(ends([text])[0])
 
 
 def _library(module, package):

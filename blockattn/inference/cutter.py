@@ -14,7 +14,7 @@ from blockattn.hf import files
 from blockattn.inference import granularity, segmenter
 
 EMBEDDED = 'tiny'
-_VERSION = 3   # of the code: to be raised where the same weights cut otherwise than before
+_VERSION = 4   # of the code: to be raised where the same weights cut otherwise than before
 
 
 class Cutter:

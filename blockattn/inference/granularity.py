@@ -25,6 +25,7 @@ INSIDE_COST = 1e6   # between any two characters
 LONGEST_CLUSTER = 32   # characters that a reader takes for one, marks and all; Unicode's stream-safe text has no longer ones
 MAX_LOG_ODDS = 50.0
 SHORT = 100   # candidates of a text whose threshold is half its own
+COUNTED = 2000   # places of a text whose blocks are all counted, if nothing else keeps the bounds
 ROUNDS = 6   # of choosing cuts anew because a block has other tokens than the sum of its units
 
 _SPACES = np.array([9, 10, 11, 12, 13, 28, 29, 30, 31, 32, 133, 5760, *range(8192, 8199), *range(8200, 8203), 8232, 8233,
@@ -171,9 +172,14 @@ def cuts_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenE
   candidates, log_odds = scored.candidates[kept], scored.log_odds[kept]
   tokens = scored.tokens[np.append(kept, True)]
   if reader is not None and (granularity.bounded or granularity.depth):
-    units = [text[a:b] for a, b in to_blocks(candidates, len(text))]
-    tokens = np.cumsum([len(ends) for ends in reader(units)], dtype=np.int64) if units else np.zeros(1, np.int64)
+    tokens = tokens_of_units(text, candidates, reader)
   return cuts_in_tokens(text, candidates, log_odds, tokens, granularity, reader or token_ends)
+
+
+def tokens_of_units(text: str, candidates: np.ndarray, token_ends: TokenEnds) -> np.ndarray:
+  """The tokens up to each candidate, and in all, each unit encoded alone: int64 [m + 1]."""
+  units = [text[a:b] for a, b in to_blocks(candidates, len(text))]
+  return np.cumsum([len(ends) for ends in token_ends(units)], dtype=np.int64) if units else np.zeros(1, np.int64)
 
 
 def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, granularity: Granularity,
@@ -211,8 +217,9 @@ def cuts_in_tokens(text: str, candidates: np.ndarray, log_odds: np.ndarray, toke
   """`choose_cuts` with bounds that hold for the tokens of every block when it is tokenised alone.
 
   A tokenizer makes of a block some tokens more or less than the sum of those of its units. Where that breaks a bound,
-  the bound is drawn tighter by as much, doubled in each round, and the cuts are chosen anew, at most ROUNDS times. What is
-  too long then is divided in the middle until it is not: the maximum goes before the minimum.
+  the bound is drawn tighter by as much, doubled in each round, and the cuts are chosen anew, at most ROUNDS times. If
+  that does not help either, every block that there could be is counted, in texts of up to COUNTED places. Where there is
+  no way to keep both bounds, the maximum goes before the minimum: what is too long is divided in the middle until it is not.
 
   Raises:
     ValueError: a single character, with its marks, has more tokens than the maximum.
@@ -235,7 +242,36 @@ def cuts_in_tokens(text: str, candidates: np.ndarray, log_odds: np.ndarray, toke
     tighter = dataclasses.replace(granularity, minimum=low, maximum=high, target=target)
     cuts = choose_cuts(text, candidates, log_odds, tokens, tighter, token_ends)
   best = min(found, key=lambda entry: entry[:3])
+  wished = granularity.bounds(0)[0]   # which the sum of the units may only seem to rule out
+  for least in dict.fromkeys([wished, minimum] if best[0] or best[1] else [wished] if wished > minimum else []):
+    exact = _counted_chain(text, candidates, log_odds, granularity, least, maximum, token_ends)
+    if exact is not None:
+      return exact
   return best[-1] if not best[0] else _torn(text, best[-1], maximum, token_ends)
+
+
+def _counted_chain(text, candidates, log_odds, granularity, minimum, maximum, token_ends):
+  """The best cuts of which every block, counted alone, keeps the bounds; None if there are none, or too many places."""
+  offsets, gains = forced_places(text)
+  if len(offsets) > COUNTED:
+    return None
+  shift = min(max(granularity.log_odds, -MAX_LOG_ODDS), MAX_LOG_ODDS)
+  odds = np.clip(log_odds.astype(np.float64), -MAX_LOG_ODDS, MAX_LOG_ODDS) - shift
+  places = Places(candidates, candidates, odds) + Places(offsets, offsets, gains)
+  at, gains = [0, *places.offsets.tolist(), len(text)], [0.0, *places.gains.tolist(), 0.0]
+  upto = np.searchsorted(token_ends([text])[0], at, side='right')   # about; the blocks are counted below
+  target, weight = (granularity.target, granularity.weight) if granularity.target else (1, 0.0)
+  value, parent = [0.0] + [-math.inf] * (len(at) - 1), [0] * len(at)
+  for j in range(1, len(at)):
+    near = [i for i in range(int(np.searchsorted(upto, upto[j] - 2 * maximum - 8)), j) if value[i] > -math.inf]
+    counts = [len(ends) for ends in token_ends([text[at[i]:at[j]] for i in near])] if near else []
+    for i, count in zip(near, counts, strict=True):
+      reached = value[i] + gains[j] - weight * abs(count / target - 1)
+      if minimum <= count <= maximum and reached > value[j]:
+        value[j], parent[j] = reached, i
+  if value[-1] == -math.inf:
+    return None
+  return np.array([at[i + 1] for i in _walk_back(parent, len(at) - 1)], np.int64)
 
 
 def _torn(text, cuts, maximum, token_ends) -> np.ndarray:

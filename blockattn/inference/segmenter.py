@@ -8,9 +8,9 @@ devices.
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -27,9 +27,11 @@ EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'tiny_segmen
 SHORTEST_ROW = 128        # tokens; rows are as long as this times a power of two, or as a window
 _CHARACTERS = 2_000_000   # of texts that are tokenized at a time
 
-# What blockattn.json may say of a segmenter.
-_SAID = {**dict.fromkeys(('head', 'tail', 'inner', 'middle', 'ahead', 'length'), int), 'markers': str, 'separators': str,
-         'cohesion': bool, 'overlap': disk.NUMBER, 'threshold': disk.NUMBER, 'outline': dict}
+# What blockattn.json must and may say of a segmenter.
+_NEEDED = {'markers': str, 'length': int}
+_MAY = {**dict.fromkeys(('head', 'tail', 'inner', 'middle', 'ahead'), int), 'separators': str, 'cohesion': bool,
+        'overlap': disk.NUMBER, 'threshold': disk.NUMBER,
+        'outline': {'average': [[disk.NUMBER]], 'chosen': [[disk.NUMBER]], 'since': [disk.NUMBER], 'until': [disk.NUMBER]}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Options:
   def __post_init__(self):
     if not 0 <= self.overlap <= 0.75:
       raise ValueError(f'overlap={self.overlap}; give a share of the window from 0 to 0.75')
+    if math.isnan(self.threshold):
+      raise ValueError('threshold=nan; give log-odds')
     if self.length < 2 * self.read.longest + 4 * self.read.ahead:
       raise ValueError(f'length={self.length}: a window must have room for two units of {self.read.longest} tokens; make '
                        'windows longer, or units shorter (head, tail)')
@@ -87,18 +91,19 @@ def options_of(folder: pathlib.Path, **overrides) -> Options:
     ValueError: the file says something that is not known.
   """
   meta = hf_config.read_meta(folder)
-  said = dict(meta['segmenter']) if 'segmenter' in meta else {'markers': 'text', 'length': 8192}
+  said = meta['segmenter'] if 'segmenter' in meta else {'markers': 'text', 'length': 8192}
+  place = f'{folder / files.META}: segmenter'
+  disk.check_form(said, _NEEDED, place)
+  disk.check_form(said, {name: form for name, form in _MAY.items() if name in said}, place)
   known = ('head', 'tail', 'inner', 'middle', 'ahead', 'cohesion', 'separators')
   read = {name: said[name] for name in known if name in said}
   own = {name: said[name] for name in ('length', 'overlap', 'threshold') if name in said} | overrides
   try:
-    disk.check_form(said, {name: form for name, form in _SAID.items() if name in said}, 'it')
     if 'outline' in said:
       own = {'outline': outline_lib.Shift(**said['outline'])} | own
-    re.compile(said.get('separators', ''))
     return Options(markers.ReadOptions(style=said['markers'], **read), **own)
-  except (TypeError, KeyError, ValueError, re.error) as error:
-    raise ValueError(f'{folder / files.META}: segmenter: {error!r}') from error
+  except (TypeError, ValueError) as error:
+    raise ValueError(f'{place}: {error}') from error
 
 
 class Segmenter:

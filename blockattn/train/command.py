@@ -146,7 +146,7 @@ def read_config(argv: Sequence[str]) -> tuple[Any, list[str]]:
       nearest), or a value is not of its type.
   """
   disk.check_local(argv)
-  path, files, argv = _take_files(argv)
+  path, files, argv = take_files(argv)
   if path is None:
     raise ValueError('--config is missing: give --config FILE[:ARG], such as configs/tiny.py')
   overrides, rest = _take_overrides(argv, _load([f'--config={path}']))
@@ -161,7 +161,7 @@ def read_config(argv: Sequence[str]) -> tuple[Any, list[str]]:
   return config, rest
 
 
-def _take_files(argv):
+def take_files(argv: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
   """(value of --config, values of --overrides, all other arguments)."""
   path, files, rest, given = None, [], [], iter(argv)
   for arg in given:
@@ -303,7 +303,7 @@ def _like(now, value, said):
 def help_text(argv: Sequence[str], section: str | None) -> str:
   """The options, and every key of the config with its value and what it means: of --config, else of all that the trainer
   reads."""
-  path = _take_files(argv)[0]
+  path = take_files(argv)[0]
   config = _load([f'--config={path}']) if path else _defaults(section)
   if config is None:
     return f'{_parser().format_help()}\ngive --config FILE --help to see its keys'

@@ -4,6 +4,8 @@ httpx is what transformers' hub client asks with, so it is there; of the `openai
 own retries cannot be counted, timed or tested from here.
 """
 
+import asyncio
+import concurrent.futures
 import dataclasses
 import datetime
 import email.utils
@@ -101,7 +103,11 @@ class Completions:
     self.limits = limits
     self.closed = threading.Event()
     self.sleep = sleep or self.closed.wait
-    self.client = httpx.Client(headers={'Authorization': f'Bearer {key}'} if key else {}, timeout=limits.timeout)
+    # An event loop, since only there a deadline holds for a whole exchange: httpx's own is for each read of it.
+    self.client = httpx.AsyncClient(headers={'Authorization': f'Bearer {key}'} if key else {}, timeout=None)
+    self.loop = asyncio.new_event_loop()
+    self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+    self.thread.start()
     self.not_before = 0.   # monotonic time until which the server wants to be left alone, by all threads
     self.lock = threading.Lock()
 
@@ -113,8 +119,21 @@ class Completions:
 
   def close(self):
     """Ends waits and requests of all threads; `ask` fails from now on."""
-    self.closed.set()
-    self.client.close()
+    with self.lock:
+      if self.closed.is_set():
+        return
+      self.closed.set()
+    asyncio.run_coroutine_threadsafe(self._end(), self.loop).result()
+    self.loop.call_soon_threadsafe(self.loop.stop)
+    self.thread.join()
+    self.loop.close()
+
+  async def _end(self):
+    under_way = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in under_way:
+      task.cancel()
+    await asyncio.gather(*under_way, return_exceptions=True)
+    await self.client.aclose()
 
   def ask(self, messages: Sequence[dict]) -> Answer:
     """The answer to a chat.
@@ -129,8 +148,6 @@ class Completions:
     for attempt in range(self.limits.attempts):
       try:
         self._wait_for_others()
-        if self.closed.is_set():
-          raise Failed('the endpoint was closed')
         return self._attempt(messages)
       except _Again as error:
         if attempt + 1 == self.limits.attempts:
@@ -162,24 +179,35 @@ class Completions:
     self.sleep(error.wait)
 
   def _attempt(self, messages):
-    deadline = time.monotonic() + self.limits.timeout
+    content = json.dumps({**self.body, 'messages': list(messages)}).encode()   # ASCII, also of half a surrogate pair
+    with self.lock:   # of what is begun before `close`, that sees the end
+      if self.closed.is_set():
+        raise Failed('the endpoint was closed')
+      reply = asyncio.run_coroutine_threadsafe(self._exchange(content), self.loop)
     try:
-      content = json.dumps({**self.body, 'messages': list(messages)}).encode()   # ASCII, also of half a surrogate pair
-      headers = {'Content-Type': 'application/json'}
-      with self.client.stream('POST', self.url, content=content, headers=headers) as response:
-        data = bytearray()
-        for piece in response.iter_bytes():
-          data += piece
-          if time.monotonic() > deadline:
-            raise _Again(f'no whole reply within {self.limits.timeout} s')
-          if len(data) > _LARGEST:
-            raise _Again(f'a reply of more than {_LARGEST} bytes')
+      response, data = reply.result()
+    except concurrent.futures.CancelledError:
+      raise Failed('the endpoint was closed') from None
+    except TimeoutError:
+      raise _Again(f'no whole reply within {self.limits.timeout} s') from None
     except httpx.TransportError as error:
       raise _Again(f'{type(error).__name__}: {error}') from error
     except httpx.DecodingError as error:
       raise _Again(f'the reply cannot be decoded: {error}') from error
-    _check_status(response, bytes(data))
-    return _read_reply(bytes(data))
+    _check_status(response, data)
+    return _read_reply(data)
+
+  async def _exchange(self, content) -> tuple[httpx.Response, bytes]:
+    """One request and its whole reply, from looking the host up to the last byte within the timeout."""
+    headers = {'Content-Type': 'application/json'}
+    async with asyncio.timeout(self.limits.timeout), self.client.stream('POST', self.url, content=content,
+                                                                        headers=headers) as response:
+      data = bytearray()
+      async for piece in response.aiter_bytes():
+        data += piece
+        if len(data) > _LARGEST:
+          raise _Again(f'a reply of more than {_LARGEST} bytes')
+      return response, bytes(data)
 
 
 def redacted(message: str, secrets: Sequence[str] = ()) -> str:
