@@ -144,13 +144,16 @@ def run(names: list[str], out: pathlib.Path, budget: float, command_of) -> dict[
   start, found = time.monotonic(), {name: read(out / f'{name}.json') for name in names}
   missing = [name for name in names if found[name].get('state') != 'done']
   cache = pathlib.Path(tempfile.gettempdir()) / 'blockattn-device-programs'   # a second call need not compile again
-  environ = {'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '2'} | os.environ
+  environ = {'JAX_COMPILATION_CACHE_DIR': str(cache), 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '2',
+             'XLA_PYTHON_CLIENT_MEM_FRACTION': '0.9'} | os.environ
   for name, until in zip(missing, deadlines(missing, budget), strict=True):
     seconds = until - (time.monotonic() - start)
     path = out / f'{name}.json'
     part = Part(name, command_of(name, path, max(1.0, seconds - 2 * _PATIENCE_S)), path, until)
     print(f'{name}: has {seconds:.0f} s', flush=True)
-    found[name] = run_part(part, start, environ)
+    # These share the device with others: torch, or the processes that they start.
+    shares = {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'} if name in ('kernels', 'train') else {}
+    found[name] = run_part(part, start, environ | shares)
     print(line_of(name, found[name]), flush=True)
   return found
 

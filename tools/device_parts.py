@@ -279,6 +279,7 @@ def _plan(options, work, impl) -> Plan:
   trainer = ['--config=configs/distill.py:model=llama32_1b,ctx=2048', *for_ever, f'--config.model.source={model}',
              f'--config.compute.impl={impl}', '--config.compute.remat=none', '--config.batch=32', '--config.optim.lr=3e-4',
              '--config.optim.warmup=20', '--config.lora.rank=8', '--config.chunk=128', '--config.data.too_long=cut',
+             '--config.data.max_blocks=32',
              f'--config.data.cache={work / "cache"}', *(f'--config.data.files={path}' for path in files)]
   asked = map(str, sorted(options.data.glob('test*.jsonl*')))
   return Plan(model, trainer, ['--data', *asked, '--limit', '96', '--batch', '32', '--max-new', '32', '--dtype', 'bfloat16',
@@ -296,7 +297,8 @@ def _to_hf(path, folder):
 
 def _python(*arguments, **how):
   return subprocess.Popen([sys.executable, '-m', *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, env=os.environ | {'PYTHONUNBUFFERED': '1'}, **how)
+                          stderr=subprocess.STDOUT, text=True, **how, env=os.environ | {
+                              'PYTHONUNBUFFERED': '1', 'XLA_PYTHON_CLIENT_PREALLOCATE': 'true'})
 
 
 def _evaluate(plan, model, out):
