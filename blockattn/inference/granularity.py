@@ -25,7 +25,7 @@ INSIDE_COST = 1e6   # between any two characters
 LONGEST_CLUSTER = 32   # characters that a reader takes for one, marks and all; Unicode's stream-safe text has no longer ones
 MAX_LOG_ODDS = 50.0
 SHORT = 100   # candidates of a text whose threshold is half its own
-COUNTED = 2000   # places of a text whose blocks are all counted, if nothing else keeps the bounds
+COUNTED = 400   # places of a text whose blocks are all counted, if nothing else keeps the bounds
 ROUNDS = 6   # of choosing cuts anew because a block has other tokens than the sum of its units
 
 _SPACES = np.array([9, 10, 11, 12, 13, 28, 29, 30, 31, 32, 133, 5760, *range(8192, 8199), *range(8200, 8203), 8232, 8233,
