@@ -477,8 +477,8 @@ def test_a_tokenizer_with_more_tokens_than_rows():
   last = len(tokenizer) - 1
   encode.check_tokenizer(tokenizer, last + 1, 'here')
   for asked in (tokenizer, tokenizer.backend_tokenizer):
-    with pytest.raises(ValueError, match=re.escape(f'here: token {tokenizer.convert_ids_to_tokens(last)!r} has the id {last}, '
-                                                   f'and the model has {last} rows')):
+    with pytest.raises(ValueError, match=re.escape(f'here: token {tokenizer.convert_ids_to_tokens(last)!r} has the id '
+                                                   f'{last}, and the model has {last} rows')):
       encode.check_tokenizer(asked, last, 'here')
   more = copy.deepcopy(tokenizer)
   more.add_tokens(['<|sink_0|>', '<|sink_1|>'], special_tokens=True)
