@@ -522,7 +522,7 @@ def test_a_card_says_what_the_model_began_as_and_under_which_licence(tmp_path, s
 def test_an_export_has_a_card_with_blocks_training_and_usage_that_runs(tmp_path, source, capsys):
   torch = pytest.importorskip('torch')
   cfg = hf_cases.MODELS['qwen3_tied']
-  meta = {'kind': 'distill', 'step': 7, 'blocks': {'sink_ids': [3, 3], 'positions': 'local', 'max_blocks': 4}}
+  meta = {'kind': 'distill', 'step': 7, 'blocks': config.blocks_meta(blocks.BlockOptions((3, 3), 'local', 4))}
   save(hf_cases.random_params(cfg, 'float32'), cfg, tmp_path / 'a', source, meta=meta, card=CARD)
   assert cli.main(['from_hf', str(tmp_path / 'a'), str(tmp_path / 'work'), '--dtype', 'float32']) == 0
   (tmp_path / 'work' / 'config.json').write_text('{"steps": 9, "optim": {"lr": 0.001}, "secret": "x"}')
@@ -530,7 +530,7 @@ def test_an_export_has_a_card_with_blocks_training_and_usage_that_runs(tmp_path,
   assert cli.main(['to_hf', str(tmp_path / 'work'), str(tmp_path / 'b'), '--dtype', 'float32']) == 0
   head, body = front((tmp_path / 'b' / 'README.md').read_text())
   assert (head['license'], head['base_model']) == ('other', 'org/base')
-  for line in ('- trained by: distill', '- step: 7', '- sinks in front of every block but the first: 2, token ids [3, 3]',
+  for line in ('- trained by: distill', '- step: 7', '- sinks in front of every block: 2, token ids [3, 3]',
                '- positions: local', '- steps: 9', '- optim.lr: 0.001', '- commit of blockattn: abc+'):
     assert f'{line}\n' in body
   assert 'secret' not in body and 'tools.generate FOLDER' in body

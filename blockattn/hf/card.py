@@ -112,7 +112,7 @@ def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:
   if said is None:
     return f'It was never trained in blocks; `{files.META}` asks for no sinks.\n'
   ids = list(said['sink_ids'])
-  lines = _list({'sinks in front of every block but the first': f'{len(ids)}, token ids {ids}' if ids else 0,
+  lines = _list({'sinks in front of every block': f'{len(ids)}, token ids {ids}' if ids else 0,
                  'positions': said['positions'], 'most blocks of a row in training': said['max_blocks']})
   learned = (f'\nThe last {cfg.learned_sinks} token ids, from {cfg.vocab} on, are learned sinks: they are never generated.\n'
              if cfg.learned_sinks else '')

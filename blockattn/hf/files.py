@@ -217,12 +217,16 @@ def copy_companions(source: pathlib.Path, target: pathlib.Path, also: Iterable[s
   Raises:
     FileNotFoundError: `source` has no tokenizer.json.
   """
-  if not (source / 'tokenizer.json').is_file():
-    raise FileNotFoundError(f'{source} holds no tokenizer.json; name the folder of the model that training began with')
+  _check_tokenizer(source)
   licences = [path.name for pattern in LICENCES for path in source.glob(pattern)]
   for name in (*COPIED, *licences, *also):
     if (source / name).is_file():
       shutil.copyfile(source / name, target / name)   # contents only: the source may be read-only
+
+
+def _check_tokenizer(source):
+  if not (source / 'tokenizer.json').is_file():
+    raise FileNotFoundError(f'{source} holds no tokenizer.json; name the folder of the model that training began with')
 
 
 def token_ids(source: pathlib.Path) -> dict:
@@ -234,6 +238,7 @@ def token_ids(source: pathlib.Path) -> dict:
 
 
 def _tokenizer_ids(source):
+  _check_tokenizer(source)
   path = source / 'tokenizer_config.json'
   raw = read_json(path) if path.is_file() else {}
   tokenizer = read_tokenizer(source / 'tokenizer.json')
