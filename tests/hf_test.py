@@ -14,7 +14,7 @@ import tokenizers
 import transformers
 import yaml
 
-from blockattn import mesh, tree
+from blockattn import blocks, mesh, tree
 from blockattn.hf import card, config, convert, files, names
 from blockattn.models import sizes
 from tools import convert as cli

@@ -10,6 +10,7 @@ import pytest
 
 import blockattn
 from blockattn import blocks
+from blockattn.data import encode
 from blockattn.evals import gap
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import transformer
