@@ -4,7 +4,7 @@
     python -m tools.prepare train/ --config configs/distill.py:model=qwen3_4b,ctx=32768
     python -m blockattn.train.distill --config configs/distill.py:model=qwen3_4b,ctx=32768 \
         --config.data.files=train/ --workdir runs/qwen3_4b
-    python -m tools.convert to_hf runs/qwen3_4b exported/qwen3_4b
+    python -m tools.convert to_hf runs/qwen3_4b exported/qwen3_4b --dtype bfloat16
 
 `model` is a name of the table below (the default is Qwen3-4B-Instruct-2507), `ctx` the tokens of a packed row, T. A
 folder in place of the hub's model: --config.model.source=FOLDER; `model.size` then only tells tools.show the shapes.
