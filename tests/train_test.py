@@ -24,7 +24,7 @@ TILES = (16, 16)  # several per row
 SINK = 0          # a token that stands in no text
 
 # First losses of the runs below on one device. A change that is meant to keep numbers must keep these.
-GOLDEN = {'distill': (0.96572, 0.93682, 0.85691), 'finetune': (5.03232, 4.89602, 4.93469)}
+GOLDEN = {'distill': (0.96318, 0.93665, 0.85931), 'finetune': (5.04978, 4.89258, 4.94108)}
 
 DISTILL = distill.DistillOptions(drop_rate=0.3, drop_mode='lift', loss_over='readers', weights=losses.TokenWeights(),
                                  temperature=1.0, ce_weight=0.0, chunk=16, accumulate=1, seed=0)

@@ -268,7 +268,8 @@ def train(options, record: Record):
 
 def _plan(options, work, impl) -> Plan:
   steps = 12 if options.toy else 10 ** 6   # without an end: what time allows, at a rate that stays
-  for_ever = [f'--config.steps={steps}', f'--config.save_every={steps}', '--config.log_every=5', '--config.optim.final_lr=1.0']
+  for_ever = [f'--config.steps={steps}', f'--config.save_every={steps}', '--config.log_every=5',
+              '--config.optim.final_lr=1.0']
   if not options.model:
     from configs import tiny
     more = ['--config.batch=2', '--config.data.segmenter='] if options.toy else ['--config.batch=64']
