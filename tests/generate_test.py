@@ -144,7 +144,7 @@ def test_a_block_is_found_where_it_was_left(words, tmp_path):
     assert found(asked) == ['computed'] * 3
     assert found(asked) == ['device'] * 3
     assert found(Request([prompt[0], prompt[2], prompt[1], [7]], max_new=1)) == ['device'] * 3   # in another order
-    assert found(Request([prompt[1], prompt[0], [7]], max_new=1)) == ['computed'] * 2   # a first block has no sinks
+    assert found(Request([prompt[1], prompt[0], [7]], max_new=1)) == ['device'] * 2   # the first one too
     assert found(Request(other, max_new=1)) == ['computed']   # and takes the pages of the others
     assert found(asked) == ['memory'] * 3
     np.testing.assert_allclose(subject.logits(asked), exact, atol=1e-4)
@@ -234,7 +234,7 @@ def compilations():
 
 def test_nothing_is_compiled_after_warm_up(words):
   rng = np.random.default_rng(5)
-  sizes = ((20, 28, 7), (31, 4, 30, 9), (9, 17, 25, 3))
+  sizes = ((20, 28, 7), (29, 4, 30, 9), (9, 17, 25, 3))   # with sinks no more than 32
   prompts = [[rng.integers(1, 48, size=n).tolist() for n in own] for own in sizes]
   jax.clear_caches()
   subject = engine('qwen3_tied', words, store=cache.Store())
