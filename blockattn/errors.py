@@ -76,6 +76,7 @@ def hub(name: str) -> Iterator[None]:
     yield
   except (OSError, httpx.HTTPError) as error:
     said = ' '.join(str(error).split())
-    raise FileNotFoundError(f'{name} is nothing here, and downloading it from the hub failed: {said} Where there is no '
-                            f'network, download it elsewhere (hf download {name}) and name its folder; what is private or '
-                            'gated needs `hf auth login`') from error
+    raise FileNotFoundError(
+        f'{name} is nothing here, and downloading it from the hub failed: {said.rstrip(".")}. Where there is no network, '
+        f'download it elsewhere (hf download {name}) and name its folder; what is private or gated needs '
+        '`hf auth login`') from error

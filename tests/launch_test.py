@@ -37,7 +37,7 @@ def executable(path, text):
 
 @needs_bash
 def test_scripts_are_read_without_complaint():
-  assert len(SCRIPTS) == 4
+  assert len(SCRIPTS) == 5
   for script in SCRIPTS:
     subprocess.run(['bash', '-n', str(script)], check=True)
   if shutil.which('shellcheck'):

@@ -325,9 +325,10 @@ def test_what_truncation_leaves():
   inner = [block for block in made.blocks if block not in whole.blocks]
   assert len(inner) == 2 and any(block.startswith(inner[0]) for block in whole.blocks)
   assert any(block.endswith(inner[1]) for block in whole.blocks)
-  # Less room than the question takes: its end is the question, and what stays before it is context.
+  # Less room than the question takes: its end is the question, and what stays before it is the beginning of the header.
   short = make(40)
-  assert whole.prompt.endswith(short.prompt) and len(short.prompt) < len(whole.prompt) and short.blocks
+  assert whole.prompt.endswith(short.prompt) and len(short.prompt) < len(whole.prompt)
+  assert short.header and whole.header.startswith(short.header) and not short.blocks
   with pytest.raises(ValueError, match='--max-length 1'):
     make(1)
 
@@ -409,7 +410,7 @@ def test_data_from_the_hub(tmp_path, monkeypatch):
   assert asked == [('THUDM/LongBench', 'data.zip', 'dataset', 'main')]
   items = longbench.make_items('lcc_e', records, data_cases.tiny_tokenizer(), cut=None, chat=True, max_length=None)
   assert [(i.task, i.part, i.max_new) for i in items] == [('lcc_e', '4-8k', 64), ('lcc_e', '8k+', 64)]
-  with pytest.raises(FileNotFoundError, match='data.zip from the hub failed: 404'):
+  with pytest.raises(FileNotFoundError, match='nobody/nothing is nothing here.* from the hub failed: 404. Where'):
     longbench.read_records('nobody/nothing', 'lcc')
   for name in ('/nowhere/at/all', './nowhere', 'nowhere'):
     with pytest.raises(FileNotFoundError, match='no name on the hub'):
