@@ -85,7 +85,7 @@ def test_wrong_arguments_are_refused(arguments, says, capsys):
 
 def test_the_rehearsal(tmp_path):
   """Every part at toy sizes."""
-  done = subprocess.run([sys.executable, '-m', 'tools.device', str(tmp_path), '--toy', '--budget', '400', '--parts',
+  done = subprocess.run([sys.executable, '-m', 'tools.device', str(tmp_path), '--toy', '--budget', '1200', '--parts',
                          ','.join(device.SHARES)], cwd=ROOT, capture_output=True, text=True,
                         env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'TMPDIR': str(tmp_path),
                                           'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
