@@ -32,7 +32,7 @@ def segment_many(texts: Sequence[str], *, threshold: float | None = None, depth:
     min_tokens, max_tokens: bounds that always hold (a text shorter than `min_tokens` is one block), if need be by cuts
       inside a sentence or a word. With a target their defaults are a quarter of it and twice it.
     model: None: the segmenter that comes with the package; a folder or a hub name; or an object that has `score`,
-      `token_ends` and `options.threshold` as `blockattn.inference.segmenter.Segmenter` has them.
+      `token_ends` and `options.threshold` as `blockattn.segmentation.segmenter.Segmenter` has them.
     tokenizer: counts tokens: a folder or hub name, a transformers fast tokenizer, a `tokenizers.Tokenizer`, or a function
       text -> number; None: the segmenter's own, of which a text has more or less than of a language model's.
     progress: called with the number of characters scored so far.
@@ -46,7 +46,7 @@ def segment_many(texts: Sequence[str], *, threshold: float | None = None, depth:
     FileNotFoundError: there is no such model.
   """
   from blockattn.data import encode
-  from blockattn.inference import granularity
+  from blockattn.segmentation import granularity
   texts = _checked(texts)
   want = granularity.wanted(threshold=threshold, depth=depth, target=target_tokens, minimum=min_tokens,
                             maximum=max_tokens)
@@ -60,7 +60,7 @@ def segment_many(texts: Sequence[str], *, threshold: float | None = None, depth:
 def load_segmenter(model: Any = None) -> Any:
   """The segmenter of a folder or hub name, read once per process; None: the embedded one; an object stays itself."""
   if model is None:
-    from blockattn.inference import segmenter
+    from blockattn.segmentation import segmenter
     return segmenter.embedded()
   return _load(os.fspath(model)) if isinstance(model, str | os.PathLike) else model
 
@@ -77,5 +77,5 @@ def _checked(texts):
 
 @functools.cache
 def _load(name):
-  from blockattn.inference import segmenter
+  from blockattn.segmentation import segmenter
   return segmenter.Segmenter.load(name)

@@ -93,7 +93,7 @@ def base():
   config.data.segmenter = ''       # cuts new blocks: a folder, a hub name, or 'tiny', the embedded one; empty: those given
   config.data.segment = ml_collections.ConfigDict()
   config.data.segment.target = 0   # wanted length of a block in the model's tokens; 0: where the text has one
-  config.data.segment.minimum = 0  # least length of a block; 0: see inference/granularity.py
+  config.data.segment.minimum = 0  # least length of a block; 0: see segmentation/granularity.py
   config.data.segment.maximum = 0  # greatest length of a block; 0: likewise
   config.data.segment.pages = 1.0  # kind 'pages': share of the pages that it cuts
   config.data.pages = ml_collections.ConfigDict()     # of stdlib.PageStyle
@@ -151,7 +151,7 @@ def add_segment(config):
   """Keys of blockattn.train.segment."""
   with config.unlocked():
     config.segment = ml_collections.ConfigDict()
-    config.segment.markers = 'text'           # text, token, none, pooled: see data/markers.py
+    config.segment.markers = 'text'           # text, token, none, pooled: see segmentation/markers.py
     config.segment.head = 1024                # tokens that are read of a long unit: the first
     config.segment.tail = 256                 # tokens that are read of a long unit: the last
     config.segment.inner = 0                  # the first of a unit that does not begin a line; 0: head

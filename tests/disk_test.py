@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from blockattn import disk, locks, metrics
-from blockattn.data.semanticseg import schema
 from blockattn.hf import files
+from blockattn.segmentation.semanticseg import schema
 from blockattn.train import command
 from configs import common
 from tools import arguments

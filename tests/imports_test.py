@@ -13,14 +13,14 @@ LEVELS = (
     ('kernels',),
     ('models',),
     ('data', 'hf', 'losses', 'optim'),
-    ('inference', 'evals'),
+    ('inference', 'evals', 'segmentation'),
     ('train',),
 )
 LEVEL = {place: level for level, places in enumerate(LEVELS) for place in places}
 
 # Libraries that some machines lack, and the only places of the package that may ask for them.
 GUESTS = {'grain': ('data', 'train', 'checkpoint'), 'ml_collections': ('train',),
-          **dict.fromkeys(('tensorflow_datasets', 'apache_beam', 'datasketch', 'tree_sitter'), ('data',))}
+          **dict.fromkeys(('tensorflow_datasets', 'apache_beam', 'datasketch', 'tree_sitter'), ('segmentation',))}
 # These must import on a machine without any of them, whatever they import themselves.
 PORTABLE = ('blocks', 'errors', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint', 'kernels',
             'models', 'inference')

@@ -3,96 +3,69 @@
 import pathlib
 import re
 import signal
-import subprocess
-import sys
 import textwrap
-import time
 
 import jax
 import numpy as np
 import pytest
-import resume_test
-import trace_test
+import run_cases
 
 from blockattn import metrics, multihost
-from launch import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-folder = resume_test.folder   # a teacher, examples and a config file of both
-PATIENCE_S = 240   # for a machine that is busy with other tests; a run that hangs does so for 300 s
-
-
-def environment(folder, devices=1, **more):
-  """That of `resume_test`, without what says that this process is one of several."""
-  own = resume_test.environment(folder, devices)
-  return {name: value for name, value in own.items() if not name.startswith(('BLOCKATTN_', 'SLURM', 'OMPI'))} | more
-
-
-def pair(folder, *commands, env=None):
-  """Runs a command per process, all ending with --multihost; returns [(exit code, output)] and the seconds it took."""
-  env = env or environment(folder)
-  address, start = f'127.0.0.1:{processes.free_port()}', time.monotonic()
-  started = [subprocess.Popen([sys.executable, *command, f'--multihost={address},{len(commands)},{i}'], cwd=ROOT, text=True,
-                              env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-             for i, command in enumerate(commands)]
-  try:
-    outputs = [process.communicate(timeout=PATIENCE_S)[0] for process in started]
-  finally:
-    for process in started:
-      process.kill()
-  return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)], time.monotonic() - start
-
-
+folder = run_cases.folder   # a teacher, examples and a config file of both
 def trainer(folder, workdir, *overrides, when=None, sign=None):
   """The arguments of a distillation, one that sends itself a signal at a batch if `when` says so."""
-  command = ['-m', 'blockattn.train.distill'] if when is None else [str(ROOT / 'tests/interrupted.py'), str(when), sign.name]
+  interrupted = str(ROOT / 'tests/support/interrupted.py')
+  command = ['-m', 'blockattn.train.distill'] if when is None else [interrupted, str(when), sign.name]
   return [*command, f'--config={folder}/config.py', f'--workdir={workdir}', *overrides]
 
 
 def test_two_processes_that_are_stopped_and_one_that_goes_on_train_as_one_does(folder):
   measured = '--config.peak_tflops=0.001', '--config.profile=4:6'
-  single = resume_test.start(folder, folder / 'single', overrides=measured[:1])
+  single = run_cases.start(folder, folder / 'single', overrides=measured[:1])
   assert single.returncode == 0, single.stderr
   workdir = folder / 'pair'
-  ends, _ = pair(folder, trainer(folder, workdir, *measured),
+  ends, _ = run_cases.pair(folder, trainer(folder, workdir, *measured),
                  trainer(folder, workdir, *measured, when=9, sign=signal.SIGTERM))
   assert [code for code, _ in ends] == [75, 75], ends
   [saved] = re.findall(r'SIGTERM: saved step (\d+) in', ends[0][1])
-  assert 9 < int(saved) < resume_test.STEPS == resume_test.newest(folder / 'single')
-  assert resume_test.newest(workdir) == int(saved) and 'SIGTERM: saved' not in ends[1][1]
+  assert 9 < int(saved) < run_cases.STEPS == run_cases.newest(folder / 'single')
+  assert run_cases.newest(workdir) == int(saved) and 'SIGTERM: saved' not in ends[1][1]
 
   # What a step needs is counted from the rows of one process, and its time over all: two devices have twice the peak.
   needed = lambda workdir, peak: [line['mfu'] / line['steps_per_s'] * peak
                                   for line in metrics.read_metrics(workdir / 'metrics.jsonl') if 'mfu' in line]
   np.testing.assert_allclose(needed(workdir, 2e9)[-1], needed(folder / 'single', 1e9)[-1], rtol=0.5)
-  assert trace_test.traced(workdir / 'profile')[0].count('train') == 2   # of one process
+  assert run_cases.traced(workdir / 'profile')[0].count('train') == 2   # of one process
 
-  rest = resume_test.start(folder, workdir)
+  rest = run_cases.start(folder, workdir)
   assert rest.returncode == 0, rest.stderr
-  steps, values = resume_test.losses(workdir)
-  assert steps == list(range(1, resume_test.STEPS + 1))
-  alone = resume_test.losses(folder / 'single')[1]
+  steps, values = run_cases.losses(workdir)
+  assert steps == list(range(1, run_cases.STEPS + 1))
+  alone = run_cases.losses(folder / 'single')[1]
   np.testing.assert_allclose(values[:4], alone[:4], rtol=2e-5)
   np.testing.assert_allclose(values, alone, rtol=1e-3)   # sums in another order, and what Adam makes of that in 24 steps
 
 
 def test_ctrl_c_in_one_saves_the_same_step_in_both(tmp_path):
   """In the middle of a run, between steps that wait for each other; JAX alone would wait for 305 s."""
-  script = str(ROOT / 'tests/tiny_run.py')
+  script = str(ROOT / 'tests/support/tiny_run.py')
   many = '--config.steps=20000', '--config.save_every=20000'   # JAX chooses a step that none has passed
-  ends, seconds = pair(tmp_path, *[[script, f'--config={script}', f'--workdir={tmp_path}/run', *many]] * 2,
-                       env=environment(tmp_path, devices=2, BLOW='interrupt:9:1'))
+  ends, seconds = run_cases.pair(tmp_path, *[[script, f'--config={script}', f'--workdir={tmp_path}/run', *many]] * 2,
+                       env=run_cases.own_environment(tmp_path, devices=2, BLOW='interrupt:9:1'))
   assert [code for code, _ in ends] == [75, 130], ends
   assert seconds < 120, f'{seconds:.0f} s'
   assert 'Ctrl-C: saving after the step under way' in ends[1][1], ends
   assert all('Traceback' not in output for _, output in ends), ends
   [saved] = re.findall(r'SIGTERM: saved step (\d+) in', ends[0][1])
-  assert 9 <= int(saved) == resume_test.newest(tmp_path / 'run')
+  assert 9 <= int(saved) == run_cases.newest(tmp_path / 'run')
 
 
 def test_what_differs_is_named_before_anything_is_loaded(folder):
   workdir = folder / 'differing'
-  ends, _ = pair(folder, trainer(folder, workdir), trainer(folder, workdir, '--config.optim.lr=0.5', '--config.seed=3'))
+  ends, _ = run_cases.pair(folder, trainer(folder, workdir),
+                           trainer(folder, workdir, '--config.optim.lr=0.5', '--config.seed=3'))
   for code, output in ends:
     assert code == 2 and 'Traceback' not in output, output
     assert 'the 2 processes of this run differ in config.optim.lr: 0.003 in process 0 on ' in output
@@ -109,7 +82,7 @@ def run_script(tmp_path, body, overrides=((), ())):
                   'from jax.experimental import multihost_utils\n'
                   "with multihost.joined(sys.argv[-1].removeprefix('--multihost=')):\n  me = jax.process_index()\n"
                   + textwrap.indent(textwrap.dedent(body), '  '))
-  return pair(tmp_path, *([str(path), *own] for own in overrides))
+  return run_cases.pair(tmp_path, *([str(path), *own] for own in overrides))
 
 
 def test_the_slow_one_is_named_while_the_others_wait(tmp_path):
@@ -190,7 +163,7 @@ def test_one_of_several_does_not_train_alone(name):
 
 
 def test_auto_without_a_cluster(folder):
-  result = resume_test.start(folder, folder / 'nowhere', overrides=['--multihost=auto'])
+  result = run_cases.start(folder, folder / 'nowhere', overrides=['--multihost=auto'])
   assert result.returncode == 2 and 'Traceback' not in result.stderr
   assert 'error: --multihost=auto: JAX finds no cluster here' in result.stderr and 'BLOCKATTN_COORDINATOR' in result.stderr
 

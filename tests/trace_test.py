@@ -1,7 +1,5 @@
 """What a run reports while it goes: traces of some steps, MFU, and metrics that no device waits for."""
 
-import gzip
-import json
 import re
 import subprocess
 import sys
@@ -11,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import train_cases
-from resume_test import ROOT, Numbers, run_loop
+from run_cases import ROOT, Numbers, run_loop, traced
 
 from blockattn import blocks, metrics, optim, trace
 from blockattn.models import flops, transformer
@@ -38,15 +36,6 @@ def test_a_bad_range_ends_the_trainer_before_anything_is_loaded(tmp_path):
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
   assert done.returncode == 2 and "error: profile='400:600': the run has the steps 1 to 500" in done.stderr
   assert not (tmp_path / 'run').exists()
-
-
-def traced(folder):
-  """(names of the trace's events, all that is in the devices' part of it) of the one trace in a folder."""
-  events, = folder.rglob('*.trace.json.gz')
-  planes, = folder.rglob('*.xplane.pb')
-  with gzip.open(events, 'rt') as stream:
-    names = [event['name'] for event in json.load(stream)['traceEvents'] if 'name' in event]
-  return names, planes.read_bytes()
 
 
 def test_a_trace_has_the_steps_asked_for_and_the_names_of_the_parts(tmp_path):

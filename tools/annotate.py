@@ -20,8 +20,9 @@ import sys
 import rich.console
 import rich.progress
 
-from blockattn.data import markers, text as text_lib
-from blockattn.data.semanticseg import annotate, completions
+from blockattn.data import text as text_lib
+from blockattn.segmentation import markers
+from blockattn.segmentation.semanticseg import annotate, completions
 from tools import arguments
 
 

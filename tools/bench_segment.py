@@ -3,7 +3,7 @@
 Everybody's granularity is chosen on the validation files, never on the test files, once for the whole corpus and once
 for each category; the latter, a granularity that knows the category, is the stronger opponent. It is chosen for the
 exact F1 (macro over categories), and once more for Pk. The random one takes the rate of the gold cuts. Cuts are moved to
-their nearest candidate before they are measured. See blockattn.evals.cuts for the measures.
+their nearest candidate before they are measured. See blockattn.segmentation.measures for the measures.
 
 With hints removed, headings' marks, numbering and blank lines are taken out of the texts, and everybody is tuned again.
 """
@@ -23,10 +23,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from blockattn import disk
-from blockattn.data import markers
-from blockattn.data.semanticseg import hints as hints_lib, schema
-from blockattn.evals import cuts, splitters
-from blockattn.inference import granularity
+from blockattn.segmentation import granularity, markers, measures as cuts, splitters
+from blockattn.segmentation.semanticseg import hints as hints_lib, schema
 
 SEGMENTER = 'segmenter'
 OBJECTIVES = ('f1', 'pk')          # what a granularity is chosen for
@@ -345,7 +343,7 @@ def segment(args, set_up, machine, take_turns) -> None:
   set_up(args)
   segmenter = None
   if args.segmenter:
-    from blockattn.inference import segmenter as segmenter_lib
+    from blockattn.segmentation import segmenter as segmenter_lib
     segmenter = segmenter_lib.Segmenter.load(args.segmenter)
   token_starts = read_tokenizer(args.tokenizer) if args.tokenizer else None
   facts = machine(args) | {'libraries': versions()}

@@ -4,9 +4,9 @@
   python -m tools.build_semanticseg seg/ --out /shared/seg --beam --beam-runner FlinkRunner --beam-options '...'
 
 The files are {split}_{category}.jsonl or .jsonl.gz, a document a line: {"id", "category", "source", "license", "blocks"}.
-In --out: semantic_seg/{category}/1.0.0 and semantic_seg/all/1.0.0 (TFDS, ArrayRecord; see blockattn/data/semanticseg/
-builder.py), statistics.md and statistics.json, duplicates.json, and report.json with the bad lines. Started again, it
-makes only what is missing or whose input has changed.
+In --out: semantic_seg/{category}/1.0.0 and semantic_seg/all/1.0.0 (TFDS, ArrayRecord; see
+blockattn/segmentation/semanticseg/builder.py), statistics.md and statistics.json, duplicates.json, and report.json with the
+bad lines. Started again, it makes only what is missing or whose input has changed.
 
 Documents that nobody has cut yet become such files by two other commands:
 
@@ -30,7 +30,7 @@ import rich.console
 import rich.table
 
 from blockattn.data import encode, text as text_lib
-from blockattn.data.semanticseg import dedupe, schema, statistics
+from blockattn.segmentation.semanticseg import dedupe, schema, statistics
 from tools import arguments
 
 COMMANDS = {'structure': 'tools.structure', 'annotate': 'tools.annotate'}
@@ -91,7 +91,7 @@ def _quieten_tfds():
 
 
 def _builder():
-  from blockattn.data.semanticseg import builder  # needs tensorflow-datasets
+  from blockattn.segmentation.semanticseg import builder  # needs tensorflow-datasets
   return builder
 
 

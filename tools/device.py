@@ -11,7 +11,7 @@ that are done are left alone, of others the cases that failed or were not reache
 The parts, the most valuable first:
 
   card       what the device is; the rates of a bfloat16 matrix product and of copies, which others are compared with
-  tests      tests marked `device` of tests/kernels_test.py: every kernel against the float32 reference, both passes
+  tests      tests marked `device` of tests/kernels/kernels_test.py: every kernel against the float32 reference, both passes
   kernels    attention of long prompts against flex_attention, cuDNN and tokamax, forward and with the backward pass
   ttft       time to the first token with Qwen3-4B's shapes: full prefill, and none, half and all blocks cached
   step       distillation, block fine-tuning, a stored teacher: time, MFU and memory of a step, shapes of Qwen3-0.6B and 4B

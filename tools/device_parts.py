@@ -126,8 +126,8 @@ def tests(options, record: Record):
   which = ['-k', 'resolve'] if options.toy else ['-m', 'device']
   deselected = [f'--deselect=tests/{case}' for case in record.found['cases']]
   os.chdir(ROOT)
-  code = pytest.main(['tests/kernels_test.py', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', *which, *deselected],
-                     plugins=[_Outcomes(record)])
+  arguments = ['-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', *which, *deselected]
+  code = pytest.main(['tests/kernels/kernels_test.py', *arguments], plugins=[_Outcomes(record)])
   if code not in (0, 5) and not device.failures(record.found):   # 5: none was left to run
     record.add('pytest', {'error': f'pytest ended with code {code} and no test failed'})
 

@@ -3,9 +3,9 @@
   python -m tools.fit_outline FOLDER --data DATA/seg
 
 FOLDER is an exported segmenter; DATA/seg holds {split}_{category}.jsonl[.gz]. A logistic regression on training documents
-finds what is added to the log-odds of headings by rank and length of their sections (data/outline.py); then the threshold is
-the lowest within --tolerance of the best exact F1, macro over categories, mean of validation documents as they are and
-without hints, lower in short texts. Both are written into FOLDER/blockattn.json.
+finds what is added to the log-odds of headings by rank and length of their sections (segmentation/outline.py); then the
+threshold is the lowest within --tolerance of the best exact F1, macro over categories, mean of validation documents as they
+are and without hints, lower in short texts. Both are written into FOLDER/blockattn.json.
 """
 
 import argparse
@@ -16,10 +16,8 @@ import sys
 import numpy as np
 
 from blockattn import mesh
-from blockattn.data import outline
-from blockattn.evals import cuts, splitters
 from blockattn.hf import files
-from blockattn.inference import granularity, segmenter as segmenter_lib
+from blockattn.segmentation import granularity, measures as cuts, outline, segmenter as segmenter_lib, splitters
 from tools import arguments, bench_segment
 
 THRESHOLDS = np.arange(-1.5, 1.75, 0.25)

@@ -36,9 +36,10 @@ import blockattn
 from blockattn import tree
 from blockattn.data import encode, text as text_lib
 from blockattn.hf import files
-from blockattn.inference import cache as cache_lib, cutter, generate
+from blockattn.inference import cache as cache_lib, generate
 from blockattn.kernels import api
 from blockattn.models import transformer
+from blockattn.segmentation import cutter
 from tools import arguments, evaluate
 
 _GIB = 1 << 30

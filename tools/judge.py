@@ -29,9 +29,10 @@ from blockattn import metrics
 from blockattn.data import encode, text as text_lib
 from blockattn.evals import answers, gap, locomo, longbench, qa
 from blockattn.hf import files
-from blockattn.inference import cache as cache_lib, cutter, generate
+from blockattn.inference import cache as cache_lib, generate
 from blockattn.kernels import api
 from blockattn.models import transformer
+from blockattn.segmentation import cutter
 from tools import arguments, compare, evaluate
 from tools.generate import cutting
 

@@ -37,7 +37,7 @@ import rich.progress
 
 import blockattn
 from blockattn.data import encode
-from blockattn.inference import granularity
+from blockattn.segmentation import granularity
 from tools import arguments, segment_page
 
 JSON_LINES = ('.jsonl', '.jsonl.gz')

@@ -1,4 +1,4 @@
-// Blocks of texts, cut anew in the page. The first part has the steps of blockattn/inference/granularity.py, in the
+// Blocks of texts, cut anew in the page. The first part has the steps of blockattn/segmentation/granularity.py, in the
 // same order, so that both choose the same cuts; the second shows them.
 
 const FORCED = -100;   // gains below this are no candidates

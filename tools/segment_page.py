@@ -2,7 +2,7 @@
 
 The text stands in coloured blocks, the probability of a cut at the margin of each line that is a candidate. Sliders
 choose a threshold or a target length: the page holds the log-odds and computes the cuts anew, with the steps of
-blockattn/inference/granularity.py in JavaScript. It fetches nothing, and text is only ever shown as text.
+blockattn/segmentation/granularity.py in JavaScript. It fetches nothing, and text is only ever shown as text.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from blockattn import disk
-from blockattn.inference import granularity
+from blockattn.segmentation import granularity
 from tools import report
 
 SMALLEST_TARGET = 32   # tokens; the slider's left end

@@ -65,7 +65,8 @@ from jax.sharding import AbstractMesh, AxisType
 from blockattn import blocks, mesh as mesh_lib, metrics, optim, tree
 from blockattn.data import packing
 from blockattn.hf import config as hf_config
-from blockattn.models import lora, segmenter, spec as spec_lib, transformer, weights
+from blockattn.models import lora, spec as spec_lib, transformer, weights
+from blockattn.segmentation import model as segmenter
 from blockattn.train import command, distill, finetune, segment, setup
 from tools import aot_step, arguments, show_step
 

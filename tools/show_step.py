@@ -13,8 +13,8 @@
     activations  where a rule cuts heads or mlp ('tensor'): two all-reduces per layer, forward and backward, and in between
                  if remat is 'full'; the teacher's two. Where one cuts tokens ('context'): keys and values of each layer,
                  gathered for a forward pass, and their gradients back; in block mode without readers among the context
-                 blocks (kernels/divided.py) those of the part before, and all-reduces of the queries that are sent and
-                 of what they read (float32)
+                 blocks (kernels/context_parallel.py) those of the part before, and all-reduces of the queries that are sent
+                 and of what they read (float32)
   time           the longer one of the operations at --mfu of the peak (dense bfloat16) and of the bytes at the bandwidth of
                  all of a device's links, as if one hid behind the other completely
   MFU            what the operations then are of the peak in that time: at most --mfu, less where links are the bound
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import blocks, mesh as mesh_lib, tree
-from blockattn.kernels import divided
+from blockattn.kernels import context_parallel as divided
 from blockattn.models import flops, spec as spec_lib, transformer
 from blockattn.train import setup
 

@@ -15,7 +15,7 @@ import sys
 
 import rich.console
 
-from blockattn.data.semanticseg import schema, structure
+from blockattn.segmentation.semanticseg import schema, structure
 from tools import arguments
 
 LISTED = 20   # skipped files of a reason that are printed; the rest are counted only

@@ -12,7 +12,7 @@ import gzip
 import json
 import pathlib
 
-from blockattn.data import markers
+from blockattn.segmentation import markers
 from tools import arguments, tiny_tokenizer
 
 PIECES = r' ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\t+| +(?!\S)| +|\s'

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from blockattn import blocks
-from blockattn.kernels import divided, gpu, reference, schedule, tiles as tile_sizes, tpu, xla
+from blockattn.kernels import context_parallel as divided, gpu, reference, schedule, tiles as tile_sizes, tpu, xla
 
 IMPLS = ('reference', 'xla', 'tpu', 'gpu')
 _HOME = {'tpu': 'tpu', 'gpu': 'gpu'}   # implementations that run on one platform only
@@ -111,7 +111,8 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
   """`block_attention` with the batch, the heads and the sequence divided over a mesh, each device on its own part.
 
   The tile loop runs over batch rows one after the other, so automatic sharding would gather them; here every device
-  loops over its own rows and heads, and nothing is communicated. How a divided sequence is read, kernels/divided.py says.
+  loops over its own rows and heads, and nothing is communicated. How a divided sequence is read,
+  kernels/context_parallel.py says.
 
   Args:
     mesh: the mesh; axes that are in none of the next three hold copies.

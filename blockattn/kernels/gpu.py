@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from blockattn.kernels import append, schedule
+from blockattn.kernels import cached as append, schedule
 from blockattn.kernels.reference import MASKED
 from blockattn.kernels.tiles import Tiles
 

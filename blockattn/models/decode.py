@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from blockattn.kernels import api, append
+from blockattn.kernels import api, cached as append
 from blockattn.models import transformer
 
 

@@ -4,7 +4,7 @@
 
 Every `segment.eval_every` steps the F1 of exact cuts is measured on a fixed part of the validation files, as they are and
 with all surface hints removed, at the threshold that is best for both together. What scores best stands in
-`WORKDIR/best`, a Hugging Face folder that `blockattn.inference.segmenter` loads; its blockattn.json holds the threshold
+`WORKDIR/best`, a Hugging Face folder that `blockattn.segmentation.segmenter` loads; its blockattn.json holds the threshold
 and the measures.
 """
 
@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import disk, errors, optim
-from blockattn.data import encode, markers, segment_pipeline
-from blockattn.data.semanticseg import hints, schema
+from blockattn.data import encode
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
-from blockattn.models import segmenter, spec
+from blockattn.models import spec
+from blockattn.segmentation import markers, model as segmenter, rows as segment_pipeline
+from blockattn.segmentation.semanticseg import hints, schema
 from blockattn.train import command, loop, setup
 
 

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import blocks, errors, mesh as mesh_lib, optim, trace, tree
-from blockattn.data import encode, pipeline, stdlib, taught as taught_lib, text as text_lib
+from blockattn.data import encode, pipeline, stdlib, teacher_logits as taught_lib, text as text_lib
 from blockattn.hf import config as hf_config, convert, files
-from blockattn.inference import cutter as segment_cutter, granularity
 from blockattn.kernels import api, tiles
 from blockattn.models import flops, lora, sizes, spec, transformer, weights
+from blockattn.segmentation import cutter as segment_cutter, granularity
 from blockattn.train import loop
 
 SINK_TEXTS = ('\n', '\n\n', ' ', '.', ',')

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import losses, metrics
-from blockattn.data import taught
+from blockattn.data import teacher_logits as taught
 from blockattn.models import transformer
 from blockattn.train import command, distill, setup
 
@@ -122,7 +122,7 @@ def _claim(folder, config, facts, weights):
 
 
 def teacher_says(teacher, batch, *, cfg, compute, options, top_k, positions) -> dict:
-  """Arrays [B, T, ...] of data/taught.py for a batch, `options.chunk` tokens of each row at a time."""
+  """Arrays [B, T, ...] of data/teacher_logits.py for a batch, `options.chunk` tokens of each row at a time."""
   head = transformer.head_of(teacher, cfg)
   hidden = distill.teacher_hidden(teacher, batch, cfg, compute, positions=positions,
                                   blocked=options.weights.source == 'teacher')
