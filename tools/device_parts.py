@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import statistics
 import subprocess
@@ -254,6 +255,8 @@ class Plan:
 def train(options, record: Record):
   """Distils a model until a quarter of the time is left, evaluates before and after, and packs the run for its report."""
   work = pathlib.Path(tempfile.gettempdir()) / f'blockattn-{"toy" if options.toy else "device"}-run'
+  if not record.found['cases']:   # what lies there is of another OUT, perhaps of another model
+    shutil.rmtree(work, ignore_errors=True)
   work.mkdir(exist_ok=True)
   impl = attention_impl(options, record)
   if options.model and record.measure('model', lambda: _to_hf(options.model, work / 'model')) is None:
