@@ -21,6 +21,7 @@ TEXT = [
     'nltk>=3.10',
     'segeval>=2.0.11',
 ]
+REPORT = ['matplotlib>=3.9']   # curves and masks of a run's page
 SEMANTICSEG = [
     'tensorflow-datasets>=4.9.10',
     'importlib_resources',   # which it does not ask for
@@ -73,9 +74,10 @@ setuptools.setup(
         'text': TEXT,
         'semanticseg': SEMANTICSEG,
         'beam': ['apache-beam>=2.77'],   # for corpora that one process is too slow for; heavy, and it pins protobuf
+        'report': REPORT,
         'log': ['wandb'],
         'cloud': ['kubernetes'],   # JAX asks it who belongs to a JobSet of GPU nodes
         'test': TEST,
-        'dev': TEST + EVAL + TEXT + SEMANTICSEG + ['ruff>=0.9'],
+        'dev': TEST + EVAL + TEXT + SEMANTICSEG + REPORT + ['ruff>=0.9'],
     },
 )
