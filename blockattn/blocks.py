@@ -17,16 +17,29 @@ definition of the mask; the dense reference, the tile schedule, every kernel and
       5  1  1  1  1  1  1
       6  1  1  1  1  1  1  1
       7  1  1  1  1  1  1  1  1
+
+What others call their method is a layout too; `print(picture(...))` draws it:
+
+  full attention              as_one_block(from_lengths([[[2, 2, 2]]], 6))
+  Block-Attention             from_lengths([[[2, 2, 2]]], 6)
+  Star Attention              from_lengths([[[1, 2, 2, 1]]], 6, shared_first=True)
+  parallel context windows    from_lengths([[[2, 2, 2]]], 6, positions='local')
+  KVLink                      with_readers(from_lengths([[[2, 1, 2, 1, 2]]], 8), (1, 3))
+
+In Star Attention the first block is the anchor that every later block reads. KVLink's link tokens are blocks of their own,
+here 1 and 3, behind the documents 0 and 2: they read everything before them, the documents read only themselves.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+Array = jax.Array   # or, on the host, numpy's
 
 POSITION_SCHEMES = ('sequential', 'local')
 DROP_MODES = ('lift', 'isolate', 'merge', 'remove')
@@ -43,15 +56,13 @@ class BlockLayout:
     reader: bool, the token's block reads all earlier visible blocks of its document.
     hidden: bool, the token's block is invisible to every other block.
     shared: bool, the token's block is visible to every later block.
-    sink: bool, an inserted sink token: attended to, never a target.
   """
-  doc: Any
-  block: Any
-  position: Any
-  reader: Any
-  hidden: Any
-  shared: Any
-  sink: Any
+  doc: Array
+  block: Array
+  position: Array
+  reader: Array
+  hidden: Array
+  shared: Array
 
 
 def from_lengths(rows: Sequence[Sequence[Sequence[int]]], length: int, *, shared_first: bool = False,
@@ -69,39 +80,68 @@ def from_lengths(rows: Sequence[Sequence[Sequence[int]]], length: int, *, shared
     BlockLayout of numpy arrays [len(rows), length].
 
   Raises:
-    ValueError: a row is longer than `length`, a block is empty, or the position scheme is unknown.
+    ValueError: a row is longer than `length`, a block is empty, a level of nesting is missing, or the position scheme is
+      unknown.
   """
+  if not all(np.iterable(docs) and all(map(np.iterable, docs)) for docs in rows):
+    raise ValueError(f'rows must be rows of documents of lengths of blocks, such as [[[3, 3]]], got {rows}; one document in '
+                     'one row takes three brackets')
   shape = (len(rows), length)
   ints = {name: np.zeros(shape, np.int32) for name in ('doc', 'block', 'position')}
-  flags = {name: np.zeros(shape, bool) for name in ('reader', 'hidden', 'shared', 'sink')}
+  flags = {name: np.zeros(shape, bool) for name in ('reader', 'hidden', 'shared')}
   for b, docs in enumerate(rows):
     start = 0
-    for d, blocks in enumerate(docs, start=1):
-      for i, size in enumerate(blocks):
+    for d, sizes in enumerate(docs, start=1):
+      for i, (size, position) in enumerate(zip(sizes, block_positions(sizes, positions, shared_first), strict=True)):
         if size < 1:
           raise ValueError(f'row {b}, document {d}: block {i} has {size} tokens; drop empty blocks first')
-        stop = start + size
+        stop, last = start + size, i == len(sizes) - 1
         if stop > length:
-          raise ValueError(f'row {b} holds {sum(map(sum, docs))} tokens, but T is {length}')
+          raise ValueError(f'row {b} holds {sum(map(sum, docs))} tokens, but T is {length}; drop documents, or make rows '
+                           'longer')
         ints['doc'][b, start:stop] = d
         ints['block'][b, start:stop] = i
-        flags['reader'][b, start:stop] = i == len(blocks) - 1
-        flags['shared'][b, start:stop] = shared_first and i == 0 and len(blocks) > 1
+        ints['position'][b, start:stop] = np.arange(position, position + size)
+        flags['reader'][b, start:stop] = last
         start = stop
-  layout = with_positions(BlockLayout(**ints, **flags), positions)
-  return jax.tree.map(np.asarray, layout)
+  layout = BlockLayout(**ints, **flags)
+  return share_first(layout) if shared_first else layout
 
 
-def may_attend(layout: BlockLayout):
+def share_first(layout: BlockLayout) -> BlockLayout:
+  """The first block of every document of two or more blocks becomes a prefix that all blocks of the document read."""
+  return layout.replace(shared=(layout.doc != 0) & (layout.block == 0) & ~layout.reader)
+
+
+def block_positions(lengths: Sequence[int], scheme: str, shared_first: bool = False) -> list[int]:
+  """Position of the first token of each block: what `with_positions` gives a document whose last block alone reads."""
+  _check_scheme(scheme)
+  if scheme == 'sequential':
+    return list(itertools.accumulate(lengths[:-1], initial=0))
+  prefix = lengths[0] if shared_first and len(lengths) > 1 else 0
+  context = [prefix if i else 0 for i in range(len(lengths) - 1)]
+  return [*context, max((start + length for start, length in zip(context, lengths)), default=0)]
+
+
+def with_readers(layout: BlockLayout, numbers: Sequence[int]) -> BlockLayout:
+  """The blocks of these numbers, in every document, read all blocks before them, as the last one does."""
+  return layout.replace(reader=layout.reader | np.isin(layout.block, numbers) & (layout.doc != 0))
+
+
+def sees(query: BlockLayout, key: BlockLayout) -> Array:
+  """Who may attend to whom, the order of the tokens apart: the one line of the mask.
+
+  Operators alone, so that it serves numpy, jax and torch: the fields of `query` and `key` broadcast against each other.
+  """
+  same_doc = (query.doc == key.doc) & (query.doc != 0)
+  return same_doc & ((query.block == key.block) | key.shared | (query.reader & ~key.hidden))
+
+
+def may_attend(layout: BlockLayout) -> Array:
   """The mask: bool [B, T, S], true where query t may attend to key s. A padding row attends to nothing."""
-  query = lambda x: x[:, :, None]
-  key = lambda x: x[:, None, :]
-  doc, block = layout.doc, layout.block
-  index = jnp.arange(doc.shape[1])
-  same_doc = (query(doc) == key(doc)) & (query(doc) != 0)
-  own_block = query(block) == key(block)
-  reads = query(layout.reader) & ~key(layout.hidden)
-  return (index[None, None, :] <= index[None, :, None]) & same_doc & (own_block | key(layout.shared) | reads)
+  index = jnp.arange(layout.doc.shape[1])
+  query, key = jax.tree.map(lambda x: x[:, :, None], layout), jax.tree.map(lambda x: x[:, None, :], layout)
+  return (index <= index[:, None]) & sees(query, key)
 
 
 def picture(layout: BlockLayout, row: int = 0) -> str:
@@ -127,14 +167,18 @@ def with_positions(layout: BlockLayout, scheme: str) -> BlockLayout:
   the shared prefix, as it does in a cache of blocks; a reader starts after the longest block before it, a further
   reader after the one before. Removed tokens and padding take no position (theirs is 0).
   """
-  if scheme not in POSITION_SCHEMES:
-    raise ValueError(f'positions={scheme!r}; choose one of {", ".join(POSITION_SCHEMES)}')
+  _check_scheme(scheme)
   valid = layout.doc != 0
   if scheme == 'sequential':
     position = _rank(valid, layout.doc)
   else:
     position = _local_positions(layout, valid)
   return layout.replace(position=jnp.where(valid, position, 0).astype(jnp.int32))
+
+
+def _check_scheme(scheme):
+  if scheme not in POSITION_SCHEMES:
+    raise ValueError(f'positions={scheme!r}; choose one of {", ".join(POSITION_SCHEMES)}')
 
 
 def _rank(member, doc):
@@ -172,7 +216,7 @@ def _local_positions(layout, valid):
   return jnp.where(reader, start + read_before, context)
 
 
-def block_starts(layout: BlockLayout):
+def block_starts(layout: BlockLayout) -> Array:
   """True at the first remaining token of each block: bool [B, T]."""
   doc, block = jnp.asarray(layout.doc), jnp.asarray(layout.block)
   # Blocks are contiguous apart from removed tokens, so a running maximum of (doc, block) finds the first of each.
@@ -180,14 +224,14 @@ def block_starts(layout: BlockLayout):
   return key > jnp.pad(_running_max(key), ((0, 0), (1, 0)))[:, :-1]
 
 
-def offsets(layout: BlockLayout):
+def offsets(layout: BlockLayout) -> Array:
   """How many remaining tokens of its own block stand before each token: int32 [B, T]."""
   doc = jnp.asarray(layout.doc)
   rank = jnp.cumsum(doc != 0, axis=1, dtype=jnp.int32) - 1
   return rank - _running_max(jnp.where(block_starts(layout), rank, 0))
 
 
-def drop_blocks(layout: BlockLayout, key, *, rate: float, mode: str, positions: str) -> BlockLayout:
+def drop_blocks(layout: BlockLayout, key: Array, *, rate: float, mode: str, positions: str) -> BlockLayout:
   """Block dropout: with probability `rate`, each context block is changed so that the student learns to live with it.
 
   Args:
@@ -239,20 +283,51 @@ class BlockOptions:
     sink_ids: token ids inserted in front of every block; their number is the number of sinks.
     positions: scheme, see `with_positions`.
     max_blocks: most blocks in a row of packed documents: bounds the room that sinks take.
+    shared_first: the first block of every document or prompt of two or more blocks is a prefix that all its blocks read.
   """
   sink_ids: tuple[int, ...]
   positions: str
   max_blocks: int
+  shared_first: bool = False
 
   def __post_init__(self):
-    if self.positions not in POSITION_SCHEMES:
-      raise ValueError(f'positions={self.positions!r}; choose one of {", ".join(POSITION_SCHEMES)}')
+    _check_scheme(self.positions)
     if self.max_blocks < 1 or min(self.sink_ids, default=0) < 0:
       raise ValueError(f'max_blocks={self.max_blocks}, sink_ids={self.sink_ids}: blocks are counted from 1, ids from 0')
 
 
-def block_mode(tokens, layout: BlockLayout, options: BlockOptions):
+@dataclasses.dataclass(frozen=True)
+class PlacedBlock:
+  """A block of a prompt: its tokens, sinks included, and the position of the first."""
+  tokens: tuple[int, ...]
+  start: int
+
+
+def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tuple[PlacedBlock, ...]:
+  """The blocks of a prompt, token ids of each context block and, last, of the question.
+
+  Raises:
+    ValueError: no block, or an empty one.
+  """
+  if not len(prompt) or not all(len(tokens) for tokens in prompt):
+    raise ValueError('a prompt must be a list of blocks, none of them empty, the question last; got '
+                     f'{[len(tokens) for tokens in prompt]} tokens: drop empty blocks first')
+  blocks = [(*options.sink_ids, *map(int, tokens)) for tokens in prompt]
+  starts = block_positions([len(tokens) for tokens in blocks], options.positions, options.shared_first)
+  return tuple(map(PlacedBlock, blocks, starts))
+
+
+def check_cacheable(options: BlockOptions) -> None:
+  """Raises ValueError where the state of a block depends on more than the block and the shared prefix."""
+  if options.shared_first and options.positions != 'local':
+    raise ValueError("with shared_first, positions must be 'local' for states to be used twice, got "
+                     f'{options.positions!r}: the distance between prefix and block depends on the blocks between them; '
+                     'train with local positions, or read every prompt in one masked pass')
+
+
+def block_mode(tokens: Array, layout: BlockLayout, options: BlockOptions) -> tuple[Array, BlockLayout, Array]:
   """Tokens, layout and index of a student's forward pass, see `insert_sinks`."""
+  layout = share_first(layout) if options.shared_first else layout
   if not options.sink_ids:
     index = jnp.broadcast_to(jnp.arange(layout.doc.shape[1], dtype=jnp.int32), layout.doc.shape)
     return tokens, with_positions(layout, options.positions), index
@@ -270,7 +345,8 @@ def sink_tokens(vocab: int, count: int) -> dict[int, str]:
   return {vocab + i: f'<|sink_{i}|>' for i in range(count)}
 
 
-def insert_sinks(tokens, layout: BlockLayout, sink_ids, length: int, positions: str):
+def insert_sinks(tokens: Array, layout: BlockLayout, sink_ids: Sequence[int], length: int,
+                 positions: str) -> tuple[Array, BlockLayout, Array]:
   """Puts sink tokens in front of every block, so that a block is made of the same tokens wherever it stands.
 
   Args:
@@ -294,12 +370,10 @@ def insert_sinks(tokens, layout: BlockLayout, sink_ids, length: int, positions: 
   place = lambda old, new: jnp.zeros((rows, length), jnp.asarray(old).dtype).at[b, new].set(old, mode='drop')
   new_tokens = place(tokens, index)
   new = {name: place(getattr(layout, name), index) for name in ('doc', 'block', 'reader', 'hidden', 'shared')}
-  is_sink = jnp.zeros((rows, length), bool)
   for i, sink_id in enumerate(sink_ids):
     at = jnp.where(starts, index - count + i, length)   # out of range, dropped, where no block starts
-    is_sink = is_sink.at[b, at].set(True, mode='drop')
     new_tokens = new_tokens.at[b, at].set(sink_id, mode='drop')
     for name, values in new.items():
       new[name] = values.at[b, at].set(getattr(layout, name), mode='drop')
-  new_layout = BlockLayout(**new, position=jnp.zeros((rows, length), jnp.int32), sink=is_sink)
+  new_layout = BlockLayout(**new, position=jnp.zeros((rows, length), jnp.int32))
   return new_tokens, with_positions(new_layout, positions), index

@@ -83,6 +83,7 @@ def base():
   config.data.tokenizer = ''       # folder or hub name; empty: model.source
   config.data.length = 4096        # tokens of a row, T
   config.data.max_blocks = 64      # most blocks of a row
+  config.data.shared_first = False   # a document's first block is a prefix that all its blocks read: needs local positions
   config.data.block_tokens = 0     # 0: the blocks that are given; else blocks of so many tokens, cut anywhere
   config.data.files = ()           # JSON lines: files, folders or globs; with commas between them on the command line
   config.data.chat = config_dict.placeholder(bool)   # wrap plain examples in the chat template; unset: if there is one

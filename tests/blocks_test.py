@@ -59,6 +59,16 @@ def test_picture_is_the_one_of_the_docstring():
   assert drawn == [cells.split() + ['.'] * (7 - int(row)) for row, cells in documented]
 
 
+@pytest.mark.parametrize('name, drawn', [
+    ('full attention', '1 11 111 1111 11111 111111'), ('Block-Attention', '1 11 ..1 ..11 11111 111111'),
+    ('Star Attention', '1 11 111 1..1 1..11 111111'), ('parallel context windows', '1 11 ..1 ..11 11111 111111'),
+    ('KVLink', '1 11 111 ...1 ...11 111111 1111111 11111111')])
+def test_layouts_of_others_are_the_lines_of_the_docstring(name, drawn):
+  line = re.search(rf'(?m)^  {name}  +(.*)', blocks.__doc__)[1]
+  rows = blocks.picture(eval(line, vars(blocks))).splitlines()
+  assert [row.replace(' ', '').rstrip('.') for row in rows] == drawn.split()
+
+
 def test_one_block_is_causal_attention():
   np.testing.assert_array_equal(mask_of([[[8]]], 8)[0], causal(8))
   layout = blocks.from_lengths([[[3, 2, 3]]], 8)
@@ -123,13 +133,14 @@ def test_from_lengths():
   assert layout.position.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 0]]
   assert np.flatnonzero(layout.reader).tolist() == [2, 5, 6]
   assert np.flatnonzero(layout.shared).tolist() == [0, 1, 3]
-  assert not layout.hidden.any() and not layout.sink.any()
+  assert not layout.hidden.any()
   assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(layout))
 
 
 @pytest.mark.parametrize('rows, says', [
     ([[[3, 0, 2]]], 'row 0, document 1: block 1 has 0 tokens'),
-    ([[[3]], [[4, 5]]], 'row 1 holds 9 tokens, but T is 8')])
+    ([[[3]], [[4, 5]]], 'row 1 holds 9 tokens, but T is 8'),
+    ([[3, 3]], 'rows must be rows of documents'), ([3, 3], 'rows must be rows of documents')])
 def test_from_lengths_refuses(rows, says):
   with pytest.raises(ValueError, match=says):
     blocks.from_lengths(rows, 8)
@@ -191,10 +202,10 @@ def test_as_one_block_counts_each_document_from_zero(layout):
 # Sinks.
 
 def naive_sinks(tokens, layout, sink_ids, length):
-  """`insert_sinks` with lists: (tokens, doc, block, reader, hidden, shared, sink) rows, and where each token went."""
+  """`insert_sinks` with lists: (tokens, doc, block, reader, hidden, shared) rows, and where each token went."""
   names = ('doc', 'block', 'reader', 'hidden', 'shared')
   old = fields(layout, *names)
-  new = np.zeros((7, ROWS, length), np.int32)
+  new = np.zeros((6, ROWS, length), np.int32)
   index = np.zeros((ROWS, T), np.int32)
   for b in range(ROWS):
     out, blocks_seen = [], set()
@@ -202,11 +213,11 @@ def naive_sinks(tokens, layout, sink_ids, length):
       facts = [int(x[b, t]) for x in old]
       starts = facts[0] and tuple(facts[:2]) not in blocks_seen
       if starts:
-        out += [[sink, *facts, 1] for sink in sink_ids]
+        out += [[sink, *facts] for sink in sink_ids]
       if facts[0]:
         blocks_seen.add(tuple(facts[:2]))
       index[b, t] = len(out)
-      out.append([int(tokens[b, t]), *facts, 0])
+      out.append([int(tokens[b, t]), *facts])
     kept = np.array(out[:length], np.int32).T
     new[:, b, :kept.shape[1]] = kept
   return new, index
@@ -220,7 +231,7 @@ def test_insert_sinks(sink_ids, layout):
   got_tokens, got, index = insert_sinks(tokens, layout, sink_ids=sink_ids, length=LENGTH, positions='sequential')
   expected, expected_index = naive_sinks(tokens, layout, sink_ids, LENGTH)
   np.testing.assert_array_equal(got_tokens, expected[0])
-  for field, wanted in zip(fields(got, 'doc', 'block', 'reader', 'hidden', 'shared', 'sink'), expected[1:]):
+  for field, wanted in zip(fields(got, 'doc', 'block', 'reader', 'hidden', 'shared'), expected[1:]):
     np.testing.assert_array_equal(field, wanted)
   np.testing.assert_array_equal(index, expected_index)
   np.testing.assert_array_equal(got.position, naive_positions(got, 'sequential'))
@@ -235,7 +246,6 @@ def test_sinks_align_with_the_text_by_index(layout):
                                         positions='local')
   assert most <= 20
   np.testing.assert_array_equal(np.take_along_axis(np.asarray(got_tokens), np.asarray(index), axis=1), tokens)
-  assert not np.take_along_axis(np.asarray(got.sink), np.asarray(index), axis=1).any()
   # Text tokens see the same text as before: sinks are added to the context, nothing is lost.
   seen = np.asarray(may_attend(got))
   for b in range(ROWS):
@@ -275,7 +285,7 @@ def changed_blocks(before, after):
 @given(layout=shipped, seed=st.integers(0, 99))
 def test_rate_zero_changes_nothing_but_positions(mode, layout, seed):
   dropped = drop(layout, 0.0, mode, seed)
-  for name in ('doc', 'block', 'reader', 'hidden', 'shared', 'sink'):
+  for name in ('doc', 'block', 'reader', 'hidden', 'shared'):
     np.testing.assert_array_equal(*fields(dropped, name), *fields(layout, name))
   np.testing.assert_array_equal(dropped.position, naive_positions(layout, 'local'))
 
@@ -295,7 +305,7 @@ def test_lift_isolate_and_remove(mode, layout, seed, rate):
       doc=np.where(was_dropped & (mode == 'remove'), 0, layout.doc),
       reader=layout.reader | (was_dropped & (mode != 'remove')),
       hidden=layout.hidden | (was_dropped & (mode == 'isolate')))
-  for name in ('doc', 'block', 'reader', 'hidden', 'shared', 'sink'):
+  for name in ('doc', 'block', 'reader', 'hidden', 'shared'):
     np.testing.assert_array_equal(*fields(dropped, name), *fields(expected, name))
   np.testing.assert_array_equal(dropped.position, naive_positions(dropped, 'local'))
 
@@ -304,7 +314,7 @@ def test_lift_isolate_and_remove(mode, layout, seed, rate):
 @given(layout=shipped, seed=st.integers(0, 99), rate=st.sampled_from([0.5, 1.0]))
 def test_merge_removes_boundaries_between_context_blocks_only(layout, seed, rate):
   merged = drop(layout, rate, 'merge', seed)
-  for name in ('doc', 'reader', 'hidden', 'shared', 'sink'):
+  for name in ('doc', 'reader', 'hidden', 'shared'):
     np.testing.assert_array_equal(*fields(merged, name), *fields(layout, name))
   for b in range(ROWS):
     old, new = runs(layout, b), runs(merged, b)

@@ -125,7 +125,8 @@ def _trainer(config, cfg, place):
     return (lambda *optimizer: segment.make_step(cfg, compute, segment.options_of(config), *optimizer)), None
   b, low_rank = config.blocks, setup.lora_options(config)
   sinks = range(cfg.vocab, cfg.vocab + b.sinks) if b.sink_kind == 'learned' else (0,) * b.sinks
-  options = blocks.BlockOptions(tuple(sinks), b.positions, config.data.max_blocks)
+  options = blocks.BlockOptions(tuple(sinks), b.positions, config.data.max_blocks,
+                                config.data.shared_first)
   whole = dataclasses.replace(cfg, learned_sinks=0)
   base = lambda: _abstract(transformer.spec(whole), config.model.dtype, place)
   if 'finetune' in config:

@@ -6,6 +6,7 @@ of it and the length of the rows with sinks is fixed too (`blocks.padded_length`
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from blockattn import blocks as blocks_lib
@@ -71,10 +72,9 @@ def pack_row(docs: Sequence[encode.EncodedDoc], length: int, *, shared_first: bo
     shared_first: the first block of every document of two or more blocks is a shared prefix.
 
   Returns:
-    tokens int32 [T]; layout, a BlockLayout of arrays [T] at sequential positions, the same as `blocks.from_lengths`
-    gives but without a device; targets int32 [T], the next token of the same document, else 0; loss bool [T], true
-    where the next token is an answer token; text bool [T], true where there is a next token in the document; gold bool
-    [T], the blocks that are known to hold the answer.
+    tokens int32 [T]; layout, a BlockLayout of arrays [T] at sequential positions; targets int32 [T], the next
+    token of the same document, else 0; loss bool [T], true where the next token is an answer token; text bool [T], true
+    where there is a next token in the document; gold bool [T], the blocks that are known to hold the answer.
 
   Raises:
     ValueError: the documents are longer than the row.
@@ -82,25 +82,18 @@ def pack_row(docs: Sequence[encode.EncodedDoc], length: int, *, shared_first: bo
   total = sum(len(doc.tokens) for doc in docs)
   if total > length:
     raise ValueError(f'{len(docs)} documents of {total} tokens in all do not fit into a row of {length}')
-  ints = {name: np.zeros(length, np.int32) for name in ('tokens', 'targets', 'doc', 'block', 'position')}
-  flags = {name: np.zeros(length, bool) for name in ('loss', 'text', 'gold', 'reader', 'hidden', 'shared', 'sink')}
+  ints = {name: np.zeros(length, np.int32) for name in ('tokens', 'targets')}
+  flags = {name: np.zeros(length, bool) for name in ('loss', 'text', 'gold')}
   start = 0
-  for number, doc in enumerate(docs, start=1):
+  for doc in docs:
     own = slice(start, start + len(doc.tokens))
-    ints['tokens'][own], ints['doc'][own] = doc.tokens, number
-    ints['block'][own] = np.repeat(np.arange(len(doc.lengths)), doc.lengths)
-    ints['position'][own] = np.arange(len(doc.tokens))
+    ints['tokens'][own] = doc.tokens
     ints['targets'][own.start:own.stop - 1] = doc.tokens[1:]
     flags['text'][own.start:own.stop - 1] = True
     # The token before an answer token predicts it; the first token of a document is predicted by nothing.
     flags['loss'][start + max(doc.answer[0], 1) - 1:start + doc.answer[1] - 1] = True
-    flags['reader'][own.stop - doc.lengths[-1]:own.stop] = True
     if doc.gold:
       flags['gold'][own] = np.repeat(doc.gold, doc.lengths)
-    if shared_first and len(doc.lengths) > 1:
-      flags['shared'][start:start + doc.lengths[0]] = True
     start = own.stop
-  layout = blocks_lib.BlockLayout(**{name: (ints | flags)[name] for name in
-                                     ('doc', 'block', 'position', 'reader', 'hidden', 'shared', 'sink')})
-  return {'tokens': ints['tokens'], 'layout': layout, 'targets': ints['targets'], 'loss': flags['loss'],
-          'text': flags['text'], 'gold': flags['gold']}
+  layout = blocks_lib.from_lengths([[doc.lengths for doc in docs]], length, shared_first=shared_first)
+  return ints | flags | {'layout': jax.tree.map(lambda x: x[0], layout)}

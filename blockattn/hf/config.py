@@ -82,7 +82,8 @@ def block_options(meta: dict, where: str = files.META) -> BlockOptions:
     return BlockOptions(sink_ids=(), positions='sequential', max_blocks=1)
   disk.check_form(said, {'sink_ids': [int], 'positions': str, 'max_blocks': int}, f'{where}: "blocks"')
   try:
-    options = BlockOptions(tuple(said['sink_ids']), said['positions'], said['max_blocks'])
+    options = BlockOptions(tuple(said['sink_ids']), said['positions'], said['max_blocks'],
+                           said.get('shared_first', False))   # older students have no shared prefix
   except ValueError as error:
     raise ValueError(f'{where}: "blocks": {error}') from error
   if options.sink_ids and said.get('sinks_stand') != SINKS_STAND:

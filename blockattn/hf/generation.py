@@ -22,18 +22,18 @@ Qwen3 and Llama with plain full attention. Nothing here computes with jax, which
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from blockattn.blocks import BlockLayout, BlockOptions
+from blockattn.blocks import BlockLayout, BlockOptions, check_cacheable, from_lengths, place_prompt, sees
 from blockattn.hf import config
 
 try:
   import torch
-  from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+  from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 except ImportError as error:
   raise ImportError(f"{__name__} runs models with torch; install it: pip install 'blockattn[torch]'") from error
 
@@ -65,79 +65,36 @@ class BlockInputs:
     return {'input_ids': self.input_ids, 'position_ids': self.position_ids, 'attention_mask': self.attention_mask}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Placed:
-  """A block of a prompt: its tokens, of which the first `sinks` are inserted, and the position of the first."""
-  tokens: tuple[int, ...]
-  sinks: int
-  start: int
-
-
-def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, shared: bool = False,
-                 device: torch.device | str = 'cpu') -> BlockInputs:
+def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, device: torch.device | str = 'cpu') -> BlockInputs:
   """Prompts as the rows of one masked forward pass.
 
   Args:
     prompts: see the top of this file.
     options: see `config.block_options`.
-    shared: the first block of a prompt of two or more is a prefix that all its blocks attend to.
     device: of the tensors.
 
   Raises:
     ValueError: no prompt, or an empty block.
   """
   if not prompts:
-    raise ValueError('no prompt to read')
-  placed = [_place(prompt, options, shared) for prompt in prompts]
-  length = max(sum(len(block.tokens) for block in row) for row in placed)
-  rows = [_left_padded(_facts(row, shared), length) for row in placed]
-  tensors = {name: torch.tensor([row[name] for row in rows], device=device) for name in rows[0]}
-  tokens = tensors.pop('tokens')
-  layout = BlockLayout(**tensors, hidden=torch.zeros_like(tensors['reader']))
-  return BlockInputs(tokens, layout.position, (layout.doc != 0).long(), layout)
-
-
-def _place(prompt: Prompt, options: BlockOptions, shared: bool) -> list[_Placed]:
-  for i, tokens in enumerate(prompt):
-    if not len(tokens):
-      raise ValueError(f'block {i} of {len(prompt)} has no tokens; drop empty blocks first')
-  if not prompt:
-    raise ValueError('a prompt without blocks; its last one, the question, is needed')
-  blocks = [(*options.sink_ids, *tokens) for tokens in prompt]
-  starts = _starts([len(tokens) for tokens in blocks], options.positions, shared)
-  return [_Placed(tokens, len(options.sink_ids), start) for tokens, start in zip(blocks, starts, strict=True)]
-
-
-def _starts(lengths, positions, shared):
-  """Position of each block's first token: `blocks.with_positions` for one document whose last block alone reads."""
-  if positions == 'sequential':
-    return [0, *itertools.accumulate(lengths[:-1])]
-  prefix = lengths[0] if shared and len(lengths) > 1 else 0
-  context = [prefix if i else 0 for i in range(len(lengths) - 1)]
-  return [*context, max((start + length for start, length in zip(context, lengths)), default=0)]
-
-
-def _facts(placed, shared):
-  """Per-token values of one prompt: its tokens and the fields of its layout, each a list."""
-  last = len(placed) - 1
-  repeat = lambda value_of: [value_of(i) for i, block in enumerate(placed) for _ in block.tokens]
-  return {'tokens': [token for block in placed for token in block.tokens],
-          'position': [block.start + offset for block in placed for offset in range(len(block.tokens))],
-          'sink': [offset < block.sinks for block in placed for offset in range(len(block.tokens))],
-          'doc': repeat(lambda i: 1), 'block': repeat(lambda i: i), 'reader': repeat(lambda i: i == last),
-          'shared': repeat(lambda i: shared and i == 0 < last)}
-
-
-def _left_padded(facts, length):
-  return {name: [type(values[0])()] * (length - len(values)) + values for name, values in facts.items()}
+    raise ValueError('no prompt to read; give at least one')
+  placed = [place_prompt(prompt, options) for prompt in prompts]
+  lengths = [[len(block.tokens) for block in row] for row in placed]
+  length = max(map(sum, lengths))
+  padding = [length - sum(row) for row in lengths]
+  layout = from_lengths([[row] for row in lengths], length, shared_first=options.shared_first, positions=options.positions)
+  left_padded = lambda x: torch.from_numpy(np.stack([np.roll(row, n) for row, n in zip(x, padding)])).to(device)
+  layout = jax.tree.map(left_padded, layout).replace(position=left_padded(layout.position).long())
+  tokens = [[0] * n + [token for block in row for token in block.tokens] for row, n in zip(placed, padding)]
+  return BlockInputs(torch.tensor(tokens, device=device), layout.position, (layout.doc != 0).long(), layout)
 
 
 # Blocks that were read before.
 
 
 @torch.no_grad()
-def cached_generate(model, prompt: Prompt, options: BlockOptions, *, cache: MutableMapping[str, State] | None = None,
-                    shared: bool = False, **generate_kwargs):
+def cached_generate(model: PreTrainedModel, prompt: Prompt, options: BlockOptions, *,
+                    cache: MutableMapping[str, State] | None = None, **generate_kwargs: Any) -> Any:
   """`model.generate` where the context blocks' keys and values are read once and then only moved to their place.
 
   Args:
@@ -145,39 +102,36 @@ def cached_generate(model, prompt: Prompt, options: BlockOptions, *, cache: Muta
     prompt: one prompt, see the top of this file. Several at once are the masked pass's work (`block_inputs`).
     options: see `config.block_options`.
     cache: where states are looked up, and put after they were computed; a dict, or anything that behaves like one and
-      keeps tensors as they are. What it holds belongs to this model with these weights and this dtype.
-    shared: the first block is a prefix that all blocks attend to; they are cached together with it.
+      keeps tensors as they are. What it holds belongs to this model with these weights and this dtype. Blocks that read a
+      shared prefix are kept together with it.
     **generate_kwargs: passed on to `model.generate`, such as max_new_tokens, do_sample or streamer.
 
   Returns:
     What `model.generate` returns for the whole prompt, sinks included: tokens int64 [1, T + new].
 
   Raises:
-    ValueError: a model or prompt that cannot be read in blocks; a shared prefix with positions other than 'local';
-      several beams or answers.
+    ValueError: a model or prompt that cannot be read in blocks; options with a shared prefix and positions other than
+      'local'; several beams or answers.
   """
   _check_one_answer(model, generate_kwargs)
-  past = prefill_blocks(model, prompt, options, cache=cache, shared=shared)
-  inputs = block_inputs([prompt], options, shared=shared, device=model.device)
+  past = prefill_blocks(model, prompt, options, cache=cache)
+  inputs = block_inputs([prompt], options, device=model.device)
   # With ids, positions and mask of the whole prompt, generate cuts off what the cache holds, and goes on counting from
   # the last position, whatever the cache's length is.
   return model.generate(**inputs.tensors(), past_key_values=past, use_cache=True, **generate_kwargs)
 
 
 @torch.no_grad()
-def prefill_blocks(model, prompt: Prompt, options: BlockOptions, *, cache: MutableMapping[str, State] | None = None,
-                   shared: bool = False) -> DynamicCache:
+def prefill_blocks(model: PreTrainedModel, prompt: Prompt, options: BlockOptions, *,
+                   cache: MutableMapping[str, State] | None = None) -> DynamicCache:
   """Keys and values of a prompt's context blocks, each at its place. Arguments and errors as in `cached_generate`.
 
   Returns:
     A DynamicCache of all tokens before the question's sinks. It shares no memory with `cache`.
   """
   _check_model(model)
-  if shared and options.positions != 'local':
-    raise ValueError(f"a shared prefix needs positions='local', not {options.positions!r}: otherwise the distance "
-                     'between prefix and block depends on the blocks between them, so that no state can be used twice; '
-                     'read such prompts in one masked pass (block_attention)')
-  *context, _ = _place(prompt, options, shared)
+  check_cacheable(options)
+  *context, _ = place_prompt(prompt, options)
   cache = {} if cache is None else cache
   decoder, states, prefix = model.get_decoder(), [], None
   for block in context:
@@ -187,7 +141,7 @@ def prefill_blocks(model, prompt: Prompt, options: BlockOptions, *, cache: Mutab
     if state is None:
       state = cache[key] = _read_block(decoder, block.tokens, states[0] if prefix else None, model.device)
     states.append(_moved(state, block.start - len(before), decoder.rotary_emb.inv_freq))
-    prefix = context[0] if shared else None
+    prefix = context[0] if options.shared_first else None
   return _joined(states, model.config)
 
 
@@ -253,7 +207,7 @@ def _joined(states: Sequence[State], model_config) -> DynamicCache:
 
 
 @contextlib.contextmanager
-def block_attention(model, layout: BlockLayout) -> Iterator[None]:
+def block_attention(model: PreTrainedModel, layout: BlockLayout) -> Iterator[None]:
   """While it is open, every forward pass of `model` attends as `layout` says.
 
   A pass reads the rows of `layout` from their start, or continues them behind a cache (decoding; new tokens belong to
@@ -285,7 +239,7 @@ def block_attention(model, layout: BlockLayout) -> Iterator[None]:
     model.set_attn_implementation(before)
 
 
-def register_block_attention():
+def register_block_attention() -> None:
   """Makes the attention 'block_sdpa' known to transformers, for from_pretrained(..., attn_implementation=NAME).
 
   It is torch's scaled_dot_product_attention under a layout, which `block_attention` gives it; without one it refuses
@@ -362,7 +316,7 @@ class _LayoutMask:
       raise ValueError('position_ids are not those of the layout; pass all of **block_inputs(...).tensors()')
 
 
-def may_attend(layout: BlockLayout, queries, keys):
+def may_attend(layout: BlockLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
   """Part of the mask, by the rule of `blocks.may_attend`, for tokens of the layout and for new ones.
 
   Args:
@@ -375,10 +329,7 @@ def may_attend(layout: BlockLayout, queries, keys):
   length = layout.doc.shape[1]
   index = torch.arange(length, device=queries.device)
   last = torch.where(layout.doc != 0, index, 0).amax(1, keepdim=True)
-  at = lambda x, where: x.gather(1, torch.where(where < length, where, last))
-  doc, block, reader, hidden, shared = layout.doc, layout.block, layout.reader, layout.hidden, layout.shared
-  query = lambda x: at(x, queries)[:, :, None]
-  key = lambda x: at(x, keys)[:, None, :]
-  same_doc = (query(doc) == key(doc)) & (query(doc) != 0)
-  own_block = query(block) == key(block)
-  return (keys <= queries[:, None]) & same_doc & (own_block | key(shared) | (query(reader) & ~key(hidden)))
+  at = lambda where: jax.tree.map(lambda x: x.gather(1, torch.where(where < length, where, last)), layout)
+  query = jax.tree.map(lambda x: x[:, :, None], at(queries))
+  key = jax.tree.map(lambda x: x[:, None, :], at(keys))
+  return (keys <= queries[:, None]) & sees(query, key)

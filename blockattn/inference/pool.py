@@ -156,7 +156,7 @@ def one_block(lengths, first_position, length: int) -> blocks.BlockLayout:
   none = jnp.zeros_like(valid)
   position = jnp.where(valid, at + jnp.asarray(first_position, jnp.int32).reshape(-1, 1), 0)
   return blocks.BlockLayout(doc=valid.astype(jnp.int32), block=jnp.zeros_like(position), position=position, reader=valid,
-                            hidden=none, shared=none, sink=none)
+                            hidden=none, shared=none)
 
 
 @functools.partial(jax.jit, static_argnames='mesh', donate_argnames=('k_pool', 'v_pool'))

@@ -12,7 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from blockattn.kernels import api, cached as append
+from blockattn import blocks
+from blockattn.kernels import api, cached
 from blockattn.models import transformer
 
 
@@ -79,11 +80,11 @@ def read(params, tokens, layout, cfg, compute, context: Context | None = None):
 
 def _beside(q, k_context, v_context, context, own):
   """Attention to a context merged with `own`, (output, logsumexp) of attention to other keys."""
-  parts = jax.tree.map(lambda x: x[None], append.attend_cached(q, k_context, v_context, context.visible))
+  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, k_context, v_context, context.visible))
   if context.axis is not None:   # every device has read its own part of the context
     parts = jax.tree.map(lambda x: jax.lax.all_gather(x[0], context.axis), parts)
   every = jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)[None]]), parts, own)
-  return append.merge(*every)[0].astype(q.dtype)
+  return cached.merge(*every)[0].astype(q.dtype)
 
 
 def prefill(params, tokens, layout, cfg, compute, room: int, context: Context | None = None):
@@ -115,11 +116,8 @@ def rotate_keys(k, position, cfg):
 
 
 def _seen_by_next(layout, last):
-  """What one more token of the last token's block would see: bool [B, T]. The last line of `blocks.may_attend`."""
-  at_last = lambda x: jnp.take_along_axis(x, last[:, None], axis=1)
-  same_doc = (layout.doc == at_last(layout.doc)) & (layout.doc != 0)
-  own_block = layout.block == at_last(layout.block)
-  return same_doc & (own_block | layout.shared | (at_last(layout.reader) & ~layout.hidden))
+  """What one more token of the last token's block would see: bool [B, T]."""
+  return blocks.sees(jax.tree.map(lambda x: jnp.take_along_axis(x, last[:, None], axis=1), layout), layout)
 
 
 def extend(params, tokens, cache: Cache, cfg, compute, context: Context | None = None):
@@ -141,7 +139,7 @@ def extend(params, tokens, cache: Cache, cfg, compute, context: Context | None =
     stored = []
     def attend(q, k, v):
       stored[:] = [k_cache.at[:, slot].set(k[:, 0]), v_cache.at[:, slot].set(v[:, 0])]
-      own = append.attend_cached(q, *stored, visible)
+      own = cached.attend_cached(q, *stored, visible)
       return own[0].astype(q.dtype) if context is None else _beside(q, *context_kv, context, own)
     x_B1D, _ = transformer.decoder_layer(x_B1D, transformer.cast(weights, compute), angles, cfg, compute, attend)
     return x_B1D, tuple(stored)

@@ -162,7 +162,7 @@ def plain_layout(sizes: Sequence[int], length: int) -> blocks_lib.BlockLayout:
   position = np.concatenate([*map(np.arange, sizes), np.zeros(free)]).astype(np.int32)
   none = np.zeros(length, bool)
   return blocks_lib.BlockLayout(doc=doc, block=np.zeros(length, np.int32), position=position, reader=doc != 0,
-                                hidden=none, shared=none, sink=none)
+                                hidden=none, shared=none)
 
 
 class DrawnRows:

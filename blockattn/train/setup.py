@@ -131,7 +131,8 @@ def block_options(config, cfg, tokenizer) -> tuple[transformer.ModelConfig, bloc
     ids = (sink_token(tokenizer, b.sink_text),) * b.sinks if b.sinks else ()
   else:
     raise ValueError(f"config.blocks.sink_kind={b.sink_kind!r}; choose 'token' or 'learned'")
-  return cfg, blocks.BlockOptions(sink_ids=ids, positions=b.positions, max_blocks=config.data.max_blocks)
+  return cfg, blocks.BlockOptions(sink_ids=ids, positions=b.positions, max_blocks=config.data.max_blocks,
+                                  shared_first=config.data.shared_first)
 
 
 def sink_token(tokenizer, text: str) -> int:
@@ -344,7 +345,8 @@ def model_tokenizer(config):
 def file_options(data, tokenizer) -> pipeline.FileOptions:
   """How files become rows, from a config.data."""
   return pipeline.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long,
-                              chat=text_lib.wants_chat(data.chat, tokenizer), block_tokens=data.block_tokens)
+                              chat=text_lib.wants_chat(data.chat, tokenizer), block_tokens=data.block_tokens,
+                              shared_first=data.shared_first)
 
 
 def rows(config, tokenizer):
@@ -385,8 +387,8 @@ def pages(data, tokenizer, *, split: str, own_blocks: bool = False, **style):
   cuts any of them."""
   containers = stdlib.split_containers(stdlib.read_containers(), split)
   return pipeline.PageRows(containers, page_style(data, **style), tokenizer, length=data.length, max_blocks=data.max_blocks,
-                           block_tokens=data.block_tokens, cutter=None if own_blocks else cutter(data, tokenizer),
-                           cut_share=data.segment.pages)
+                           block_tokens=data.block_tokens, shared_first=data.shared_first,
+                           cutter=None if own_blocks else cutter(data, tokenizer), cut_share=data.segment.pages)
 
 
 def page_style(data, **style) -> stdlib.PageStyle:

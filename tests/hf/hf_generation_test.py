@@ -80,10 +80,14 @@ block_mode = jax.jit(blocks.block_mode, static_argnums=2)
 may_attend = jax.jit(blocks.may_attend)
 
 
-def rows_of(prompts, options, shared=False):
+def shared(options):
+  return dataclasses.replace(options, shared_first=True)
+
+
+def rows_of(prompts, options):
   """(tokens, layout) of our forward pass: ROWS rows, of which the first are the prompts, padding behind each."""
   lengths = [[tuple(map(len, prompt))] for prompt in prompts] + [[]] * (ROWS - len(prompts))
-  layout = blocks.from_lengths(lengths, TEXT, shared_first=shared)
+  layout = blocks.from_lengths(lengths, TEXT, shared_first=options.shared_first)
   tokens = np.zeros((ROWS, TEXT), np.int32)
   for row, prompt in zip(tokens, prompts):
     row[:sum(map(len, prompt))] = [token for block in prompt for token in block]
@@ -97,32 +101,32 @@ def logits_of(params, tokens, layout, cfg):
   return transformer.logits(params, transformer.apply(params, tokens, layout, cfg, COMPUTE), cfg)
 
 
-def our_logits(student, prompts, options, shared=False):
+def our_logits(student, prompts, options):
   """Of each prompt [T, V], T with its sinks."""
-  tokens, layout = rows_of(prompts, options, shared)
+  tokens, layout = rows_of(prompts, options)
   scores = np.asarray(logits_of(student.params, tokens, layout, student.cfg))
   assert np.abs(scores).max() > 1, 'logits too small for the comparison to mean anything'
   return [row[doc != 0] for row, doc, _ in zip(scores, layout.doc, prompts)]
 
 
-def our_answers(student, prompts, options, shared=False):
+def our_answers(student, prompts, options):
   """int32 [B, NEW], END behind an answer that ended."""
-  tokens, layout = rows_of(prompts, options, shared)
+  tokens, layout = rows_of(prompts, options)
   return np.asarray(decode.greedy(student.params, tokens, layout, cfg=student.cfg, compute=COMPUTE, length=NEW,
                                   stop_ids=np.array([END]), vocab=student.cfg.vocab))[:len(prompts)]
 
 
-def masked_logits(model, prompts, options, shared=False, vocab=48):
-  inputs = hf.block_inputs(prompts, options, shared=shared)
+def masked_logits(model, prompts, options, vocab=48):
+  inputs = hf.block_inputs(prompts, options)
   with torch.no_grad(), hf.block_attention(model, inputs.layout):
     scores = model(**inputs.tensors()).logits.float().numpy()[..., :vocab]
   return [row[mask != 0] for row, mask in zip(scores, inputs.attention_mask.numpy(), strict=True)]
 
 
-def cached_logits(model, prompt, options, shared=False, cache=None, vocab=48):
+def cached_logits(model, prompt, options, cache=None, vocab=48):
   """Of the question's tokens, its sinks included."""
-  inputs = hf.block_inputs([prompt], options, shared=shared)
-  past = hf.prefill_blocks(model, prompt, options, cache=cache, shared=shared)
+  inputs = hf.block_inputs([prompt], options)
+  past = hf.prefill_blocks(model, prompt, options, cache=cache)
   start = past.get_seq_length()
   with torch.no_grad():
     out = model(inputs.input_ids[:, start:], position_ids=inputs.position_ids[:, start:], past_key_values=past)
@@ -140,8 +144,8 @@ def cached_answer(model, prompt, options, **kwargs):
   return padded(out[0, inputs.input_ids.shape[1]:].numpy())
 
 
-def masked_answers(model, prompts, options, shared=False, **kwargs):
-  inputs = hf.block_inputs(prompts, options, shared=shared)
+def masked_answers(model, prompts, options, **kwargs):
+  inputs = hf.block_inputs(prompts, options)
   with hf.block_attention(model, inputs.layout):
     out = model.generate(**inputs.tensors(), **{'max_new_tokens': NEW, 'do_sample': False, **kwargs})
   return np.stack([padded(row) for row in out[:, inputs.input_ids.shape[1]:].numpy()])
@@ -153,13 +157,14 @@ def masked_answers(model, prompts, options, shared=False, **kwargs):
 @pytest.mark.parametrize('shared', [False, True])
 @EVERY_MODE
 def test_inputs_and_masks_are_those_of_blocks(options, shared):
+  options = dataclasses.replace(options, shared_first=shared)
   rng = np.random.default_rng(5)
   for seed in range(12):
     prompts = [make_prompt(rng.integers(1, 6, size=rng.integers(1, 5)), seed) for _ in range(3)]
-    got = hf.block_inputs(prompts, options, shared=shared)
+    got = hf.block_inputs(prompts, options)
     for row, prompt in enumerate(prompts):
       length = int(got.attention_mask[row].sum())
-      tokens, layout = rows_of([prompt], options, shared)
+      tokens, layout = rows_of([prompt], options)
       assert np.count_nonzero(layout.doc) == length and not got.attention_mask[row, :-length].any()
       np.testing.assert_array_equal(got.input_ids[row, -length:], tokens[0, :length])
       np.testing.assert_array_equal(got.position_ids[row, -length:], layout.position[0, :length])
@@ -170,7 +175,7 @@ def test_inputs_and_masks_are_those_of_blocks(options, shared):
 
       # Three new tokens are like three more tokens of the question; those of the shortest row come after padding, too.
       longer = [*prompt[:-1], [*prompt[-1], 1, 2, 3]]
-      expected = np.asarray(may_attend(rows_of([longer], options, shared)[1]))[0, :length + 3, :length + 3]
+      expected = np.asarray(may_attend(rows_of([longer], options)[1]))[0, :length + 3, :length + 3]
       total = got.input_ids.shape[1]
       index = torch.arange(total + 3)
       mask = generation.may_attend(got.layout, index, index)[row].numpy()
@@ -307,15 +312,15 @@ def test_a_shared_prefix_is_read_by_every_block(student):
   cache = Counting()
   prompts = [make_prompt(lengths, seed) for seed, lengths in enumerate(((4, 6, 5, 3), (5, 3)))]
   prompts.append([prompts[0][0], prompts[0][2], prompts[0][1], prompts[1][1]])
-  for options in (MODES['local'], MODES['sinks_local']):
-    ours = our_logits(student, prompts, options, shared=True)
-    answers = our_answers(student, prompts, options, shared=True)
-    for masked, logits in zip(masked_logits(student.model, prompts, options, shared=True), ours, strict=True):
+  for options in (shared(MODES['local']), shared(MODES['sinks_local'])):
+    ours = our_logits(student, prompts, options)
+    answers = our_answers(student, prompts, options)
+    for masked, logits in zip(masked_logits(student.model, prompts, options), ours, strict=True):
       np.testing.assert_allclose(masked, logits, atol=TOLERANCE, rtol=0)
     for prompt, logits, answer in zip(prompts, ours, answers, strict=True):
-      cached = cached_logits(student.model, prompt, options, shared=True, cache=cache)
+      cached = cached_logits(student.model, prompt, options, cache=cache)
       np.testing.assert_allclose(cached, logits[-len(cached):], atol=TOLERANCE, rtol=0)
-      np.testing.assert_array_equal(cached_answer(student.model, prompt, options, shared=True, cache=cache), answer)
+      np.testing.assert_array_equal(cached_answer(student.model, prompt, options, cache=cache), answer)
   # In each mode two prefixes, which sinks stand in front of too, and two further blocks.
   assert cache.writes == 2 * 2 + 2 * 2
   blocks_alone = Counting(cache)
@@ -324,10 +329,11 @@ def test_a_shared_prefix_is_read_by_every_block(student):
 
 
 def test_a_shared_prefix_at_sequential_positions_is_refused_by_the_cache_alone(qwen):
-  with pytest.raises(ValueError, match="needs positions='local'.*block_attention"):
-    hf.cached_generate(qwen.model, PROMPTS[0], MODES['sinks'], shared=True, max_new_tokens=2)
-  ours = our_logits(qwen, PROMPTS, MODES['sinks'], shared=True)
-  for masked, logits in zip(masked_logits(qwen.model, PROMPTS, MODES['sinks'], shared=True), ours, strict=True):
+  options = shared(MODES['sinks'])
+  with pytest.raises(ValueError, match="positions must be 'local'.*masked pass"):
+    hf.cached_generate(qwen.model, PROMPTS[0], options, max_new_tokens=2)
+  ours = our_logits(qwen, PROMPTS, options)
+  for masked, logits in zip(masked_logits(qwen.model, PROMPTS, options), ours, strict=True):
     np.testing.assert_allclose(masked, logits, atol=TOLERANCE, rtol=0)
 
 

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from blockattn import blocks
 
-KINDS = ('context', 'lifted', 'isolated', 'hidden', 'removed', 'sinks', 'holes')
+KINDS = ('context', 'lifted', 'isolated', 'hidden', 'removed', 'holes')
 KIND = st.sampled_from(('context',) * 6 + KINDS)
 BLOCK = st.tuples(st.one_of(st.just(1), st.integers(1, 24)), KIND)
 DOC = st.tuples(st.lists(BLOCK, min_size=1, max_size=6), st.booleans())
@@ -19,7 +19,7 @@ def build(rows, length: int) -> blocks.BlockLayout:
   """
   shape = (len(rows), length)
   fields = {name: np.zeros(shape, np.int32) for name in ('doc', 'block', 'position')}
-  fields |= {name: np.zeros(shape, bool) for name in ('reader', 'hidden', 'shared', 'sink')}
+  fields |= {name: np.zeros(shape, bool) for name in ('reader', 'hidden', 'shared')}
   for b, (at, docs) in enumerate(rows):
     for d, (doc, shared_first) in enumerate(docs, start=1):
       for i, (size, kind) in enumerate(doc):
@@ -30,8 +30,6 @@ def build(rows, length: int) -> blocks.BlockLayout:
         fields['reader'][b, where] = last or kind in ('lifted', 'isolated')
         fields['hidden'][b, where] = not last and kind in ('hidden', 'isolated')
         fields['shared'][b, where] = shared_first and i == 0
-        if kind == 'sinks':
-          fields['sink'][b, at:at + min(2, size - 1)] = True
         if kind == 'holes':
           fields['doc'][b, at + 1:min(at + size, length):3] = 0
         at += size
