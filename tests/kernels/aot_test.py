@@ -26,8 +26,9 @@ def test_long_rows_compile_for_tpus_in_linear_memory(target, dtype, width):
   """Forward and backward within the core's scalar and vector memory, which the compiler checks."""
   result = aot.compile_once(target, ['--shape', f'32,8,{width}', '--length', str(LONG), '--dtype', dtype])
   queries = LONG * 32 * width * (2 if dtype == 'bfloat16' else 4)
-  # What changes its layout between [B, T, N, H] and [B, N, T, H]: q, k, v, out and their gradients.
-  assert result['temporary_bytes'] < 8 * queries
+  # What changes its layout between [B, T, N, H] and [B, N, T, H]: q, k, v, out and their gradients; of 64 columns, compilers
+  # from jax 0.11 on pad some to the 128 lanes.
+  assert result['temporary_bytes'] < (8 if width >= 128 else 12) * queries
   assert result['temporary_bytes'] < LONG * LONG   # not a byte per pair of tokens
 
 
