@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from blockattn.kernels import api, cached as append
+from blockattn.kernels import api, cached
 from blockattn.models import transformer
 
 
@@ -51,7 +51,7 @@ class Context:
   Attributes:
     k, v: [L, B, S, K, H], keys rotated.
     visible: bool [B, S], what every token of the row may attend to.
-    axis: name of the mesh axis over which S is divided, inside of a shard_map; None where it is whole.
+    axis: name of the mesh axis over which S is sharded, inside of a shard_map; None where it is whole.
   """
   k: Any
   v: Any
@@ -79,11 +79,11 @@ def read(params, tokens, layout, cfg, compute, context: Context | None = None):
 
 def _beside(q, k_context, v_context, context, own):
   """Attention to a context merged with `own`, (output, logsumexp) of attention to other keys."""
-  parts = jax.tree.map(lambda x: x[None], append.attend_cached(q, k_context, v_context, context.visible))
+  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, k_context, v_context, context.visible))
   if context.axis is not None:   # every device has read its own part of the context
     parts = jax.tree.map(lambda x: jax.lax.all_gather(x[0], context.axis), parts)
   every = jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)[None]]), parts, own)
-  return append.merge(*every)[0].astype(q.dtype)
+  return cached.merge(*every)[0].astype(q.dtype)
 
 
 def prefill(params, tokens, layout, cfg, compute, room: int, context: Context | None = None):
@@ -141,7 +141,7 @@ def extend(params, tokens, cache: Cache, cfg, compute, context: Context | None =
     stored = []
     def attend(q, k, v):
       stored[:] = [k_cache.at[:, slot].set(k[:, 0]), v_cache.at[:, slot].set(v[:, 0])]
-      own = append.attend_cached(q, *stored, visible)
+      own = cached.attend_cached(q, *stored, visible)
       return own[0].astype(q.dtype) if context is None else _beside(q, *context_kv, context, own)
     x_B1D, _ = transformer.decoder_layer(x_B1D, transformer.cast(weights, compute), angles, cfg, compute, attend)
     return x_B1D, tuple(stored)
