@@ -38,9 +38,10 @@ MASKS = {'all': np.ones((B, T), bool), 'none': np.zeros((B, T), bool), 'one': np
 @functools.partial(jax.jit, static_argnames=('form', 'source', 'chunk'))
 def _chunked(heads, hidden, targets, mask, floor, cap, temperature, ce_weight, *, form, source, chunk):
   def loss(heads, hidden):
-    per_token = {'target': targets, 'position': POSITIONS}
-    sums = losses.distillation_sums(heads, hidden, per_token, mask, weights=losses.TokenWeights(form, source, floor, cap),
-                                    temperature=temperature, ce_weight=ce_weight, chunk=chunk)
+    student = losses.Reading(heads['student'], hidden['student'])
+    teacher = losses.Reading(heads['teacher'], hidden['teacher'], hidden.get('teacher_block'))
+    sums = losses.distillation_sums(student, teacher, targets, POSITIONS, mask, chunk=chunk, temperature=temperature,
+                                    weights=losses.TokenWeights(form, source, floor, cap), ce_weight=ce_weight)
     return sums['loss'], sums
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(heads, hidden)
 
@@ -293,12 +294,11 @@ def test_what_is_stored_of_a_teacher_trains_as_the_teacher_does():
   warm = log_softmax(hidden['teacher'] @ heads['teacher'].T / 1.5)
   ids = np.argsort(-warm, axis=-1)[..., :V - 1]
   pick = lambda x: np.take_along_axis(x, targets[..., None], -1)[..., 0].astype(np.float32)
-  stored = {'ids': ids, 'log_p': np.take_along_axis(warm, ids, -1).astype(np.float32),
-            'target_log_p': pick(log_p['teacher']), 'blocked_log_p': pick(log_p['teacher_block'])}
+  stored = losses.StoredTeacher(ids, np.take_along_axis(warm, ids, -1).astype(np.float32), pick(log_p['teacher']),
+                                pick(log_p['teacher_block']))
 
   def of_stored(head, x_BTD):
-    per_token = {'target': targets, 'position': POSITIONS, 'teacher': stored}
-    sums = losses.distillation_sums({'student': head}, {'student': x_BTD}, per_token, mask, weights=weights,
+    sums = losses.distillation_sums(losses.Reading(head, x_BTD), stored, targets, POSITIONS, mask, weights=weights,
                                     temperature=1.5, ce_weight=0.3, chunk=5)
     return sums['loss'], sums
   (again, stored_sums), own = jax.jit(jax.value_and_grad(of_stored, argnums=(0, 1), has_aux=True))(

@@ -287,8 +287,8 @@ def _hidden(params, rows, static):
 def _gap_sums(heads, hidden, rows):
   """[rows, 3, bins]: how many answer tokens, their cross-entropy and KL. heads and hidden are (the student's, the
   teacher's)."""
-  def sums(heads, hidden, per_token, mask):
-    student, teacher = losses.common_vocabulary(*map(transformer.project, hidden, heads))
+  def sums(heads, states, per_token, mask):
+    student, teacher = losses.common_vocabulary(*map(transformer.project, states, heads))
     ce = -losses.log_prob(student, per_token['target'])
     kl = losses.forward_kl(teacher, student, 1.0)
     in_bin = mask.astype(jnp.float32)[..., None] * jax.nn.one_hot(per_token['bin'], len(BINS))

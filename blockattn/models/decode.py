@@ -52,7 +52,7 @@ class Context:
   Attributes:
     k, v: [L, B, S, K, H], keys rotated.
     visible: bool [B, S], what every token of the row may attend to.
-    axis: name of the mesh axis over which S is divided, inside of a shard_map; None where it is whole.
+    axis: name of the mesh axis over which S is sharded, inside of a shard_map; None where it is whole.
   """
   k: Any
   v: Any

@@ -66,7 +66,7 @@ class Compute:
   impl: str = 'auto'                # attention implementation, see kernels.api
   tiles: tuple[int, int] | None = None
   remat: str = 'none'               # what the backward pass computes again: 'none', 'dots' (all but matmuls), 'full'
-  sent: int | None = None           # of rows divided over devices: see kernels.api.block_attention_on_mesh
+  sent: int | None = None           # under context parallelism: see kernels.api.block_attention_on_mesh
   placement: mesh_lib.Placement | None = None
 
   def __post_init__(self):
@@ -77,7 +77,7 @@ class Compute:
 
   @property
   def row_parts(self) -> int:
-    """Devices that the tokens of a row are divided over."""
+    """Devices that the tokens of a row are sharded over (context parallelism)."""
     return 1 if self.placement is None else self.placement.size('tokens')
 
 
