@@ -8,11 +8,15 @@ number of loss tokens.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from blockattn.models import transformer
+
+Array = jax.Array
+Head = tuple[Array, Array]   # (x_BTD, head_VD)
 
 WEIGHT_FORMS = ('relu', 'exp', 'none')
 GAP_SOURCES = ('student', 'teacher')
@@ -42,7 +46,7 @@ class TokenWeights:
       raise ValueError(f'token weight source {self.source!r}; choose one of {", ".join(GAP_SOURCES)}')
 
 
-def token_weight(gap, weights: TokenWeights):
+def token_weight(gap: Array, weights: TokenWeights) -> Array:
   """The weight of each token before normalisation; no gradient."""
   gap = jax.lax.stop_gradient(gap)
   if weights.form == 'relu':
@@ -147,8 +151,9 @@ def map_chunks(fn, tree, chunk: int):
   return jax.tree.map(join, jax.lax.map(fn, jax.tree.map(cut, tree)))
 
 
-def distillation_sums(heads, hidden, per_token, mask, *, weights: TokenWeights, temperature: float,
-                      ce_weight: float, chunk: int, parts: int = 1):
+def distillation_sums(heads: dict[str, Any], hidden: dict[str, Array], per_token: dict[str, Any], mask: Array, *,
+                      weights: TokenWeights, temperature: float, ce_weight: float, chunk: int,
+                      parts: int = 1) -> dict[str, Array]:
   """The distillation loss as sums: loss = sums['loss'] / sums['weight'].
 
   loss = sum_t m_t w_t [ temperature^2 KL(p_T || p_S)_t + ce_weight * CE_t ] / sum_t m_t w_t. The weights carry no gradient.
@@ -203,19 +208,47 @@ def distillation_sums(heads, hidden, per_token, mask, *, weights: TokenWeights, 
   return sum_over_tokens(chunk_sums, heads, hidden, per_token, mask, chunk, parts)
 
 
-def position_bin(position, length: int):
+def distillation_loss(student: Head, teacher: Head, targets: Array, mask: Array, *, weights: TokenWeights | None = None,
+                      temperature: float = 1.0, ce_weight: float = 0.0, chunk: int = 128) -> Array:
+  """The loss of block distillation, for any two models: `distillation_sums` of a batch, as one number.
+
+  Args:
+    student, teacher: (hidden states x_BTD in front of the head, head [V, D]) of the same text tokens. Logits are made a
+      chunk at a time. The teacher gets no gradient.
+    targets: int32 [B, T], the token that each position predicts.
+    mask: bool [B, T], the tokens that count; without one the loss is 0.
+    weights: of tokens, by the student's own gap to the teacher; None: the default ones.
+    temperature, ce_weight: see `distillation_sums`.
+    chunk: tokens of a row whose logits exist at a time.
+
+  Returns:
+    float32 scalar, differentiable in what `student` is made of.
+  """
+  weights = weights or TokenWeights()
+  if weights.source != 'student':
+    raise ValueError(f"weights.source must be 'student' here, got {weights.source!r}; with the teacher's hidden states "
+                     'under the block mask too, call distillation_sums')
+  hidden, heads = ({'student': own, 'teacher': jax.lax.stop_gradient(other)} for own, other in zip(student, teacher))
+  per_token = {'target': targets, 'position': jnp.zeros_like(targets)}
+  sums = distillation_sums(heads, hidden, per_token, mask, weights=weights, temperature=temperature, ce_weight=ce_weight,
+                           chunk=chunk)
+  return sums['loss'] / jnp.maximum(sums['weight'], jnp.finfo(jnp.float32).tiny)
+
+
+def position_bin(position: Array, length: int) -> Array:
   """Bin of a position in its document: the last is length/2 and beyond, each before it half as wide, the first the rest."""
   edges = [-(-length // 2 ** i) for i in range(POSITION_BINS - 1, 0, -1)]
   return sum((position >= edge).astype(jnp.int32) for edge in edges)
 
 
-def common_vocabulary(a, b):
+def common_vocabulary(a: Array, b: Array) -> tuple[Array, Array]:
   """Teacher and student may be padded to different sizes; both predict the smaller vocabulary."""
   size = min(a.shape[-1], b.shape[-1])
   return a[..., :size], b[..., :size]
 
 
-def cross_entropy_sums(head_VD, x_BTD, targets, weight, chunk: int, parts: int = 1):
+def cross_entropy_sums(head_VD: Array, x_BTD: Array, targets: Array, weight: Array, chunk: int,
+                       parts: int = 1) -> dict[str, Array]:
   """Weighted cross-entropy as sums: loss = sums['loss'] / sums['weight'].
 
   Args:
