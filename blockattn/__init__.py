@@ -1,81 +1,43 @@
-"""Block attention for long prompts. `segment` and `segment_many` cut text into blocks; the rest is in the modules."""
+"""Block attention for long prompts: what one wants first. Everything is loaded when it is first asked for.
 
-import functools
-import os
-from collections.abc import Callable, Sequence
-from typing import Any
+  block_attention     attention under a BlockLayout, in a model of one's own
+  BlockLayout, from_lengths, may_attend, picture    who may attend to whom, and a drawing of it
+  distillation_loss   KL to a full-attention teacher, tokens weighted by what blocks cost them
+  segment, segment_many    text cut into blocks
+  load                a model from a folder, a hub name or a work directory, as a Loaded
+  Engine, Request, Store    answers over cached blocks
+"""
 
+import importlib
+from typing import TYPE_CHECKING, Any
 
-def segment(text: str, *, threshold: float | None = None, depth: int | None = None, target_tokens: int | None = None,
-            min_tokens: int | None = None, max_tokens: int | None = None, model: Any = None,
-            tokenizer: Any = None) -> list[tuple[int, int]]:
-  """The blocks of one text as (start, stop) character offsets; for the arguments see `segment_many`."""
-  return segment_many([text], threshold=threshold, depth=depth, target_tokens=target_tokens, min_tokens=min_tokens,
-                      max_tokens=max_tokens, model=model, tokenizer=tokenizer)[0]
+__version__ = '0.1.0'
 
+if TYPE_CHECKING:
+  from blockattn.blocks import BlockLayout, from_lengths, may_attend, picture
+  from blockattn.inference.cache import Store
+  from blockattn.inference.engine import Engine
+  from blockattn.inference.plan import Request
+  from blockattn.kernels.api import block_attention
+  from blockattn.loading import Loaded, load
+  from blockattn.losses import distillation_loss
+  from blockattn.segmentation.api import segment, segment_many
 
-def segment_many(texts: Sequence[str], *, threshold: float | None = None, depth: int | None = None,
-                 target_tokens: int | None = None, min_tokens: int | None = None, max_tokens: int | None = None,
-                 model: Any = None, tokenizer: Any = None,
-                 progress: Callable[[int], None] | None = None) -> list[list[tuple[int, int]]]:
-  """Cuts texts where a person would.
+__all__ = ['BlockLayout', 'Engine', 'Loaded', 'Request', 'Store', 'block_attention', 'distillation_loss', 'from_lengths',
+           'load', 'may_attend', 'picture', 'segment', 'segment_many']
 
-  The blocks of a text follow each other without gap or overlap from 0 to its length: joined, they are the text. An
-  empty text has none. Tokens are those of a block encoded alone by `tokenizer`: give that of the model that will read it.
-
-  Args:
-    texts: strings in any language, of any length; they are scored in batches.
-    threshold: cut where the probability of a cut is at least this; None: what the model was tuned to.
-    depth: cut every block longer than `max_tokens` (every block, if that is not given) again at its best place, up to
-      `depth` times. Blocks may still be longer then.
-    target_tokens: wanted length of a block; of all cuts those with the best sum of log-odds near it are taken.
-    min_tokens, max_tokens: bounds that always hold (a text shorter than `min_tokens` is one block), if need be by cuts
-      inside a sentence or a word. With a target their defaults are a quarter of it and twice it.
-    model: None: the segmenter that comes with the package; a folder or a hub name; or an object that has `score`,
-      `token_ends` and `options.threshold` as `blockattn.segmentation.segmenter.Segmenter` has them.
-    tokenizer: counts tokens: a folder or hub name, a transformers fast tokenizer, a `tokenizers.Tokenizer`, or a function
-      text -> number; None: the segmenter's own, of which a text has more or less than of a language model's.
-    progress: called with the number of characters scored so far.
-
-  Returns:
-    For each text a list of (start, stop).
-
-  Raises:
-    ValueError: the wishes contradict each other, or a single character has more tokens than `max_tokens`.
-    TypeError: a text is no string.
-    FileNotFoundError: there is no such model.
-  """
-  from blockattn.data import encode
-  from blockattn.segmentation import granularity
-  texts = _checked(texts)
-  want = granularity.wanted(threshold=threshold, depth=depth, target=target_tokens, minimum=min_tokens,
-                            maximum=max_tokens)
-  model = load_segmenter(model)
-  want = granularity.for_model(want, model)
-  reader = None if tokenizer is None else encode.token_ends(tokenizer)
-  return [granularity.blocks_of(text, scored, want, model.token_ends, reader)
-          for text, scored in zip(texts, model.score(texts, progress=progress), strict=True)]
+_HOME = {   # where each name comes from
+    **dict.fromkeys(('BlockLayout', 'from_lengths', 'may_attend', 'picture'), 'blocks'),
+    'Engine': 'inference.engine', 'Request': 'inference.plan', 'Store': 'inference.cache',
+    'block_attention': 'kernels.api', 'distillation_loss': 'losses',
+    **dict.fromkeys(('Loaded', 'load'), 'loading'), **dict.fromkeys(('segment', 'segment_many'), 'segmentation.api')}
 
 
-def load_segmenter(model: Any = None) -> Any:
-  """The segmenter of a folder or hub name, read once per process; None: the embedded one; an object stays itself."""
-  if model is None:
-    from blockattn.segmentation import segmenter
-    return segmenter.embedded()
-  return _load(os.fspath(model)) if isinstance(model, str | os.PathLike) else model
+def __getattr__(name: str) -> Any:
+  if name not in _HOME:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  return getattr(importlib.import_module(f'{__name__}.{_HOME[name]}'), name)
 
 
-def _checked(texts):
-  if isinstance(texts, str):
-    raise TypeError('segment_many takes a list of texts; for one text use segment')
-  texts = list(texts)
-  for i, text in enumerate(texts):
-    if not isinstance(text, str):
-      raise TypeError(f'text {i} is {type(text).__name__}, not str')
-  return texts
-
-
-@functools.cache
-def _load(name):
-  from blockattn.segmentation import segmenter
-  return segmenter.Segmenter.load(name)
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from blockattn.models import transformer
 
 Array = jax.Array
+Head = tuple[Array, Array]   # (x_BTD, head_VD)
 
 WEIGHT_FORMS = ('relu', 'exp', 'none')
 GAP_SOURCES = ('student', 'teacher')
@@ -243,6 +244,32 @@ def _against_stored(logits, stored: StoredTeacher, target, temperature):
   """The same of a stored teacher."""
   kl = forward_kl_of_top(stored.log_p, stored.ids, logits, temperature)
   return kl, log_prob(logits, target), stored.target_log_p, stored.blocked_log_p
+
+
+def distillation_loss(student: Head, teacher: Head, targets: Array, mask: Array, *, weights: TokenWeights | None = None,
+                      temperature: float = 1.0, ce_weight: float = 0.0, chunk: int = 128) -> Array:
+  """The loss of block distillation, for any two models: `distillation_sums` of a batch, as one number.
+
+  Args:
+    student, teacher: (hidden states x_BTD in front of the head, head [V, D]) of the same text tokens. Logits are made a
+      chunk at a time. The teacher gets no gradient.
+    targets: int32 [B, T], the token that each position predicts.
+    mask: bool [B, T], the tokens that count; without one the loss is 0.
+    weights: of tokens, by the student's own gap to the teacher; None: the default ones.
+    temperature, ce_weight: see `distillation_sums`.
+    chunk: tokens of a row whose logits exist at a time.
+
+  Returns:
+    float32 scalar, differentiable in what `student` is made of.
+  """
+  weights = weights or TokenWeights()
+  if weights.source != 'student':
+    raise ValueError(f"weights.source must be 'student' here, got {weights.source!r}; with the teacher's hidden states "
+                     'under the block mask too, call distillation_sums')
+  sums = distillation_sums(Reading(student[1], student[0]), jax.lax.stop_gradient(Reading(teacher[1], teacher[0])), targets,
+                           jnp.zeros_like(targets), mask, weights=weights, temperature=temperature, ce_weight=ce_weight,
+                           chunk=chunk)
+  return sums['loss'] / jnp.maximum(sums['weight'], jnp.finfo(jnp.float32).tiny)
 
 
 def position_bin(position: Array, length: int) -> Array:

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import functools
+import graphlib
 import pathlib
 
 import pytest
@@ -13,10 +14,13 @@ LEVELS = (
     ('kernels',),
     ('models',),
     ('data', 'hf', 'losses', 'optim'),
+    ('loading',),
     ('inference', 'evals', 'segmentation'),
     ('train',),
 )
 LEVEL = {place: level for level, places in enumerate(LEVELS) for place in places}
+FACE = ''   # blockattn/__init__.py, on top of everything
+LEVEL[FACE] = len(LEVELS)
 
 # Libraries that some machines lack, and the only places of the package that may ask for them.
 GUESTS = {'grain': ('data', 'train', 'checkpoint'), 'ml_collections': ('train',),
@@ -28,7 +32,8 @@ PORTABLE = ('blocks', 'errors', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'm
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-  """One import of a dotted name; `late` if it stands inside a function, so that it runs only when that is called."""
+  """One import of a dotted name; `late` if it stands inside a function or under TYPE_CHECKING: loading the module does not
+  run it."""
   name: str
   line: int
   late: bool
@@ -37,6 +42,7 @@ class Import:
 def imports_of(source: str, package: str) -> list[Import]:
   """Every import in the source of a module of `package`, relative ones resolved; `from a import b` gives `a.b`."""
   found = []
+  for_types = lambda node: isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING'
 
   def visit(node, late):
     if isinstance(node, ast.Import):
@@ -46,7 +52,7 @@ def imports_of(source: str, package: str) -> list[Import]:
       base = '.'.join(parts + ([node.module] if node.module else []))
       found.extend(Import(f'{base}.{alias.name}', node.lineno, late) for alias in node.names)
     for child in ast.iter_child_nodes(node):
-      visit(child, late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+      visit(child, late or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or for_types(node))
 
   visit(ast.parse(source), False)
   return found
@@ -65,8 +71,15 @@ def package_imports() -> dict[str, list[Import]]:
 
 
 def place_of(name: str) -> str:
-  """The file or folder directly under blockattn/ that a dotted name of the package belongs to; '' for the root."""
-  return (name.split('.') + [''])[1]
+  """The file or folder directly under blockattn/ that a dotted name of the package belongs to; FACE for what the package
+  itself offers."""
+  return (module_of(name).split('.') + [FACE])[1]
+
+
+def module_of(name: str) -> str:
+  """The module of the package that a dotted name is, or is a part of."""
+  parts = name.split('.')
+  return next(found for n in range(len(parts), 0, -1) if (found := '.'.join(parts[:n])) in package_imports())
 
 
 def is_folder(place: str) -> bool:
@@ -74,8 +87,9 @@ def is_folder(place: str) -> bool:
 
 
 def may_import(importer: str, imported: str) -> bool:
-  """Downward, inside a folder, and between single files of one level; a folder's siblings are out of its reach."""
-  if importer == imported or '' in (importer, imported):
+  """Downward, inside a folder, and between single files of one level; a folder's siblings are out of its reach, and the
+  face is out of everybody's."""
+  if importer == imported:
     return True
   if LEVEL[importer] == LEVEL[imported]:
     return not is_folder(importer) and not is_folder(imported)
@@ -87,7 +101,7 @@ def where(module: str, line: int) -> str:
 
 
 def test_everything_has_a_level():
-  places = {place_of(name) for name in package_imports()} - {''}
+  places = {place_of(name) for name in package_imports()}
   assert places <= set(LEVEL), f'give these a level in {__name__}.LEVELS: {sorted(places - set(LEVEL))}'
 
 
@@ -99,8 +113,17 @@ def test_every_folder_with_code_is_a_package():
 
 def test_imports_go_downward():
   wrong = [f'{where(module, i.line)}: imports {i.name}' for module, imports in package_imports().items()
-           for i in imports if i.name.startswith('blockattn.') and not may_import(place_of(module), place_of(i.name))]
+           for i in imports if i.name.split('.')[0] == 'blockattn' and not may_import(place_of(module), place_of(i.name))]
   assert not wrong, '\n'.join(['imports go to a lower level only:'] + wrong)
+
+
+def test_no_files_import_each_other_in_a_circle():
+  graph = {module: {module_of(i.name) for i in imports if i.name.split('.')[0] == 'blockattn'}
+           for module, imports in package_imports().items()}
+  try:
+    graphlib.TopologicalSorter(graph).prepare()
+  except graphlib.CycleError as error:
+    pytest.fail('a circle: ' + ' <- '.join(error.args[1]))
 
 
 def test_the_package_knows_nothing_of_what_uses_it():
@@ -141,15 +164,17 @@ def test_computing_parts_import_without_optional_libraries(place):
 
 
 def test_the_reader_of_imports():
-  source = 'import a.b\nfrom . import c\nfrom ..d import e, f\ndef g():\n  from h import i\n'
+  source = ('import a.b\nfrom . import c\nfrom ..d import e, f\ndef g():\n  from h import i\n'
+            'if TYPE_CHECKING:\n  import j\n')
   assert imports_of(source, 'blockattn.models') == [
       Import('a.b', 1, False), Import('blockattn.models.c', 2, False), Import('blockattn.d.e', 3, False),
-      Import('blockattn.d.f', 3, False), Import('h.i', 5, True)]
+      Import('blockattn.d.f', 3, False), Import('h.i', 5, True), Import('j', 7, True)]
 
 
 @pytest.mark.parametrize('importer, imported, allowed', [
     ('models', 'kernels', True), ('kernels', 'models', False), ('data', 'hf', False), ('data', 'losses', False),
-    ('checkpoint', 'tree', True), ('evals', 'inference', False), ('train', 'evals', True), ('train', 'train', True)])
+    ('checkpoint', 'tree', True), ('evals', 'inference', False), ('train', 'evals', True), ('train', 'train', True),
+    ('', 'train', True), ('segmentation', '', False)])
 def test_the_rule_itself(importer, imported, allowed, monkeypatch):
   monkeypatch.setattr(f'{__name__}.is_folder', lambda place: place not in ('checkpoint', 'tree', 'losses', 'optim'))
   assert may_import(importer, imported) == allowed

@@ -27,7 +27,7 @@ import tokenizers
 
 from blockattn import blocks as blocks_lib, metrics
 from blockattn.hf import convert
-from blockattn.inference import cache as cache_lib, generate
+from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, stopwatch
 from blockattn.kernels import api
 from blockattn.models import decode, flops, sizes, spec, transformer
 
@@ -74,11 +74,11 @@ class Model:
   cfg: transformer.ModelConfig
   compute: transformer.Compute
 
-  def engine(self, prompt: Prompt, store=None, **more) -> generate.Engine:
+  def engine(self, prompt: Prompt, store=None) -> engine_lib.Engine:
     room = sum(-(-n // 16) * 16 for n in prompt.with_sinks())
     options = blocks_lib.BlockOptions(_SINKS, 'sequential', max_blocks=1)
-    return generate.Engine(self.params, self.cfg, self.compute, options, _tokenizer(), stop_ids=(), store=store,
-                           device_tokens=room, **more)
+    return engine_lib.Engine(self.params, self.cfg, self.compute, options, _tokenizer(), stop_ids=(), store=store,
+                             device_tokens=room)
 
 
 def _tokenizer():
@@ -88,11 +88,11 @@ def _tokenizer():
 
 def ways(model: Model, prompt: Prompt, folder: pathlib.Path, states=STATES) -> dict:
   """{name: (get ready, run)} of `full` and of these states. Run gives seconds."""
-  request = generate.Request(prompt.blocks, max_new=1)
-  some = generate.Request((*prompt.blocks[:-1:2], prompt.blocks[-1]), max_new=1)
+  request = plan.Request(prompt.blocks, max_new=1)
+  some = plan.Request((*prompt.blocks[:-1:2], prompt.blocks[-1]), max_new=1)
   # With its sinks as many tokens as torch reads.
-  whole = generate.Request((sum(prompt.blocks, ())[len(_SINKS):],), max_new=1)
-  first = lambda engine, asked: engine.generate([asked])[0].seconds['first_token']
+  whole = plan.Request((sum(prompt.blocks, ())[len(_SINKS):],), max_new=1)
+  first = lambda engine, asked: timed(engine, asked).first_token
   device = model.engine(prompt)
 
   def only(prepared):
@@ -113,6 +113,13 @@ def ways(model: Model, prompt: Prompt, folder: pathlib.Path, states=STATES) -> d
     store.flush()
     found[name] = (engine.forget, lambda engine=engine: first(engine, request))
   return found
+
+
+def timed(engine: engine_lib.Engine, request: plan.Request, *, wait: bool = False) -> stopwatch.Stopwatch:
+  """How long an answer takes; `wait`: its parts too."""
+  with stopwatch.running(wait=wait) as watch:
+    engine.generate([request], on_part=watch)
+  return watch
 
 
 def torch_way(model: Model, prompt: Prompt, folder: pathlib.Path):
@@ -163,7 +170,7 @@ def check(model: Model, prompt: Prompt) -> float:
   tokens, layout, index = blocks_lib.block_mode(np.array([sum(prompt.blocks, ())], np.int32), layout, options)
   masked = jax.jit(transformer.apply, static_argnums=(3, 4))(model.params, tokens, layout, model.cfg, model.compute)
   masked = np.asarray(transformer.logits(model.params, masked[0, int(index[0, -1])], model.cfg))
-  cached = model.engine(prompt).logits(generate.Request(prompt.blocks, max_new=1))
+  cached = model.engine(prompt).logits(plan.Request(prompt.blocks, max_new=1))
   off = float(np.abs(cached - masked).max() / masked.std())
   if off > (1e-3 if model.compute.dtype == 'float32' else 0.2):
     raise ValueError(f'logits over cached blocks are {off:.2g} standard deviations off those of the masked forward pass')
@@ -189,17 +196,17 @@ def split(model: Model, prompt: Prompt, samples: int, states=STATES) -> dict:
   parts = {}
   for name in (name for name in SPLIT if name in states):
     store = cache_lib.Store(1 << 40) if name == 'memory' else None
-    engine = model.engine(prompt, store, timed=True)
-    request = generate.Request(prompt.blocks, max_new=1)
+    engine = model.engine(prompt, store)
+    request = plan.Request(prompt.blocks, max_new=1)
     engine.prepare([request])
     found = []
     for _ in range(samples + 1):   # the first one compiles
       if store is not None:
         engine.forget()
-      found.append(engine.generate([request])[0].seconds)
+      found.append(timed(engine, request, wait=True).parts)
     parts[name] = {part: min(seconds[part] for seconds in found[1:]) for part in PARTS}
   rotate = jax.jit(decode.rotate_keys, static_argnums=2)
-  cfg, length = model.cfg, generate.padded(sum(prompt.with_sinks()[:-1]))
+  cfg, length = model.cfg, plan.padded(sum(prompt.with_sinks()[:-1]))
   k = jnp.zeros((cfg.layers, 1, length, cfg.kv_heads, cfg.head_dim), model.compute.dtype)
   position = jnp.arange(length, dtype=jnp.int32)[None]
   parts['rotate'] = _fastest(lambda: rotate(k, position, cfg), samples)

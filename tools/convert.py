@@ -13,7 +13,6 @@ tokenizer comes from its `hf` folder, else from the model that the run started f
 import argparse
 import contextlib
 import dataclasses
-import os
 import pathlib
 import resource
 import sys
@@ -22,10 +21,9 @@ import jax
 import tokenizers
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from blockattn import checkpoint, disk, mesh, tree
+from blockattn import checkpoint, disk, loading, mesh
 from blockattn.data import encode
 from blockattn.hf import card as card_lib, config, convert, files, names
-from blockattn.models import lora, spec, transformer
 from blockattn.train import loop
 from tools import arguments
 
@@ -66,61 +64,19 @@ def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = N
   meta = checkpoint.load_meta(pathlib.Path(workdir) / 'checkpoints', step)
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
-  config.check_exportable(model_of(meta))
-  _check_tokenizer(companions, model_of(meta))
-  stored = _stored_dtypes(pathlib.Path(workdir) / 'checkpoints', step, model_of(meta))
+  config.check_exportable(loading.model_of(meta))
+  _check_tokenizer(companions, loading.model_of(meta))
+  stored = _stored_dtypes(pathlib.Path(workdir) / 'checkpoints', step, loading.model_of(meta))
   dtype = dtype or convert.dtype_for(stored)
   _say_rounding(stored, dtype)
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
-  cfg, params, _ = load_run(workdir, dtype, one, step, source)
+  cfg, params, _ = loading.load_run(workdir, dtype, one, step, source)
   carried = _carried(meta)
   card = pathlib.Path(card).read_text(encoding='utf-8') if card else card_lib.text(
       cfg, carried | {'source': meta.get('source')}, companions, facts=_training(pathlib.Path(workdir)))
   with _progress(f'writing {out}') as report:
     convert.save(params, cfg, out, source=companions, meta=carried, dtype=dtype, overwrite=overwrite, report=report,
                  card=card)
-
-
-def load_run(workdir: str | os.PathLike, dtype: str, place: mesh.Placement, step: int | None = None,
-             source: str | None = None):
-  """(ModelConfig, parameters, meta) of a trainer's checkpoint, a LoRA student merged with the model that it started from.
-
-  Args:
-    dtype: of the parameters.
-    step: default: the newest.
-    source: of a LoRA run, the model that it started from, if it is no longer where the run found it.
-
-  Raises:
-    FileNotFoundError, ValueError: naming the folder and what it lacks.
-  """
-  checkpoints = pathlib.Path(workdir) / 'checkpoints'
-  meta = checkpoint.load_meta(checkpoints, step)
-  cfg = model_of(meta)
-  if not meta.get('lora'):   # checkpoints from before LoRA do not speak of it
-    return cfg, checkpoint.load_params(checkpoints, spec.abstract(transformer.spec(cfg), dtype, place), step), meta
-  options = lora.LoraOptions(**meta['lora'])
-  trained = checkpoint.load_params(checkpoints, spec.abstract(lora.spec(cfg, options), 'float32', place), step)
-  try:
-    base_cfg, base = _load_base(source or meta['source'], dtype, place, meta.get('source_weights'))
-  except FileNotFoundError as error:
-    raise FileNotFoundError(f'{workdir} holds a LoRA student, to be merged with the model that it started from: {error}'
-                            ) from error
-  if base_cfg != dataclasses.replace(cfg, learned_sinks=0):
-    raise ValueError(f'{workdir} holds a LoRA student of another model than {source or meta["source"]}: {base_cfg} there, '
-                     f'{cfg} in the checkpoint')
-  weights = convert.weights_facts(base)
-  convert.check_same_weights(meta.get('source_weights'), weights, f'the LoRA student in {workdir}', source or meta['source'],
-                             'name the folder that has them with --source of tools.convert')
-  return cfg, jax.tree.map(lambda x: x.astype(dtype), lora.merge(base, trained, options)), meta
-
-
-def _load_base(source, dtype, place, said):
-  """(ModelConfig, parameters) that a LoRA student adds to."""
-  load = lambda dtype: convert.load(source, dtype, mesh=place.mesh, rules=place.rules)
-  cfg, params = load(dtype)
-  if said and said['dtype'] != dtype and tree.fingerprint(params) != said['fingerprint']:
-    return load(said['dtype'])   # of float32 weights, one of the two was rounded: only as in training can they be compared
-  return cfg, params
 
 
 def _stored_dtypes(checkpoints, step, cfg) -> list[str]:
@@ -134,14 +90,6 @@ def _stored_dtypes(checkpoints, step, cfg) -> list[str]:
 def _say_rounding(stored, dtype):
   if said := convert.rounding(stored, dtype):
     print(f'{said}, as --dtype {dtype} says')
-
-
-def model_of(meta: dict) -> transformer.ModelConfig:
-  """The ModelConfig that a checkpoint's meta describes."""
-  fields = dict(meta['model'])
-  if fields['rope_scaling'] is not None:
-    fields['rope_scaling'] = transformer.Llama3Rope(**fields['rope_scaling'])
-  return transformer.ModelConfig(**fields)
 
 
 def _training(workdir: pathlib.Path) -> dict:

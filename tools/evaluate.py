@@ -22,7 +22,6 @@ stopped.
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
@@ -36,65 +35,21 @@ import jax
 import rich.console
 import rich.table
 
-from blockattn import checkpoint, disk, mesh, metrics
+from blockattn import disk, metrics
 from blockattn.data import encode, text as text_lib
-from blockattn.evals import answers, gap
-from blockattn.hf import config as hf_config, convert as hf_convert, files as hf_files
+from blockattn.evals import answers, gap, subjects as subjects_lib
+from blockattn.evals.subjects import BEFORE, STUDENT, TEACHER
 from blockattn.inference import cache as cache_lib
 from blockattn.kernels import api
 from blockattn.models import transformer
 from blockattn.train import setup
 from configs import common
-from tools import arguments, compare, convert, report as report_page
+from tools import arguments, compare, report as report_page
 
 PAGES = {'pages': 'test', 'pages:validation': 'validation'}   # --data -> split of blockattn.data.stdlib
 PAGE_STOP = '\n'   # a page may ask several questions, one after the other
-TEACHER, BEFORE, STUDENT = 'teacher_full', 'teacher_block', 'student_block'
 COLUMNS = {'exact_match': '{:.1%}', 'substring': '{:.1%}', 'f1': '{:.1%}', 'ce': '{:.4f}', 'kl': '{:.4f}', 'n': '{}'}
 _PAGES_BY_DEFAULT = 200
-
-
-def load_subject(path: str | os.PathLike, mode: str, compute: transformer.Compute, template_args: str | None = None,
-                 chat: bool | None = None):
-  """A model to evaluate, its parameters in compute.dtype.
-
-  Args:
-    path: Hugging Face folder, hub name, or a trainer's work directory.
-    mode: 'full' or 'block'; `dataclasses.replace(subject, mode=...)` gives the other without loading again.
-    compute: Compute.
-    template_args, chat: see `prompts_of`.
-
-  Returns:
-    (gap.Subject, tokenizer).
-
-  Raises:
-    FileNotFoundError, ValueError: naming the file and the key at fault.
-  """
-  if (pathlib.Path(path) / 'checkpoints').is_dir():
-    cfg, params, meta, tokenizer = _load_workdir(pathlib.Path(path), compute.dtype)
-  else:
-    folder = hf_files.locate(path)
-    hf_config.check_language_model(hf_config.read(folder), folder)
-    cfg, params = hf_convert.load(folder, compute.dtype)
-    meta, tokenizer = hf_config.read_meta(folder), folder
-  options = hf_config.block_options(meta, where=str(path))
-  tokenizer, chat = prompts_of(meta, tokenizer, template_args, chat)
-  encode.check_tokenizer(tokenizer, cfg.vocab, str(path), cfg.learned_sinks)
-  encode.check_ids(options.sink_ids, cfg.vocab + cfg.learned_sinks, tokenizer, f'{path}: sinks')
-  return gap.Subject(params, cfg, compute, mode, options, chat), tokenizer
-
-
-def prompts_of(meta: dict, tokenizer: str | os.PathLike, template_args: str | None = None, chat: bool | None = None):
-  """(tokenizer, whether prompts get its chat template) of a model: as said, else as in its training, else if its tokenizer
-  has one.
-
-  Args:
-    meta: what the model's folder or checkpoint says.
-    tokenizer: folder or hub name.
-  """
-  trained = meta.get('prompt') or {}
-  loaded = encode.load_tokenizer(tokenizer, trained.get('template_args', '') if template_args is None else template_args)
-  return loaded, text_lib.wants_chat(trained.get('chat') if chat is None else chat, loaded)
 
 
 def add_prompt_arguments(parser):
@@ -103,47 +58,6 @@ def add_prompt_arguments(parser):
                       '(default: as in the training of the model; of other models, if the tokenizer has one)')
   parser.add_argument('--template-args', metavar='NAME=VALUE,...', help='of the chat template, such as enable_thinking=true '
                       '(default: as in training; enable_thinking=false where the template knows it)')
-
-
-def _load_workdir(workdir, dtype):
-  one = mesh.Placement(mesh.make_mesh({}, jax.local_devices()[:1]))
-  hf_config.check_language_model(convert.model_of(checkpoint.load_meta(workdir / 'checkpoints')), workdir)
-  cfg, params, meta = convert.load_run(workdir, dtype, one)
-  return cfg, params, meta, _tokenizer_of(workdir, meta)
-
-
-def _tokenizer_of(workdir, meta):
-  """Where the run's tokenizer is: as in training."""
-  if (workdir / 'hf').is_dir():
-    return workdir / 'hf'
-  if (workdir / 'config.json').is_file():
-    said = hf_files.read_json(workdir / 'config.json')
-    return said['data']['tokenizer'] or said['model']['source']
-  return meta['source']
-
-
-def load_pair(model, teacher, modes: Sequence[str], compute: transformer.Compute, **prompts):
-  """({name: Subject} of the teacher and of the student by mode, the teacher, the student's tokenizer).
-
-  With block mode comes the teacher under the student's block mask, without sinks: it never saw one.
-
-  Raises:
-    ValueError: the two tokenizers differ, so that tokens of one mean nothing to the other.
-  """
-  teacher_subject, teacher_tokenizer = load_subject(teacher, 'full', compute)
-  student, tokenizer = load_subject(model, 'block', compute, **prompts)
-  ours = tokenizer.get_vocab()
-  other = [text for text, i in teacher_tokenizer.get_vocab().items() if text not in ours or ours[text] != i]
-  if other:
-    raise ValueError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
-                     f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
-  subjects = {TEACHER: teacher_subject}
-  if 'block' in modes:
-    options = dataclasses.replace(student.options, sink_ids=())
-    subjects[BEFORE] = dataclasses.replace(teacher_subject, mode='block', options=options)
-  for mode in modes:
-    subjects[f'student_{mode}'] = dataclasses.replace(student, mode=mode)
-  return subjects, teacher_subject, tokenizer
 
 
 def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bool = False, limit: int | None = None):
@@ -195,7 +109,7 @@ def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, e
   """
   start = time.perf_counter()
   what = lambda s: {'weights': weights_key(s), 'impl': s.compute.impl, 'sink_ids': s.options.sink_ids,
-                    'positions': s.options.positions}
+                    'positions': s.options.positions, 'shared_first': s.options.shared_first}
   decides = {'tokenizer': encode.Encoder(tokenizer).fingerprint, 'models': {name: what(s) for name, s in subjects.items()}}
   with metrics.counting('evaluating', stream=stream) as progress:
     rows = gap.measure(subjects, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new, stop=stop, out=out,
@@ -297,9 +211,9 @@ def run(options, console, err) -> dict:
   files = None if split else text_lib.find_files(options.data)   # before models are loaded
   attention = api.choose(options.impl, jax.devices()[0])
   err.print(str(attention))
-  subjects, teacher, tokenizer = load_pair(options.model, options.teacher, modes,
-                                           transformer.Compute(dtype=options.dtype, impl=attention.impl),
-                                           template_args=options.template_args, chat=options.chat)
+  subjects, teacher, tokenizer = subjects_lib.load_pair(options.model, options.teacher, modes,
+                                                        transformer.Compute(dtype=options.dtype, impl=attention.impl),
+                                                        template_args=options.template_args, chat=options.chat)
   if files is None:
     docs, examples = page_docs(tokenizer, options.limit or _PAGES_BY_DEFAULT, split=split)
     report, stop = text_lib.Report(), options.stop or PAGE_STOP

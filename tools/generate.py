@@ -33,10 +33,9 @@ import rich.console
 import rich.table
 
 import blockattn
-from blockattn import tree
+from blockattn import loading, tree
 from blockattn.data import encode, text as text_lib
-from blockattn.hf import files
-from blockattn.inference import cache as cache_lib, generate
+from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, session as session_lib, stopwatch
 from blockattn.kernels import api
 from blockattn.models import transformer
 from blockattn.segmentation import cutter
@@ -91,67 +90,37 @@ def blocks_of(texts: Sequence[str], cut=None) -> tuple[str, ...]:
                for block in text_lib.pieces(text, [start for start, _ in spans]))
 
 
-def asked(blocks: Sequence[str], question: str, tokenizer, chat: bool) -> text_lib.Example:
-  """The example that asks this about the blocks; a text without a line end gets one, so that words stay apart.
-
-  Raises:
-    ValueError: the question was no UTF-8.
-  """
-  try:
-    question.encode()
-  except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character
-    raise ValueError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
-  template = text_lib.CHAT if chat else text_lib.PLAIN
-  example = text_lib.Example(tuple(blocks), template.question.format(question=question), response='', id=question)
-  return text_lib.wrap_in_turn(example, tokenizer) if chat else example
-
-
 # What is said about it.
 
 
-def block_table(blocks: Sequence[generate.Block]) -> rich.table.Table:
+def block_table(blocks: Sequence[engine_lib.Block]) -> rich.table.Table:
   table = rich.table.Table('block', 'tokens', 'state', box=None, padding=(0, 2, 0, 0))
   for i, block in enumerate(blocks):
     table.add_row(str(i), f'{block.tokens:,}', block.found)
   return table
 
 
-def figures(answer: generate.Answer) -> str:
+def figures(answer: engine_lib.Answer, watch: stopwatch.Stopwatch) -> str:
   """One line: time to the first token, tokens per second, where the blocks were."""
   after = max(len(answer.tokens) - 1, 0)
-  rate = f'{after / answer.seconds["decode"]:.1f} tokens/s' if after and answer.seconds['decode'] else 'no more tokens'
+  rate = f'{after / watch.decode:.1f} tokens/s' if after and watch.decode else 'no more tokens'
   where = collections.Counter(block.found for block in answer.blocks)
   tokens = sum(block.tokens for block in answer.blocks)
   found = ', '.join(f'{n} {name}' for name, n in where.most_common()) or 'none'
-  compiled = f'; besides, {answer.seconds["compile"]:.1f} s of compiling' if answer.seconds['compile'] else ''
-  return (f'first token {answer.seconds["first_token"]:.3f} s, {rate}, {len(answer.tokens)} tokens; {len(answer.blocks)} '
+  compiled = f'; besides, {watch.compile:.1f} s of compiling' if watch.compile else ''
+  return (f'first token {watch.first_token:.3f} s, {rate}, {len(answer.tokens)} tokens; {len(answer.blocks)} '
           f'blocks of {tokens:,} tokens: {found}{compiled}')
 
 
 # The command.
 
 
-@dataclasses.dataclass(frozen=True)
-class Session:
-  """An engine with what is asked of it alike."""
-  engine: generate.Engine
-  encoder: encode.Encoder
-  like: generate.Request
-  console: rich.console.Console
-
-  def prepare(self, example: text_lib.Example) -> tuple[generate.Block, ...]:
-    return self.engine.prepare([self._request(example)])[0]
-
-  def answer(self, example: text_lib.Example) -> generate.Answer:
-    """Prints the answer as it is made."""
-    show = lambda _, text: print(text, end='', flush=True)
-    answer = self.engine.generate([self._request(example)], on_text=show)[0]
-    print(flush=True)
-    self.console.print(figures(answer))
-    return answer
-
-  def _request(self, example):
-    return dataclasses.replace(self.like, prompt=self.encoder.prompt(example))
+def answer(session: session_lib.Session, example: text_lib.Example, console) -> engine_lib.Answer:
+  """Prints the answer as it is made, then its figures."""
+  made, watch = session.answer(example, on_text=lambda _, text: print(text, end='', flush=True))
+  print(flush=True)
+  console.print(figures(made, watch))
+  return made
 
 
 def questions(stream, console) -> Iterator[str]:
@@ -168,11 +137,11 @@ def questions(stream, console) -> Iterator[str]:
       yield line.strip()
 
 
-def converse(session: Session, ask, stream) -> None:
+def converse(session: session_lib.Session, ask, stream, console) -> None:
   """Reads the blocks, then answers one question after the other. `ask` makes an example of a question."""
-  say = session.console.print
+  say = console.print
   say(block_table(session.prepare(ask('?'))))
-  for question in questions(stream, session.console):
+  for question in questions(stream, console):
     if question == '/quit':
       return
     if question == '/blocks':
@@ -182,20 +151,20 @@ def converse(session: Session, ask, stream) -> None:
     elif question.startswith('/') and ' ' not in question:
       say(f'generate: no command {question}; {tree.did_you_mean(question, COMMANDS)}')
     else:
-      _answer(session, ask, question, stops=stream.isatty())
+      _answer(session, ask, question, console, stops=stream.isatty())
 
 
-def _answer(session, ask, question, stops):
+def _answer(session, ask, question, console, stops):
   """One question of many: what is wrong with it, or Ctrl-C where a person typed it, ends this answer only."""
   try:
-    session.answer(ask(question))
+    answer(session, ask(question), console)
   except ValueError as error:
-    session.console.print(f'generate: {error}')
+    console.print(f'generate: {error}')
   except KeyboardInterrupt:
     if not stops:
       raise
     print(flush=True)
-    session.console.print('generate: stopped; /quit or Ctrl-D ends the program')
+    console.print('generate: stopped; /quit or Ctrl-D ends the program')
 
 
 def run(options, stream, console) -> None:
@@ -217,8 +186,10 @@ def run(options, stream, console) -> None:
   attention = api.choose(options.impl, jax.devices()[0])
   console.print(str(attention))
   compute = transformer.Compute(dtype=options.dtype, impl=attention.impl)
-  subject, tokenizer = evaluate.load_subject(options.model, 'block', compute, options.template_args, options.chat)
-  chat = subject.chat
+  model = loading.load(options.model, options.dtype, template_args=options.template_args, chat=options.chat)
+  tokenizer, chat = model.tokenizer, model.chat
+  block_options = model.blocks if options.shared_first is None else dataclasses.replace(
+      model.blocks, shared_first=options.shared_first)
   if pages:
     examples = evaluate.page_docs(tokenizer, options.limit or _SOME_PAGES)[1]
     options.stop.append(evaluate.PAGE_STOP)
@@ -236,21 +207,20 @@ def run(options, stream, console) -> None:
     devices = jax.local_devices()
     if not 1 <= options.devices <= len(devices):
       raise ValueError(f'--devices {options.devices}: there are {len(devices)} here')
-    engine = generate.Engine(subject.params, subject.cfg, compute, subject.options, tokenizer,
-                             stop_ids=files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id),
-                             device_tokens=options.device_tokens, store=store, devices=devices[:options.devices])
-    like = generate.Request((), max_new=options.max_new, stop=tuple(options.stop), temperature=options.temperature,
+    engine = engine_lib.Engine(model.params, model.cfg, compute, block_options, tokenizer, stop_ids=model.stop_ids,
+                               device_tokens=options.device_tokens, store=store, devices=devices[:options.devices])
+    like = plan.Request((), max_new=options.max_new, stop=tuple(options.stop), temperature=options.temperature,
                             top_k=options.top_k, top_p=options.top_p, seed=options.seed)
-    session = Session(engine, encode.Encoder(tokenizer), like, console)
-    ask = functools.partial(asked, blocks, tokenizer=tokenizer, chat=chat)
+    session = session_lib.Session(engine, encode.Encoder(tokenizer), like)
+    ask = functools.partial(session_lib.ask, blocks, tokenizer=tokenizer, chat=chat)
     if options.question is not None:
-      console.print(block_table(session.answer(ask(options.question)).blocks))
+      console.print(block_table(answer(session, ask(options.question), console).blocks))
     elif examples is not None and not options.interactive:
       for example in examples:
         console.print(f'{example.id}: {example.prompt.strip()}')
-        session.answer(example)
+        answer(session, example, console)
     else:
-      converse(session, ask, stream)
+      converse(session, ask, stream, console)
     if store.counts.int8_blocks:
       console.print(f'8-bit states are {store.counts.int8_error / store.counts.int8_blocks:.2%} off, root mean square')
 
@@ -273,6 +243,8 @@ def _arguments(argv):
   parser.add_argument('--target-tokens', type=evaluate.positive, help="length of its blocks in the model's tokens (default: "
                       'what it finds)')
   evaluate.add_prompt_arguments(parser)
+  parser.add_argument('--shared-first', action=argparse.BooleanOptionalAction, help='the first block is a prefix that all '
+                      'blocks read (default: as in training); needs local positions')
   parser.add_argument('--max-new', type=evaluate.positive, default=256, help=f'most tokens of an answer {default}')
   parser.add_argument('--stop', action='append', default=[], help='text that ends an answer; may be given again')
   parser.add_argument('--temperature', type=evaluate.amount, default=0.0, help=f'0: the most probable token {default}')

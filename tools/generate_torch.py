@@ -17,9 +17,10 @@ import itertools
 import sys
 import time
 
-from blockattn import hf
+from blockattn import hf, loading
 from blockattn.data import encode, text as text_lib
 from blockattn.hf import config as hf_config, files as hf_files
+from blockattn.inference import session
 from tools import arguments, evaluate, generate
 
 
@@ -28,7 +29,7 @@ def load(name, dtype: str, template_args: str | None = None, chat: bool | None =
   folder = hf_files.locate(name)
   meta = hf_config.read_meta(folder)
   options = hf_config.block_options(meta, where=str(folder / hf_files.META))
-  tokenizer, chat = evaluate.prompts_of(meta, folder, template_args, chat)
+  tokenizer, chat = loading.prompts_of(meta, folder, template_args, chat)
   import torch
   import transformers
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
@@ -52,7 +53,7 @@ def examples(files, question: str | None, tokenizer, *, chat: bool, limit: int |
     return found
   if question is None:
     raise ValueError('text files need a --question')
-  return [generate.asked(generate.read_texts(files), question, tokenizer, chat)]
+  return [session.ask(generate.read_texts(files), question, tokenizer, chat)]
 
 
 def answer_twice(model, prompt, options, cache, max_new: int):

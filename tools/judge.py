@@ -27,9 +27,9 @@ import rich.table
 
 from blockattn import metrics
 from blockattn.data import encode, text as text_lib
-from blockattn.evals import answers, gap, locomo, longbench, qa
+from blockattn.evals import answers, gap, locomo, longbench, qa, subjects
 from blockattn.hf import files
-from blockattn.inference import cache as cache_lib, generate
+from blockattn.inference import cache as cache_lib, engine as engine_lib, plan
 from blockattn.kernels import api
 from blockattn.models import transformer
 from blockattn.segmentation import cutter
@@ -50,8 +50,9 @@ def answerer(subject: gap.Subject, tokenizer, *, batch: int, store: cache_lib.St
 
   Room in device memory starts at _DEVICE_TOKENS tokens and doubles when a prompt needs more.
   """
-  options = subject.options if subject.mode == 'block' else dataclasses.replace(subject.options, sink_ids=())
-  make = functools.partial(generate.Engine, subject.params, subject.cfg, subject.compute, options, tokenizer,
+  options = subject.options if subject.mode == 'block' else dataclasses.replace(
+      subject.options, sink_ids=(), shared_first=False)
+  make = functools.partial(engine_lib.Engine, subject.params, subject.cfg, subject.compute, options, tokenizer,
                            stop_ids=files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id), store=store,
                            batch=batch)
   room, engine = _DEVICE_TOKENS, None
@@ -66,7 +67,7 @@ def answerer(subject: gap.Subject, tokenizer, *, batch: int, store: cache_lib.St
         room *= 2
       engine = None   # its memory goes before other is taken
       engine = make(device_tokens=room)
-    requests = [generate.Request(prompt, max_new=max_new, stop=stop) for prompt in prompts]
+    requests = [plan.Request(prompt, max_new=max_new, stop=stop) for prompt in prompts]
     return [made.text for made in engine.generate(requests)]
 
   return answer
@@ -74,7 +75,7 @@ def answerer(subject: gap.Subject, tokenizer, *, batch: int, store: cache_lib.St
 
 def _room_for(prompt, options):
   """Tokens of device memory that a prompt's context takes at most, whole pages that nobody else uses included."""
-  return sum(generate.padded(len(tokens) + len(options.sink_ids)) for tokens in prompt[:-1])
+  return sum(plan.padded(len(tokens) + len(options.sink_ids)) for tokens in prompt[:-1])
 
 
 # Items.
@@ -170,7 +171,7 @@ def run(options, console, err, make_answerer=answerer) -> dict[str, dict]:
   err.print(str(attention))
   modes = gap.MODES if options.mode == 'both' else (options.mode,)
   compute = transformer.Compute(dtype=options.dtype, impl=attention.impl)
-  subject, tokenizer = evaluate.load_subject(options.model, modes[0], compute, options.template_args, options.chat)
+  subject, tokenizer = subjects.load(options.model, modes[0], compute, options.template_args, options.chat)
   chat = subject.chat
   options = argparse.Namespace(**vars(options) | {'chat': chat})
   benchmark = load(options, tokenizer, subject, data)
@@ -206,6 +207,7 @@ def _facts(options, subject, weights, tokenizer):
     facts |= {'letters': options.letters}   # of its scores
   if subject.mode == 'block':
     facts |= {'sink_ids': list(subject.options.sink_ids), 'positions': subject.options.positions,
+              'shared_first': subject.options.shared_first,
               'quantize': options.quantize}
   return facts
 

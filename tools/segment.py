@@ -35,9 +35,8 @@ from collections.abc import Iterable, Iterator
 import rich.console
 import rich.progress
 
-import blockattn
 from blockattn.data import encode
-from blockattn.segmentation import granularity
+from blockattn.segmentation import api, granularity
 from tools import arguments, segment_page
 
 JSON_LINES = ('.jsonl', '.jsonl.gz')
@@ -323,7 +322,7 @@ def main(argv=None, model=None) -> int:
     files = find_inputs(args.paths)
     arguments.check_outputs({'out': args.out, 'html': args.html, 'files': files})
     arguments.check_outputs({'out': args.out and args.out + PART, 'files': files})
-    model = blockattn.load_segmenter(model or args.model)
+    model = api.load_segmenter(model or args.model)
     want = granularity.for_model(want, model)
     tally = run(args, files, want, model, console)
   except BrokenPipeError:

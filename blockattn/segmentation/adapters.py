@@ -13,8 +13,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import blockattn
 from blockattn.data import encode
+from blockattn.segmentation import api
 
 
 def langchain_splitter(*, add_start_index: bool = True, **options: Any):
@@ -28,7 +28,7 @@ def langchain_splitter(*, add_start_index: bool = True, **options: Any):
     ImportError: langchain-text-splitters is not installed.
   """
   # LangChain looks for a chunk from the end of the one before it, less the overlap: there it stands.
-  return _langchain_class()(blocks_of=functools.partial(blockattn.segment_many, **options), chunk_overlap=0,
+  return _langchain_class()(blocks_of=functools.partial(api.segment_many, **options), chunk_overlap=0,
                             add_start_index=add_start_index, strip_whitespace=False)
 
 
@@ -64,7 +64,7 @@ def llama_index_parser(*, include_metadata: bool = True, include_prev_next_rel: 
   """
   fields = {'options': {name: str(value) for name, value in options.items()}, 'include_metadata': include_metadata,
             'include_prev_next_rel': include_prev_next_rel}
-  return _parser(fields, functools.partial(blockattn.segment_many, **options))
+  return _parser(fields, functools.partial(api.segment_many, **options))
 
 
 @functools.cache
@@ -135,7 +135,7 @@ def _chonkie_class():
       return self.chunk_batch([text])[0]
 
     def chunk_batch(self, texts, show_progress=True):
-      cut = blockattn.segment_many(texts, **self._options)
+      cut = api.segment_many(texts, **self._options)
       return [self._chunks(text, blocks) for text, blocks in zip(texts, cut, strict=True)]
 
     def _chunks(self, text, blocks):
@@ -150,7 +150,7 @@ def _counter(options):
   if options.get('tokenizer') is not None:
     ends = encode.token_ends(options['tokenizer'])
   else:
-    ends = lambda texts: blockattn.load_segmenter(options.get('model')).token_ends(texts)
+    ends = lambda texts: api.load_segmenter(options.get('model')).token_ends(texts)
   return lambda text: len(ends([text])[0])
 
 

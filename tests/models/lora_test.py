@@ -12,11 +12,12 @@ import run_cases
 import train_cases
 
 from blockattn import blocks, checkpoint, losses, optim, tree
+from blockattn.evals import subjects
 from blockattn.hf import config as hf_config, convert as hf_convert
 from blockattn.models import lora, transformer, weights
 from blockattn.train import distill, finetune, loop, setup
 from configs import common
-from tools import convert, evaluate
+from tools import convert
 
 CFG = dataclasses.replace(train_cases.MODEL, family='qwen3', qk_norm=True, tied=True, learned_sinks=1)
 OPTIONS = lora.LoraOptions(rank=3, alpha=6.0)
@@ -227,7 +228,7 @@ def test_a_run_is_exported_as_one_model(folder, distilled, tmp_path, kind, capsy
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7, err_msg=name)
   assert np.abs(np.asarray(merged['layers']['q']) - np.asarray(base['layers']['q'])).max() > 1e-4
   np.testing.assert_array_equal(merged['embed'], base['embed'])
-  subject, _ = evaluate.load_subject(str(run), 'block', transformer.Compute(impl='xla'))
+  subject, _ = subjects.load(str(run), 'block', transformer.Compute(impl='xla'))
   np.testing.assert_allclose(subject.params['layers']['down'], merged['layers']['down'], rtol=1e-6, atol=1e-7)
 
 
@@ -239,7 +240,7 @@ def test_a_base_that_is_gone_or_another_is_named(folder, distilled, tmp_path, ca
     assert convert.main(['to_hf', str(run), str(tmp_path / 'out')]) == 2
     assert 'is not there now: say where it is with --source' in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match='holds a LoRA student, to be merged with the model that it started from'):
-      evaluate.load_subject(str(run), 'block', transformer.Compute(impl='xla'))
+      subjects.load(str(run), 'block', transformer.Compute(impl='xla'))
     assert convert.main(['to_hf', str(run), str(tmp_path / 'out'), '--source', str(moved), '--dtype',
                          'bfloat16']) == 0   # rounded, but the same
   finally:

@@ -22,7 +22,7 @@ import segment_cases
 
 import blockattn
 from blockattn.data import encode
-from blockattn.segmentation import granularity
+from blockattn.segmentation import api, granularity
 from tools import segment, segment_page
 
 MODEL = segment_cases.StandIn()
@@ -146,10 +146,10 @@ def test_importing_the_package_imports_nothing_else():
 def test_the_embedded_model(tmp_path, capsys):
   text = SECTIONS + 'x' * 3000 + NASTY
   assert joined(text, blockattn.segment(text)) == text
-  assert blockattn.load_segmenter() is blockattn.load_segmenter()
+  assert api.load_segmenter() is api.load_segmenter()
   assert blockattn.segment('') == [] and blockattn.segment('a') == [(0, 1)]
   blocks = blockattn.segment(text, target_tokens=100, min_tokens=30, max_tokens=150)
-  ends = blockattn.load_segmenter().token_ends([text[a:b] for a, b in blocks])
+  ends = api.load_segmenter().token_ends([text[a:b] for a, b in blocks])
   assert 30 <= min(map(len, ends)) and max(map(len, ends)) <= 150
   (tmp_path / 'a.txt').write_text(SECTIONS)
   code, records, _ = run(capsys, tmp_path / 'a.txt', '--html', tmp_path / 'a.html', model=None)

@@ -97,19 +97,16 @@ def test_commands_of_a_conversation(call):
 
 class Interrupted:
   """A session whose answers end with Ctrl-C."""
-  def __init__(self):
-    self.console = rich.console.Console(file=io.StringIO())
-
-  def answer(self, example):
+  def answer(self, example, on_text):
     raise KeyboardInterrupt
 
 
 def test_ctrl_c_ends_an_answer_where_a_person_types(capsys):
-  session = Interrupted()
-  generate._answer(session, str, 'what?', stops=True)
-  assert 'stopped; /quit or Ctrl-D ends' in session.console.file.getvalue()
+  console = rich.console.Console(file=io.StringIO())
+  generate._answer(Interrupted(), str, 'what?', console, stops=True)
+  assert 'stopped; /quit or Ctrl-D ends' in console.file.getvalue()
   with pytest.raises(KeyboardInterrupt):
-    generate._answer(session, str, 'what?', stops=False)
+    generate._answer(Interrupted(), str, 'what?', console, stops=False)
 
 
 @pytest.mark.parametrize('option, value', [

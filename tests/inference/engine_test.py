@@ -14,8 +14,9 @@ import tokenizers
 
 from blockattn import blocks
 from blockattn.data import encode, text as text_lib
-from blockattn.inference import cache, generate, pool
-from blockattn.inference.generate import Engine, Request
+from blockattn.inference import cache, engine as engine_lib, pool, stopwatch
+from blockattn.inference.engine import Engine
+from blockattn.inference.plan import Request
 from blockattn.models import decode, transformer
 from blockattn.models.transformer import Compute
 
@@ -39,9 +40,9 @@ def words(tmp_path_factory):
   return tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
 
 
-def engine(name, words, positions='sequential', devices=1, dtype='float32', impl='reference', **more):
+def engine(name, words, positions='sequential', devices=1, dtype='float32', impl='reference', shared=False, **more):
   cfg, params = model(name)
-  options = blocks.BlockOptions(SINKS[name], positions, max_blocks=1)
+  options = blocks.BlockOptions(SINKS[name], positions, max_blocks=1, shared_first=shared)
   more = dict(stop_ids=(STOP,), device_tokens=1024) | more
   return Engine(params, cfg, Compute(dtype=dtype, impl=impl), options, words, devices=jax.devices()[:devices], **more)
 
@@ -49,13 +50,13 @@ def engine(name, words, positions='sequential', devices=1, dtype='float32', impl
 def masked_logits(name, prompt, positions, dtype='float32', shared=False):
   """Of the token after the prompt, from one masked forward pass."""
   cfg, params = model(name)
-  return masked(params, cfg, Compute(dtype=dtype, impl='reference'), blocks.BlockOptions(SINKS[name], positions, 8), prompt,
-                shared)
+  return masked(params, cfg, Compute(dtype=dtype, impl='reference'), blocks.BlockOptions(SINKS[name], positions, 8, shared),
+                prompt)
 
 
-def masked(params, cfg, compute, options, prompt, shared=False):
+def masked(params, cfg, compute, options, prompt):
   lengths = [list(map(len, prompt))]
-  layout = blocks.from_lengths([lengths], 256, shared_first=shared)
+  layout = blocks.from_lengths([lengths], 256)
   tokens = np.zeros((1, 256), np.int32)
   tokens[0, :sum(lengths[0])] = np.concatenate(prompt)
   tokens, layout, index = blocks.block_mode(tokens, layout, options)
@@ -100,18 +101,19 @@ def rms(x):
 @pytest.mark.parametrize('name, positions, devices, dtype, impl', CASES)
 def test_cached_logits_are_those_of_the_masked_forward_pass(words, name, positions, devices, dtype, impl):
   rng = np.random.default_rng(devices)
-  subject = engine(name, words, positions, devices, dtype, impl)
+  ways = (False, True) if positions == 'local' else (False,)
+  subjects = [engine(name, words, positions, devices, dtype, impl, shared) for shared in ways]
   prompts = [[rng.integers(1, 48, size=9).tolist()], *(random_prompt(rng, (2, 4)) for _ in range(5))]
   prompts += [[*reversed(prompt[:-1]), prompt[-1]] for prompt in prompts[-2:]]   # the same blocks in another order
   off, own = [], []
   for i, prompt in enumerate(prompts):
-    shared = positions == 'local' and i % 2 == 1
-    cached = subject.logits(Request(prompt, max_new=1, shared=shared))
-    exact = masked_logits(name, prompt, positions, shared=shared and len(prompt) > 1)
+    shared = i % len(subjects)
+    cached = subjects[shared].logits(Request(prompt, max_new=1))
+    exact = masked_logits(name, prompt, positions, shared=bool(shared))
     if dtype == 'float32':
       np.testing.assert_allclose(cached, exact, atol=1e-4)
     off.append(cached - exact)
-    own.append(masked_logits(name, prompt, positions, dtype, shared=shared and len(prompt) > 1) - exact)
+    own.append(masked_logits(name, prompt, positions, dtype, shared=bool(shared)) - exact)
   # bfloat16 rounds, here as there: reading blocks from a cache adds nothing to what it costs anyway.
   assert rms(np.stack(off)) <= 1.25 * rms(np.stack(own)) + 1e-5
 
@@ -126,7 +128,7 @@ def test_blocks_are_computed_without_communication_and_read_with_it():
   fill = pool._fill.lower(params, held.k, held.v, *rows, pages, *none, **how).compile().as_text()
   context = held.gather(np.zeros((1, 8), np.int32), np.zeros((1, 128), np.int32), np.ones((1, 128), bool), cfg)
   one = np.array([9], np.int32)
-  read = generate._read.lower(params, np.zeros((1, 32), np.int32), one, one, context, room=32, **how).compile().as_text()
+  read = engine_lib._read.lower(params, np.zeros((1, 32), np.int32), one, one, context, room=32, **how).compile().as_text()
   collectives = re.compile(r'all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter')
   assert not collectives.search(fill)
   assert set(collectives.findall(read)) == {'all-gather'}
@@ -255,11 +257,10 @@ def test_nothing_is_compiled_after_warm_up(words):
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(prompt=[]), 'a prompt is a list of blocks'), (dict(prompt=[[1], []]), 'none of them empty'),
+    (dict(prompt=[]), 'request 1: a prompt must be a list of blocks'), (dict(prompt=[[1], []]), 'none of them empty'),
     (dict(prompt=[[1], [48]]), 'token .* has the id 48, and the model has 48 rows'), (dict(prompt=[[-1]]), 'the id -1'),
     (dict(max_new=0), 'at least one token'), (dict(stop=('',)), 'empty stop'), (dict(top_p=0.0), 'top_p=0.0'),
     (dict(temperature=-1.0), 'temperature=-1.0'), (dict(temperature=float('nan')), 'temperature=nan'),
-    (dict(prompt=[[1], [2], [3]], shared=True), 'shared prefix'),
     (dict(max_new=3000), 'the model has 2048'), (dict(prompt=[[1] * 1500, [1]]), 'device_tokens'),
 ])
 def test_what_cannot_be_answered_is_said_before_anything_is_computed(words, change, message):
@@ -268,6 +269,19 @@ def test_what_cannot_be_answered_is_said_before_anything_is_computed(words, chan
   with compilations() as seen, pytest.raises(ValueError, match=message):
     subject.generate([good, dataclasses.replace(good, **change)])
   assert not seen
+
+
+def test_a_shared_prefix_at_sequential_positions_is_refused(words):
+  with pytest.raises(ValueError, match="positions must be 'local'"):
+    engine('qwen3_tied', words, shared=True)
+
+
+def test_a_watch_hears_every_part_of_an_answer(words):
+  subject = engine('qwen3_tied', words)
+  with stopwatch.running(wait=True) as watch:
+    subject.generate([Request([[4, 5, 6], [7, 8]], max_new=3)], on_part=watch)
+  assert tuple(watch.parts) == engine_lib.PARTS and min(watch.parts.values()) >= 0
+  assert watch.first_token == pytest.approx(sum(watch.parts.values()) - watch.decode) and watch.compile >= 0
 
 
 def test_an_interrupted_prefill_leaves_no_block_behind(words, monkeypatch):

@@ -1,0 +1,215 @@
+"""What an engine has to do for its requests: plain functions of requests, lengths and pages, on the host.
+
+All shapes come from a few sizes (`padded`), so that after a while nothing is compiled any more.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from blockattn import blocks as blocks_lib
+from blockattn.inference import cache as cache_lib, sampling as sampling_lib
+from blockattn.models import decode
+
+_SHORTEST = 32   # tokens of a block, a last block, an answer: no array is smaller
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """A prompt and how to answer it.
+
+  Attributes:
+    prompt: token ids of each context block and, last, of the question, without sinks; none is empty.
+    max_new: most tokens of the answer.
+    stop: the answer ends before any of these texts, and at an end-of-text token.
+    temperature, top_k, top_p, seed: see `sampling.Sampling`.
+  """
+  prompt: Sequence[Sequence[int]]
+  max_new: int = 256
+  stop: tuple[str, ...] = ()
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.max_new < 1:
+      raise ValueError(f'max_new={self.max_new}; an answer has at least one token')
+    if not all(self.stop):
+      raise ValueError('an empty stop text would end every answer at once; leave it out')
+    if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise ValueError(f'temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: give a finite temperature '
+                       'and a top_k from 0 on, a top_p above 0 and up to 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextBlock:
+  """A context block of a prompt: the key of its state, its tokens, sinks included, the position of the first, and the key of
+  the shared prefix that it reads, '' without one."""
+  key: str
+  tokens: tuple[int, ...]
+  start: int
+  prefix: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A request with its number, its context and its question, see `blocks.place_prompt`."""
+  number: int
+  request: Request
+  context: tuple[ContextBlock, ...]
+  question: blocks_lib.PlacedBlock
+
+
+def padded(tokens: int) -> int:
+  """The length of the array that so many tokens of a block, a last block or an answer stand in."""
+  return decode.bucket(tokens, _SHORTEST)
+
+
+def make(number: int, request: Request, options: blocks_lib.BlockOptions, keys: cache_lib.Keys) -> Plan:
+  """The plan of a request.
+
+  Raises:
+    ValueError: its prompt is no list of blocks.
+  """
+  try:
+    *context, question = blocks_lib.place_prompt(request.prompt, options)
+  except ValueError as error:
+    raise ValueError(f'request {number}: {error}') from error
+  first = keys.of(context[0].tokens) if options.shared_first and context else ''
+  prefixes = ['', *[first] * (len(context) - 1)]
+  return Plan(number, request, tuple(ContextBlock(keys.of(block.tokens, prefix), block.tokens, block.start, prefix)
+                                     for block, prefix in zip(context, prefixes)), question)
+
+
+def blocks_of(plans: Sequence[Plan]) -> dict[str, ContextBlock]:
+  """The context blocks of these requests by key, shared prefixes first: what reads one is computed after it."""
+  found = {block.key: block for plan in plans for block in plan.context}
+  prefixes = {block.prefix for block in found.values()}
+  return dict(sorted(found.items(), key=lambda item: item[0] not in prefixes))
+
+
+def pages_of(plans: Sequence[Plan], pages: Callable[[int], int], devices: int) -> int:
+  """Pages of the blocks of these requests, each counted once, a shared prefix once on every device.
+
+  Args:
+    pages: tokens -> pages.
+  """
+  found = blocks_of(plans)
+  copies = {block.prefix for block in found.values()}
+  return sum(pages(len(block.tokens)) * (devices if key in copies else 1) for key, block in found.items())
+
+
+def batches(plans: Sequence[Plan], most: int, fits: Callable[[Sequence[Plan]], bool]) -> Iterator[list[Plan]]:
+  """The plans in order, at most so many together, and no more than fit."""
+  group = []
+  for plan in plans:
+    if group and (len(group) == most or not fits([*group, plan])):
+      yield group
+      group = []
+    group.append(plan)
+  if group:
+    yield group
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+  """Blocks that are computed together; rows of a device stand one after the other.
+
+  Attributes:
+    prefix: the key of the shared prefix that all of them read, ''.
+    rows: (tokens int32 [D R, T], lengths int32 [D R], pages int32 [D R, T / page]), see `pool.Pool.fill`.
+  """
+  prefix: str
+  rows: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def fills(missing: Mapping[tuple[str, int], np.ndarray], blocks: Mapping[str, ContextBlock], *, devices: int, page: int,
+          unused: int, most_tokens: int) -> Iterator[Fill]:
+  """How missing blocks are computed: those of like length and of one prefix together, prefixes first.
+
+  Args:
+    missing: {(key, device): pages}.
+    page: tokens of a page.
+    unused: the number that stands for no page.
+    most_tokens: together on a device, if one block is not longer.
+  """
+  prefixes = {block.prefix for block in blocks.values()}
+  groups = collections.defaultdict(lambda: [[] for _ in range(devices)])
+  for (key, device), pages in missing.items():
+    block = blocks[key]
+    groups[key not in prefixes, block.prefix, padded(len(block.tokens))][device].append((block.tokens, pages))
+  for (_, prefix, length), queues in sorted(groups.items()):
+    most = max(1, most_tokens // length)
+    for first in range(0, max(map(len, queues)), most):
+      now = [queue[first:first + most] for queue in queues]
+      yield Fill(prefix, _fill_rows(now, length, decode.bucket(max(map(len, now)), 1), page, unused))
+
+
+def _fill_rows(queues, length, rows, page, unused):
+  tokens = np.zeros((len(queues) * rows, length), np.int32)
+  lengths = np.zeros(len(queues) * rows, np.int32)
+  pages = np.full((len(queues) * rows, length // page), unused, np.int32)
+  for device, queue in enumerate(queues):
+    for row, (own, where) in enumerate(queue, start=device * rows):
+      tokens[row, :len(own)], lengths[row], pages[row, :len(where)] = own, len(own), where
+  return tokens, lengths, pages
+
+
+def context_arrays(plans: Sequence[Plan], rows: int, find: Callable[[str], tuple[int, np.ndarray]], *, devices: int,
+                   page: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Where the context of each prompt is: (pages, position, visible) as `pool.Pool.gather` takes them.
+
+  Args:
+    find: key -> (device, pages).
+  """
+  lists = [[[] for _ in range(devices)] for _ in range(rows)]   # (page, first position, tokens) of each row and device
+  for row, plan in zip(lists, plans, strict=False):
+    for block in plan.context:
+      device, pages = find(block.key)
+      row[device] += [(p, block.start + i * page, min(page, len(block.tokens) - i * page)) for i, p in enumerate(pages)]
+  width = decode.bucket(max(len(own) for row in lists for own in row) * page, 8 * page) // page
+  pages, first, used = (np.zeros((rows, devices, width), np.int32) for _ in range(3))
+  for b, row in enumerate(lists):
+    for d, own in enumerate(row):
+      if own:
+        pages[b, d, :len(own)], first[b, d, :len(own)], used[b, d, :len(own)] = np.array(own).T
+  slot = np.arange(page, dtype=np.int32)
+  visible = (slot < used[..., None]).reshape(rows, -1)
+  position = np.where(visible, (first[..., None] + slot).reshape(rows, -1), 0).astype(np.int32)
+  return pages.reshape(rows, -1), position, visible
+
+
+def question_arrays(plans: Sequence[Plan], rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(tokens [rows, T], lengths [rows], position of the first token [rows]) of the last blocks, int32."""
+  tokens = np.zeros((rows, padded(max(len(plan.question.tokens) for plan in plans))), np.int32)
+  lengths, starts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+  for i, question in enumerate(plan.question for plan in plans):
+    lengths[i], starts[i] = len(question.tokens), question.start
+    tokens[i, :lengths[i]] = question.tokens
+  return tokens, lengths, starts
+
+
+def sampling(requests: Sequence[Request], rows: int) -> sampling_lib.Sampling | None:
+  """None if every request wants the most probable token."""
+  if not any(request.temperature for request in requests):
+    return None
+  requests = [*requests, *[Request(prompt=())] * (rows - len(requests))]
+  take = lambda name, dtype: np.array([getattr(request, name) for request in requests], dtype)
+  seed = np.array([request.seed % 2**32 for request in requests], np.uint32)
+  return sampling_lib.Sampling(take('temperature', np.float32), take('top_k', np.int32), take('top_p', np.float32), seed)
+
+
+def home(size: int, load: Sequence[int], room: Sequence[int]) -> int:
+  """The device for a new block: of those with room the one with the least to read.
+
+  Raises:
+    ValueError: none has room.
+  """
+  able = [device for device, free in enumerate(room) if free >= size]
+  if not able:
+    raise ValueError('the blocks of a batch cannot be laid out over the devices; give more device_tokens')
+  return min(able, key=load.__getitem__)

@@ -1,0 +1,51 @@
+"""Examples in, answers out: an engine with what is asked of it alike."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from blockattn.data import encode, text as text_lib
+from blockattn.inference import engine as engine_lib, stopwatch
+from blockattn.inference.plan import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+  """
+  Attributes:
+    engine: answers.
+    encoder: makes token ids of examples.
+    like: a request whose prompt is replaced.
+  """
+  engine: engine_lib.Engine
+  encoder: encode.Encoder
+  like: Request
+
+  def prepare(self, example: text_lib.Example) -> tuple[engine_lib.Block, ...]:
+    """Has the states of the example's blocks ready, see `Engine.prepare`."""
+    return self.engine.prepare([self._request(example)])[0]
+
+  def answer(self, example: text_lib.Example,
+             on_text: Callable[[int, str], None] | None = None) -> tuple[engine_lib.Answer, stopwatch.Stopwatch]:
+    """The answer, and how long it took."""
+    request = self._request(example)
+    with stopwatch.running() as watch:
+      return self.engine.generate([request], on_text, watch)[0], watch
+
+  def _request(self, example):
+    return dataclasses.replace(self.like, prompt=self.encoder.prompt(example))
+
+
+def ask(blocks: Sequence[str], question: str, tokenizer: Any, chat: bool) -> text_lib.Example:
+  """The example that asks this about the blocks; a text without a line end gets one, so that words stay apart.
+
+  Raises:
+    ValueError: the question was no UTF-8.
+  """
+  try:
+    question.encode()
+  except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character
+    raise ValueError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
+  template = text_lib.CHAT if chat else text_lib.PLAIN
+  example = text_lib.Example(tuple(blocks), template.question.format(question=question), response='', id=question)
+  return text_lib.wrap_in_turn(example, tokenizer) if chat else example
