@@ -163,7 +163,7 @@ def add_segment(config):
     config.segment.eval_every = 200           # steps between two measurements of F1; 0: never
     config.segment.eval_rows = 16             # rows of every category, and as many without hints
     config.segment.export_dtype = 'bfloat16'  # of the best parameters, in WORKDIR/best
-    config.segment.draw = ml_collections.ConfigDict()   # of segment_pipeline.DrawOptions
+    config.segment.draw = ml_collections.ConfigDict()   # of labelled.DrawOptions
     config.segment.draw.temperature = 4.0     # 1: categories as often as they come; a large one: all alike
     config.segment.draw.variants = 4          # texts that are made of each document
     config.segment.draw.bare = 0.4            # probability that a variant loses all surface hints

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from blockattn import checkpoint, disk, mesh, tree
 from blockattn.data import encode
 from blockattn.hf import card as card_lib, config, convert, files, names
-from blockattn.models import lora, spec, transformer
+from blockattn.models import classifier, lora, spec, transformer
 from blockattn.train import loop
 from tools import arguments
 
@@ -97,7 +97,7 @@ def load_run(workdir: str | os.PathLike, dtype: str, place: mesh.Placement, step
   meta = checkpoint.load_meta(checkpoints, step)
   cfg = model_of(meta)
   if not meta.get('lora'):   # checkpoints from before LoRA do not speak of it
-    return cfg, checkpoint.load_params(checkpoints, spec.abstract(transformer.spec(cfg), dtype, place), step), meta
+    return cfg, checkpoint.load_params(checkpoints, spec.abstract(classifier.spec(cfg), dtype, place), step), meta
   options = lora.LoraOptions(**meta['lora'])
   trained = checkpoint.load_params(checkpoints, spec.abstract(lora.spec(cfg, options), 'float32', place), step)
   try:
@@ -141,7 +141,7 @@ def model_of(meta: dict) -> transformer.ModelConfig:
   fields = dict(meta['model'])
   if fields['rope_scaling'] is not None:
     fields['rope_scaling'] = transformer.Llama3Rope(**fields['rope_scaling'])
-  return transformer.ModelConfig(**fields)
+  return classifier.from_fields(fields)
 
 
 def _training(workdir: pathlib.Path) -> dict:

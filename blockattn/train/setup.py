@@ -13,7 +13,7 @@ from blockattn import blocks, errors, mesh as mesh_lib, optim, trace, tree
 from blockattn.data import encode, pipeline, stdlib, teacher_logits as taught_lib, text as text_lib
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.kernels import api, tiles
-from blockattn.models import flops, lora, sizes, spec, transformer, weights
+from blockattn.models import classifier, flops, lora, sizes, spec, transformer, weights
 from blockattn.segmentation import cutter as segment_cutter, granularity
 from blockattn.train import loop
 
@@ -105,14 +105,14 @@ def _check_model(config, cfg, name):
 def check_positions(config, cfg):
   """Raises ValueError if a document may be longer than the model has positions for: it would train on positions that it
   was not made for. A segmenter that reads units has a position for each of them, not for a token."""
-  if config.data.length > cfg.max_positions and not cfg.unit_tokens:
+  if config.data.length > cfg.max_positions and not classifier.position_shape(cfg):
     raise ValueError(f'config.data.length={config.data.length}: documents may be as long, and the model has '
                      f'{cfg.max_positions} positions (max_position_embeddings of its config.json); give a smaller length, '
                      'or a model with more')
 
 
 def init_params(cfg, place, seed, dtype):
-  specs = transformer.spec(cfg)
+  specs = classifier.spec(cfg)
   shardings = spec.shardings(specs, place.mesh, place.rules)
   return jax.jit(lambda key: spec.init(specs, key, dtype), out_shardings=shardings)(jax.random.key(seed))
 
@@ -497,7 +497,7 @@ _RANGES = {
     'model.fields.norm_eps': {'above': 0}, 'model.fields.rope_theta': {'above': 0},
     **{f'model.fields.{name}': _FROM_1 for name in (
         'vocab', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp', 'max_positions')},
-    **{f'model.fields.{name}': _FROM_0 for name in ('learned_sinks', 'labels', 'unit_tokens')}}
+    'model.fields.learned_sinks': _FROM_0}
 
 
 def check_numbers(config):

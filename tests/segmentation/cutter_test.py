@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blockattn.data import pipeline, stdlib, text as text_lib
-from blockattn.segmentation import cutter as segment_cutter, granularity
+from blockattn.segmentation import cutter, granularity
 from blockattn.train import setup
 from configs import common
 
@@ -78,7 +78,7 @@ def test_the_fingerprint_is_of_the_files_and_of_the_wish(tmp_path):
   def of(content='{}', **wish):
     (tmp_path / 'config.json').write_text(content)
     (tmp_path / 'README.md').write_text(str(wish))
-    return segment_cutter.Cutter(str(tmp_path), granularity.wanted(**wish)).fingerprint
+    return cutter.Cutter(str(tmp_path), granularity.wanted(**wish)).fingerprint
   assert of() == of()
   assert len({of(), of('{"a": 1}'), of(target=512), of(target=512, maximum=600)}) == 4
 
