@@ -86,7 +86,7 @@ def base():
   config.data.block_tokens = 0     # 0: the blocks that are given; else blocks of so many tokens, cut anywhere
   config.data.files = ()           # JSON lines: files, folders or globs; with commas between them on the command line
   config.data.chat = config_dict.placeholder(bool)   # wrap plain examples in the chat template; unset: if there is one
-  config.data.template_args = ''   # of the chat template, 'enable_thinking=true,...'; see data/text.py for what is default
+  config.data.template_args = ''   # of the chat template, 'enable_thinking=true,...'; see data/chat_template.py
   config.data.strict = False       # stop at the first malformed line instead of counting it
   config.data.too_long = 'drop'    # or 'cut': leave out context blocks without the answer
   config.data.cache = '.cache/blockattn'   # encoded documents

@@ -6,7 +6,7 @@
   python -m tools.generate blockattn/assets/tiny_teacher pages --limit 3
 
 MODEL is a folder in the Hugging Face format, a hub name, or a trainer's work directory. Every text file ("-": standard
-input) is one block, or, with --segmenter, as many as it is cut into. JSON lines, in the forms of blockattn.data.text,
+input) is one block, or, with --segmenter, as many as it is cut into. JSON lines, in the forms of blockattn.data.prompts,
 hold their own blocks and questions; with --question or --interactive it is asked about the blocks of the first line. `pages`
 are those of tools.evaluate: classes of Python's standard library that no training of this project sees.
 Without a question the blocks are read, and then questions line by line until the end of the input (Ctrl-D) or /quit; /help
@@ -34,7 +34,8 @@ import rich.table
 
 import blockattn
 from blockattn import tree
-from blockattn.data import encode, text as text_lib
+from blockattn.data import chat_template, encode, json_lines, prompts
+from blockattn.data.example import Example, pieces
 from blockattn.hf import files
 from blockattn.inference import cache as cache_lib, generate
 from blockattn.kernels import api
@@ -75,7 +76,7 @@ def read_texts(files: Sequence[str]) -> list[str]:
     if not texts[-1]:
       raise ValueError(f'{file}: the file is empty')
     if not texts[-1].endswith(('\n', '\r')):
-      texts[-1] = text_lib.PLAIN.untitled.format(text=texts[-1])
+      texts[-1] = prompts.PLAIN.untitled.format(text=texts[-1])
   return texts
 
 
@@ -88,10 +89,10 @@ def blocks_of(texts: Sequence[str], cut=None) -> tuple[str, ...]:
   if cut is None:
     return tuple(texts)
   return tuple(block for text, spans in zip(texts, cut(texts), strict=True)
-               for block in text_lib.pieces(text, [start for start, _ in spans]))
+               for block in pieces(text, [start for start, _ in spans]))
 
 
-def asked(blocks: Sequence[str], question: str, tokenizer, chat: bool) -> text_lib.Example:
+def asked(blocks: Sequence[str], question: str, tokenizer, chat: bool) -> Example:
   """The example that asks this about the blocks; a text without a line end gets one, so that words stay apart.
 
   Raises:
@@ -101,9 +102,9 @@ def asked(blocks: Sequence[str], question: str, tokenizer, chat: bool) -> text_l
     question.encode()
   except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character
     raise ValueError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
-  template = text_lib.CHAT if chat else text_lib.PLAIN
-  example = text_lib.Example(tuple(blocks), template.question.format(question=question), response='', id=question)
-  return text_lib.wrap_in_turn(example, tokenizer) if chat else example
+  template = prompts.CHAT if chat else prompts.PLAIN
+  example = Example(tuple(blocks), template.question.format(question=question), response='', id=question)
+  return chat_template.wrap_in_turn(example, tokenizer) if chat else example
 
 
 # What is said about it.
@@ -139,10 +140,10 @@ class Session:
   like: generate.Request
   console: rich.console.Console
 
-  def prepare(self, example: text_lib.Example) -> tuple[generate.Block, ...]:
+  def prepare(self, example: Example) -> tuple[generate.Block, ...]:
     return self.engine.prepare([self._request(example)])[0]
 
-  def answer(self, example: text_lib.Example) -> generate.Answer:
+  def answer(self, example: Example) -> generate.Answer:
     """Prints the answer as it is made."""
     show = lambda _, text: print(text, end='', flush=True)
     answer = self.engine.generate([self._request(example)], on_text=show)[0]
@@ -200,7 +201,7 @@ def _answer(session, ask, question, stops):
 
 def run(options, stream, console) -> None:
   """The command, options as from the command line."""
-  lines = [file for file in options.files if file.endswith(text_lib.SUFFIXES)]
+  lines = [file for file in options.files if file.endswith(json_lines.SUFFIXES)]
   if lines and len(lines) < len(options.files):
     raise ValueError('give either JSON lines or text files')
   if options.target_tokens and options.segmenter is None:
@@ -211,7 +212,7 @@ def run(options, stream, console) -> None:
   pages = options.files == [_PAGES]
   examples = texts = None
   if lines:
-    text_lib.find_files(lines)
+    json_lines.find_files(lines)
   elif not pages:
     texts = read_texts(options.files)   # before the model is loaded
   attention = api.choose(options.impl, jax.devices()[0])
@@ -223,7 +224,7 @@ def run(options, stream, console) -> None:
     examples = evaluate.page_docs(tokenizer, options.limit or _SOME_PAGES)[1]
     options.stop.append(evaluate.PAGE_STOP)
   elif lines:
-    found = text_lib.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer)
+    found = prompts.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer)
     examples = list(itertools.islice(found, 1 if options.question or options.interactive else options.limit))
   if examples is not None:
     if not examples:
@@ -298,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
   sys.stdin.reconfigure(errors='surrogateescape')   # a line that is no UTF-8 ends nothing: `asked` says so
   try:
     run(options, sys.stdin, console)
-  except text_lib.BadLineError as error:
+  except json_lines.BadLineError as error:
     console.print(str(error))
     return 1
   except (OSError, ValueError) as error:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import tokenizers
 
-from blockattn import blocks
 from blockattn.hf import config as hf_config, convert
 from blockattn.models import classifier, transformer
 from blockattn.segmentation import labelled, markers, segmenter, variation
@@ -62,11 +61,6 @@ def test_rows_that_are_too_short_for_the_longest_unit_are_refused():
   with pytest.raises(ValueError, match='config.data.length=25 is too short: .* = 7 tokens have to fit; give more than 25'):
     drawn('text', length=25)
   assert drawn('text', length=26)[0]['tokens'].shape == (26,)
-
-
-def test_layouts_are_those_of_blocks():
-  ours, theirs = labelled.plain_layout([3, 5], 10), blocks.from_lengths([[[3], [5]]], 10)
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0], strict=True), ours, theirs)
 
 
 def test_a_decision_that_waits_is_labelled_later():
