@@ -33,7 +33,7 @@ import numpy as np
 
 from blockattn import blocks, mesh as mesh_lib, tree
 from blockattn.kernels import context_parallel
-from blockattn.models import flops, spec as spec_lib, transformer
+from blockattn.models import classifier, flops, spec as spec_lib
 from blockattn.train import setup
 
 
@@ -131,8 +131,8 @@ def received_bytes(config, cfg, place, trained) -> dict[str, float]:
     passes.append(_Pass(setup.teacher_placement(config, place), config.data.length, min(sizes), 0))
   again = 1 if config.compute.remat == 'full' else 0
   weights = activations = 0.0
-  gathered = [leaf for name, leaf in tree.named_leaves(transformer.spec(cfg), is_leaf=_is_spec)
-              if name != 'embed' or cfg.tied and not cfg.labels]
+  gathered = [leaf for name, leaf in tree.named_leaves(classifier.spec(cfg), is_leaf=_is_spec)
+              if name != 'embed' or cfg.tied and not isinstance(cfg, classifier.ClassifierConfig)]
   for one in passes:
     forwards = 1 + one.backward * again
     weights += one.size * sum(_received(one.place, leaf) for leaf in gathered) * (1 + one.backward)

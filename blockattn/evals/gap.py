@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import blocks, losses
-from blockattn.data import encode, packing, text
+from blockattn.data import encode, packing
+from blockattn.data.example import Example
 from blockattn.evals import answers, scores
 from blockattn.hf import files
 from blockattn.models import decode, transformer
@@ -56,7 +57,7 @@ class Subject:
 
 
 def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc],
-            examples: Sequence[text.Example], tokenizer, *, batch: int, max_new: int, stop: str | None = None,
+            examples: Sequence[Example], tokenizer, *, batch: int, max_new: int, stop: str | None = None,
             out: str | os.PathLike | None = None, facts: Mapping[str, Any] | None = None,
             progress: Callable[[int, int], None] | None = None) -> list[dict]:
   """Every subject on every document, the longest documents first.
@@ -112,7 +113,7 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
   return [rows[number] for number in keys]
 
 
-def check_positions(subjects: Mapping[str, Subject], docs: Sequence[encode.EncodedDoc], examples: Sequence[text.Example],
+def check_positions(subjects: Mapping[str, Subject], docs: Sequence[encode.EncodedDoc], examples: Sequence[Example],
                     max_new: int):
   """Raises ValueError, naming the first document that, with sinks or with its longest answer, has more tokens than a
   subject has positions."""

@@ -70,7 +70,8 @@ def read(params, tokens, layout, cfg, compute, context: Context | None = None):
   Returns:
     (x_BTD after the final norm, (k, v)), keys not rotated, each [L, B, T, K, H].
   """
-  run = functools.partial(transformer.run_layers, params, tokens, layout.position, cfg, compute, keep_kv=True)
+  x_BTD = transformer.embed(params, tokens, cfg, compute)
+  run = functools.partial(transformer.run_layers, params, x_BTD, layout.position, cfg, compute, keep_kv=True)
   how = dict(impl=compute.impl, tiles=compute.tiles)
   if context is None:
     return run(lambda q, k, v: api.block_attention(q, k, v, layout, **how))
