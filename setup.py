@@ -28,6 +28,7 @@ SEMANTICSEG = [
     'tree-sitter>=0.25',
     'tree-sitter-language-pack<1',   # later ones fetch their grammars when they are first used
 ]
+DOCS = ['mkdocs-material>=9.7', 'mkdocstrings[python]>=1.0']
 
 setuptools.setup(
     name='blockattn',
@@ -76,6 +77,7 @@ setuptools.setup(
         'log': ['wandb'],
         'cloud': ['kubernetes'],   # JAX asks it who belongs to a JobSet of GPU nodes
         'test': TEST,
-        'dev': TEST + EVAL + TEXT + SEMANTICSEG + ['ruff>=0.9'],
+        'docs': DOCS,
+        'dev': TEST + EVAL + TEXT + SEMANTICSEG + DOCS + ['ruff>=0.9', 'pyright[nodejs]>=1.1.400'],
     },
 )

@@ -35,7 +35,10 @@ def trainer_keys(trainer: str) -> dict[str, tuple[str, str]]:
   from blockattn.train import command
   values = traverse_util.flatten_dict(command._defaults(trainer).to_dict(), keep_empty_nodes=True, sep='.')
   said = command.comments(command._COMMON)
-  return {key: (command._shown(values[key]), said[key]) for key in said if key in values}
+  known = [key for key in values if key in said or key.rpartition('.')[0] in said]
+  order = list(said)
+  known.sort(key=lambda key: order.index(key if key in said else key.rpartition('.')[0]))
+  return {key: (command._shown(values[key]), said.get(key, '')) for key in known}
 
 
 def _tables(keys) -> str:
