@@ -5,7 +5,7 @@
 
 Prints a table with a line per file and the malformed lines. Encoded documents stay in the config's cache, or in --cache: a
 run with the same files, tokenizer, length and options starts in seconds. The exit code is 0; 1 with --strict at the first
-malformed line; 2 if files, tokenizer or options are no good, or if no document is left.
+malformed line; 2 if a file, the tokenizer or an option must be mended, or no document is left.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import tempfile
 import time
 
 import numpy as np
-import rich.console
 import rich.progress
 import rich.table
 
@@ -128,10 +127,7 @@ def _print_problems(report, console):
 
 def main(argv=None) -> int:
   args, more = _arguments(argv)
-  # Text of the files may look like rich's markup; a pipe has no width of its own.
-  plain = {'markup': False, 'emoji': False, 'highlight': False, 'soft_wrap': True}
-  out = rich.console.Console(width=None if sys.stdout.isatty() else 150, **plain)
-  err = rich.console.Console(stderr=True, **plain)
+  out, err = arguments.consoles()
   try:
     config = read_config(args, more)
     files = json_lines.find_files(list(config.data.files))
