@@ -8,6 +8,7 @@ number of loss tokens.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,14 +57,14 @@ def token_weight(gap: Array, weights: TokenWeights) -> Array:
   return jnp.ones_like(gap)
 
 
-def forward_kl(teacher_logits, student_logits, temperature: float):
+def forward_kl(teacher_logits: Array, student_logits: Array, temperature: float) -> Array:
   """KL(p_teacher || p_student) of each token, both at `temperature`, in nats: [..., V] -> [...]."""
   log_p = jax.nn.log_softmax(teacher_logits / temperature)
   log_q = jax.nn.log_softmax(student_logits / temperature)
   return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
-def forward_kl_of_top(top_log_p, top_ids, student_logits, temperature: float):
+def forward_kl_of_top(top_log_p: Array, top_ids: Array, student_logits: Array, temperature: float) -> Array:
   """A lower bound on `forward_kl` from a teacher's K likeliest tokens: all others count as one token, "the rest".
 
   Joining outcomes can only lower a KL divergence (data-processing inequality); it is exact where the student spreads the
@@ -86,13 +87,14 @@ def forward_kl_of_top(top_log_p, top_ids, student_logits, temperature: float):
   return jnp.sum(p * (top_log_p - log_q), axis=-1) + jax.scipy.special.xlogy(p_rest, p_rest) - p_rest * jnp.log(q_rest)
 
 
-def log_prob(logits, targets):
+def log_prob(logits: Array, targets: Array) -> Array:
   """log p(target) of each token: [..., V], [...] -> [...]."""
   picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-def sum_over_tokens(token_fn, heads, hidden, per_token, mask, chunk: int, parts: int = 1):
+def sum_over_tokens(token_fn: Callable[..., Any], heads: Any, hidden: Any, per_token: Any, mask: Array, chunk: int,
+                    parts: int = 1) -> Any:
   """Sums `token_fn` over the tokens where `mask` holds, `chunk` tokens of each row at a time.
 
   Args:
@@ -141,7 +143,7 @@ def _gather_chunks(x, *, order, chunk):
   return jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def map_chunks(fn, tree, chunk: int):
+def map_chunks(fn: Callable[[Any], Any], tree: Any, chunk: int) -> Any:
   """fn of `chunk` tokens of each row at a time: arrays [B, T, ...] -> arrays [B, T, ...]; fn sees [B, chunk, ...]."""
   rows, length = jax.tree.leaves(tree)[0].shape[:2]
   chunk = min(chunk, length)
