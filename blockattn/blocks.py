@@ -92,7 +92,7 @@ def from_lengths(rows: Sequence[Sequence[Sequence[int]]], length: int, *, shared
   for b, docs in enumerate(rows):
     start = 0
     for d, sizes in enumerate(docs, start=1):
-      for i, (size, position) in enumerate(zip(sizes, block_positions(sizes, positions, shared_first), strict=True)):
+      for i, (size, position) in enumerate(zip(sizes, block_positions(sizes, positions, shared_first))):
         if size < 1:
           raise ValueError(f'row {b}, document {d}: block {i} has {size} tokens; drop empty blocks first')
         stop, last = start + size, i == len(sizes) - 1

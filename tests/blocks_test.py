@@ -186,6 +186,22 @@ def test_positions(scheme, layout):
   np.testing.assert_array_equal(with_positions(layout, scheme).position, naive_positions(layout, scheme))
 
 
+@pytest.mark.parametrize('scheme', blocks.POSITION_SCHEMES)
+@pytest.mark.parametrize('shared', [False, True])
+def test_a_prompt_is_placed_as_its_layout_says(scheme, shared):
+  for lengths in ((4, 2, 5, 3), (2, 6), (5,)):
+    prompt, options = [[7] * n for n in lengths], blocks.BlockOptions((1, 2), scheme, 4, shared_first=shared)
+    layout = blocks.from_lengths([[lengths]], 14)
+    tokens, layout, _ = blocks.block_mode(np.where(layout.doc, 7, 0), layout, options)
+    placed = blocks.place_prompt(prompt, options)
+    valid = np.asarray(layout.doc[0]) != 0
+    assert np.asarray(tokens)[0, valid].tolist() == [token for block in placed for token in block.tokens]
+    assert np.asarray(layout.position)[0, valid].tolist() == [
+        position for block in placed for position in range(block.start, block.start + len(block.tokens))]
+  with pytest.raises(ValueError, match='a prompt must be a list of blocks, none of them empty'):
+    blocks.place_prompt([[1], []], options)
+
+
 def test_unknown_position_scheme():
   with pytest.raises(ValueError, match='choose one of sequential, local'):
     blocks.from_lengths([[[3]]], 8, positions='relative')

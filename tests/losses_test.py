@@ -395,3 +395,20 @@ def test_the_first_moment_may_be_kept_in_fewer_bits():
   assert optim.make_optimizer(optim_config()).init(params)[1][0].mu['q'].dtype == jnp.float32
   with pytest.raises(ValueError, match="optim.mu_dtype='float16'; choose float32 or bfloat16, or leave it empty"):
     optim_config(mu_dtype='float16')
+
+
+def test_the_loss_of_two_heads_is_that_of_the_sums():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  student, teacher = (draw(2, 9, 8), draw(16, 8)), (draw(2, 9, 8), draw(16, 8))
+  targets, mask = jnp.asarray(rng.integers(16, size=(2, 9))), jnp.asarray(rng.random((2, 9)) < 0.7)
+  log_p, log_q = (jax.nn.log_softmax(x @ head.T) for x, head in (teacher, student))
+  at = lambda x: jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
+  weight = mask.astype(jnp.float32) * losses.token_weight(at(log_p) - at(log_q), losses.TokenWeights())
+  want = jnp.sum(weight * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)) / jnp.sum(weight)
+  np.testing.assert_allclose(losses.distillation_loss(student, teacher, targets, mask, chunk=4), want, rtol=1e-5)
+  gradient = jax.grad(lambda t: losses.distillation_loss(student, t, targets, mask))(teacher)
+  assert not any(np.any(x) for x in jax.tree.leaves(gradient))
+  assert losses.distillation_loss(student, teacher, targets, jnp.zeros_like(mask)) == 0
+  with pytest.raises(ValueError, match="weights.source must be 'student' here, got 'teacher'"):
+    losses.distillation_loss(student, teacher, targets, mask, weights=losses.TokenWeights(source='teacher'))

@@ -5,7 +5,7 @@
 
 MODEL is a folder in the Hugging Face format or a hub name. Both read the texts with full attention, given the tokens before
 each position, in float32 and in bfloat16, so that one early difference does not count for all tokens behind it, as it does
-where answers are compared. `pages` are those of tools.evaluate. The exit code is 0; 2 if model or files are no good.
+where answers are compared. `pages` are those of tools.evaluate. The exit code is 0; 2 if model or files are refused.
 """
 
 import argparse

@@ -17,7 +17,7 @@ before any training, and how much of it the student makes good.
 
 --out keeps the figures of every document in DIR/documents.jsonl as they come, with all answers; starting the same command
 again goes on. DIR/summary.json has the means; tools.report turns DIR into a page. The model has to fit on one device.
-The exit code is 0; 1 with --strict at the first malformed line; 2 if models, data or options are no good; 130 if it was
+The exit code is 0; 1 with --strict at the first malformed line; 2 if models, data or options are refused; 130 if it was
 stopped.
 """
 

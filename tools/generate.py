@@ -15,7 +15,7 @@ lists the commands. Ctrl-C ends an answer, and at the prompt the program.
 The answer goes to standard output as it is made; what became of the blocks, the time to the first token and tokens per
 second go to standard error, without the time of compiling, which the first answer of a size waits for and which is said
 apart. --cache keeps states for the next time.
-The exit code is 0; 1 at a malformed line; 2 if model, files or options are no good; 130 if it was stopped.
+The exit code is 0; 1 at a malformed line; 2 if model, files or options are refused; 130 if it was stopped.
 """
 
 import argparse

@@ -9,7 +9,7 @@ the next. Every answer is made twice, greedily: by blockattn.hf.cached_generate 
 and by generate under blockattn.hf.block_attention, which reads the whole prompt in one masked pass. They compute the
 same in another order: in bfloat16 a near tie may fall to either side.
 
-The exit code is 0 if they agree, 1 if they do not, 2 if model, files or options are no good.
+The exit code is 0 if they agree, 1 if they do not, 2 if model, files or options are refused.
 """
 
 import argparse

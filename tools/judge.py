@@ -10,7 +10,7 @@ with predictions.jsonl and summary.json; starting the same command again answers
 differ then. tools.compare sets two such folders side by side.
 
 The model has to fit on one device. The exit code is 0; 1 at a malformed line of a benchmark's data, or of any data with
---strict; 2 if model, data or options are no good; 130 if it was stopped.
+--strict; 2 if model, data or options are refused; 130 if it was stopped.
 """
 
 import argparse

@@ -57,7 +57,7 @@ class Subject:
 
 
 def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc],
-            examples: Sequence[Example], tokenizer, *, batch: int, max_new: int, stop: str | None = None,
+            examples: Sequence[Example], tokenizer: Any, *, batch: int, max_new: int, stop: str | None = None,
             out: str | os.PathLike | None = None, facts: Mapping[str, Any] | None = None,
             progress: Callable[[int, int], None] | None = None) -> list[dict]:
   """Every subject on every document, the longest documents first.

@@ -29,7 +29,7 @@ import pathlib
 import re
 import string
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from blockattn import disk
@@ -118,7 +118,7 @@ def _check(question, where):
 
 
 def make_items(conversations: Sequence[Conversation], tokenizer: Any, *, chat: bool, tasks: Sequence[str] | None = None,
-               limit: int | None = None, fits=None) -> list[answers.Item]:
+               limit: int | None = None, fits: Callable[..., bool] | None = None) -> list[answers.Item]:
   """The questions, a block per session.
 
   Args:

@@ -11,13 +11,14 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blockattn import tree
 from blockattn.hf import config, files, names
@@ -29,7 +30,8 @@ READABLE = ('BF16', 'F32', 'F16')
 Report = Callable[[int, int], None]   # called with (bytes done, bytes in all)
 
 
-def load(name: os.PathLike | str, dtype: str, mesh=None, rules=None, report: Report | None = None):
+def load(name: os.PathLike | str, dtype: str, mesh: Mesh | None = None, rules: Any = None,
+         report: Report | None = None) -> tuple[ModelConfig, Any]:
   """Reads a model in the Hugging Face format.
 
   Args:
@@ -69,12 +71,12 @@ def load(name: os.PathLike | str, dtype: str, mesh=None, rules=None, report: Rep
   return cfg, traverse_util.unflatten_dict(flat, sep='/')
 
 
-def dtype_for(stored) -> str:
+def dtype_for(stored: Iterable[str]) -> str:
   """The smallest of DTYPES that holds numbers of these dtypes, safetensors' names of them, as they are."""
   return 'bfloat16' if set(stored) == {'BF16'} else 'float32'
 
 
-def rounding(stored, dtype: str) -> str:
+def rounding(stored: Iterable[str], dtype: str) -> str:
   """A line about the tensors that lose digits in `dtype`; '' if none does.
 
   Args:
@@ -85,8 +87,9 @@ def rounding(stored, dtype: str) -> str:
                    for name, count in sorted(lossy.items()))
 
 
-def save(params, cfg: ModelConfig, folder: os.PathLike | str, *, source: os.PathLike | str, meta: dict, card: str,
-         dtype: str, max_shard_bytes: float = 5e9, overwrite: bool = False, report: Report | None = None):
+def save(params: Any, cfg: ModelConfig, folder: os.PathLike | str, *, source: os.PathLike | str, meta: dict, card: str,
+         dtype: str, max_shard_bytes: float = 5e9, overwrite: bool = False,
+         report: Report | None = None) -> None:
   """Writes a model in the Hugging Face format, whole or not at all.
 
   Learned sinks become vocabulary: their rows follow the embedding, the tokenizer gets the tokens <|sink_i|> with the
@@ -149,7 +152,7 @@ def verify(folder: pathlib.Path, cfg: ModelConfig, dtype: str):
 # Which weights they were: a path says it only as long as nobody writes there.
 
 
-def weights_facts(params) -> dict:
+def weights_facts(params: Any) -> dict:
   """What a checkpoint, stored logits or an export say of the weights that they were made from."""
   return {'fingerprint': tree.fingerprint(params), 'dtype': str(jax.tree.leaves(params)[0].dtype)}
 

@@ -30,6 +30,7 @@ import safetensors
 import safetensors.numpy
 
 from blockattn import tree
+from blockattn.models.transformer import ModelConfig
 
 FORMAT = 'blockattn-state-1'
 QUANTIZE = ('none', 'int8')
@@ -58,7 +59,7 @@ class Keys:
     return _hash(self.model, prefix.encode(), np.asarray(tokens, '<i4').tobytes())
 
 
-def keys_of(params, cfg, dtype: str, quantize: str = 'none') -> Keys:
+def keys_of(params: Any, cfg: ModelConfig, dtype: str, quantize: str = 'none') -> Keys:
   """The keys of a model's blocks.
 
   Args:

@@ -8,7 +8,8 @@ there without communication, and is read there by every query (`decode.Context.a
 
 import collections
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from blockattn import blocks
-from blockattn.models import decode
+from blockattn.inference import cache as cache_lib
+from blockattn.models import decode, transformer
 
 AXIS = 'context'
 PAGE = 16   # tokens: a block wastes half of this on average
@@ -34,17 +36,18 @@ class Pool:
     dtype: of the states, that of activations.
     mesh: from `make_mesh`.
     tokens: how many the pages hold in all, over all devices.
-    page: tokens of a page.
 
   Raises:
     ValueError: not one page on each device.
   """
 
-  def __init__(self, cfg, dtype: str, mesh: Mesh, tokens: int, page: int = PAGE):
-    self.page, self.pages, self.mesh = page, tokens // (page * mesh.size), mesh
+  page = PAGE
+
+  def __init__(self, cfg: transformer.ModelConfig, dtype: str, mesh: Mesh, tokens: int):
+    self.pages, self.mesh = tokens // (PAGE * mesh.size), mesh
     if self.pages < 1:
-      raise ValueError(f'room for {tokens} tokens is not a page of {page} tokens on each of {mesh.size} devices; give more')
-    shape = (cfg.layers, mesh.size * self.pages, page, cfg.kv_heads, cfg.head_dim)
+      raise ValueError(f'room for {tokens} tokens is not a page of {PAGE} tokens on each of {mesh.size} devices; give more')
+    shape = (cfg.layers, mesh.size * self.pages, PAGE, cfg.kv_heads, cfg.head_dim)
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=NamedSharding(mesh, PartitionSpec(None, AXIS)))
     self.k, self.v = zeros(), zeros()
     self._free = [list(range(self.pages - 1, -1, -1)) for _ in range(mesh.size)]
@@ -84,7 +87,8 @@ class Pool:
     held[key] = np.array([free.pop() for _ in range(count)], np.int32)
     return held[key]
 
-  def fill(self, params, rows, cfg, compute, prefix) -> None:
+  def fill(self, params: Any, rows: tuple[np.ndarray, ...], cfg: transformer.ModelConfig, compute: transformer.Compute,
+           prefix: tuple[np.ndarray, np.int32]) -> None:
     """Computes blocks and keeps their states.
 
     Args:
@@ -94,8 +98,8 @@ class Pool:
     """
     self.k, self.v = _fill(params, self.k, self.v, *rows, *prefix, cfg=cfg, compute=compute, mesh=self.mesh)
 
-  def load(self, state, device: int, pages: np.ndarray, length: int) -> None:
-    """Writes a state from the host, a `cache.State`, to pages. It is padded to `length` tokens, a multiple of the page."""
+  def load(self, state: cache_lib.State, device: int, pages: np.ndarray, length: int) -> None:
+    """Writes a state from the host to pages. It is padded to `length` tokens, a multiple of the page."""
     pad = lambda x: np.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
     where = np.full((self.devices, length // self.page), self.pages, np.int32)
     where[device, :len(pages)] = pages
@@ -108,7 +112,8 @@ class Pool:
     found = jax.device_get(_fetch(self.k, self.v, where))
     return tuple(x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens] for x in found)
 
-  def gather(self, pages: np.ndarray, position: np.ndarray, visible: np.ndarray, cfg) -> decode.Context:
+  def gather(self, pages: np.ndarray, position: np.ndarray, visible: np.ndarray,
+             cfg: transformer.ModelConfig) -> decode.Context:
     """The context of a batch of prompts, its keys rotated.
 
     Args:
@@ -119,7 +124,7 @@ class Pool:
     return decode.Context(k, v, visible, None if self.devices == 1 else AXIS)
 
 
-def on_mesh(mesh: Mesh, fn, in_specs, out_specs):
+def on_mesh(mesh: Mesh, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
   """`fn` on each device on its own part; `fn` itself where there is one device."""
   # check_vma=False: loops start from zeros, which the check would want marked per device.
   return fn if mesh.size == 1 else jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -149,7 +154,7 @@ def _fill(params, k_pool, v_pool, tokens, lengths, pages, prefix_pages, prefix_t
       params, k_pool, v_pool, tokens, lengths, pages, prefix_pages, prefix_tokens)
 
 
-def one_block(lengths, first_position, length: int) -> blocks.BlockLayout:
+def one_block(lengths: jax.Array, first_position: jax.Array | int, length: int) -> blocks.BlockLayout:
   """The layout of rows that are each one block of `lengths` tokens [B], from `first_position` on, [B] or a number."""
   at = jnp.arange(length, dtype=jnp.int32)[None]
   valid = at < lengths[:, None]

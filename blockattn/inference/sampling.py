@@ -24,7 +24,7 @@ class Sampling:
   seed: Any
 
 
-def choose(logits_BV, sampling: Sampling | None, n):
+def choose(logits_BV: jax.Array, sampling: Sampling | None, n: jax.Array | int) -> jax.Array:
   """The n-th token of each row's answer: int32 [B].
 
   Args:

@@ -16,6 +16,8 @@ from blockattn import blocks
 from blockattn.kernels import api, cached
 from blockattn.models import transformer
 
+Array = jax.Array
+
 
 def bucket(n: int, least: int) -> int:
   """The smallest of least, 1.5 least, 2 least, 3 least, 4 least, ... that is not below n: few sizes, few compilations.
@@ -38,11 +40,11 @@ class Cache:
     position: int32 [B], the next token's rotary position.
     used: int32, slots in use, the same for every row.
   """
-  k: Any
-  v: Any
-  visible: Any
-  position: Any
-  used: Any
+  k: Array
+  v: Array
+  visible: Array
+  position: Array
+  used: Array
 
 
 @flax.struct.dataclass
@@ -54,13 +56,14 @@ class Context:
     visible: bool [B, S], what every token of the row may attend to.
     axis: name of the mesh axis over which S is sharded, inside of a shard_map; None where it is whole.
   """
-  k: Any
-  v: Any
-  visible: Any
+  k: Array
+  v: Array
+  visible: Array
   axis: str | None = flax.struct.field(pytree_node=False, default=None)
 
 
-def read(params, tokens, layout, cfg, compute, context: Context | None = None):
+def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transformer.ModelConfig, compute: transformer.Compute,
+         context: Context | None = None) -> tuple[Array, tuple[Array, Array]]:
   """The forward pass that keeps what a cache needs.
 
   Args:
@@ -88,7 +91,8 @@ def _beside(q, k_context, v_context, context, own):
   return cached.merge(*every)[0].astype(q.dtype)
 
 
-def prefill(params, tokens, layout, cfg, compute, room: int, context: Context | None = None):
+def prefill(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transformer.ModelConfig,
+            compute: transformer.Compute, room: int, context: Context | None = None) -> tuple[Array, Cache]:
   """Reads the prompt, or of a prompt whose context blocks are known its last block.
 
   Args:
@@ -110,7 +114,7 @@ def prefill(params, tokens, layout, cfg, compute, room: int, context: Context | 
   return x_BTD[each, last], cache
 
 
-def rotate_keys(k, position, cfg):
+def rotate_keys(k: Array, position: Array, cfg: transformer.ModelConfig) -> Array:
   """Keys [L, B, S, K, H] rotated to their positions [B, S]."""
   angles = transformer.rotary_angles(position, cfg)
   return jax.vmap(transformer.rotate, in_axes=(0, None))(k, angles)
@@ -121,7 +125,8 @@ def _seen_by_next(layout, last):
   return blocks.sees(jax.tree.map(lambda x: jnp.take_along_axis(x, last[:, None], axis=1), layout), layout)
 
 
-def extend(params, tokens, cache: Cache, cfg, compute, context: Context | None = None):
+def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfig, compute: transformer.Compute,
+           context: Context | None = None) -> tuple[Array, Cache]:
   """One more token per row.
 
   Args:
@@ -153,7 +158,8 @@ def extend(params, tokens, cache: Cache, cfg, compute, context: Context | None =
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'length', 'vocab'))
-def greedy(params, tokens, layout, *, cfg, compute, length: int, stop_ids, vocab: int):
+def greedy(params: Any, tokens: Array, layout: blocks.BlockLayout, *, cfg: transformer.ModelConfig,
+           compute: transformer.Compute, length: int, stop_ids: Array, vocab: int) -> Array:
   """The most probable continuation, token by token.
 
   Args:
