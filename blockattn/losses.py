@@ -12,8 +12,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from blockattn.models import transformer
-
 WEIGHT_FORMS = ('relu', 'exp', 'none')
 GAP_SOURCES = ('student', 'teacher')
 POSITION_BINS = 8      # of the KL by position: the last is the second half of a row, the one before it the quarter before
@@ -158,7 +156,7 @@ def distillation_sums(heads, hidden, per_token, mask, *, weights: TokenWeights, 
   The teacher is a model at work, 'teacher' in `heads` and `hidden`, or what is stored of one, 'teacher' in `per_token`.
 
   Args:
-    heads: {'student': head [V, D], 'teacher': head [V, D]}.
+    heads: {'student', 'teacher': function from hidden states to float32 logits, such as jax.tree_util.Partial}.
     hidden: {'student': x_BTD, 'teacher': x_BTD, 'teacher_block': x_BTD} on text tokens; the last only where
       weights.source is 'teacher'.
     per_token: {'target': int32 [B, T], the token that each position predicts, 'position': int32 [B, T], in its document,
@@ -175,20 +173,20 @@ def distillation_sums(heads, hidden, per_token, mask, *, weights: TokenWeights, 
 
   def chunk_sums(heads, hidden, per_token, mask):
     m, targets = mask.astype(jnp.float32), per_token['target']
-    student = transformer.project(hidden['student'], heads['student'])
+    student = heads['student'](hidden['student'])
     if 'teacher' in per_token:
       stored = per_token['teacher']
       kl = forward_kl_of_top(stored['log_p'], stored['ids'], student, temperature)
       log_q, log_p = log_prob(student, targets), stored['target_log_p']
       blocked = stored['blocked_log_p'] if weights.source == 'teacher' else log_q
     else:
-      teacher = jax.lax.stop_gradient(transformer.project(hidden['teacher'], heads['teacher']))
+      teacher = jax.lax.stop_gradient(heads['teacher'](hidden['teacher']))
       student, teacher = common_vocabulary(student, teacher)
       kl = forward_kl(teacher, student, temperature)
       log_q, log_p = log_prob(student, targets), log_prob(teacher, targets)
       blocked = log_q
       if weights.source == 'teacher':
-        teacher_block = transformer.project(hidden['teacher_block'], heads['teacher'])
+        teacher_block = heads['teacher'](hidden['teacher_block'])
         blocked = log_prob(common_vocabulary(teacher_block, teacher)[0], targets)
     gap = jax.lax.stop_gradient(log_p - blocked)
     w = m * token_weight(gap, weights)
@@ -215,10 +213,11 @@ def common_vocabulary(a, b):
   return a[..., :size], b[..., :size]
 
 
-def cross_entropy_sums(head_VD, x_BTD, targets, weight, chunk: int, parts: int = 1):
+def cross_entropy_sums(head, x_BTD, targets, weight, chunk: int, parts: int = 1):
   """Weighted cross-entropy as sums: loss = sums['loss'] / sums['weight'].
 
   Args:
+    head: function from hidden states to float32 logits, such as jax.tree_util.Partial.
     weight: float32 [B, T] >= 0; tokens of weight 0 cost nothing.
     parts: see `sum_over_tokens`.
 
@@ -227,8 +226,8 @@ def cross_entropy_sums(head_VD, x_BTD, targets, weight, chunk: int, parts: int =
   """
   def chunk_sums(head, hidden, per_token, mask):
     m = mask.astype(jnp.float32)
-    ce = -log_prob(transformer.project(hidden, head), per_token['target'])
+    ce = -log_prob(head(hidden), per_token['target'])
     w = m * per_token['weight']
     return {'loss': jnp.sum(w * ce), 'weight': jnp.sum(w), 'tokens': jnp.sum(m), 'ce': jnp.sum(m * ce)}
 
-  return sum_over_tokens(chunk_sums, head_VD, x_BTD, {'target': targets, 'weight': weight}, weight > 0, chunk, parts)
+  return sum_over_tokens(chunk_sums, head, x_BTD, {'target': targets, 'weight': weight}, weight > 0, chunk, parts)

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = (
-    ('blocks', 'errors', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint'),
+    ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint'),
     ('kernels',),
     ('models',),
     ('data', 'hf', 'losses', 'optim'),
@@ -22,8 +22,8 @@ LEVEL = {place: level for level, places in enumerate(LEVELS) for place in places
 GUESTS = {'grain': ('data', 'train', 'checkpoint'), 'ml_collections': ('train',),
           **dict.fromkeys(('tensorflow_datasets', 'apache_beam', 'datasketch', 'tree_sitter'), ('segmentation',))}
 # These must import on a machine without any of them, whatever they import themselves.
-PORTABLE = ('blocks', 'errors', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint', 'kernels',
-            'models', 'inference')
+PORTABLE = ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint',
+            'kernels', 'models', 'inference')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from blockattn import losses, optim
+from blockattn.models import transformer
 
 B, T, D, V = 2, 12, 6, 11
 CHUNKS = (4, 5, 64)   # dividing T, not dividing it, more than there is
@@ -35,10 +36,16 @@ MASKS = {'all': np.ones((B, T), bool), 'none': np.zeros((B, T), bool), 'one': np
          'one_row': np.arange(B)[:, None] * np.ones((1, T), bool) == 1}
 
 
+def by(head):
+  """Logits of hidden states by a matrix."""
+  return jax.tree_util.Partial(transformer.by_head, head)
+
+
 @functools.partial(jax.jit, static_argnames=('form', 'source', 'chunk'))
 def _chunked(heads, hidden, targets, mask, floor, cap, temperature, ce_weight, *, form, source, chunk):
   def loss(heads, hidden):
     per_token = {'target': targets, 'position': POSITIONS}
+    heads = {name: by(head) for name, head in heads.items()}
     sums = losses.distillation_sums(heads, hidden, per_token, mask, weights=losses.TokenWeights(form, source, floor, cap),
                                     temperature=temperature, ce_weight=ce_weight, chunk=chunk)
     return sums['loss'], sums
@@ -128,7 +135,7 @@ def test_weights_and_teacher_carry_no_gradient(weights):
 @functools.partial(jax.jit, static_argnames='chunk')
 def cross_entropy(head, x_BTD, targets, weight, *, chunk):
   def loss(head, x_BTD):
-    sums = losses.cross_entropy_sums(head, x_BTD, targets, weight, chunk)
+    sums = losses.cross_entropy_sums(by(head), x_BTD, targets, weight, chunk)
     return sums['loss'], sums
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, x_BTD)
 
@@ -298,8 +305,8 @@ def test_what_is_stored_of_a_teacher_trains_as_the_teacher_does():
 
   def of_stored(head, x_BTD):
     per_token = {'target': targets, 'position': POSITIONS, 'teacher': stored}
-    sums = losses.distillation_sums({'student': head}, {'student': x_BTD}, per_token, mask, weights=weights,
-                                    temperature=1.5, ce_weight=0.3, chunk=5)
+    sums = losses.distillation_sums({'student': by(head)}, {'student': x_BTD}, per_token,
+                                    mask, weights=weights, temperature=1.5, ce_weight=0.3, chunk=5)
     return sums['loss'], sums
   (again, stored_sums), own = jax.jit(jax.value_and_grad(of_stored, argnums=(0, 1), has_aux=True))(
       heads['student'], hidden['student'])

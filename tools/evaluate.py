@@ -43,8 +43,7 @@ from blockattn.hf import config as hf_config, convert as hf_convert, files as hf
 from blockattn.inference import cache as cache_lib
 from blockattn.kernels import api
 from blockattn.models import transformer
-from blockattn.train import setup
-from configs import common
+from blockattn.train import sources
 from tools import arguments, compare, convert, report as report_page
 
 PAGES = {'pages': 'test', 'pages:validation': 'validation'}   # --data -> split of blockattn.data.stdlib
@@ -163,12 +162,12 @@ def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bo
   return docs, examples, report
 
 
-def page_docs(tokenizer, limit: int, *, split: str = 'test', data=None):
+def page_docs(tokenizer, limit: int, *, split: str = 'test', data: sources.PromptData | None = None):
   """(documents, examples) of `limit` held-out pages with the library's own names, one question each.
 
-  The pages of numbers 0, 1, ... depend on the style in `data` alone: a config.data, by default that of configs/common.
+  The pages of numbers 0, 1, ... depend on the style in `data` alone: by default that of a config.
   """
-  source = setup.pages(common.base().data if data is None else data, tokenizer, split=split,
+  source = sources.page_rows(data or sources.PromptData(), tokenizer, split=split,
                        own_blocks=True, renamed=0.0, questions=(1, 1), seed=1)
   return source.pages(range(limit)), [source.example(i) for i in range(limit)]
 

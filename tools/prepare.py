@@ -20,8 +20,9 @@ import rich.console
 import rich.progress
 import rich.table
 
+from blockattn import options as options_lib
 from blockattn.data import encode, packing, pipeline, text as text_lib
-from blockattn.train import command, setup
+from blockattn.train import command, sources
 from configs import common
 from tools import arguments, evaluate
 
@@ -53,13 +54,13 @@ def _arguments(argv):
   return args, more
 
 
-def read_config(args, more):
-  """The config of the training, config.data as the command line says.
+def read_data(args, more):
+  """(sources.PromptData of the training, as the command line says; the folder or name of its tokenizer's model).
 
   Raises:
     ValueError: an unknown key; no files, tokenizer or length.
   """
-  config = command.read_config([f'--config={args.config}', *more])[0] if args.config else common.base()
+  config = command.read_config([f'--config={args.config}', *more])[0] if args.config else common.base('distill')
   data = config.data
   for name in ('tokenizer', 'length', 'max_blocks', 'too_long', 'chat', 'template_args', 'segmenter', 'strict', 'cache'):
     if getattr(args, name) is not None:
@@ -70,7 +71,7 @@ def read_config(args, more):
              '--length': not (args.config or args.length)}
   if any(missing.values()):
     raise ValueError(f'give {", ".join(name for name, lacks in missing.items() if lacks)}, or a --config that says so')
-  return config
+  return options_lib.read(sources.PromptData, data, 'config.data'), config.model.source
 
 
 def prepare_files(files, tokenizer, options, cache, *, strict, console, cutter=None):
@@ -133,14 +134,14 @@ def main(argv=None) -> int:
   out = rich.console.Console(width=None if sys.stdout.isatty() else 150, **plain)
   err = rich.console.Console(stderr=True, **plain)
   try:
-    config = read_config(args, more)
-    files = text_lib.find_files(list(config.data.files))
-    tokenizer = setup.tokenizer(config)
-    options, cutter = setup.file_options(config.data, tokenizer), setup.cutter(config.data, tokenizer)
+    data, model = read_data(args, more)
+    files = text_lib.find_files(list(data.files))
+    tokenizer = sources.load_tokenizer(data, model)
+    options, cutter = sources.file_options(data, tokenizer), sources.load_cutter(data, tokenizer)
     with contextlib.ExitStack() as stack:
       kept = args.config or args.cache
-      cache = config.data.cache if kept else stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
-      prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=config.data.strict, console=err,
+      cache = data.cache if kept else stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
+      prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=data.strict, console=err,
                                cutter=cutter)
       table, report = make_table(prepared, options)
       out.print(table)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from blockattn.data import encode, pipeline, stdlib, text as text_lib
-from blockattn.train import setup
+from blockattn.train import finetune, sources
 from launch import sweep
 from tools import prepare
 
+STYLE = stdlib.PageStyle(renamed=0.0, split_words=0)
 LENGTH = 256
 OPTIONS = pipeline.FileOptions(LENGTH, max_blocks=12)
 
@@ -53,7 +54,7 @@ def containers(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def pages(containers, tokenizer):
-  return pipeline.PageRows(containers, stdlib.PageStyle(), tokenizer, length=900, max_blocks=20, rows=50)
+  return pipeline.PageRows(containers, STYLE, tokenizer, length=900, max_blocks=20, rows=50)
 
 
 @pytest.fixture(scope='module')
@@ -253,10 +254,10 @@ def test_statistics(files, pages, mixture):
 
 
 def test_pages_are_a_function_of_their_number(pages, containers, tokenizer):
-  again = pipeline.PageRows(containers, stdlib.PageStyle(), tokenizer, length=900, max_blocks=20, rows=50)
+  again = pipeline.PageRows(containers, STYLE, tokenizer, length=900, max_blocks=20, rows=50)
   assert_same([again[i] for i in (9, 2)], [pages[i] for i in (9, 2)])
   k = pages.pages_per_row
-  shifted = pipeline.PageRows(containers, stdlib.PageStyle(), tokenizer, length=900, max_blocks=20, first_page=2 * k,
+  shifted = pipeline.PageRows(containers, STYLE, tokenizer, length=900, max_blocks=20, first_page=2 * k,
                               pages_per_row=k)
   assert_same([shifted[0]], [pages[2]])
   assert len({pages[i]['tokens'].tobytes() for i in range(20)}) == 20
@@ -271,7 +272,7 @@ def test_pages_are_a_function_of_their_number(pages, containers, tokenizer):
 def test_pages_that_cannot_fit(containers, tokenizer):
   for bounds in ({'length': 50}, {'length': 900, 'max_blocks': 2}):
     with pytest.raises(ValueError, match='no page fits into a row of .* make rows longer, or pages shorter'):
-      pipeline.PageRows(containers, stdlib.PageStyle(), tokenizer, **bounds)
+      pipeline.PageRows(containers, STYLE, tokenizer, **bounds)
 
 
 def test_no_document_left(tmp_path, tokenizer):
@@ -451,9 +452,9 @@ def test_other_data_is_refused_and_named(tokenizer, tmp_path):
 
 
 def test_what_pages_and_mixtures_are_made_of(pages, containers, mixture, tokenizer):
-  same = pipeline.PageRows(containers, stdlib.PageStyle(), tokenizer, length=900, max_blocks=20, rows=99)
+  same = pipeline.PageRows(containers, STYLE, tokenizer, length=900, max_blocks=20, rows=99)
   assert same.fingerprint() == pages.fingerprint()
-  fewer = pipeline.PageRows(containers[:3], stdlib.PageStyle(), tokenizer, length=900, max_blocks=20)
+  fewer = pipeline.PageRows(containers[:3], STYLE, tokenizer, length=900, max_blocks=20)
   assert fewer.fingerprint().keys() == pages.fingerprint().keys() and fewer.fingerprint() != pages.fingerprint()
   names = list(mixture.fingerprint())
   assert [name.split(':')[0] for name in names] == ['source 0', 'source 0', 'source 1'] and names[2].endswith('c.jsonl')
@@ -506,7 +507,7 @@ def test_prepare_reads_what_the_training_will(folder, arguments, tmp_path, capsy
 from configs import common
 
 def get_config(arg=''):
-  config = common.base()
+  config = common.base('finetune')
   config.data.tokenizer = {arguments[1]!r}
   config.data.length, config.data.max_blocks, config.data.cache = {LENGTH}, 9, {str(tmp_path / 'cache')!r}
   return config
@@ -515,7 +516,8 @@ def get_config(arg=''):
   assert prepare.main([*files, f'--config={tmp_path}/own.py', '--config.data.too_long=cut']) == 0
   config = sweep.parse([f'--config={tmp_path}/own.py', '--config.data.too_long=cut'])
   config.data.files = tuple(files)
-  source = setup.rows(config, setup.tokenizer(config))
+  data = finetune.read(config).data
+  source = sources.load_rows(data, sources.load_tokenizer(data, ''))
   assert not source.stores[0].built and source.options.chat   # the tokenizer has a template
   assert prepare.main([*files, '--length', '9']) == 2 and prepare.main(['--tokenizer', arguments[1]]) == 2
   err = capsys.readouterr().err

@@ -8,8 +8,7 @@ import pytest
 
 from blockattn.data import pipeline, stdlib, text as text_lib
 from blockattn.segmentation import cutter as segment_cutter, granularity
-from blockattn.train import setup
-from configs import common
+from blockattn.train import sources
 
 EXAMPLE = text_lib.Example(('<s>one. ', 'two. three.', ' four.</s>'), 'who? ', 'me', 'x', gold=(1,),
                            template=((), ((0, 3),), (), ((6, 10),), (), ()))
@@ -63,7 +62,8 @@ def test_files_are_cut_once_for_each_cutter(tmp_path):
 def test_a_share_of_the_pages_is_cut():
   members = tuple(stdlib.Member(f'member{i}', '()', 'Text.', f'Returns the number {i} of a thing.') for i in range(4))
   containers = (stdlib.Container('class', 'Thing', 'pkg.Thing', 'Doc.', 'Holds a thing.', members),) * 2
-  rows = lambda share, cutter: pipeline.PageRows(containers, stdlib.PageStyle(), data_cases.tiny_tokenizer(), length=2048,
+  style = stdlib.PageStyle(renamed=0.0, split_words=0)
+  rows = lambda share, cutter: pipeline.PageRows(containers, style, data_cases.tiny_tokenizer(), length=2048,
                                                  cutter=cutter, cut_share=share)
   plain, some = rows(0.0, EveryFive()), rows(0.5, EveryFive())
   count = 20 * some.pages_per_row
@@ -84,15 +84,11 @@ def test_the_fingerprint_is_of_the_files_and_of_the_wish(tmp_path):
 
 
 def test_two_ways_to_cut_are_refused():
-  config = common.base()
-  assert setup.cutter(config.data, None) is None
-  config.data.segmenter, config.data.block_tokens = 'tiny', 64
+  assert sources.load_cutter(sources.PromptData(), None) is None
   with pytest.raises(ValueError, match="block_tokens=64 and config.data.segmenter='tiny' both say where blocks end"):
-    setup.cutter(config.data, None)
+    sources.PromptData(segmenter='tiny', block_tokens=64)
 
 
 def test_a_segmenter_that_is_not_there_is_named(tmp_path):
-  config = common.base()
-  config.data.segmenter = str(tmp_path / 'nothing')
   with pytest.raises(FileNotFoundError, match='nothing'):
-    setup.cutter(config.data, None)
+    sources.load_cutter(sources.PromptData(segmenter=str(tmp_path / 'nothing')), None)
