@@ -90,9 +90,10 @@ def test_names_that_no_folder_takes():
     ("add({'blocks.sink': 1})", "point blocks.sink=1: --config.blocks.sink: no such key; did you mean 'blocks.sinks'?"),
     ("add({'blocks.sinks': 'four'})", 'point blocks.sinks=four: .*four'),
     ("add({'optim.lr': 1}); add({'blocks.sinks': 1.5})", 'point blocks.sinks=1.5: '),
-    ("add({'distill.drop_mode': 'lit'})", "point distill.drop_mode=lit: config.distill.drop_mode='lit'"),
+    ("add({'distill.drop_mode': 'lit'})",
+     "point distill.drop_mode=lit: config.distill.drop_mode='lit'; choose one of lift"),
     ("add({'steps': 0})", 'point steps=0: config.steps=0'),
-    ("add({'data.tokenizer': ''}); add({'data.pages.members': (True, 2)})", 'members: the command line cannot say this value'),
+    ("add({'wandb': ''}); add({'data.pages.members': (True, 2)})", 'members: the command line cannot say this value'),
     ('add(seed=1); add({"seed": 1})', 'adds seed=1 twice'),
     ('pass', 'adds no point')])
 def test_a_wrong_point_is_named_before_anything_starts(tmp_path, line, message, capsys):

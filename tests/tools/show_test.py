@@ -153,7 +153,8 @@ def test_bytes_of_rows_that_are_divided():
   assert received(**{'compute.far_queries': 0}) == pytest.approx(
       3 * 36 * 64 * tokens * 2 * 8 * 128 * 2 * 7 / 8)
   near = 64 * tokens / 8 * 2 * 8 * 128 * 2
-  assert received(**{'compute.far_queries': 256}) == pytest.approx(3 * 36 * (near + 64 * 256 * 32 * 128 * 2 * 7 / 8 * (2 + 4)))
+  assert received(**{'compute.far_queries': 256}) == pytest.approx(
+      3 * 36 * (near + 64 * 256 * 32 * 128 * 2 * 7 / 8 * (2 + 4)))
   assert received() > near * 3 * 36
 
 
