@@ -228,7 +228,7 @@ def test_training_learns_keeps_the_best_and_resumes(tmp_path, standard_promotion
 
 
 def test_a_segmenter_starts_to_read_cohesion_as_it_was(tmp_path):
-  config = config_of(tmp_path, steps=1)
+  config = config_of(tmp_path, steps=3)
   options, plain = segment.read(config), reader()
   place = job.make_placement(options)
   before, params = segment.load_model(options, place)
