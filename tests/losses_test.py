@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from blockattn import losses, optim
+from blockattn.models import transformer
 
 B, T, D, V = 2, 12, 6, 11
 CHUNKS = (4, 5, 64)   # dividing T, not dividing it, more than there is
@@ -35,11 +36,16 @@ MASKS = {'all': np.ones((B, T), bool), 'none': np.zeros((B, T), bool), 'one': np
          'one_row': np.arange(B)[:, None] * np.ones((1, T), bool) == 1}
 
 
+def by(head):
+  """Logits of hidden states by a matrix."""
+  return jax.tree_util.Partial(transformer.by_head, head)
+
+
 @functools.partial(jax.jit, static_argnames=('form', 'source', 'chunk'))
 def _chunked(heads, hidden, targets, mask, floor, cap, temperature, ce_weight, *, form, source, chunk):
   def loss(heads, hidden):
-    student = losses.Reading(heads['student'], hidden['student'])
-    teacher = losses.Reading(heads['teacher'], hidden['teacher'], hidden.get('teacher_block'))
+    student = losses.Reading(by(heads['student']), hidden['student'])
+    teacher = losses.Reading(by(heads['teacher']), hidden['teacher'], hidden.get('teacher_block'))
     sums = losses.distillation_sums(student, teacher, targets, POSITIONS, mask, chunk=chunk, temperature=temperature,
                                     weights=losses.TokenWeights(form, source, floor, cap), ce_weight=ce_weight)
     return sums['loss'], sums
@@ -129,7 +135,7 @@ def test_weights_and_teacher_carry_no_gradient(weights):
 @functools.partial(jax.jit, static_argnames='chunk')
 def cross_entropy(head, x_BTD, targets, weight, *, chunk):
   def loss(head, x_BTD):
-    sums = losses.cross_entropy_sums(head, x_BTD, targets, weight, chunk)
+    sums = losses.cross_entropy_sums(by(head), x_BTD, targets, weight, chunk)
     return sums['loss'], sums
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, x_BTD)
 
@@ -298,7 +304,7 @@ def test_what_is_stored_of_a_teacher_trains_as_the_teacher_does():
                                 pick(log_p['teacher_block']))
 
   def of_stored(head, x_BTD):
-    sums = losses.distillation_sums(losses.Reading(head, x_BTD), stored, targets, POSITIONS, mask, weights=weights,
+    sums = losses.distillation_sums(losses.Reading(by(head), x_BTD), stored, targets, POSITIONS, mask, weights=weights,
                                     temperature=1.5, ce_weight=0.3, chunk=5)
     return sums['loss'], sums
   (again, stored_sums), own = jax.jit(jax.value_and_grad(of_stored, argnums=(0, 1), has_aux=True))(
