@@ -63,7 +63,7 @@ from absl import flags
 from jax.extend.core import Var
 
 from blockattn import mesh as mesh_lib, metrics, options as options_lib, tree
-from blockattn.models import flops, spec as spec_lib, transformer
+from blockattn.models import classifier, flops, spec as spec_lib, transformer
 from blockattn.train import command, job
 from tools import aot_step, arguments, show_step
 
