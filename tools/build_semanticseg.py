@@ -23,11 +23,13 @@ import io
 import itertools
 import json
 import os
+import pathlib
 import sys
 import time
 
 import rich.table
 
+from blockattn import disk
 from blockattn.data import encode, json_lines
 from blockattn.segmentation.semanticseg import dedupe, schema, statistics
 from tools import arguments
@@ -62,8 +64,7 @@ def _arguments(argv):
 
 def _kept(path, facts, make):
   """What `make()` gives, kept in a JSON file and taken from there as long as the facts are the same."""
-  epath = _builder().epath
-  path = epath.Path(path)
+  path = pathlib.Path(path)
   fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
   with contextlib.suppress(OSError, ValueError):
     kept = json.loads(path.read_text())
@@ -75,11 +76,9 @@ def _kept(path, facts, make):
 
 
 def _write(path, text):
-  path = _builder().epath.Path(path)
+  path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.parent / f'.{path.name}.tmp'
-  temporary.write_text(text)
-  temporary.replace(path)
+  disk.write_text(path, text)
 
 
 def _quieten_tfds():

@@ -8,11 +8,10 @@ A byte-level BPE. Runs of line ends, of tabs and of blanks are pieces of their o
 
 import argparse
 import collections
-import gzip
-import json
 import pathlib
 
 from blockattn.segmentation import markers
+from blockattn.segmentation.semanticseg import schema
 from tools import arguments, tiny_tokenizer
 
 PIECES = r' ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[\r\n]+|\t+| +(?!\S)| +|\s'
@@ -22,12 +21,10 @@ def category_texts(files, chars):
   """Texts of the files' documents, `chars` characters at most of each category."""
   taken = collections.Counter()
   for file in files:
-    with (gzip.open if file.endswith('.gz') else open)(file, 'rt', encoding='utf-8') as lines:
-      for row in map(json.loads, lines):
-        if taken[row['category']] < chars:
-          text = ''.join(row['blocks'])
-          taken[row['category']] += len(text)
-          yield text
+    for document in schema.read(file):
+      if taken[document.category] < chars:
+        taken[document.category] += len(document.text)
+        yield document.text
 
 
 def train(texts, vocab):

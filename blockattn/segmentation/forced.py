@@ -21,7 +21,7 @@ _SPACES = np.array([9, 10, 11, 12, 13, 28, 29, 30, 31, 32, 133, 5760, *range(819
 # characters that Unicode's rules for grapheme clusters name: marks, joiners, flags, parts of Hangul syllables.
 _JOINING = r'[^\p{GCB=Other}\p{GCB=Control}\p{GCB=CR}\p{GCB=LF}]'
 _ANY = r'(?:[\ud800-\udbff][\udc00-\udfff]|[^\r\n])'
-_STRETCH = regex.compile(rf'\r\n|[\ud800-\udbff][\udc00-\udfff]|{_ANY}?(?:{_JOINING}++{_ANY}?)++')
+_STRETCH = regex.compile(rf'\r\n|{_ANY}?(?:{_JOINING}++{_ANY}?)++|[\ud800-\udbff][\udc00-\udfff]')
 _CLUSTER = regex.compile(r'(?:[\ud800-\udbff](?=[\udc00-\udfff]))?\X')
 
 # The ends of the tokens of each text, as character offsets into it: non-decreasing int64 [tokens], the last its length.

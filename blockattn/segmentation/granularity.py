@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from blockattn.segmentation import markers
 from blockattn.segmentation.forced import SPACE_COST, Places, TokenEnds, forced_places, inside_clusters, offers
 
 MAX_LOG_ODDS = 50.0
@@ -163,8 +164,9 @@ def cuts_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenE
 
 def tokens_of_units(text: str, candidates: np.ndarray, token_ends: TokenEnds) -> np.ndarray:
   """The tokens up to each candidate, and in all, each unit encoded alone: int64 [m + 1]."""
-  units = [text[a:b] for a, b in to_blocks(candidates, len(text))]
-  return np.cumsum([len(ends) for ends in token_ends(units)], dtype=np.int64) if units else np.zeros(1, np.int64)
+  if not text:
+    return np.zeros(1, np.int64)
+  return np.cumsum([len(ends) for ends in token_ends(markers.split(text, candidates))], dtype=np.int64)
 
 
 def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, granularity: Granularity,
@@ -215,7 +217,7 @@ def cuts_in_tokens(text: str, candidates: np.ndarray, log_odds: np.ndarray, toke
   minimum, maximum = low, high = granularity.bounds(int(tokens[-1]))
   found = []   # (tokens over the maximum, tokens under the minimum, round, cuts)
   for step in range(ROUNDS):
-    counts = [len(ends) for ends in token_ends([text[a:b] for a, b in to_blocks(cuts, len(text))])]
+    counts = [len(ends) for ends in token_ends(markers.split(text, cuts))]
     over = max(max(counts) - maximum, 0)
     under = max(minimum - min(counts), 0) if len(cuts) else 0
     found.append((over, under, step, cuts))

@@ -174,7 +174,7 @@ class DrawnRows:
     for number, document in enumerate(self._documents):
       self._by_category[document.category].append(number)
     if not self._documents:
-      raise ValueError('no documents to train on')
+      raise ValueError('no documents to train on: give SemanticSeg files that hold some (config.data.files)')
     self._least = 3 * reader.options.longest + reader.options.ahead   # positions that a text is begun in
     if options.length <= self._least:
       raise ValueError(f'config.data.length={options.length} is too short: three units of up to config.segment.read.head + '

@@ -184,7 +184,7 @@ def fit(found: Sequence[Levels], log_odds: Sequence[np.ndarray], cut: Sequence[n
   """
   rows = np.concatenate([_indices(f) for f in found])
   if not len(rows):
-    raise ValueError('no headings in these texts')
+    raise ValueError('no headings in these texts; give texts that have some')
   start = np.concatenate([odds[f.place] for f, odds in zip(found, log_odds, strict=True)]).astype(np.float64)
   label = np.concatenate([c[f.place] for f, c in zip(found, cut, strict=True)]).astype(np.float64)
   used, columns = np.unique(rows, return_inverse=True)   # a number that no heading asks for stays 0

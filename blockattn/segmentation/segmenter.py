@@ -80,7 +80,7 @@ class Options:
     if not 0 <= self.overlap <= 0.75:
       raise ValueError(f'overlap={self.overlap}; give a share of the window from 0 to 0.75')
     if math.isnan(self.threshold):
-      raise ValueError('threshold=nan; give log-odds')
+      raise ValueError('threshold=nan: log-odds are needed; give a number')
     if self.length < 2 * self.read.longest + 4 * self.read.ahead:
       raise ValueError(f'length={self.length}: a window must have room for two units of {self.read.longest} tokens; make '
                        'windows longer, or units shorter (head, tail)')
@@ -154,7 +154,7 @@ class Segmenter:
     """
     folder = files.locate(name)
     if not (folder / 'tokenizer.json').is_file():
-      raise FileNotFoundError(f'{folder} holds no tokenizer.json')
+      raise FileNotFoundError(f'{folder} holds no tokenizer.json; give the folder that the segmenter was exported to')
     cfg = hf_config.read(folder)
     if not model.is_segmenter(cfg):
       raise ValueError(f'{folder}/config.json is of {hf_config.architecture(cfg)}; a segmenter is a token-classification '

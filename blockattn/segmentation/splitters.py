@@ -292,8 +292,7 @@ def embedding_valleys(embed: Embed, window: int, size: int) -> Cutter:
     if count < 1:
       return []
     edges = np.array([0, *places, len(text)])
-    units = [text[a:b] for a, b in itertools.pairwise(edges.tolist())]
-    depth = valley_depths(window_similarities(np.asarray(embed(units), np.float64), edges, window))
+    depth = valley_depths(window_similarities(np.asarray(embed(markers.split(text, places)), np.float64), edges, window))
     deepest = np.argsort(-depth, kind='stable')[:count]
     return sorted(places[deepest[depth[deepest] > 0]].tolist())
 

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from blockattn.data import json_lines
+from blockattn.segmentation import markers
 from blockattn.segmentation.semanticseg import completions, schema
 
 INSTRUCTIONS = '''\
@@ -122,9 +123,8 @@ def _marker_regex(marker):
 
 def mark(text: str, offsets: Sequence[int], marker: str) -> str:
   """The text with marker 1, 2 .. at the offsets; without its markers it is the text again."""
-  edges = [0, *offsets, len(text)]
-  pieces = [text[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
-  marked = pieces[0] + ''.join(marker.format(i) + piece for i, piece in enumerate(pieces[1:], 1))
+  first, *pieces = markers.split(text, offsets)
+  marked = first + ''.join(marker.format(i) + piece for i, piece in enumerate(pieces, 1))
   if _marker_regex(marker).sub('', marked) != text:
     raise completions.Failed(f'the text changes when {marker} is put into it and taken out')
   return marked

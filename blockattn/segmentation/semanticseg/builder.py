@@ -268,7 +268,8 @@ def configs(files: Sequence[schema.File], *, dropped: Iterable[tuple[str, str]] 
   """
   categories = sorted({file.category for file in files})
   if not files or ALL in categories:
-    raise ValueError(f'a category {ALL!r}: rename its files, the name is for the whole' if files else 'no files')
+    raise ValueError(f'a category {ALL!r}: rename its files, the name is for the whole' if files
+                     else 'no files: give some, as `schema.find` names them')
   hashes = {file: _hash_file(file.path) for file in files}
   result = []
   for name in (*categories, ALL):

@@ -5,6 +5,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from blockattn.segmentation import markers
+
 LINE_END = re.compile(r'\r\n|\n|\r')
 
 
@@ -49,8 +51,7 @@ def line_starts(text: str) -> list[int]:
 
 def cut_at(text: str, offsets: Iterable[int]) -> list[str]:
   """The text cut at offsets in any order; those at its ends cut nothing."""
-  cuts = sorted({offset for offset in offsets if 0 < offset < len(text)})
-  return [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)] if text else []
+  return markers.split(text, sorted({offset for offset in offsets if 0 < offset < len(text)})) if text else []
 
 
 def cut_at_headings(text: str, headings: Sequence[Heading], options: Options) -> list[str]:
