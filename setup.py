@@ -78,6 +78,6 @@ setuptools.setup(
         'log': ['wandb'],
         'cloud': ['kubernetes'],   # JAX asks it who belongs to a JobSet of GPU nodes
         'test': TEST,
-        'dev': TEST + EVAL + TEXT + SEMANTICSEG + REPORT + ['ruff>=0.9'],
+        'dev': TEST + EVAL + TEXT + SEMANTICSEG + REPORT + ['ruff>=0.9', 'pyright>=1.1.400'],
     },
 )
