@@ -210,10 +210,10 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
   def chunk_sums(heads, states, token, mask):
     m = mask.astype(jnp.float32)
     logits = heads[0](states[0].x_BTD)
-    if token.stored is not None:
-      kl, log_q, log_p, blocked = _against_stored(logits, token.stored, token.target, temperature)
-    else:
+    if token.stored is None:
       kl, log_q, log_p, blocked = _against(logits, states[1]._replace(head=heads[1]), token.target, temperature)
+    else:
+      kl, log_q, log_p, blocked = _against_stored(logits, token.stored, token.target, temperature)
     gap = jax.lax.stop_gradient(log_p - (blocked if weights.source == 'teacher' else log_q))
     w = m * token_weight(gap, weights)
     at = m[..., None] * jax.nn.one_hot(position_bin(token.position, length), POSITION_BINS)
@@ -224,24 +224,24 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
             'teacher_ce': -jnp.sum(m * log_p), 'gap': jnp.sum(m * gap),
             'kl_at': jnp.sum(kl[..., None] * at, axis=(0, 1)), 'tokens_at': jnp.sum(at, axis=(0, 1))}
 
-  stored = teacher if isinstance(teacher, StoredTeacher) else None
-  models = (student,) if stored is not None else (student, teacher)
+  stored, models = (teacher, (student,)) if isinstance(teacher, StoredTeacher) else (None, (student, teacher))
   heads = tuple(model.head for model in models)
   states = tuple(model._replace(head=None) for model in models)
   return sum_over_tokens(chunk_sums, heads, states, _Token(targets, position, stored), mask, chunk, parts)
 
 
-def _against(logits, teacher: Reading, target, temperature):
-  """(KL from the teacher, log p(target) of the student, of the teacher, and of the teacher under the block mask or None)."""
+def _against(logits, teacher: Reading, target, temperature) -> tuple[Array, Array, Array, Array]:
+  """(KL from the teacher, log p(target) of the student, of the teacher, and of the teacher under the block mask if it has
+  read so, else of the student)."""
   full = jax.lax.stop_gradient(teacher.head(teacher.x_BTD))
   student, full = common_vocabulary(logits, full)
-  blocked = None
+  log_q = blocked = log_prob(student, target)
   if teacher.blocked_BTD is not None:
     blocked = log_prob(common_vocabulary(teacher.head(teacher.blocked_BTD), full)[0], target)
-  return forward_kl(full, student, temperature), log_prob(student, target), log_prob(full, target), blocked
+  return forward_kl(full, student, temperature), log_q, log_prob(full, target), blocked
 
 
-def _against_stored(logits, stored: StoredTeacher, target, temperature):
+def _against_stored(logits, stored: StoredTeacher, target, temperature) -> tuple[Array, Array, Array, Array]:
   """The same of a stored teacher."""
   kl = forward_kl_of_top(stored.log_p, stored.ids, logits, temperature)
   return kl, log_prob(logits, target), stored.target_log_p, stored.blocked_log_p

@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,12 +36,12 @@ RULES = (
 )
 
 
-def as_rules(rules) -> tuple:
+def as_rules(rules: Iterable[Sequence[Any]]) -> tuple:
   """A rules table, as a config or JSON holds it, with tuples for lists."""
   return tuple((name, tuple(rule) if isinstance(rule, (list, tuple)) else rule) for name, rule in rules)
 
 
-def make_mesh(shape: dict[str, int], devices=None) -> Mesh:
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
   """A mesh over all devices.
 
   Args:
@@ -54,7 +56,7 @@ def make_mesh(shape: dict[str, int], devices=None) -> Mesh:
   return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def mesh_sizes(shape: dict[str, int], devices: int) -> tuple[int, ...]:
+def mesh_sizes(shape: Mapping[str, int], devices: int) -> tuple[int, ...]:
   """The size of every axis, in order, over so many devices; arguments and errors as of `make_mesh`."""
   unknown = set(shape) - set(AXES)
   if unknown:
@@ -78,7 +80,7 @@ def use_cpu_cores(rows: int) -> None:
   per core has them all at work. To be called before the first computation. Nothing is done after it, where the user has
   chosen a number (JAX_NUM_CPU_DEVICES or --xla_force_host_platform_device_count), or in a run of several processes.
   """
-  chosen = jax.config.jax_num_cpu_devices != -1 or _DEVICE_COUNT_FLAG in os.environ.get('XLA_FLAGS', '')
+  chosen = jax.config.values['jax_num_cpu_devices'] != -1 or _DEVICE_COUNT_FLAG in os.environ.get('XLA_FLAGS', '')
   if chosen or jax.distributed.is_initialized():
     return
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -116,7 +118,7 @@ class Placement:
     """JAX's name of what the devices are: 'cpu', 'gpu' or 'tpu'."""
     return self.mesh.devices.flat[0].platform
 
-  def spec(self, axes) -> PartitionSpec:
+  def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
     """PartitionSpec of an array whose axes have these logical names.
 
     Raises:
@@ -129,31 +131,31 @@ class Placement:
     wanted = [m for axis in axes if axis is not None for m in _mesh_axes(known[axis])]
     if len(wanted) != len(set(wanted)):
       raise ValueError(f'rules place two of the axes {tuple(axes)} on the same mesh axis: {wanted}')
-    return spmd.logical_to_mesh_axes(tuple(axes), self.rules)
+    return spmd.logical_to_mesh_axes(tuple(axes), self.rules) or PartitionSpec()
 
-  def sharding(self, axes) -> NamedSharding:
+  def sharding(self, axes: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(self.mesh, self.spec(axes))
 
-  def mesh_axes(self, axis) -> tuple[str, ...]:
+  def mesh_axes(self, axis: str) -> tuple[str, ...]:
     """The mesh axes that the rules give to this logical name."""
     return _mesh_axes(dict(self.rules)[axis])
 
-  def size(self, axis) -> int:
+  def size(self, axis: str) -> int:
     """Into how many parts the rules cut an array axis of this logical name."""
     return math.prod(self.mesh.shape[m] for m in self.mesh_axes(axis))
 
-  def check_divisible(self, name, shape, axes):
+  def check_divisible(self, name: str, shape: Sequence[int], axes: Sequence[str | None]) -> None:
     """Raises ValueError, naming the parameter, if an axis cannot be cut evenly."""
     for size, axis in zip(shape, axes, strict=True):
       if axis is not None and size % self.size(axis):
         raise ValueError(f'{name}: axis {axis!r} of size {size} cannot be cut into {self.size(axis)} parts; change '
                          f'config.mesh, or map {axis!r} to None in config.rules')
 
-  def constrain(self, x, *axes):
+  def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
     """Tells the compiler where an intermediate array lives."""
     return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
-  def put_batch(self, batch):
+  def put_batch(self, batch: Any) -> Any:
     """This process's rows [b, T] of every array of the tree -> global arrays, rows cut by the 'batch' rule."""
     def put(x):
       sharding = self.sharding(('batch',) + (None,) * (np.ndim(x) - 1))

@@ -46,7 +46,7 @@ class OptimConfig:
       raise ValueError(f'config.optim.mu_dtype={self.mu_dtype!r}; choose float32 or bfloat16, or leave it empty')
 
 
-def learning_rate(config: OptimConfig):
+def learning_rate(config: OptimConfig) -> optax.Schedule:
   """Finished steps -> learning rate of the next."""
   # The ramp begins at the first step of it, not at 0: a step without a rate would cost as much as any other.
   ramp = max(config.warmup, 1)

@@ -1,7 +1,7 @@
 """The entrance to block attention: checks the arguments and calls the chosen implementation."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from blockattn import blocks
 from blockattn.kernels import context_parallel, gpu, reference, schedule, tiles as tile_sizes, tpu, xla
 
+Array = jax.Array
 IMPLS = ('reference', 'xla', 'tpu', 'gpu')
 _HOME = {'tpu': 'tpu', 'gpu': 'gpu'}   # implementations that run on one platform only
 _MODULES = {'xla': xla, 'tpu': tpu, 'gpu': gpu}
@@ -40,7 +41,7 @@ class Choice(NamedTuple):
     return f'attention: {self.impl} ({self.why})'
 
 
-def choose(impl: str, device) -> Choice:
+def choose(impl: str, device: Any) -> Choice:
   """What `impl` means on a device of JAX's, of which it reads platform, device_kind and compute_capability.
 
   Raises:
@@ -58,8 +59,8 @@ def choose(impl: str, device) -> Choice:
 
 
 @jax.named_scope('block_attention')
-def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl: str = 'auto',
-                    tiles: tuple[int, int] | None = None, platform: str | None = None):
+def block_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, layout: blocks.BlockLayout, *, impl: str = 'auto',
+                    tiles: tuple[int, int] | None = None, platform: str | None = None) -> Array:
   """Attention of each query to the keys that `blocks.may_attend` allows.
 
   Args:
@@ -79,8 +80,8 @@ def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl:
   return _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles, platform)[0]
 
 
-def block_attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl: str = 'auto',
-                            tiles: tuple[int, int] | None = None):
+def block_attention_and_lse(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, layout: blocks.BlockLayout, *,
+                            impl: str = 'auto', tiles: tuple[int, int] | None = None) -> tuple[Array, Array]:
   """`block_attention` and what it takes to merge it with attention over other keys (`cached.merge`).
 
   Returns:
@@ -106,11 +107,11 @@ def _tiles(tiles, impl, platform, x_BTNH):
   return tile_sizes.Tiles(*tiles)
 
 
-def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, mesh: Mesh, *,
+def block_attention_on_mesh(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, layout: blocks.BlockLayout, mesh: Mesh, *,
                             batch_axes: tuple[str, ...] = (), head_axes: tuple[str, ...] = (),
                             context_axes: tuple[str, ...] = (), impl: str = 'auto',
                             tiles: tuple[int, int] | None = None, sent: int | None = None,
-                            platform: str | None = None):
+                            platform: str | None = None) -> Array:
   """`block_attention` with the batch, the heads and the sequence sharded over a mesh, each device on its own part.
 
   The tile loop runs over batch rows one after the other, so automatic sharding would gather them; here every device
@@ -164,7 +165,7 @@ def _check_divides(mesh, axes, what, size):
                      'use smaller axes or leave them out')
 
 
-def check_arguments(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout) -> None:
+def check_arguments(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, layout: blocks.BlockLayout) -> None:
   """Raises ValueError, saying what to change, where shapes or dtypes do not fit together."""
   shapes = f'q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}'
   if not q_BTNH.ndim == k_BSKH.ndim == v_BSKH.ndim == 4:

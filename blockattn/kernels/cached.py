@@ -13,11 +13,12 @@ from jax import lax
 
 from blockattn.kernels.reference import MASKED, precision
 
+Array = jax.Array
 _CHUNK = 1024   # slots of the cache whose scores exist at a time
 
 
 @jax.jit
-def attend_cached(q_BTNH, k_BSKH, v_BSKH, visible_BS):
+def attend_cached(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BS: Array) -> tuple[Array, Array]:
   """Softmax attention of every query to all visible keys, chunk after chunk: memory is O(T), whatever S.
 
   Args:
@@ -62,7 +63,7 @@ def attend_cached(q_BTNH, k_BSKH, v_BSKH, visible_BS):
   return out.reshape(B, T, N, H), lse.reshape(B, T, N)
 
 
-def merge(out_PBTNH, lse_PBTN):
+def merge(out_PBTNH: Array, lse_PBTN: Array) -> tuple[Array, Array]:
   """Attention over all keys from P attentions over parts of them, disjoint.
 
   Args:
@@ -78,7 +79,7 @@ def merge(out_PBTNH, lse_PBTN):
   return out / total[..., None], peak + jnp.log(total)
 
 
-def merge_over(axes, out_PBTNH, lse_PBTN):
+def merge_over(axes: str | tuple[str, ...], out_PBTNH: Array, lse_PBTN: Array) -> Array:
   """out_BTNH of `merge` over the parts of all devices of these mesh axes, each of which has some; inside a shard_map."""
   peak = lax.pmax(lax.stop_gradient(lse_PBTN).max(axis=0), axes)
   out, total = lax.psum(_weighted(out_PBTNH, lse_PBTN, peak), axes)

@@ -10,17 +10,23 @@ values are gathered; this is decided from the layout when it is known, in one co
 Axis names in this file beside the project's: R the queries that are sent, T the queries of a device, S the keys of the row.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from blockattn import blocks
 from blockattn.kernels import cached, schedule
-from blockattn.kernels.tiles import dividing
+from blockattn.kernels.tiles import Tiles, dividing
 
+Array = jax.Array
 _ROUND = 128   # what sent queries are rounded up to: the widest smallest tile of a kernel
 
 
-def attention(run, q_BTNH, k_BTKH, v_BTKH, layout, *, axes, others=(), tiles, own_tiles=None, sent: int | None = None):
+def attention(run: Callable[..., tuple[Array, Array]], q_BTNH: Array, k_BTKH: Array, v_BTKH: Array,
+              layout: blocks.BlockLayout, *, axes: tuple[str, ...], others: tuple[str, ...] = (), tiles: Tiles,
+              own_tiles: Tiles | None = None, sent: int | None = None) -> Array:
   """On one device, inside a shard_map: attention of its own queries.
 
   Args:
@@ -66,12 +72,12 @@ def most_sent(part_length: int, length: int, wanted: int | None = None) -> int:
   return min(part_length, -(-wanted // _ROUND) * _ROUND)
 
 
-def part(x_BMS, number, length: int):
+def part(x_BMS: Array, number: Array | int, length: int) -> Array:
   """Part `number` of the last axis, of `length` tokens."""
   return lax.dynamic_slice_in_dim(x_BMS, number * length, length, axis=2)
 
 
-def reach_beyond(marks: schedule.Marks, length: int):
+def reach_beyond(marks: schedule.Marks, length: int) -> Array:
   """bool [B, S]: which queries of the rows may attend to keys before the part of `length` tokens that precedes their own."""
   B, M, S = marks.key.shape
   most = lax.cummax(marks.key.reshape(B, M, -1, length).max(axis=3), axis=2)   # key mark of a part or one before it

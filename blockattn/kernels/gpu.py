@@ -26,6 +26,7 @@ from blockattn.kernels import cached, schedule
 from blockattn.kernels.reference import MASKED, mean_slope
 from blockattn.kernels.tiles import Tiles
 
+Array = jax.Array
 HEAD_DIMS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 _ROWS = 64       # of a warpgroup: what one wgmma instruction multiplies
@@ -46,10 +47,10 @@ class TileLists:
     total: int32 [owners], how many there are.
     order: int32 [owners], the owners, those with most visits first.
   """
-  index: jax.Array
-  partial: jax.Array
-  total: jax.Array
-  order: jax.Array
+  index: Array
+  partial: Array
+  total: Array
+  order: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,9 @@ class Cut:
     return self.owners * (self.pieces - 1)
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, cut=None, interpret=None):
+def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, marks: schedule.Marks, tiles: Tiles, cut: Cut | None = None,
+              interpret: Any = None
+              ) -> tuple[Array, Array]:
   """Softmax attention over the keys that the marks allow.
 
   Args:
@@ -98,7 +101,8 @@ def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, cut=N
   if tiles.query != _COMPUTE * _ROWS or tiles.key % _ROWS:
     raise ValueError(f'tiles {tuple(tiles)}: the GPU kernels take {_COMPUTE * _ROWS} queries by a multiple of {_ROWS} keys')
   q, k, v, marks = schedule.whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks, Tiles(tiles.query, max(tiles)))
-  cut = _cut(*q.shape[:3], k.shape[1]) if cut is None else cut
+  B, length, N, _ = q.shape
+  cut = _cut(B, length, N, k.shape[1]) if cut is None else cut
   how = _How(tiles.key, cut, interpret)
   out, lse = _attention(how, q, k, v, (marks.query, marks.key), _lists(marks, tiles))
   return out[:, :T], lse[:, :T]
@@ -123,7 +127,7 @@ def _cut(rows, queries, heads, keys) -> Cut:
   return Cut(owners, pieces) if pieces > 1 else Cut()
 
 
-def list_tiles(visited, full) -> TileLists:
+def list_tiles(visited: Array, full: Array) -> TileLists:
   """One list per tile of the masks' second axis, from `every_owner` and `full`; swap their axes for the other side."""
   flat = lambda x: x.reshape(-1, x.shape[2])
   visited, full = flat(visited), flat(full)
@@ -134,7 +138,7 @@ def list_tiles(visited, full) -> TileLists:
                    order=jnp.argsort(-total, stable=True).astype(jnp.int32))
 
 
-def piece(n, order, total, cut: Cut):
+def piece(n: Any, order: Any, total: Any, cut: Cut) -> tuple[Array, Array, Array]:
   """The n-th piece of a TileLists' work: (owner, first entry of its list, entries). Arrays may be references to memory.
 
   The first `cut.owners * cut.pieces` are those of the lists that are cut, list by list.
@@ -149,7 +153,7 @@ def piece(n, order, total, cut: Cut):
   return owner, first, stop - first
 
 
-def lacks(device) -> str | None:
+def lacks(device: Any) -> str | None:
   """What the kernels need and a GPU does not have, None if nothing."""
   capability = str(device.compute_capability)
   if capability.partition('.')[0] == '9':   # wgmma exists on Hopper only
@@ -171,12 +175,14 @@ class Lists:
   forward: TileLists
   dq: TileLists
   dkv: TileLists
-  first_query: jax.Array
+  first_query: Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
+def _primal(how, q_BTNH, k_BSKH, v_BSKH, marks, lists) -> tuple[Array, Array]:
   return _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists)[0]
+
+
+_attention = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 
 
 # Small differences between jax 0.10 and later, and between the device and its interpreter, end here.
@@ -475,7 +481,7 @@ def _forward_compute(how, block, source, results, memory):
     plgpu.barrier_arrive(memory.k_free.at[slot])
     if masked:
       scores_TS = _mask_keys(block, source, own_marks, first_row, tile_start, scores_TS)
-    acc_TH, peak_T, total_T, weights_TS = _softmax_step(how, scores_TS, *carry, dtype)
+    acc_TH, peak_T, total_T, weights_TS = _softmax_step(how, scores_TS, carry, dtype)
     plgpu.barrier_arrive(memory.turn)
     plgpu.barrier_wait(memory.v_ready.at[slot])
     plgpu.barrier_wait(memory.turn)
@@ -490,12 +496,13 @@ def _forward_compute(how, block, source, results, memory):
   nothing = plgpu.layout_cast(jnp.full((_ROWS,), MASKED, jnp.float32), _PER_ROW)
   carry = _walk(block, step, (_zeros((_ROWS, H)), nothing, _zeros((_ROWS,))))
   pl.when(block.warpgroup == 0)(pass_turn)
-  _forward_finish(block, rows, *carry, results, mine, memory.lse)
+  _forward_finish(block, rows, carry, results, mine, memory.lse)
 
 
-def _softmax_step(how, scores_TS, acc_TH, peak_T, total_T, dtype):
+def _softmax_step(how, scores_TS, carry, dtype):
   """(the sums so far on the scale of the new peak, the peak, the total, the weights of this tile in `dtype`); see
   reference.MASKED for queries that have seen nothing."""
+  acc_TH, peak_T, total_T = carry
   new_peak = jnp.maximum(peak_T, scores_TS.max(axis=1))
   decay = jnp.exp2(peak_T - new_peak)
   weights_TS = jnp.exp2(scores_TS - _rows(new_peak, scores_TS.shape[1]))
@@ -509,8 +516,9 @@ def _softmax_step(how, scores_TS, acc_TH, peak_T, total_T, dtype):
   return acc_TH, new_peak, total_T, weights_TS
 
 
-def _forward_finish(block, rows, acc_TH, peak_T, total_T, results, mine, lse_memory):
+def _forward_finish(block, rows, carry, results, mine, lse_memory):
   """Writes the outputs of the warpgroup's rows by way of shared memory; `mine` held its queries."""
+  acc_TH, peak_T, total_T = carry
   seen = peak_T > MASKED / 2
   total_T = jnp.where(seen, total_T, 1.0)
   mine[...] = (acc_TH * _rows(jnp.where(seen, 1 / total_T, 0.0), acc_TH.shape[1])).astype(mine.dtype)

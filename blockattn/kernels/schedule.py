@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from blockattn import blocks
 from blockattn.kernels.tiles import Tiles
 
+Array = jax.Array
 MARKS = 2   # of a token, on either side
 NO_QUERY = jnp.iinfo(jnp.int32).max
 NO_KEY = -1
@@ -41,9 +42,9 @@ class Marks:
     first_query: int32, traced or not, the index of the first query, the keys' being 0 to S - 1; S if all keys are before all
       queries. None: queries and keys are those of one whole row, T == S.
   """
-  query: jax.Array
-  key: jax.Array
-  first_query: jax.Array | None = None
+  query: Array
+  key: Array
+  first_query: Array | int | None = None
 
 
 def clamp_tiles(tiles: Tiles, length: int, multiple: int = 8) -> Tiles:
@@ -66,7 +67,7 @@ def _round_up(x, multiple):
   return -(-x // multiple) * multiple
 
 
-def pad_tokens(x, tiles: Tiles, axis: int, value=0):
+def pad_tokens(x: Array, tiles: Tiles, axis: int, value: int = 0) -> Array:
   """Pads a token axis to whole tiles."""
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, -x.shape[axis] % max(tiles))
@@ -84,7 +85,7 @@ def token_marks(layout: blocks.BlockLayout) -> Marks:
   return Marks(stack(number, takes, NO_QUERY), stack(number, offers, NO_KEY))
 
 
-def pair_mask(query_marks, key_marks, query_start, key_start):
+def pair_mask(query_marks: Array, key_marks: Array, query_start: Array | int, key_start: Array | int) -> Array:
   """The mask of one tile: bool [queries, keys].
 
   Args:
@@ -99,7 +100,7 @@ def pair_mask(query_marks, key_marks, query_start, key_start):
   return reached & (key_index[None, :] <= query_index[:, None])
 
 
-def tile_masks(marks: Marks, tiles: Tiles):
+def tile_masks(marks: Marks, tiles: Tiles) -> tuple[Array, Array]:
   """(touched, full): bool [B, query tiles, key tiles] each.
 
   touched: some query of the tile may attend to some key of it. full: every query may attend to every key.
@@ -151,14 +152,15 @@ def _pairs(relation, query, key):
   return relation(query[..., :, None], key[..., None, :])
 
 
-def every_owner(visited):
+def every_owner(visited: Array) -> Array:
   """`visited` [B, n, m] with the first of the m tiles on every list of the n that is empty: a kernel that writes a tile of
   its output at the tile's visits then writes all of it. The mask of what is added allows nothing."""
   lonely = ~visited.any(axis=2)
   return visited.at[:, :, 0].set(visited[:, :, 0] | lonely)
 
 
-def whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks: Marks, tiles: Tiles):
+def whole_tiles(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, marks: Marks, tiles: Tiles
+                ) -> tuple[Array, Array, Array, Marks]:
   """(q, k, v, marks) as the kernels compute them: whole rows are padded to whole tiles, a part of a row must be some.
 
   Raises:
@@ -169,10 +171,10 @@ def whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks: Marks, tiles: Tiles):
     if length % tiles.query or row % tiles.key:
       raise ValueError(f'{length} queries, {row} keys: the queries of a part of a row must be a multiple of the query tile '
                        f'{tiles.query}, and its keys of the key tile {tiles.key}; choose tiles that divide them')
-    return q_BTNH, k_BSKH, v_BSKH, marks.replace(first_query=jnp.asarray(marks.first_query, jnp.int32))
+    return q_BTNH, k_BSKH, v_BSKH, Marks(marks.query, marks.key, first_query(marks))
   q, k, v = (pad_tokens(x, tiles, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
   return q, k, v, Marks(pad_tokens(marks.query, tiles, 2, NO_QUERY), pad_tokens(marks.key, tiles, 2, NO_KEY))
 
 
-def first_query(marks: Marks):
-  return jnp.int32(0) if marks.first_query is None else marks.first_query
+def first_query(marks: Marks) -> Array:
+  return jnp.asarray(0 if marks.first_query is None else marks.first_query, jnp.int32)

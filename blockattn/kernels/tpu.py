@@ -27,6 +27,7 @@ from blockattn.kernels import schedule
 from blockattn.kernels.reference import MASKED, mean_slope, precision
 from blockattn.kernels.tiles import Tiles
 
+Array = jax.Array
 FLAG_BITS = 3
 FIRST, LAST, PARTIAL = 1, 2, 4   # PARTIAL: the tile needs the mask
 _LANES = 128
@@ -42,9 +43,9 @@ class WorkList:
     other: int32 [most visits], tile of the other side << FLAG_BITS | FIRST (visit of this owner) | LAST | PARTIAL.
     count: int32, the visits; what follows in the lists is not to be read.
   """
-  owner: jax.Array
-  other: jax.Array
-  count: jax.Array
+  owner: Array
+  other: Array
+  count: Array
 
 
 @flax.struct.dataclass
@@ -54,7 +55,8 @@ class Work:
   by_key: WorkList
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, interpret=False):
+def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, marks: schedule.Marks, tiles: Tiles, interpret: bool = False
+              ) -> tuple[Array, Array]:
   """Softmax attention over the keys that the marks allow.
 
   Args:
@@ -121,9 +123,11 @@ def _check_list(visits, tiles, shape):
                      f'the scalar memory of a TPU core holds {room}. Use larger tiles or fewer rows per device')
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work, first_query):
+def _primal(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work, first_query) -> tuple[Array, Array]:
   return _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work, first_query)[0]
+
+
+_attention = jax.custom_vjp(_primal, nondiff_argnums=(0, 1))
 
 
 def _dot(x, y, contract_x, contract_y):

@@ -18,6 +18,8 @@ from blockattn.kernels import schedule
 from blockattn.kernels.reference import MASKED, mean_slope, precision
 from blockattn.kernels.tiles import Tiles
 
+Array = jax.Array
+
 
 @flax.struct.dataclass
 class Visits:
@@ -27,8 +29,8 @@ class Visits:
     index: int32 [B, n, m], the tiles to visit first; what follows the first `count` entries is not to be read.
     count: int32 [B, n].
   """
-  index: jax.Array
-  count: jax.Array
+  index: Array
+  count: Array
 
 
 @flax.struct.dataclass
@@ -38,7 +40,8 @@ class Schedule:
   full: Visits
 
 
-def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles):
+def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, marks: schedule.Marks, tiles: Tiles
+              ) -> tuple[Array, Array]:
   """Softmax attention over the keys that the marks allow.
 
   Args:
@@ -59,7 +62,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles):
   return out[:, :T], lse[:, :T]
 
 
-def list_visits(touched, full) -> Schedule:
+def list_visits(touched: Array, full: Array) -> Schedule:
   """For each query tile the key tiles to visit, from the masks of `tile_masks`.
 
   For the opposite, the query tiles that visit a key tile, swap the last two axes of both masks.
@@ -72,9 +75,11 @@ def _compact(mask):
   return Visits(index=index, count=mask.sum(axis=-1, dtype=jnp.int32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query):
+def _primal(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query) -> tuple[Array, Array]:
   return _forward(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query)[0]
+
+
+_attention = jax.custom_vjp(_primal, nondiff_argnums=(0,))
 
 
 def _dot(x, y, contract_x, contract_y):

@@ -7,6 +7,7 @@ model of both.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class LoraOptions:
 NONE = LoraOptions()
 
 
-def spec(cfg: transformer.ModelConfig, options: LoraOptions):
+def spec(cfg: transformer.ModelConfig, options: LoraOptions) -> dict[str, Any]:
   """The trained tree as ParamSpec: `down` starts at std 1/sqrt(fan-in), `up` at 0, so that the student starts as the
   frozen model."""
   whole = transformer.spec(cfg)
@@ -61,7 +62,7 @@ def spec(cfg: transformer.ModelConfig, options: LoraOptions):
   return sinks | {'layers': layers}
 
 
-def attach(frozen, trained, options: LoraOptions):
+def attach(frozen: dict[str, Any], trained: dict[str, Any], options: LoraOptions) -> dict[str, Any]:
   """The student's parameters for `transformer.apply`: the frozen ones, no gradient, with the trained difference."""
   frozen = jax.lax.stop_gradient(frozen)
   layers = frozen['layers'] | {
@@ -71,7 +72,7 @@ def attach(frozen, trained, options: LoraOptions):
   return frozen | sinks | {'layers': layers}
 
 
-def merge(frozen, trained, options: LoraOptions):
+def merge(frozen: dict[str, Any], trained: dict[str, Any], options: LoraOptions) -> dict[str, Any]:
   """One model: base + alpha / rank * down up, computed in float32, in the dtype of the base.
 
   Args:

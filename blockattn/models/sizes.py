@@ -1,6 +1,7 @@
 """Named model sizes, as published in the models' config.json files."""
 
 import dataclasses
+from typing import Any
 
 from blockattn import tree
 from blockattn.models.transformer import Llama3Rope, ModelConfig
@@ -28,7 +29,7 @@ SIZES = {
 }
 
 
-def get(name: str, **overrides) -> ModelConfig:
+def get(name: str, **overrides: Any) -> ModelConfig:
   """The named size, with fields replaced. Raises KeyError naming the nearest size."""
   if name not in SIZES:
     raise KeyError(f'no model size {name!r}; {tree.did_you_mean(name, SIZES)}')

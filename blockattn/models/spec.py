@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ class ParamSpec:
     fill: the constant first value where std is None.
   """
   shape: tuple[int, ...]
-  axes: tuple[str, ...]
+  axes: tuple[str | None, ...]
   std: float | None = None
   fill: float = 0.0
 
@@ -34,7 +35,7 @@ def _is_spec(x):
   return isinstance(x, ParamSpec)
 
 
-def abstract(specs, dtype, placement=None):
+def abstract(specs: Any, dtype: Any, placement: mesh_lib.Placement | None = None) -> Any:
   """The tree as jax.ShapeDtypeStruct, with shardings if a placement is given."""
   def leaf(spec):
     sharding = None if placement is None else placement.sharding(spec.axes)
@@ -42,7 +43,7 @@ def abstract(specs, dtype, placement=None):
   return jax.tree.map(leaf, specs, is_leaf=_is_spec)
 
 
-def shardings(specs, mesh, rules):
+def shardings(specs: Any, mesh: jax.sharding.Mesh, rules: tuple) -> Any:
   """The tree as NamedShardings. Raises ValueError where an axis does not divide evenly, naming the parameter."""
   placement = mesh_lib.Placement(mesh, rules)
   for name, spec in tree.named_leaves(specs, is_leaf=_is_spec):
@@ -50,7 +51,7 @@ def shardings(specs, mesh, rules):
   return jax.tree.map(lambda spec: placement.sharding(spec.axes), specs, is_leaf=_is_spec)
 
 
-def init(specs, key, dtype):
+def init(specs: Any, key: jax.Array, dtype: Any) -> Any:
   """First values. Each parameter's values depend on the key and its own name only."""
   def leaf(name, spec):
     if spec.std is None:
@@ -60,6 +61,6 @@ def init(specs, key, dtype):
   return tree.map_named(leaf, specs, is_leaf=_is_spec)
 
 
-def count(specs):
+def count(specs: Any) -> int:
   """Number of parameters."""
   return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=_is_spec))

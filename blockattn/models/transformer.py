@@ -6,15 +6,21 @@ the head. Teacher and student are this same function: the teacher's layout is `b
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from blockattn import errors, mesh as mesh_lib, options
+from blockattn import blocks, errors, mesh as mesh_lib, options
 from blockattn.kernels import api
 from blockattn.models import weights as weights_lib
 from blockattn.models.spec import ParamSpec
 
+Array = jax.Array
+Params = Any                     # a tree of `spec`, of arrays and matrices of models.weights
+Angles = tuple[Array, Array]     # cosines and sines, see `rotary_angles`
+Attend = Callable[..., Array]    # (q_BTNH, k_BTKH, v_BTKH, ...) -> o_BTNH
 REMAT = ('none', 'dots', 'full')
 
 
@@ -93,7 +99,7 @@ class Compute:
     return 1 if self.placement is None else self.placement.size('tokens')
 
 
-def spec(cfg: ModelConfig):
+def spec(cfg: ModelConfig) -> dict[str, Any]:
   """The parameter tree as ParamSpec. Matrices start at std 1/sqrt(fan-in), those that write into the residual stream
   at 1/sqrt(2 L fan-in); a tied embedding starts small enough to be a head."""
   D, N, K, H, F, L, V = cfg.width, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.mlp, cfg.layers, cfg.vocab
@@ -128,7 +134,7 @@ def spec(cfg: ModelConfig):
   return specs
 
 
-def apply(params, tokens, layout, cfg: ModelConfig, compute: Compute):
+def apply(params: Params, tokens: Array, layout: blocks.BlockLayout, cfg: ModelConfig, compute: Compute) -> Array:
   """Hidden states after the final norm.
 
   Args:
@@ -144,13 +150,14 @@ def apply(params, tokens, layout, cfg: ModelConfig, compute: Compute):
   return apply_embedded(params, embed(params, tokens, cfg, compute), layout, cfg, compute)
 
 
-def apply_embedded(params, x_BTD, layout, cfg: ModelConfig, compute: Compute):
+def apply_embedded(params: Params, x_BTD: Array, layout: blocks.BlockLayout, cfg: ModelConfig, compute: Compute) -> Array:
   """`apply` to embeddings x_BTD in place of tokens."""
   attend = lambda q, k, v: _attend(q, k, v, layout, compute)
   return run_layers(params, x_BTD, layout.position, cfg, compute, attend, keep_kv=False)[0]
 
 
-def run_layers(params, x_BTD, position, cfg, compute, attend, *, keep_kv: bool, beside=()):
+def run_layers(params: Params, x_BTD: Array, position: Array, cfg: ModelConfig, compute: Compute, attend: Attend, *,
+               keep_kv: bool, beside: tuple[Array, ...] = ()) -> tuple[Array, tuple[Array, Array] | None]:
   """All layers and the final norm, with any attention.
 
   Args:
@@ -176,11 +183,12 @@ def run_layers(params, x_BTD, position, cfg, compute, attend, *, keep_kv: bool, 
   return final_norm(params, x_BTD, cfg), kv
 
 
-def final_norm(params, x, cfg):
+def final_norm(params: Params, x: Array, cfg: ModelConfig) -> Array:
   return rms_norm(x, params['final_norm'], cfg.norm_eps)
 
 
-def decoder_layer(x_BTD, w, angles, cfg, compute, attend):
+def decoder_layer(x_BTD: Array, w: Params, angles: Angles, cfg: ModelConfig, compute: Compute, attend: Attend
+                  ) -> tuple[Array, tuple[Array, Array]]:
   """One transformer layer.
 
   Args:
@@ -206,7 +214,7 @@ def decoder_layer(x_BTD, w, angles, cfg, compute, attend):
   return constrain(x_BTD + _mlp(h, w, cfg), compute), (k, v)
 
 
-def dense(x, w, *, contract: int = 1, out=None):
+def dense(x: Array, w: weights_lib.Matrix, *, contract: int = 1, out: Any = None) -> Array:
   """x times w over the last `contract` axes of x and the first of w, accumulated and returned in dtype `out` if given.
 
   w is an array, or a matrix of models.weights: of 8 bits, whose products are scaled by output channel, or of low rank beside
@@ -227,29 +235,29 @@ def dense(x, w, *, contract: int = 1, out=None):
   return product.reshape(*tokens, *features)
 
 
-def head_of(params, cfg: ModelConfig):
+def head_of(params: Params, cfg: ModelConfig) -> weights_lib.Matrix:
   """The output matrix [V, D]."""
   return params['embed'] if cfg.tied else params['head']
 
 
 @jax.named_scope('head')
-def project(x, head_VD):
+def project(x: Array, head_VD: weights_lib.Matrix) -> Array:
   """Float32 logits [..., V] of hidden states [..., D]."""
   turned = jax.tree.map(jnp.transpose, head_VD)   # Int8 is two arrays
   return dense(x, weights_lib.cast(turned, x.dtype), out=jnp.float32)
 
 
-def head_function(params, cfg: ModelConfig):
+def head_function(params: Params, cfg: ModelConfig) -> jax.tree_util.Partial:
   """Hidden states -> float32 logits, as a pytree of the head."""
   return jax.tree_util.Partial(by_head, head_of(params, cfg))
 
 
-def by_head(head_VD, x):
+def by_head(head_VD: weights_lib.Matrix, x: Array) -> Array:
   """`project`, the head first."""
   return project(x, head_VD)
 
 
-def logits(params, x, cfg: ModelConfig):
+def logits(params: Params, x: Array, cfg: ModelConfig) -> Array:
   """Float32 logits [..., V] of hidden states [..., D]."""
   return project(x, head_of(params, cfg))
 
@@ -275,7 +283,7 @@ def _attend(q, k, v, layout, compute):
 
 
 @jax.named_scope('embed')
-def embed(params, tokens, cfg, compute):
+def embed(params: Params, tokens: Array, cfg: ModelConfig, compute: Compute) -> Array:
   """Embeddings [..., D] in compute.dtype of token ids int32 [...]."""
   x = weights_lib.rows(_whole_rows(params['embed'], compute), jnp.minimum(tokens, cfg.vocab - 1)).astype(compute.dtype)
   if cfg.learned_sinks:
@@ -292,11 +300,11 @@ def _whole_rows(table, compute):
   return jax.tree.map(lambda w: compute.placement.constrain(w, 'vocab', 'width'), weights_lib.cast(table, compute.dtype))
 
 
-def constrain(x_BTD, compute):
+def constrain(x_BTD: Array, compute: Compute) -> Array:
   return x_BTD if compute.placement is None else compute.placement.constrain(x_BTD, 'batch', 'tokens', 'width')
 
 
-def cast(weights, compute):
+def cast(weights: Params, compute: Compute) -> Params:
   return weights_lib.cast(weights, compute.dtype)
 
 
@@ -308,14 +316,14 @@ def _remat(layer, policy):
 
 
 @jax.named_scope('norm')
-def rms_norm(x, scale, eps):
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
   """Root-mean-square norm (arXiv 1910.07467) over the last axis, computed in float32."""
   x32 = x.astype(jnp.float32)
   normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
   return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rotary_frequencies(cfg: ModelConfig):
+def rotary_frequencies(cfg: ModelConfig) -> Array:
   """Radians per position of each rotary pair: float32 [H / 2].
 
   Plain: theta^(-2i/H) (arXiv 2104.09864). Llama 3: wavelengths above original_length / low_freq_factor are stretched
@@ -332,13 +340,13 @@ def rotary_frequencies(cfg: ModelConfig):
   return keep * frequency + (1.0 - keep) * frequency / s.factor
 
 
-def rotary_angles(position, cfg: ModelConfig):
+def rotary_angles(position: Array, cfg: ModelConfig) -> Angles:
   """(cos, sin), each float32 [B, T, H / 2]."""
   angle = position.astype(jnp.float32)[..., None] * rotary_frequencies(cfg)
   return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x, angles):
+def rotate(x: Array, angles: Angles) -> Array:
   """Rotates x [B, T, heads, H] by its positions; the pairs are (i, i + H/2), as in Hugging Face checkpoints."""
   cos, sin = (a[:, :, None, :] for a in angles)
   low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -10,6 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+Array = jax.Array
+
 # Axes that a product sums over, counted behind the layers: all other axes are output channels.
 CONTRACTED = {'q': 1, 'k': 1, 'v': 1, 'o': 2, 'gate': 1, 'up': 1, 'down': 1}
 
@@ -42,11 +44,14 @@ class LowRank:
   factor: float = flax.struct.field(pytree_node=False)
 
 
-def is_int8(w) -> bool:
+Matrix = Array | Int8 | LowRank
+
+
+def is_int8(w: Any) -> bool:
   return isinstance(w, Int8)
 
 
-def to_int8(w, axes: tuple[int, ...]) -> Int8:
+def to_int8(w: Array, axes: tuple[int, ...]) -> Int8:
   """Symmetric rounding to the nearest of 255 levels, by output channel: at most scale / 2 off in every entry.
 
   Args:
@@ -59,7 +64,7 @@ def to_int8(w, axes: tuple[int, ...]) -> Int8:
   return Int8(values.astype(jnp.int8), scale)
 
 
-def quantize(params, dtype):
+def quantize(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
   """The tree of a language model with its matrices in 8 bits, everything else (norms, biases, sinks) in `dtype`.
 
   The embedding and the head have a scale per token of the vocabulary, which is an output channel of the head.
@@ -72,7 +77,7 @@ def quantize(params, dtype):
   return rest | {'layers': layers}
 
 
-def quantized_shardings(shardings):
+def quantized_shardings(shardings: dict[str, Any]) -> dict[str, Any]:
   """Where the arrays of a quantised tree go: values as the matrix, scales cut along the output channels only.
 
   Args:
@@ -89,13 +94,13 @@ def quantized_shardings(shardings):
   return rest | {'layers': layers}
 
 
-def cast(tree, dtype):
+def cast(tree: Any, dtype: Any) -> Any:
   """Every float array of the tree in `dtype`; 8-bit matrices stay what they are."""
   return jax.tree.map(lambda w: w if is_int8(w) else w.astype(dtype), tree, is_leaf=is_int8)
 
 
-def rows(table, index):
+def rows(table: Array | Int8, index: Array) -> Array:
   """table[index] along the first axis, of an array or of Int8."""
-  if is_int8(table):
+  if isinstance(table, Int8):
     return jnp.take(table.values, index, axis=0).astype(jnp.float32) * jnp.take(table.scale, index, axis=0)
   return jnp.take(table, index, axis=0)
