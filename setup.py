@@ -11,7 +11,6 @@ VERSION = re.search(r"(?m)^__version__ = '(.+)'", (HERE / 'blockattn/__init__.py
 JAX = '>=0.10,<0.13'
 TORCH = ['torch==2.13.0']   # runs exported students in transformers; what converted checkpoints are compared with
 EVAL = ['jieba>=0.42.1', 'nltk>=3.10']   # words of Chinese answers, stems of English ones
-DOCS = ['mkdocs-material>=9.5', 'mkdocstrings[python]>=0.26']
 TEST = [
     *TORCH,
     'hypothesis>=6.100',
@@ -28,6 +27,7 @@ TEXT = [
     'segeval>=2.0.11',
     'semchunk>=4.1',
 ]
+REPORT = ['matplotlib>=3.9']   # curves and masks of a run's page
 SEMANTICSEG = [
     'datasketch>=2.0',
     'importlib_resources',   # which tensorflow-datasets does not ask for
@@ -35,6 +35,7 @@ SEMANTICSEG = [
     'tree-sitter-language-pack<1',   # later ones fetch their grammars when they are first used
     'tree-sitter>=0.25',
 ]
+DOCS = ['mkdocs-material>=9.7', 'mkdocstrings[python]>=1.0']
 
 setuptools.setup(
     name='blockattn',
@@ -82,10 +83,10 @@ setuptools.setup(
     extras_require={
         'beam': ['apache-beam>=2.77'],   # for corpora that one process is too slow for; heavy, and it pins protobuf
         'cloud': ['kubernetes'],   # JAX asks it who belongs to a JobSet of GPU nodes
-        'dev': TEST + EVAL + TEXT + SEMANTICSEG + ['pyright>=1.1.380', 'ruff>=0.9'],
+        'dev': TEST + EVAL + TEXT + SEMANTICSEG + REPORT + DOCS + ['pyright[nodejs]>=1.1.400', 'ruff>=0.9'],
         'docs': DOCS,
         'eval': EVAL,
-        'gpu': [f'jax[cuda13]{JAX}'],
+        'gpu': ['jax[cuda13]>=0.10,<0.12'],   # the compiler of 0.12.0 spills registers in every GPU kernel of width 128
         # Compilers for TPU and GPU kernels on a machine without either; the plugin has to be of jax's own version.
         'kernels-ci': [
             f'jax[tpu]{JAX}',
@@ -95,6 +96,7 @@ setuptools.setup(
             'nvidia-cuda-nvcc>=13,<14', 'nvidia-cuda-runtime>=13,<14', 'nvidia-nvjitlink>=13,<14', 'nvidia-nvvm>=13,<14',
         ],
         'log': ['wandb'],
+        'report': REPORT,
         'semanticseg': SEMANTICSEG,
         'test': TEST,
         'text': TEXT,

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from blockattn import blocks as blocks_lib, checkpoint, mesh, tree
-from blockattn.data import encode, text as text_lib
+from blockattn.data import chat_template, encode
 from blockattn.hf import config as hf_config, convert, files
-from blockattn.models import lora, spec, transformer
+from blockattn.models import classifier, lora, spec, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def prompts_of(meta: dict, tokenizer: str | os.PathLike, template_args: str | No
   """
   trained = meta.get('prompt') or {}
   loaded = encode.load_tokenizer(tokenizer, trained.get('template_args', '') if template_args is None else template_args)
-  return loaded, text_lib.wants_chat(trained.get('chat') if chat is None else chat, loaded)
+  return loaded, chat_template.wants_chat(trained.get('chat') if chat is None else chat, loaded)
 
 
 # Work directories.
@@ -96,7 +96,7 @@ def load_run(workdir: str | os.PathLike, dtype: str, placement: mesh.Placement, 
   cfg = model_of(meta)
   load_tree = lambda specs, dtype: checkpoint.load_params(checkpoints, spec.abstract(specs, dtype, placement), step)
   if not meta.get('lora'):   # checkpoints from before LoRA do not speak of it
-    return cfg, load_tree(transformer.spec(cfg), dtype), meta
+    return cfg, load_tree(classifier.spec(cfg), dtype), meta
   options = lora.LoraOptions(**meta['lora'])
   trained, source = load_tree(lora.spec(cfg, options), 'float32'), source or meta['source']
   try:
@@ -126,7 +126,7 @@ def model_of(meta: dict) -> transformer.ModelConfig:
   fields = dict(meta['model'])
   if fields['rope_scaling'] is not None:
     fields['rope_scaling'] = transformer.Llama3Rope(**fields['rope_scaling'])
-  return transformer.ModelConfig(**fields)
+  return classifier.from_fields(fields)
 
 
 def tokenizer_of(workdir: pathlib.Path, meta: dict) -> str | pathlib.Path:

@@ -1,4 +1,8 @@
-"""Locks on files, released by the death of their holder."""
+"""Locks on files, released by the death of their holder.
+
+The library filelock does less of what is needed here: its file does not say who holds it, another user's cannot be locked,
+and where a filesystem has no locks it leaves files of its own that outlive a killed process.
+"""
 
 import contextlib
 import datetime

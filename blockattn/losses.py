@@ -9,7 +9,7 @@ number of loss tokens.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from blockattn.models import transformer
 
 Array = jax.Array
-Head = tuple[Array, Array]   # (x_BTD, head_VD)
 
 WEIGHT_FORMS = ('relu', 'exp', 'none')
 GAP_SOURCES = ('student', 'teacher')
 POSITION_BINS = 8      # of the KL by position: the last is the second half of a row, the one before it the quarter before
+# The least probability that a student's rest of the vocabulary is taken to have: float32's rounding of a sum of K of its
+# probabilities, below which the difference from 1 is noise and its logarithm anything.
 _LEAST_REST = 1e-6
 
 
@@ -82,7 +83,6 @@ def forward_kl_of_top(top_log_p: Array, top_ids: Array, student_logits: Array, t
   log_q = jnp.take_along_axis(jax.nn.log_softmax(student_logits / temperature), top_ids, axis=-1)
   p = jnp.exp(top_log_p)
   p_rest = jnp.maximum(1 - jnp.sum(p, axis=-1), 0)
-  # Where K tokens hold all of the student's mass, rounding would leave the rest a log of 0 or of less.
   q_rest = jnp.maximum(1 - jnp.sum(jnp.exp(log_q), axis=-1), _LEAST_REST)
   return jnp.sum(p * (top_log_p - log_q), axis=-1) + jax.scipy.special.xlogy(p_rest, p_rest) - p_rest * jnp.log(q_rest)
 
@@ -93,14 +93,14 @@ def log_prob(logits: Array, targets: Array) -> Array:
   return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-def sum_over_tokens(token_fn: Callable[..., Any], heads: Any, hidden: Any, per_token: Any, mask: Array, chunk: int,
+def sum_over_tokens(token_fn: Callable[..., Any], heads: Any, states: Any, per_token: Any, mask: Array, chunk: int,
                     parts: int = 1) -> Any:
   """Sums `token_fn` over the tokens where `mask` holds, `chunk` tokens of each row at a time.
 
   Args:
-    token_fn: (heads, hidden, per_token, mask) of one chunk, arrays [B, chunk, ...] -> pytree of float32 scalars.
+    token_fn: (heads, states, per_token, mask) of one chunk, arrays [B, chunk, ...] -> pytree of float32 scalars.
     heads: pytree of whatever token_fn needs whole (the output matrices); differentiable.
-    hidden: pytree of [B, T, D]; differentiable.
+    states: pytree of [B, T, D], hidden states; differentiable.
     per_token: pytree of [B, T], not differentiable.
     mask: bool [B, T].
     chunk: static number of tokens per row and chunk.
@@ -109,13 +109,13 @@ def sum_over_tokens(token_fn: Callable[..., Any], heads: Any, hidden: Any, per_t
   Returns:
     The pytree of sums.
   """
-  hidden, per_token, mask = jax.tree.map(functools.partial(_cut_rows, parts=parts), (hidden, per_token, mask))
+  states, per_token, mask = jax.tree.map(functools.partial(_cut_rows, parts=parts), (states, per_token, mask))
   chunk = min(chunk, mask.shape[1])
   # Loss tokens first; a stable sort keeps their order, so that nothing depends on the sort's whims.
   order = jnp.argsort(~mask, axis=1, stable=True)
-  hidden, per_token, mask = jax.tree.map(functools.partial(_gather_chunks, order=order, chunk=chunk),
-                                         (hidden, per_token, mask))
-  shapes = jax.eval_shape(token_fn, heads, *jax.tree.map(lambda x: x[0], (hidden, per_token, mask)))
+  states, per_token, mask = jax.tree.map(functools.partial(_gather_chunks, order=order, chunk=chunk),
+                                         (states, per_token, mask))
+  shapes = jax.eval_shape(token_fn, heads, *jax.tree.map(lambda x: x[0], (states, per_token, mask)))
   zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
   # The checkpoint is around the cond: what a cond saves for its backward pass is saved once per chunk, heads included.
@@ -126,7 +126,7 @@ def sum_over_tokens(token_fn: Callable[..., Any], heads: Any, hidden: Any, per_t
   def add(total, x):
     return jax.tree.map(jnp.add, total, one_chunk(heads, x)), None
 
-  return jax.lax.scan(add, zeros(), (hidden, per_token, mask))[0]
+  return jax.lax.scan(add, zeros(), (states, per_token, mask))[0]
 
 
 def _cut_rows(x, *, parts):
@@ -153,7 +153,36 @@ def map_chunks(fn: Callable[[Any], Any], tree: Any, chunk: int) -> Any:
   return jax.tree.map(join, jax.lax.map(fn, jax.tree.map(cut, tree)))
 
 
-def distillation_sums(heads: dict[str, Any], hidden: dict[str, Array], per_token: dict[str, Any], mask: Array, *,
+class Reading(NamedTuple):
+  """What a model makes of the text tokens of a batch.
+
+  Attributes:
+    head_VD: its output matrix.
+    x_BTD: its hidden states.
+    blocked_BTD: those of a teacher under the block mask; only where the token weights ask for them.
+  """
+  head_VD: Any
+  x_BTD: Array
+  blocked_BTD: Array | None = None
+
+
+class StoredTeacher(NamedTuple):
+  """What is kept of a teacher's reading, see data.teacher_logits: the likeliest tokens' ids and log-probabilities
+  [B, T, K], and the log-probability of the target [B, T], with full attention and under the block mask."""
+  ids: Array
+  log_p: Array
+  target_log_p: Array
+  blocked_log_p: Array
+
+
+class _Token(NamedTuple):
+  """What the loss knows of each token beside hidden states."""
+  target: Array
+  position: Array
+  stored: StoredTeacher | None
+
+
+def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, targets: Array, position: Array, mask: Array, *,
                       weights: TokenWeights, temperature: float, ce_weight: float, chunk: int,
                       parts: int = 1) -> dict[str, Array]:
   """The distillation loss as sums: loss = sums['loss'] / sums['weight'].
@@ -162,14 +191,10 @@ def distillation_sums(heads: dict[str, Any], hidden: dict[str, Array], per_token
   The KL's gradient shrinks as 1 / temperature^2, so the factor (Hinton et al., arXiv 1503.02531) keeps it as large as
   it is at temperature 1, and ce_weight means the same at every temperature.
 
-  The teacher is a model at work, 'teacher' in `heads` and `hidden`, or what is stored of one, 'teacher' in `per_token`.
-
   Args:
-    heads: {'student': head [V, D], 'teacher': head [V, D]}.
-    hidden: {'student': x_BTD, 'teacher': x_BTD, 'teacher_block': x_BTD} on text tokens; the last only where
-      weights.source is 'teacher'.
-    per_token: {'target': int32 [B, T], the token that each position predicts, 'position': int32 [B, T], in its document,
-      'teacher': the arrays of data.taught.TaughtRows, of B rows}.
+    teacher: at work, or what was stored of it (offline distillation).
+    targets: int32 [B, T], the token that each position predicts.
+    position: int32 [B, T], in its document.
     mask: bool [B, T], the loss tokens m.
     parts: see `sum_over_tokens`.
 
@@ -180,26 +205,16 @@ def distillation_sums(heads: dict[str, Any], hidden: dict[str, Array], per_token
   """
   length = mask.shape[1]
 
-  def chunk_sums(heads, hidden, per_token, mask):
-    m, targets = mask.astype(jnp.float32), per_token['target']
-    student = transformer.project(hidden['student'], heads['student'])
-    if 'teacher' in per_token:
-      stored = per_token['teacher']
-      kl = forward_kl_of_top(stored['log_p'], stored['ids'], student, temperature)
-      log_q, log_p = log_prob(student, targets), stored['target_log_p']
-      blocked = stored['blocked_log_p'] if weights.source == 'teacher' else log_q
+  def chunk_sums(heads, states, token, mask):
+    m = mask.astype(jnp.float32)
+    logits = transformer.project(states[0].x_BTD, heads[0])
+    if token.stored is not None:
+      kl, log_q, log_p, blocked = _against_stored(logits, token.stored, token.target, temperature)
     else:
-      teacher = jax.lax.stop_gradient(transformer.project(hidden['teacher'], heads['teacher']))
-      student, teacher = common_vocabulary(student, teacher)
-      kl = forward_kl(teacher, student, temperature)
-      log_q, log_p = log_prob(student, targets), log_prob(teacher, targets)
-      blocked = log_q
-      if weights.source == 'teacher':
-        teacher_block = transformer.project(hidden['teacher_block'], heads['teacher'])
-        blocked = log_prob(common_vocabulary(teacher_block, teacher)[0], targets)
-    gap = jax.lax.stop_gradient(log_p - blocked)
+      kl, log_q, log_p, blocked = _against(logits, states[1]._replace(head_VD=heads[1]), token.target, temperature)
+    gap = jax.lax.stop_gradient(log_p - (blocked if weights.source == 'teacher' else log_q))
     w = m * token_weight(gap, weights)
-    at = m[..., None] * jax.nn.one_hot(position_bin(per_token['position'], length), POSITION_BINS)
+    at = m[..., None] * jax.nn.one_hot(position_bin(token.position, length), POSITION_BINS)
     return {'loss': jnp.sum(w * (temperature ** 2 * kl - ce_weight * log_q)),
             'weight': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
             'at_floor': jnp.sum(m, where=gap <= 0), 'at_cap': jnp.sum(m, where=gap >= weights.cap),
@@ -207,40 +222,53 @@ def distillation_sums(heads: dict[str, Any], hidden: dict[str, Array], per_token
             'teacher_ce': -jnp.sum(m * log_p), 'gap': jnp.sum(m * gap),
             'kl_at': jnp.sum(kl[..., None] * at, axis=(0, 1)), 'tokens_at': jnp.sum(at, axis=(0, 1))}
 
-  return sum_over_tokens(chunk_sums, heads, hidden, per_token, mask, chunk, parts)
+  stored = teacher if isinstance(teacher, StoredTeacher) else None
+  models = (student,) if stored is not None else (student, teacher)
+  heads = tuple(model.head_VD for model in models)
+  states = tuple(model._replace(head_VD=None) for model in models)
+  return sum_over_tokens(chunk_sums, heads, states, _Token(targets, position, stored), mask, chunk, parts)
 
 
-def distillation_loss(student: Head, teacher: Head, targets: Array, mask: Array, *, weights: TokenWeights | None = None,
-                      temperature: float = 1.0, ce_weight: float = 0.0, chunk: int = 128) -> Array:
-  """The loss of block distillation, for any two models: `distillation_sums` of a batch, as one number.
+def _against(logits, teacher: Reading, target, temperature):
+  """(KL from the teacher, log p(target) of the student, of the teacher, and of the teacher under the block mask or None)."""
+  full = jax.lax.stop_gradient(transformer.project(teacher.x_BTD, teacher.head_VD))
+  student, full = common_vocabulary(logits, full)
+  blocked = None
+  if teacher.blocked_BTD is not None:
+    blocked = log_prob(common_vocabulary(transformer.project(teacher.blocked_BTD, teacher.head_VD), full)[0], target)
+  return forward_kl(full, student, temperature), log_prob(student, target), log_prob(full, target), blocked
+
+
+def _against_stored(logits, stored: StoredTeacher, target, temperature):
+  """The same of a stored teacher."""
+  kl = forward_kl_of_top(stored.log_p, stored.ids, logits, temperature)
+  return kl, log_prob(logits, target), stored.target_log_p, stored.blocked_log_p
+
+
+def distillation_loss(student: Reading, teacher: Reading | StoredTeacher, targets: Array, mask: Array, *,
+                      weights: TokenWeights | None = None, temperature: float = 1.0, ce_weight: float = 0.0,
+                      chunk: int = 128) -> Array:
+  """The loss of block distillation, for any two models: `distillation_sums` of a batch as one number, without a gradient in
+  the teacher.
 
   Args:
-    student, teacher: (hidden states x_BTD in front of the head, head [V, D]) of the same text tokens. Logits are made a
-      chunk at a time. The teacher gets no gradient.
-    targets: int32 [B, T], the token that each position predicts.
-    mask: bool [B, T], the tokens that count; without one the loss is 0.
-    weights: of tokens, by the student's own gap to the teacher; None: the default ones.
-    temperature, ce_weight: see `distillation_sums`.
+    student, teacher, targets, mask, temperature, ce_weight: see `distillation_sums`; without a loss token the loss is 0.
+    weights: of tokens; None: the default ones.
     chunk: tokens of a row whose logits exist at a time.
-
-  Returns:
-    float32 scalar, differentiable in what `student` is made of.
   """
   weights = weights or TokenWeights()
-  if weights.source != 'student':
-    raise ValueError(f"weights.source must be 'student' here, got {weights.source!r}; with the teacher's hidden states "
-                     'under the block mask too, call distillation_sums')
-  hidden, heads = ({'student': own, 'teacher': jax.lax.stop_gradient(other)} for own, other in zip(student, teacher))
-  per_token = {'target': targets, 'position': jnp.zeros_like(targets)}
-  sums = distillation_sums(heads, hidden, per_token, mask, weights=weights, temperature=temperature, ce_weight=ce_weight,
-                           chunk=chunk)
+  if weights.source == 'teacher' and isinstance(teacher, Reading) and teacher.blocked_BTD is None:
+    raise ValueError("weights.source='teacher' needs the teacher's reading under the block mask: give blocked_BTD, or take "
+                     "the source 'student'")
+  sums = distillation_sums(student, jax.lax.stop_gradient(teacher), targets, jnp.zeros_like(targets), mask, weights=weights,
+                           temperature=temperature, ce_weight=ce_weight, chunk=chunk)
   return sums['loss'] / jnp.maximum(sums['weight'], jnp.finfo(jnp.float32).tiny)
 
 
 def position_bin(position: Array, length: int) -> Array:
   """Bin of a position in its document: the last is length/2 and beyond, each before it half as wide, the first the rest."""
   edges = [-(-length // 2 ** i) for i in range(POSITION_BINS - 1, 0, -1)]
-  return sum((position >= edge).astype(jnp.int32) for edge in edges)
+  return jnp.sum(jnp.stack([position >= edge for edge in edges]), axis=0, dtype=jnp.int32)
 
 
 def common_vocabulary(a: Array, b: Array) -> tuple[Array, Array]:
@@ -249,7 +277,7 @@ def common_vocabulary(a: Array, b: Array) -> tuple[Array, Array]:
   return a[..., :size], b[..., :size]
 
 
-def cross_entropy_sums(head_VD: Array, x_BTD: Array, targets: Array, weight: Array, chunk: int,
+def cross_entropy_sums(head_VD: Any, x_BTD: Array, targets: Array, weight: Array, chunk: int,
                        parts: int = 1) -> dict[str, Array]:
   """Weighted cross-entropy as sums: loss = sums['loss'] / sums['weight'].
 
@@ -260,9 +288,9 @@ def cross_entropy_sums(head_VD: Array, x_BTD: Array, targets: Array, weight: Arr
   Returns:
     {'loss', 'weight', 'tokens', 'ce'}: float32 scalars; `ce` is the unweighted sum over the `tokens` of weight > 0.
   """
-  def chunk_sums(head, hidden, per_token, mask):
+  def chunk_sums(head, states, per_token, mask):
     m = mask.astype(jnp.float32)
-    ce = -log_prob(transformer.project(hidden, head), per_token['target'])
+    ce = -log_prob(transformer.project(states, head), per_token['target'])
     w = m * per_token['weight']
     return {'loss': jnp.sum(w * ce), 'weight': jnp.sum(w), 'tokens': jnp.sum(m), 'ce': jnp.sum(m * ce)}
 

@@ -87,7 +87,7 @@ def base():
   config.data.block_tokens = 0     # 0: the blocks that are given; else blocks of so many tokens, cut anywhere
   config.data.files = ()           # JSON lines: files, folders or globs; with commas between them on the command line
   config.data.chat = config_dict.placeholder(bool)   # wrap plain examples in the chat template; unset: if there is one
-  config.data.template_args = ''   # of the chat template, 'enable_thinking=true,...'; see data/text.py for what is default
+  config.data.template_args = ''   # of the chat template, 'enable_thinking=true,...'; see data/chat_template.py
   config.data.strict = False       # stop at the first malformed line instead of counting it
   config.data.too_long = 'drop'    # or 'cut': leave out context blocks without the answer
   config.data.cache = '.cache/blockattn'   # encoded documents
@@ -164,7 +164,7 @@ def add_segment(config):
     config.segment.eval_every = 200           # steps between two measurements of F1; 0: never
     config.segment.eval_rows = 16             # rows of every category, and as many without hints
     config.segment.export_dtype = 'bfloat16'  # of the best parameters, in WORKDIR/best
-    config.segment.draw = ml_collections.ConfigDict()   # of segment_pipeline.DrawOptions
+    config.segment.draw = ml_collections.ConfigDict()   # of labelled.DrawOptions
     config.segment.draw.temperature = 4.0     # 1: categories as often as they come; a large one: all alike
     config.segment.draw.variants = 4          # texts that are made of each document
     config.segment.draw.bare = 0.4            # probability that a variant loses all surface hints

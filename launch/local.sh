@@ -13,6 +13,8 @@ usage: launch/local.sh COMMAND
   demo [ARGS]          the whole method in one run: python -m tools.demo ARGS
   test [PYTEST ARGS]   the tests, on all cores (run in the checkout; -n 0 for one process)
   lint                 ruff check
+  types                pyright, of what pyproject.toml names
+  docs [serve]         the documents, into build/site; `serve` shows them while they are written
   --processes N --devices M ARGS
                        a run of N processes with M simulated CPU devices each: ARGS as below, once per process
   sweep ARGS           the points of a config's sweep: python -m launch.sweep ARGS
@@ -155,6 +157,18 @@ case $command in
     ensure "$dev_extras"
     cd "$root"
     exec "$venv/bin/python" -m ruff check .
+    ;;
+  types)
+    ensure "$dev_extras"
+    cd "$root"
+    exec "$venv/bin/python" -m pyright --pythonpath "$venv/bin/python"
+    ;;
+  docs)
+    ensure "$dev_extras"
+    shift
+    cd "$root"
+    [ $# -gt 0 ] || set -- build --strict --quiet
+    JAX_PLATFORMS=cpu exec "$venv/bin/python" -m mkdocs "$@"
     ;;
   demo)
     ensure "$base_extras"

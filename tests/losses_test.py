@@ -38,9 +38,10 @@ MASKS = {'all': np.ones((B, T), bool), 'none': np.zeros((B, T), bool), 'one': np
 @functools.partial(jax.jit, static_argnames=('form', 'source', 'chunk'))
 def _chunked(heads, hidden, targets, mask, floor, cap, temperature, ce_weight, *, form, source, chunk):
   def loss(heads, hidden):
-    per_token = {'target': targets, 'position': POSITIONS}
-    sums = losses.distillation_sums(heads, hidden, per_token, mask, weights=losses.TokenWeights(form, source, floor, cap),
-                                    temperature=temperature, ce_weight=ce_weight, chunk=chunk)
+    student = losses.Reading(heads['student'], hidden['student'])
+    teacher = losses.Reading(heads['teacher'], hidden['teacher'], hidden.get('teacher_block'))
+    sums = losses.distillation_sums(student, teacher, targets, POSITIONS, mask, chunk=chunk, temperature=temperature,
+                                    weights=losses.TokenWeights(form, source, floor, cap), ce_weight=ce_weight)
     return sums['loss'], sums
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(heads, hidden)
 
@@ -293,12 +294,11 @@ def test_what_is_stored_of_a_teacher_trains_as_the_teacher_does():
   warm = log_softmax(hidden['teacher'] @ heads['teacher'].T / 1.5)
   ids = np.argsort(-warm, axis=-1)[..., :V - 1]
   pick = lambda x: np.take_along_axis(x, targets[..., None], -1)[..., 0].astype(np.float32)
-  stored = {'ids': ids, 'log_p': np.take_along_axis(warm, ids, -1).astype(np.float32),
-            'target_log_p': pick(log_p['teacher']), 'blocked_log_p': pick(log_p['teacher_block'])}
+  stored = losses.StoredTeacher(ids, np.take_along_axis(warm, ids, -1).astype(np.float32), pick(log_p['teacher']),
+                                pick(log_p['teacher_block']))
 
   def of_stored(head, x_BTD):
-    per_token = {'target': targets, 'position': POSITIONS, 'teacher': stored}
-    sums = losses.distillation_sums({'student': head}, {'student': x_BTD}, per_token, mask, weights=weights,
+    sums = losses.distillation_sums(losses.Reading(head, x_BTD), stored, targets, POSITIONS, mask, weights=weights,
                                     temperature=1.5, ce_weight=0.3, chunk=5)
     return sums['loss'], sums
   (again, stored_sums), own = jax.jit(jax.value_and_grad(of_stored, argnums=(0, 1), has_aux=True))(
@@ -400,9 +400,9 @@ def test_the_first_moment_may_be_kept_in_fewer_bits():
 def test_the_loss_of_two_heads_is_that_of_the_sums():
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  student, teacher = (draw(2, 9, 8), draw(16, 8)), (draw(2, 9, 8), draw(16, 8))
+  student, teacher = (losses.Reading(draw(16, 8), draw(2, 9, 8)) for _ in range(2))
   targets, mask = jnp.asarray(rng.integers(16, size=(2, 9))), jnp.asarray(rng.random((2, 9)) < 0.7)
-  log_p, log_q = (jax.nn.log_softmax(x @ head.T) for x, head in (teacher, student))
+  log_p, log_q = (jax.nn.log_softmax(of.x_BTD @ of.head_VD.T) for of in (teacher, student))
   at = lambda x: jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
   weight = mask.astype(jnp.float32) * losses.token_weight(at(log_p) - at(log_q), losses.TokenWeights())
   want = jnp.sum(weight * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)) / jnp.sum(weight)
@@ -410,5 +410,5 @@ def test_the_loss_of_two_heads_is_that_of_the_sums():
   gradient = jax.grad(lambda t: losses.distillation_loss(student, t, targets, mask))(teacher)
   assert not any(np.any(x) for x in jax.tree.leaves(gradient))
   assert losses.distillation_loss(student, teacher, targets, jnp.zeros_like(mask)) == 0
-  with pytest.raises(ValueError, match="weights.source must be 'student' here, got 'teacher'"):
+  with pytest.raises(ValueError, match="weights.source='teacher' needs"):
     losses.distillation_loss(student, teacher, targets, mask, weights=losses.TokenWeights(source='teacher'))

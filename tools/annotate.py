@@ -20,7 +20,7 @@ import sys
 import rich.console
 import rich.progress
 
-from blockattn.data import text as text_lib
+from blockattn.data import json_lines
 from blockattn.segmentation import markers
 from blockattn.segmentation.semanticseg import annotate, completions
 from tools import arguments
@@ -101,7 +101,7 @@ def run(args, options, output, endpoint, total, err) -> collections.Counter:
   columns = (*rich.progress.Progress.get_default_columns(), rich.progress.MofNCompleteColumn())
   with rich.progress.Progress(*columns, console=err, transient=True) as bar:
     task = bar.add_task('documents', total=total)
-    documents = _unfinished(args, output, text_lib.Report())
+    documents = _unfinished(args, output, json_lines.Report())
     for result in annotate.annotate_all(documents, endpoint.ask, markers.candidates, options, args.concurrency):
       counts.update(result.usage)
       counts['failed' if result.document is None else 'written'] += 1
@@ -119,7 +119,7 @@ def _annotate(args, out, err):
   connect = functools.partial(completions.Completions, args.base_url, args.model, os.environ.get(args.key_env, ''),
                               body=args.body, limits=limits)
   with annotate.Output(os.path.expanduser(args.output)) as output, connect() as endpoint:
-    report = text_lib.Report()
+    report = json_lines.Report()
     estimate = annotate.estimate(_unfinished(args, output, report), markers.candidates, options, _counter(args.tokenizer))
     print_estimate(estimate, args, report, out)
     if not estimate.documents:

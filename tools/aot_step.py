@@ -159,9 +159,10 @@ def _batch(config, cfg, place):
   import numpy as np
 
   from blockattn.data import packing
+  from blockattn.models import classifier
   row = packing.pack_row([], config.data.length)
   if 'segment' in config:
-    units = (config.data.length, *((cfg.unit_tokens,) if cfg.unit_tokens else ()))
+    units = (config.data.length, *classifier.position_shape(cfg))
     row = {'tokens': np.zeros(units, np.int32), 'layout': row['layout'], 'labels': np.zeros(config.data.length, np.int32)}
   elif 'distill' in config and config.teacher.logits:
     one, most = np.zeros(config.data.length, np.float32), np.zeros((config.data.length, config.teacher.top_k), np.float32)

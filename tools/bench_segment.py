@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from blockattn import disk
-from blockattn.segmentation import granularity, markers, measures as cuts, splitters
+from blockattn.segmentation import granularity, markers, measures, splitters
 from blockattn.segmentation.semanticseg import hints as hints_lib, schema
 
 SEGMENTER = 'segmenter'
@@ -135,7 +135,7 @@ def remembered(embed: splitters.Embed) -> splitters.Embed:
 
 # Measuring and choosing.
 
-Results = dict[int, dict[str, dict[str, float]]]   # by option, by category: evals.cuts.summary
+Results = dict[int, dict[str, dict[str, float]]]   # by option, by category: measures.summary
 
 
 def measure(way: splitters.Baseline, texts: Iterable[Text], wanted: Callable[[str], Iterable[int]]) -> Results:
@@ -145,9 +145,9 @@ def measure(way: splitters.Baseline, texts: Iterable[Text], wanted: Callable[[st
     for option in wanted(text.category):
       if option not in cutters:
         cutters[option] = way.build(**way.grid[option])
-      moved = text.candidates[cuts.nearest(cutters[option](text.text), text.candidates)]
-      found[option][text.category].append(cuts.measure(text.cuts, moved, text.candidates))
-  return {option: {category: cuts.summary(documents) for category, documents in by_category.items()}
+      moved = text.candidates[measures.nearest(cutters[option](text.text), text.candidates)]
+      found[option][text.category].append(measures.measure(text.cuts, moved, text.candidates))
+  return {option: {category: measures.summary(documents) for category, documents in by_category.items()}
           for option, by_category in found.items()}
 
 
@@ -165,7 +165,7 @@ def best(way: splitters.Baseline, results: Results, objective: str) -> int:
     if way.by_count:
       gold, predicted = (sum(found[key] for found in results[option].values()) for key in ('gold', 'predicted'))
       return abs(math.log((predicted + 1) / (gold + 1)))
-    value = cuts.macro(results[option])[objective]
+    value = measures.macro(results[option])[objective]
     return value if objective == 'pk' else -value
 
   return min(results, key=badness)
@@ -191,7 +191,7 @@ def compare(ways: dict[str, splitters.Baseline], validation: list[Text], test: l
       options = {category: option(objective, scope, category) for category in sorted({text.category for text in test})}
       by_category = {category: found[index][category] for category, index in options.items()}
       rows.append({'name': name, 'objective': objective, 'scope': scope, 'by_category': by_category,
-                   'macro': cuts.macro(by_category),
+                   'macro': measures.macro(by_category),
                    'options': way.grid[chosen[objective]['']] if scope == 'corpus' else
                    {category: way.grid[index] for category, index in options.items()}})
     log(f'{name}: {len(way.grid)} options, {time.perf_counter() - start:.0f} s')

@@ -166,9 +166,9 @@ def loss_memory(rows: int, length: int, width: int, vocab: int, chunk: int) -> i
   tokens, mask = (jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.int32, bool))
 
   def loss(student_head, student, teacher_head, teacher, targets, mask):
-    sums = losses.distillation_sums({'student': student_head, 'teacher': teacher_head},
-                                    {'student': student, 'teacher': teacher}, {'target': targets, 'position': targets}, mask,
-                                    weights=losses.TokenWeights(), temperature=1.0, ce_weight=0.0, chunk=chunk)
+    student, teacher = losses.Reading(student_head, student), losses.Reading(teacher_head, teacher)
+    sums = losses.distillation_sums(student, teacher, targets, targets, mask, weights=losses.TokenWeights(), temperature=1.0,
+                                    ce_weight=0.0, chunk=chunk)
     return sums['loss'] / sums['weight']
 
   compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head, hidden, head, hidden, tokens, mask).compile()

@@ -29,7 +29,7 @@ import time
 import rich.console
 import rich.table
 
-from blockattn.data import encode, text as text_lib
+from blockattn.data import encode, json_lines
 from blockattn.segmentation.semanticseg import dedupe, schema, statistics
 from tools import arguments
 
@@ -146,7 +146,7 @@ def _report(configs, out, duplicates):
             'duplicates': duplicates and duplicates['counts'],
             'dropped': sorted(id for config in configs for id in config.dropped)}
   _write(os.path.join(out, 'report.json'), json.dumps(values, indent=1))
-  return sum(reports.values(), text_lib.Report())
+  return sum(reports.values(), json_lines.Report())
 
 
 def _print_statistics(values, console):

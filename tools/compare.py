@@ -216,9 +216,7 @@ def sweep_page(folder: str | os.PathLike, sweep: Mapping) -> str:
   folder = pathlib.Path(folder)
   head, rows = sweep_columns(sweep, every=True)
   head, rows = ['point', *head], [[point['name'], *row] for point, row in zip(sweep['points'], rows, strict=True)]
-  parts = [report.section('Points', report.table(head, [[report.esc(cell) for cell in row] for row in rows])),
-           report.curves_part(folder)]
-  return report.page(folder, [part for part in parts if part])
+  return report.page(folder, points=(head, rows), curves=report.curves_part(folder))
 
 
 def print_sweep(sweep: Mapping, console: rich.console.Console) -> None:

@@ -25,7 +25,7 @@ from blockattn.evals import gap
 from blockattn.hf import card as card_lib, convert
 from blockattn.train import command, distill, finetune, setup
 from configs import tiny
-from tools import arguments, evaluate, report
+from tools import arguments, charts, evaluate, report
 
 QUESTIONS = 3
 SEGMENTED = 4   # pages in the report
@@ -182,6 +182,7 @@ def main(argv=None) -> int:
   start = time.perf_counter()
   command.quiet_libraries()
   try:
+    charts.check_installed()   # before the minutes of training, not after
     summary = run(args.workdir, args.docs, args.steps, console)
     page = report.render(args.workdir)
   except (ValueError, FileNotFoundError, FloatingPointError) as error:

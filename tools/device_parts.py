@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import signal
 import statistics
 import subprocess
@@ -185,7 +186,7 @@ def ttft(options, record: Record):
       model='qwen3_4b', dtype='bfloat16', lengths=[8192, 65536, 32768])
   args = types.SimpleNamespace(**small, impl=impl, block=64 if options.toy else 1024, last=32 if options.toy else 512,
                                samples=1 if options.toy else 3, states=('all', 'half', 'none'), no_torch=True,
-                               peak_tflops=None, bandwidth_gbs=None)
+                               **dict.fromkeys(('peak_tflops', 'bandwidth_gbs'), 1.0 if options.toy else None))
   model = bench_ttft.load_model(args)
   rate = record.measure('rates', lambda: bench_ttft.rates(args))
   for length in args.lengths:
@@ -254,6 +255,8 @@ class Plan:
 def train(options, record: Record):
   """Distils a model until a quarter of the time is left, evaluates before and after, and packs the run for its report."""
   work = pathlib.Path(tempfile.gettempdir()) / f'blockattn-{"toy" if options.toy else "device"}-run'
+  if not record.found['cases']:   # what lies there is of another OUT, perhaps of another model
+    shutil.rmtree(work, ignore_errors=True)
   work.mkdir(exist_ok=True)
   impl = attention_impl(options, record)
   if options.model and record.measure('model', lambda: _to_hf(options.model, work / 'model')) is None:
@@ -267,15 +270,16 @@ def train(options, record: Record):
 
 
 def _plan(options, work, impl) -> Plan:
-  steps = 12 if options.toy else 10 ** 6   # without an end: what time allows, at a rate that stays
+  steps = 3 if options.toy else 10 ** 6   # without an end: what time allows, at a rate that stays
   for_ever = [f'--config.steps={steps}', f'--config.save_every={steps}', '--config.log_every=5',
               '--config.optim.final_lr=1.0']
   if not options.model:
     from configs import tiny
-    more = ['--config.batch=2', '--config.data.segmenter='] if options.toy else ['--config.batch=64']
+    more = (['--config.batch=2', '--config.data.segmenter=', '--config.optim.warmup=1'] if options.toy
+            else ['--config.batch=64'])
     return Plan(str(tiny.TEACHER), ['--config=configs/tiny.py', *for_ever, *more],
-                ['--data', 'pages', '--limit', '2' if options.toy else '256', '--batch', '2' if options.toy else '128',
-                 '--max-new', '4' if options.toy else '24'])
+                ['--data', 'pages', *('--limit 1 --batch 1 --max-new 4 --modes block' if options.toy else
+                                      '--limit 256 --batch 128 --max-new 24').split()])
   model, files = str(work / 'model'), [str(path) for path in sorted(options.data.glob('train*.jsonl*'))]
   trainer = ['--config=configs/distill.py:model=llama32_1b,ctx=2048', *for_ever, f'--config.model.source={model}',
              f'--config.compute.impl={impl}', '--config.compute.remat=none', '--config.batch=32', '--config.optim.lr=3e-4',

@@ -7,7 +7,7 @@ MODEL and TEACHER are folders in the Hugging Face format, hub names, or work dir
 checkpoint). Sinks and positions of block mode are those that the model was trained with: `blocks` in its blockattn.json
 or in its checkpoint; a model without runs in block mode without sinks, at sequential positions. The teacher reads in
 full attention. Prompts are made as in training, with the chat template or without. --data takes JSON lines in the forms of
-blockattn.data.text, or `pages`: pages about classes of Python's standard library that no training of this project sees;
+blockattn.data.prompts, or `pages`: pages about classes of Python's standard library that no training of this project sees;
 `pages:validation` are those that settings may be chosen by.
 
 Prints exact match, substring and token F1 of greedy answers, cross-entropy and KL to the teacher on the answer's tokens
@@ -36,7 +36,7 @@ import rich.console
 import rich.table
 
 from blockattn import disk, metrics
-from blockattn.data import encode, text as text_lib
+from blockattn.data import encode, json_lines, prompts
 from blockattn.evals import answers, gap, subjects as subjects_lib
 from blockattn.evals.subjects import BEFORE, STUDENT, TEACHER
 from blockattn.inference import cache as cache_lib
@@ -61,14 +61,14 @@ def add_prompt_arguments(parser):
 
 
 def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bool = False, limit: int | None = None):
-  """(documents, their examples, text.Report of the lines) of JSON lines files; at most `limit` examples are read.
+  """(documents, their examples, json_lines.Report of the lines) of JSON lines files; at most `limit` examples are read.
 
   Raises:
-    text.BadLineError: `strict`, and a line is malformed.
+    json_lines.BadLineError: `strict`, and a line is malformed.
     ValueError: not one example is left.
   """
-  report = text_lib.Report()
-  lines = text_lib.read_examples(files, report=report, strict=strict, chat=chat, tokenizer=tokenizer)
+  report = json_lines.Report()
+  lines = prompts.read_examples(files, report=report, strict=strict, chat=chat, tokenizer=tokenizer)
   examples = list(itertools.islice(lines, limit))
   if not examples:
     raise ValueError(f'{", ".join(map(str, files))}: no example to evaluate\n{report.summary()}')
@@ -208,7 +208,7 @@ def run(options, console, err) -> dict:
   if not set(modes) <= set(gap.MODES):
     raise ValueError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
   split = PAGES.get(options.data[0]) if len(options.data) == 1 else None
-  files = None if split else text_lib.find_files(options.data)   # before models are loaded
+  files = None if split else json_lines.find_files(options.data)   # before models are loaded
   attention = api.choose(options.impl, jax.devices()[0])
   err.print(str(attention))
   subjects, teacher, tokenizer = subjects_lib.load_pair(options.model, options.teacher, modes,
@@ -216,7 +216,7 @@ def run(options, console, err) -> dict:
                                                         template_args=options.template_args, chat=options.chat)
   if files is None:
     docs, examples = page_docs(tokenizer, options.limit or _PAGES_BY_DEFAULT, split=split)
-    report, stop = text_lib.Report(), options.stop or PAGE_STOP
+    report, stop = json_lines.Report(), options.stop or PAGE_STOP
   else:
     chat = next(subject.chat for name, subject in subjects.items() if name != TEACHER)
     docs, examples, report = file_docs(files, tokenizer, chat=chat, strict=options.strict, limit=options.limit)
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
   err = compare.make_console(stderr=True)
   try:
     run(options, compare.make_console(), err)
-  except text_lib.BadLineError as error:
+  except json_lines.BadLineError as error:
     err.print(str(error))
     return 1
   except (OSError, ValueError) as error:

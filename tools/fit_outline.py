@@ -17,7 +17,8 @@ import numpy as np
 
 from blockattn import mesh
 from blockattn.hf import files
-from blockattn.segmentation import granularity, measures as cuts, outline, segmenter as segmenter_lib, splitters
+from blockattn.segmentation import granularity, measures, outline, splitters
+from blockattn.segmentation.segmenter import Segmenter
 from tools import arguments, bench_segment
 
 THRESHOLDS = np.arange(-1.5, 1.75, 0.25)
@@ -39,7 +40,7 @@ def f1_by_threshold(texts, log_odds) -> np.ndarray:
   cutter = lambda threshold: lambda text: granularity.own_cuts(*known[text], threshold).tolist()
   way = splitters.Baseline('', cutter, tuple({'threshold': threshold} for threshold in THRESHOLDS.tolist()))
   found = bench_segment.measure(way, texts, lambda category: range(len(THRESHOLDS)))
-  return np.array([cuts.macro(found[option])['f1'] for option in range(len(THRESHOLDS))])
+  return np.array([measures.macro(found[option])['f1'] for option in range(len(THRESHOLDS))])
 
 
 def lowest_threshold(f1: np.ndarray, tolerance: float) -> float:
@@ -49,7 +50,7 @@ def lowest_threshold(f1: np.ndarray, tolerance: float) -> float:
 def run(options) -> None:
   meta = files.read_json(options.folder / files.META)
   mesh.use_cpu_cores(8)
-  segmenter = segmenter_lib.Segmenter.load(options.folder, outline=None)
+  segmenter = Segmenter.load(options.folder, outline=None)
   load = lambda split, limit, hints: bench_segment.load([options.data], split, limit, hints)
   training = load('train', options.limit, 'kept')
   shift = fit(training, score(segmenter, training))

@@ -6,7 +6,7 @@
   python -m tools.generate blockattn/assets/tiny_teacher pages --limit 3
 
 MODEL is a folder in the Hugging Face format, a hub name, or a trainer's work directory. Every text file ("-": standard
-input) is one block, or, with --segmenter, as many as it is cut into. JSON lines, in the forms of blockattn.data.text,
+input) is one block, or, with --segmenter, as many as it is cut into. JSON lines, in the forms of blockattn.data.prompts,
 hold their own blocks and questions; with --question or --interactive it is asked about the blocks of the first line. `pages`
 are those of tools.evaluate: classes of Python's standard library that no training of this project sees.
 Without a question the blocks are read, and then questions line by line until the end of the input (Ctrl-D) or /quit; /help
@@ -34,7 +34,8 @@ import rich.table
 
 import blockattn
 from blockattn import loading, tree
-from blockattn.data import encode, text as text_lib
+from blockattn.data import encode, json_lines, prompts
+from blockattn.data.example import Example, pieces
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, session as session_lib, stopwatch
 from blockattn.kernels import api
 from blockattn.models import transformer
@@ -74,7 +75,7 @@ def read_texts(files: Sequence[str]) -> list[str]:
     if not texts[-1]:
       raise ValueError(f'{file}: the file is empty')
     if not texts[-1].endswith(('\n', '\r')):
-      texts[-1] = text_lib.PLAIN.untitled.format(text=texts[-1])
+      texts[-1] = prompts.PLAIN.untitled.format(text=texts[-1])
   return texts
 
 
@@ -87,7 +88,7 @@ def blocks_of(texts: Sequence[str], cut=None) -> tuple[str, ...]:
   if cut is None:
     return tuple(texts)
   return tuple(block for text, spans in zip(texts, cut(texts), strict=True)
-               for block in text_lib.pieces(text, [start for start, _ in spans]))
+               for block in pieces(text, [start for start, _ in spans]))
 
 
 # What is said about it.
@@ -115,7 +116,7 @@ def figures(answer: engine_lib.Answer, watch: stopwatch.Stopwatch) -> str:
 # The command.
 
 
-def answer(session: session_lib.Session, example: text_lib.Example, console) -> engine_lib.Answer:
+def answer(session: session_lib.Session, example: Example, console) -> engine_lib.Answer:
   """Prints the answer as it is made, then its figures."""
   made, watch = session.answer(example, on_text=lambda _, text: print(text, end='', flush=True))
   print(flush=True)
@@ -169,7 +170,7 @@ def _answer(session, ask, question, console, stops):
 
 def run(options, stream, console) -> None:
   """The command, options as from the command line."""
-  lines = [file for file in options.files if file.endswith(text_lib.SUFFIXES)]
+  lines = [file for file in options.files if file.endswith(json_lines.SUFFIXES)]
   if lines and len(lines) < len(options.files):
     raise ValueError('give either JSON lines or text files')
   if options.target_tokens and options.segmenter is None:
@@ -180,7 +181,7 @@ def run(options, stream, console) -> None:
   pages = options.files == [_PAGES]
   examples = texts = None
   if lines:
-    text_lib.find_files(lines)
+    json_lines.find_files(lines)
   elif not pages:
     texts = read_texts(options.files)   # before the model is loaded
   attention = api.choose(options.impl, jax.devices()[0])
@@ -194,7 +195,7 @@ def run(options, stream, console) -> None:
     examples = evaluate.page_docs(tokenizer, options.limit or _SOME_PAGES)[1]
     options.stop.append(evaluate.PAGE_STOP)
   elif lines:
-    found = text_lib.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer)
+    found = prompts.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer)
     examples = list(itertools.islice(found, 1 if options.question or options.interactive else options.limit))
   if examples is not None:
     if not examples:
@@ -270,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
   sys.stdin.reconfigure(errors='surrogateescape')   # a line that is no UTF-8 ends nothing: `asked` says so
   try:
     run(options, sys.stdin, console)
-  except text_lib.BadLineError as error:
+  except json_lines.BadLineError as error:
     console.print(str(error))
     return 1
   except (OSError, ValueError) as error:

@@ -4,7 +4,7 @@
   python -m tools.generate_torch exported/student questions.jsonl --limit 5 --max-new 32
 
 MODEL is a folder in the Hugging Face format or a hub name. Every text file is one block; JSON lines (in the forms of
-blockattn.data.text) hold their own blocks and questions, and a block that one question has read is not read again for
+blockattn.data.prompts) hold their own blocks and questions, and a block that one question has read is not read again for
 the next. Every answer is made twice, greedily: by blockattn.hf.cached_generate over blocks that are read one by one,
 and by generate under blockattn.hf.block_attention, which reads the whole prompt in one masked pass. They compute the
 same in another order: in bfloat16 a near tie may fall to either side.
@@ -18,7 +18,8 @@ import sys
 import time
 
 from blockattn import hf, loading
-from blockattn.data import encode, text as text_lib
+from blockattn.data import encode, json_lines, prompts
+from blockattn.data.example import Example
 from blockattn.hf import config as hf_config, files as hf_files
 from blockattn.inference import session
 from tools import arguments, evaluate, generate
@@ -37,17 +38,17 @@ def load(name, dtype: str, template_args: str | None = None, chat: bool | None =
   return model.to(device).eval(), options, tokenizer, chat
 
 
-def examples(files, question: str | None, tokenizer, *, chat: bool, limit: int | None) -> list[text_lib.Example]:
+def examples(files, question: str | None, tokenizer, *, chat: bool, limit: int | None) -> list[Example]:
   """The examples of JSON lines, or the one that `question` asks about text files.
 
   Raises:
     ValueError: text files without a question, or JSON lines with one; not an example.
   """
-  lines = [file for file in files if file.endswith(text_lib.SUFFIXES)]
+  lines = [file for file in files if file.endswith(json_lines.SUFFIXES)]
   if lines and (question is not None or len(lines) < len(files)):
     raise ValueError('JSON lines bring their own questions: give either them, or text files and --question')
   if lines:
-    found = list(itertools.islice(text_lib.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer), limit))
+    found = list(itertools.islice(prompts.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer), limit))
     if not found:
       raise ValueError(f'{", ".join(lines)}: no example')
     return found

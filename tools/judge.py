@@ -26,7 +26,7 @@ import rich.console
 import rich.table
 
 from blockattn import metrics
-from blockattn.data import encode, text as text_lib
+from blockattn.data import encode, json_lines
 from blockattn.evals import answers, gap, locomo, longbench, qa, subjects
 from blockattn.hf import files
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan
@@ -156,7 +156,7 @@ def _longbench_records(options):
 SOURCES = {   # benchmark -> (reads data, makes items of it)
     'longbench': (_longbench_records, load_longbench),
     'locomo': (lambda options: locomo.read_conversations(options.data[0]), load_locomo),
-    'qa': (lambda options: text_lib.find_files(options.data), load_qa),
+    'qa': (lambda options: json_lines.find_files(options.data), load_qa),
 }
 
 
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None, make_answerer=answerer) -> int:
   err = compare.make_console(stderr=True)
   try:
     run(options, compare.make_console(), err, make_answerer)
-  except text_lib.BadLineError as error:
+  except json_lines.BadLineError as error:
     err.print(str(error))
     return 1
   except (OSError, ValueError, ImportError) as error:

@@ -20,7 +20,8 @@ import rich.console
 import rich.progress
 import rich.table
 
-from blockattn.data import encode, packing, pipeline, text as text_lib
+from blockattn.data import encode, json_lines, packing
+from blockattn.data.store import open_store
 from blockattn.train import command, setup
 from configs import common
 from tools import arguments, evaluate
@@ -84,8 +85,7 @@ def prepare_files(files, tokenizer, options, cache, *, strict, console, cutter=N
       start = time.perf_counter()
       bar.update(whole, description=os.path.basename(file))
       progress = lambda _, read, done=done: bar.update(whole, completed=done + read)
-      store = pipeline.open_store(file, tokenizer, encoder, options, cache, strict=strict, progress=progress,
-                                  cutter=cutter)
+      store = open_store(file, tokenizer, encoder, options, cache, strict=strict, progress=progress, cutter=cutter)
       prepared.append((file, store, time.perf_counter() - start))
       done += os.path.getsize(file)
       bar.update(whole, completed=done)
@@ -107,7 +107,7 @@ def make_table(prepared, options):
   for file, store, seconds in prepared:
     table.add_row(*_row(os.path.basename(file), store.report, store.sizes, store.counts, store.built and seconds,
                         options))
-  report = sum((store.report for _, store, _ in prepared), text_lib.Report())
+  report = sum((store.report for _, store, _ in prepared), json_lines.Report())
   sizes, counts = (np.concatenate([getattr(store, name) for _, store, _ in prepared]) for name in ('sizes', 'counts'))
   built = all(store.built for _, store, _ in prepared)
   table.add_section()
@@ -134,7 +134,7 @@ def main(argv=None) -> int:
   err = rich.console.Console(stderr=True, **plain)
   try:
     config = read_config(args, more)
-    files = text_lib.find_files(list(config.data.files))
+    files = json_lines.find_files(list(config.data.files))
     tokenizer = setup.tokenizer(config)
     options, cutter = setup.file_options(config.data, tokenizer), setup.cutter(config.data, tokenizer)
     with contextlib.ExitStack() as stack:
@@ -148,7 +148,7 @@ def main(argv=None) -> int:
     if not report.docs:
       err.print(f'prepare: not one document to train on in {report.lines:,} lines of {", ".join(files)}')
       return 2
-  except text_lib.BadLineError as error:
+  except json_lines.BadLineError as error:
     err.print(str(error))
     return 1
   except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-// Values under the pointer: each chart carries its points, and where they are drawn, in data-chart.
+// Values under the pointer: each chart carries its points, each with what its place is called, and where they are drawn.
 for (const chart of document.querySelectorAll('.chart')) {
   const { left, right, width, lo, hi, series } = JSON.parse(chart.dataset.chart);
   const svg = chart.querySelector('svg'), cursor = chart.querySelector('.cursor'), tip = chart.querySelector('.tip');
@@ -19,12 +19,11 @@ for (const chart of document.querySelectorAll('.chart')) {
     const found = series.map(s => ({ name: s.name, point: nearest(s.points, step) }));
     const shown = found[0].point[0];
     const x = left + (shown - lo) / (hi - lo || 1) * (right - left);
-    cursor.setAttribute('x1', x);
-    cursor.setAttribute('x2', x);
-    cursor.style.visibility = 'visible';
-    tip.textContent = found.map(f => (f.name ? f.name + '  ' : '') + 'step ' + f.point[0] + '  ' + f.point[1]).join('\n');
-    tip.style.display = 'block';
     const px = x / width * box.width;
+    cursor.style.left = px + 'px';
+    cursor.style.visibility = 'visible';
+    tip.textContent = found.map(f => (f.name ? f.name + '  ' : '') + f.point[2] + '  ' + f.point[1]).join('\n');
+    tip.style.display = 'block';
     tip.style.left = (px > box.width / 2 ? px - tip.offsetWidth - 10 : px + 10) + 'px';
   });
   chart.addEventListener('pointerleave', hide);

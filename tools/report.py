@@ -17,7 +17,6 @@ comes from a file of the workdir and is left out where the file is absent:
 """
 
 import argparse
-import html
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from blockattn import disk, metrics
-from tools import arguments, charts
+from tools import arguments, charts, pages
 
 REFERENCE = 'teacher_full'
 BEFORE = ('student_block_before', 'teacher_block')   # the teacher's weights under the block mask, whichever is there
@@ -65,61 +64,19 @@ def render(workdir: str | os.PathLike) -> pathlib.Path:
   workdir = pathlib.Path(workdir)
   if not workdir.is_dir():
     raise FileNotFoundError(f'no folder {workdir}; name the workdir of a run')
-  parts = (summary_part, curves_part, mask_part, segmented_part, examples_part, taught_part, config_part)
-  sections = [section for section in (part(workdir) for part in parts) if section]
-  if not sections:
+  parts = {name: part(workdir) for name, part in PARTS.items()}
+  if not any(parts.values()):
     raise FileNotFoundError(f'{workdir} holds nothing to report: expected at least one of metrics.jsonl, summary.json, '
                             'layout.json, segmented.jsonl, examples.jsonl, bias.json, config.json, as runs leave them')
   path = workdir / 'report.html'
-  disk.write_text(path, page(workdir, sections))
+  disk.write_text(path, page(workdir, **parts))
   return path
 
 
-def page(workdir: pathlib.Path, sections: Sequence[str]) -> str:
-  here = pathlib.Path(__file__).parent
-  style, script = ((here / name).read_text(encoding='utf-8') for name in ('report.css', 'report.js'))
-  title = esc(workdir.resolve().name)
-  return '\n'.join([
-      '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
-      '<meta name="viewport" content="width=device-width, initial-scale=1">',
-      # Nothing may be fetched, whatever text the examples hold.
-      '<meta http-equiv="Content-Security-Policy" '
-      'content="default-src \'none\'; style-src \'unsafe-inline\'; script-src \'unsafe-inline\'">',
-      f'<title>{title} · blockattn</title>', f'<style>\n{style}</style>', '</head>', '<body>',
-      f'<header>\n<h1>{title}</h1>\n{run_facts(workdir)}\n</header>', *sections,
-      f'<script>\n{script}</script>', '</body>', '</html>', ''])
-
-
-# Pieces of HTML.
-
-def esc(text: Any) -> str:
-  """The text as HTML shows it, also inside an attribute."""
-  return html.escape(str(text), quote=True)
-
-
-def section(title: str, *content: str) -> str:
-  return '\n'.join([f'<section>\n<h2>{esc(title)}</h2>', *filter(None, content), '</section>'])
-
-
-def facts(values: dict[str, Any]) -> str:
-  """A line of names and values."""
-  if not values:
-    return ''
-  items = ''.join(f'<div><dt>{esc(name)}</dt><dd>{esc(value)}</dd></div>' for name, value in values.items())
-  return f'<dl class="facts">{items}</dl>'
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], row_classes: Sequence[str] = (), css: str = '') -> str:
-  """A table of cells that are HTML already; `row_classes` are those of the first rows."""
-  lines = ['<tr>' + ''.join(f'<th>{esc(name)}</th>' for name in head) + '</tr>'] if head else []
-  for i, row in enumerate(rows):
-    name = row_classes[i] if i < len(row_classes) else ''
-    lines.append(f'<tr class="{name}">' + ''.join(c if c.startswith('<td') else f'<td>{c}</td>' for c in row) + '</tr>')
-  return f'<div class="wide"><table class="{css}">' + '\n'.join(lines) + '</table></div>'
-
-
-def details(title: str, text: str) -> str:
-  return f'<details><summary>{esc(title)}</summary><pre>{esc(text)}</pre></details>'
+def page(workdir: pathlib.Path, **parts) -> str:
+  """The page of report.html, with these of its parts."""
+  return pages.render('report.html', title=workdir.resolve().name, run=run_facts(workdir), styles=('report.css',),
+                      script='report.js', **parts)
 
 
 def model_name(key: str) -> str:
@@ -135,9 +92,13 @@ def _read_json(path: pathlib.Path, form: Any = dict) -> dict[str, Any] | None:
   return disk.read_json(path, form)
 
 
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if isinstance(value, (str, int, float))}
+
+
 # The head of the page.
 
-def run_facts(workdir: pathlib.Path) -> str:
+def run_facts(workdir: pathlib.Path) -> dict[str, Any]:
   run = _read_json(workdir / 'run.json') or {}
   shown = progress(workdir)
   for name, value in run.items():
@@ -149,7 +110,7 @@ def run_facts(workdir: pathlib.Path) -> str:
       shown[name] = ' '.join(map(str, value)) if isinstance(value, list) else value
   if (workdir / 'profile').is_dir():
     shown['profile'] = f'traces of {len(list((workdir / "profile").rglob("*.xplane.pb")))} host(s) in profile/'
-  return facts({name: value for name, value in shown.items() if isinstance(value, (str, int, float))})
+  return _plain(shown)
 
 
 def progress(workdir: pathlib.Path) -> dict[str, str]:
@@ -172,51 +133,50 @@ def progress(workdir: pathlib.Path) -> dict[str, str]:
 
 # The table of models, and where the time went.
 
-def summary_part(workdir: pathlib.Path) -> str:
-  path = workdir / 'summary.json'
-  summary = _read_json(path)
+def summary_part(workdir: pathlib.Path) -> dict[str, Any] | None:
+  summary = _read_json(workdir / 'summary.json')
   if not summary:
-    return ''
+    return None
   models = {k: v for k, v in summary.items() if isinstance(v, dict) and set(v) & set(COLUMNS)}
   seconds = summary['seconds'] if isinstance(summary.get('seconds'), dict) else {}
   closed = summary['closed'] if isinstance(summary.get('closed'), dict) else {}
   rest = {k: v for k, v in summary.items() if k not in models and k not in ('seconds', 'closed')}
   plain = {k: f'{v:g}' if disk.is_number(v) else v for k, v in rest.items() if disk.is_number(v) or isinstance(v, str)}
   nested = {k: v for k, v in rest.items() if k not in plain}
-  return section('Results', model_table(models) if models else '', verdict(models), closed_part(closed),
-                 facts({k.replace('_', ' '): v for k, v in plain.items()}),
-                 details('More results', json.dumps(nested, indent=2)) if nested else '', time_table(seconds))
+  return {'models': model_table(models) if models else None,
+          'sentences': [sentence for sentence in (verdict(models), closed_shares(closed)) if sentence],
+          'facts': {k.replace('_', ' '): v for k, v in plain.items()},
+          'more': json.dumps(nested, indent=2) if nested else '', 'seconds': time_bars(seconds)}
 
 
-def model_table(models: dict[str, dict[str, Any]]) -> str:
+def model_table(models: dict[str, dict[str, Any]]) -> dict[str, Any]:
+  """{'head': names of the columns, 'rows': {'name', 'cells', 'reference'} each, 'notes': on small figures}."""
   known = [c for c in COLUMNS if any(c in m for m in models.values())]
   others = sorted({c for m in models.values() for c, v in m.items() if disk.is_number(v)} - set(COLUMNS))
   reference = models.get(REFERENCE)
   intervals = {key: m['intervals'] if isinstance(m.get('intervals'), dict) else {} for key, m in models.items()}
   difference_to = lambda m, c: None if m is reference else (reference or {}).get(c)
-  rows = [[esc(model_name(key))] + [cell(c, m.get(c), difference_to(m, c), intervals[key].get(c)) for c in known + others]
+  rows = [{'name': model_name(key), 'reference': key == REFERENCE,
+           'cells': [cell(c, m.get(c), difference_to(m, c), intervals[key].get(c)) for c in known + others]}
           for key, m in models.items()]
-  head = [''] + [COLUMNS[c][0] for c in known] + [c.replace('_', ' ') for c in others]
-  classes = ['reference' if key == REFERENCE else '' for key in models]
   notes = ['difference to the teacher with full attention'] * bool(reference and len(models) > 1)
   notes += ['in brackets, the interval from resampled documents'] * any(intervals.values())
-  note = f'Small figures: {"; ".join(notes)}.' if notes else ''
-  return table(head, rows, classes) + (f'<p class="soft">{note}</p>' if note else '')
+  return {'head': [COLUMNS[c][0] for c in known] + [c.replace('_', ' ') for c in others], 'rows': rows, 'notes': notes}
 
 
-def cell(column: str, value: Any, reference: Any, interval: Any = None) -> str:
-  """A value of the table with its interval and its difference to the reference under it."""
+def cell(column: str, value: Any, reference: Any, interval: Any = None) -> dict[str, str]:
+  """A value of the table with its interval, its difference to the reference, and whether that is good or bad."""
   if not disk.is_number(value):
-    return '–' if value is None else esc(value)
-  text = figure(column, value)
+    return {'text': '–' if value is None else value}
+  shown = {'text': figure(column, value)}
   if isinstance(interval, dict) and disk.is_number(interval.get('low')) and disk.is_number(interval.get('high')):
-    text += f'<small>[{figure(column, interval["low"])}, {figure(column, interval["high"])}]</small>'
-  _, direction = COLUMNS[column] if column in COLUMNS else ('', 0)
-  if not disk.is_number(reference) or column == 'n' or not math.isfinite(value - reference):
-    return text
-  difference = value - reference
-  css = 'good' if difference * direction > 0 else 'bad' if difference * direction < 0 else ''
-  return f'{text}<small class="{css}">{figure(column, difference, signed=True)}</small>'
+    shown['interval'] = f'[{figure(column, interval["low"])}, {figure(column, interval["high"])}]'
+  if disk.is_number(reference) and column != 'n' and math.isfinite(value - reference):
+    difference = value - reference
+    better = difference * (COLUMNS[column][1] if column in COLUMNS else 0)
+    shown |= {'difference': figure(column, difference, signed=True),
+              'verdict': 'good' if better > 0 else 'bad' if better < 0 else ''}
+  return shown
 
 
 def figure(column: str, value: float, signed: bool = False) -> str:
@@ -243,29 +203,26 @@ def verdict(models: dict[str, dict[str, Any]]) -> str:
   trained = {k: s for k, s in scores.items() if k not in (REFERENCE, before)}
   if not (gap > 0 and trained):
     return ''
-  shares = ', '.join(f'{esc(model_name(k))}: {(s - scores[before]) / gap:.0%}' for k, s in trained.items())
+  shares = ', '.join(f'{model_name(k)}: {(s - scores[before]) / gap:.0%}' for k, s in trained.items())
   sizes = [m['n'] for m in models.values() if disk.is_number(m.get('n')) and m['n'] > 0]
   trust = f' One standard error of a share is at most {50 / math.sqrt(min(sizes)):.1f} points.' if sizes else ''
-  return f'<p>Of the exact match lost to blocks ({gap * 100:.1f} points), training gives back: {shares}.{trust}</p>'
+  return f'Of the exact match lost to blocks ({gap * 100:.1f} points), training gives back: {shares}.{trust}'
 
 
-def closed_part(closed: dict[str, Any]) -> str:
+def closed_shares(closed: dict[str, Any]) -> str:
   """How much of what blocks cost the student makes good, by measure."""
-  shares = [f'{esc(COLUMNS[c][0] if c in COLUMNS else c)} {v["mean"]:.0%} [{v["low"]:.0%}, {v["high"]:.0%}]'
+  shares = [f'{COLUMNS[c][0] if c in COLUMNS else c} {v["mean"]:.0%} [{v["low"]:.0%}, {v["high"]:.0%}]'
             for c, v in closed.items()
             if isinstance(v, dict) and all(disk.is_number(v.get(k)) for k in ('mean', 'low', 'high'))]
-  return f'<p>What the student in block mode makes good of what blocks cost: {"; ".join(shares)}.</p>' if shares else ''
+  return f'What the student in block mode makes good of what blocks cost: {"; ".join(shares)}.' if shares else ''
 
 
-def time_table(seconds: dict[str, Any]) -> str:
+def time_bars(seconds: dict[str, Any]) -> list[tuple[str, str, float]]:
+  """(part, time, its share of the longest in percent)."""
   spent = {part: value for part, value in seconds.items() if disk.is_number(value) and math.isfinite(value)}
   longest = max(spent.values(), default=0)
-  if longest <= 0:
-    return ''
-  rows = [[esc(part.replace('_', ' ')), esc(_seconds(value)),
-           f'<td class="bars"><span class="bar" style="width:{100 * max(value, 0) / longest:.1f}%"></span></td>']
-          for part, value in spent.items()]
-  return '<h3 style="margin-top:1.8rem">Time</h3>' + table((), rows, css='times')
+  return [(part.replace('_', ' '), _seconds(value), 100 * max(value, 0) / longest)
+          for part, value in spent.items()] if longest > 0 else []
 
 
 def _seconds(value: float) -> str:
@@ -274,20 +231,20 @@ def _seconds(value: float) -> str:
 
 # Curves.
 
-def curves_part(workdir: pathlib.Path) -> str:
+def curves_part(workdir: pathlib.Path) -> dict[str, Any] | None:
   curves = read_curves(workdir)
   if not curves:
-    return ''
+    return None
   runs = sorted({run for series in curves.values() for run in series})
-  colours = {run: i % charts.COLOURS for i, run in enumerate(runs)}
+  colours = {run: i % len(charts.COLOURS) for i, run in enumerate(runs)}
   grouped = families(curves)
   single = sorted(set(curves) - {name for names in grouped.values() for name in names},
                   key=lambda name: (_curve_rank(name), name))
-  figures = [charts.chart(name, curves[name], colours, wide=i == 0) for i, name in enumerate(single)]
-  maps = [charts.heat_map(title + (f', {run}' if run else ''), rows)
+  maps = [(title + (f', {run}' if run else ''), charts.heat_map(rows))
           for title, names in grouped.items() for run in runs
           if (rows := {_row_name(name, names): curves[name][run] for name in names if run in curves[name]})]
-  return section('Curves', legend(colours), '<div class="charts">', *figures, '</div>', *maps)
+  return {'colours': colours, 'maps': maps,
+          'charts': [(name, charts.chart(curves[name], colours, wide=i == 0)) for i, name in enumerate(single)]}
 
 
 def families(curves: Iterable[str]) -> dict[str, list[str]]:
@@ -333,33 +290,19 @@ def _curve_rank(name: str) -> int:
   return 1 if name in ('kl', 'ce', 'teacher_ce', 'gap', 'recall') or name.startswith('val_') else 2 if 'loss' in name else 3
 
 
-def legend(colours: dict[str, int]) -> str:
-  if len(colours) < 2:
-    return ''
-  items = (f'<span><i class="b{c}"></i>{esc(run or "this run")}</span>' for run, c in colours.items())
-  return f'<p class="legend lines">{"".join(items)}</p>'
-
-
 # The mask.
 
-def mask_part(workdir: pathlib.Path) -> str:
+def mask_part(workdir: pathlib.Path) -> dict[str, Any] | None:
   path = workdir / 'layout.json'
   layout = _read_json(path, {'lengths': [int], 'mask': (str, list)})
   if layout is None:
-    return ''
+    return None
   lengths, mask = layout['lengths'], _mask_rows(layout['mask'], path)
   if not all(n > 0 for n in lengths) or sum(lengths) > len(mask):
     raise ValueError(f'{path}: lengths must be positive and sum to at most the {len(mask)} rows of the mask')
   factor = math.ceil(len(mask) / MAX_CELLS)
-  scaled = f' One cell stands for {factor} × {factor} tokens.' if factor > 1 else ''
-  caption = ('Each row is a token that reads, each column a token that is read; a cell has the colour of the block '
-             f'that is read. {len(mask)} tokens in {len(lengths)} blocks.{scaled}')
-  keys = ''.join(f'<span><i class="b{i % charts.COLOURS}"></i>block {i}, {n} tokens'
-                 f'{", reads all before it" if i == len(lengths) - 1 and i else ""}</span>'
-                 for i, n in list(enumerate(lengths))[:24])
-  more = f'<span>and {len(lengths) - 24} more</span>' if len(lengths) > 24 else ''
-  return section('Who attends to whom', '<div class="mask">', f'<figure>{mask_picture(lengths, mask, factor)}</figure>',
-                 f'<div><p class="soft">{caption}</p><div class="legend">{keys}{more}</div></div></div>')
+  return {'svg': charts.mask_map(lengths, mask, factor), 'lengths': lengths, 'tokens': len(mask), 'factor': factor,
+          'colours': len(charts.COLOURS)}
 
 
 def _mask_rows(mask: Any, path: pathlib.Path) -> list[str]:
@@ -375,96 +318,31 @@ def _mask_rows(mask: Any, path: pathlib.Path) -> list[str]:
   return rows
 
 
-def mask_picture(lengths: Sequence[int], mask: Sequence[str], factor: int) -> str:
-  """Square cells, `factor` tokens wide, in the colour of the key's block; paler where only some of them are read."""
-  size = math.ceil(len(mask) / factor)
-  block_of = [i for i, n in enumerate(lengths) for _ in range(n)] + [None] * (len(mask) - sum(lengths))
-  gap = 0.08 if size <= 48 else 0
-  cells = []
-  for row in range(size):
-    for start, stop, css, share in _runs(mask, block_of, row, size, factor, split=bool(gap)):
-      opacity = '' if share == 1 else f' opacity="{share:.2f}"'
-      cells.append(f'<rect class="{css}" x="{start}" y="{row}" width="{stop - start - gap:g}" height="{1 - gap:g}"'
-                   f'{opacity}/>')
-  return (f'<svg viewBox="0 0 {size} {size}" role="img" aria-label="attention mask">'
-          f'{"".join(cells)}{_edges(lengths, factor, size)}</svg>')
-
-
-def _runs(mask, block_of, row, size, factor, split) -> list[tuple[int, int, str, float]]:
-  """Cells of one row as (start, stop, class, share of tokens that are read); equal neighbours are one run."""
-  runs = []
-  for column in range(size):
-    css, share = _cell_of(mask, block_of, row * factor, column * factor, factor)
-    if runs and not split and runs[-1][2:] == (css, share):
-      runs[-1] = (runs[-1][0], column + 1, css, share)
-    else:
-      runs.append((column, column + 1, css, share))
-  return runs
-
-
-def _cell_of(mask, block_of, top, left, factor) -> tuple[str, float]:
-  rows = [line[left:left + factor] for line in mask[top:top + factor]]
-  read, total = sum(row.count('1') for row in rows), sum(map(len, rows))
-  block = block_of[left]
-  if read:
-    return f'f{block % charts.COLOURS}' if block is not None else 'padding', round(read / total, 2)
-  return ('padding' if block is None or block_of[top] is None else 'unseen'), 1
-
-
-def _edges(lengths: Sequence[int], factor: int, size: int) -> str:
-  """Hairlines between blocks, unless there are too many to see anything else."""
-  if len(lengths) > 40:
-    return ''
-  places = [sum(lengths[:i]) / factor for i in range(1, len(lengths))]
-  return ''.join(f'<path class="edge" d="M{p:.2f} 0V{size}M0 {p:.2f}H{size}"/>' for p in places)
-
-
 # Examples.
 
-def segmented_part(workdir: pathlib.Path) -> str:
-  shown, count = _articles(workdir / 'segmented.jsonl', segmented, {'id': (str, int), 'blocks': [str]})
-  note = 'Plain text, with the blocks that the segmenter cut it into in alternating colours.'
-  return section('Blocks from the segmenter', f'<p class="soft">{count}{note}</p>', *shown) if shown else ''
+def segmented_part(workdir: pathlib.Path) -> dict[str, Any] | None:
+  article = lambda value: {'id': value['id'], 'count': len(value['blocks']), 'blocks': _clip(value['blocks'])}
+  return _articles(workdir / 'segmented.jsonl', article, {'id': (str, int), 'blocks': [str]})
 
 
-def segmented(value: dict[str, Any]) -> str:
-  count = f'{esc(value["id"])}: {len(value["blocks"])} blocks'
-  return (f'<article class="example"><p class="soft">{count}</p>'
-          f'<div class="text" tabindex="0">{coloured(value["blocks"])}</div></article>')
-
-
-def coloured(blocks: Sequence[str]) -> str:
-  return ''.join(f'<span class="t{i % 2}">{esc(text)}</span>' for i, text in enumerate(_clip(blocks)))
+def examples_part(workdir: pathlib.Path) -> dict[str, Any] | None:
+  return _articles(workdir / 'examples.jsonl', _example, {'blocks': [str], 'prompt': str, 'response': str,
+                                                          'answers': {str: str}})
 
 
 def _articles(path, article, form):
-  """(`article(object)` of the first lines of a file, a note if it has more); ([], '') without the file."""
+  """{'shown': `article(object)` of the first lines of a file, 'note': if it has more}; None without any."""
   if not path.exists():
-    return [], ''
+    return None
   lines = [(i, line) for i, line in enumerate(disk.read_text(path).split('\n'), start=1) if line.strip()]
   shown = [article(disk.parse_json(line, f'{path}:{i}', form)) for i, line in lines[:MAX_EXAMPLES]]
-  return shown, f'The first {MAX_EXAMPLES} of {len(lines)}. ' if len(lines) > MAX_EXAMPLES else ''
+  note = f'The first {MAX_EXAMPLES} of {len(lines)}.' if len(lines) > MAX_EXAMPLES else ''
+  return {'shown': shown, 'note': note} if shown else None
 
 
-def examples_part(workdir: pathlib.Path) -> str:
-  shown, count = _articles(workdir / 'examples.jsonl', example, {'blocks': [str], 'prompt': str, 'response': str,
-                                                                 'answers': {str: str}})
-  if not shown:
-    return ''
-  note = ('Context blocks in alternating colours, then the last block, which reads them all. An answer is right if it '
-          'equals the expected one, up to case and spaces around it.')
-  return section('Examples', f'<p class="soft">{count}{note}</p>', *shown)
-
-
-def example(value: dict[str, Any]) -> str:
-  prompt = f'<span class="prompt">{esc(value["prompt"])}</span>'
-  rows = [['<td>Expected answer</td>', f'<td class="answer">{esc(value["response"])}</td>', '<td></td>']]
-  for model, answer in value['answers'].items():
-    mark = '<td class="good">✓ right</td>' if _same(answer, value['response']) else '<td class="bad">✗ wrong</td>'
-    rows.append([f'<td>{esc(model_name(model))}</td>', f'<td class="answer">{esc(answer)}</td>', mark])
-  answers = table((), rows, css='answers')
-  text = coloured(value['blocks']) + prompt
-  return f'<article class="example"><div class="text" tabindex="0">{text}</div>{answers}</article>'
+def _example(value):
+  answers = [(model_name(model), answer, _same(answer, value['response'])) for model, answer in value['answers'].items()]
+  return value | {'blocks': _clip(value['blocks']), 'answers': answers}
 
 
 def _same(answer: str, expected: str) -> bool:
@@ -485,30 +363,29 @@ def _clip(blocks: Sequence[str]) -> list[str]:
 
 # Stored logits.
 
-def taught_part(workdir: pathlib.Path) -> str:
+def bias_part(workdir: pathlib.Path) -> dict[str, Any] | None:
   path = workdir / 'bias.json'
   bias = _read_json(path, {'kl': disk.NUMBER, 'tokens': disk.NUMBER, 'top': {str: {'kl': disk.NUMBER, 'rest': disk.NUMBER}}})
   if not bias:
-    return ''
-  rows = [[esc(count), f'{top["kl"]:.4f}', f'{top["kl"] / max(bias["kl"], 1e-9):.1%}', f'{top["rest"]:.4f}']
+    return None
+  rows = [(count, f'{top["kl"]:.4f}', f'{top["kl"] / max(bias["kl"], 1e-9):.1%}', f'{top["rest"]:.4f}')
           for count, top in sorted(bias['top'].items(), key=lambda item: (len(item[0]), item[0]))]   # numbers, by size
-  note = (f'The KL between the teacher with full attention and under the block mask is {bias["kl"]:.4f} nats per token, '
-          f'over {bias["tokens"]:,.0f} tokens; this much of it is left if the likeliest tokens, and the rest as one, '
-          'are compared.')
-  return section('What stored logits keep', f'<p class="soft">{note}</p>',
-                 table(['Tokens kept', 'KL, nats', 'Share', 'Probability of the rest'], rows),
-                 facts({k.replace('_', ' '): v for k, v in (_read_json(workdir / 'meta.json') or {}).items()
-                        if isinstance(v, (str, int, float))}))
+  meta = {k.replace('_', ' '): v for k, v in (_read_json(workdir / 'meta.json') or {}).items()}
+  return bias | {'rows': rows, 'meta': _plain(meta)}
 
 
 # The config.
 
-def config_part(workdir: pathlib.Path) -> str:
+def config_part(workdir: pathlib.Path) -> dict[str, str]:
+  """The text of the config of the run and of its parts, by file."""
   files = [workdir / 'config.json', *sorted(workdir.glob('*/config.json'))]
   shown = [(path.relative_to(workdir), _read_json(path)) for path in files]
-  pieces = [details(str(name), json.dumps(config, indent=2)) for name, config in shown
-            if config and (name.parent == pathlib.Path() or (workdir / name.parent / metrics.FILE_NAME).exists())]
-  return section('Config', *pieces) if pieces else ''
+  return {str(name): json.dumps(config, indent=2) for name, config in shown
+          if config and (name.parent == pathlib.Path() or (workdir / name.parent / metrics.FILE_NAME).exists())}
+
+
+PARTS = {'summary': summary_part, 'curves': curves_part, 'mask': mask_part, 'segmented': segmented_part,
+         'examples': examples_part, 'bias': bias_part, 'configs': config_part}   # of report.html
 
 
 def main():

@@ -6,10 +6,7 @@ blockattn/segmentation/granularity.py in JavaScript. It fetches nothing, and tex
 """
 
 import dataclasses
-import json
 import os
-import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +14,7 @@ import numpy as np
 
 from blockattn import disk
 from blockattn.segmentation import granularity
-from tools import report
+from tools import pages
 
 SMALLEST_TARGET = 32   # tokens; the slider's left end
 
@@ -74,23 +71,11 @@ def write(path: str | os.PathLike, texts: Sequence[PageText], want: granularity.
 
 
 def render(texts: Sequence[PageText], want: granularity.Granularity) -> str:
-  here = pathlib.Path(__file__).parent
-  read = lambda name: (here / name).read_text(encoding='utf-8')
-  title = texts[0].id if len(texts) == 1 else f'{len(texts)} texts'
   limit = granularity.MAX_LOG_ODDS
   data = {'texts': [dataclasses.asdict(text) for text in texts], 'wish': describe(want), 'smallest': SMALLEST_TARGET,
           'logOdds': min(max(want.log_odds, -limit), limit), 'target': want.target or 512, 'weight': want.weight}
-  return '\n'.join([
-      '<!doctype html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
-      '<meta name="viewport" content="width=device-width, initial-scale=1">',
-      # Nothing may be fetched, whatever the texts hold.
-      '<meta http-equiv="Content-Security-Policy" '
-      'content="default-src \'none\'; style-src \'unsafe-inline\'; script-src \'unsafe-inline\'">',
-      f'<title>{report.esc(printable(title))} · blocks</title>',
-      f'<style>\n{read("report.css")}{read("segment_page.css")}</style>', '</head>', '<body>',
-      read('segment_page.html').rstrip(),
-      f'<script type="application/json" id="data">{script_json(data)}</script>',
-      f'<script>\n{read("segment_page.js")}</script>', '</body>', '</html>', ''])
+  return pages.render('segment_page.html', title=texts[0].id if len(texts) == 1 else f'{len(texts)} texts', data=data,
+                      styles=('report.css', 'segment_page.css'), script='segment_page.js')
 
 
 def describe(want: granularity.Granularity) -> str:
@@ -101,14 +86,3 @@ def describe(want: granularity.Granularity) -> str:
   words += [f'depth {want.depth}'] if want.depth else []
   words += [f'{name} {value:,}' for name, value in (('min', want.minimum), ('max', want.maximum)) if value]
   return ', '.join(words)
-
-
-def printable(text: str) -> str:
-  """The text less characters that HTML may not hold."""
-  return re.sub('[\0-\x08\x0b-\x1f\x7f\ud800-\udfff]', '\ufffd', text)
-
-
-def script_json(value: Any) -> str:
-  """JSON that may stand inside a script element: no `<`, so no tag in it ends or comments out the script."""
-  text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
-  return re.sub('[<\x7f\u2028\u2029\ufeff\ud800-\udfff]', lambda match: f'\\u{ord(match[0]):04x}', text)

@@ -65,8 +65,8 @@ from jax.sharding import AbstractMesh, AxisType
 from blockattn import blocks, mesh as mesh_lib, metrics, optim, tree
 from blockattn.data import packing
 from blockattn.hf import config as hf_config
-from blockattn.models import lora, spec as spec_lib, transformer, weights
-from blockattn.segmentation import model as segmenter
+from blockattn.models import classifier, flops, lora, spec as spec_lib, transformer, weights
+from blockattn.segmentation import model as segmenter_model
 from blockattn.train import command, distill, finetune, segment, setup
 from tools import aot_step, arguments, show_step
 
@@ -118,7 +118,7 @@ def student(config) -> transformer.ModelConfig:
     raise ValueError(f'config.model.source={model.source!r} is no folder here, and nothing is downloaded: set '
                      'config.model.size to the name of its architecture in blockattn/models/sizes.py')
   if 'segment' in config:
-    return segmenter.architecture(cfg, segment.read_options(config).unit_tokens)
+    return segmenter_model.architecture(cfg, segment.read_options(config).unit_tokens)
   return dataclasses.replace(cfg, learned_sinks=sinks.sinks) if sinks.sink_kind == 'learned' else cfg
 
 
@@ -136,12 +136,12 @@ def placement(config, devices: int) -> mesh_lib.Placement:
 def trained(config, cfg):
   """What is trained, as a tree of ParamSpec: the model's parameters, or those of a LoRA student."""
   low_rank = setup.lora_options(config) if 'lora' in config else lora.LoraOptions()
-  return lora.spec(cfg, low_rank) if low_rank.rank else transformer.spec(cfg)
+  return lora.spec(cfg, low_rank) if low_rank.rank else classifier.spec(cfg)
 
 
 def _check(config, cfg, place, platform):
   """What training checks at its start, and here costs nothing."""
-  for specs in (transformer.spec(cfg), trained(config, cfg)):
+  for specs in (classifier.spec(cfg), trained(config, cfg)):
     spec_lib.shardings(specs, place.mesh, place.rules)
   place.check_divisible('query heads', (cfg.heads,), ('kv_heads',))   # attention cuts both along this rule
   if 'distill' in config:
@@ -219,7 +219,7 @@ def per_device(config, cfg, place) -> dict[str, int]:
       'gradients': own + (sharded_bytes(specs, place, 'float32') if config.accumulate > 1 else 0),
       'teacher': teacher_bytes(config, cfg, place) if has_teacher else 0,
       'frozen': sharded_bytes(_teacher_specs(cfg), place, config.model.dtype) if adds_to else 0,
-      'cast': cast_bytes(config, transformer.spec(cfg), place),
+      'cast': cast_bytes(config, classifier.spec(cfg), place),
       'saved': sum(saved_bytes(local, config.compute.dtype, config.compute.remat, rows['at_a_time'], tokens)
                    + (others * tokens * cfg.layers if config.compute.remat == 'none' else 0) for tokens in views),
       'hidden': hidden * (5 if has_teacher else 3 * len(views)),
@@ -248,7 +248,7 @@ def _batch_bytes_of_a_row(config):
 def _logits_of_a_row(config, local, parts):
   """Of a device's part of a row."""
   length = config.data.length // parts
-  return length * local.labels if local.labels else min(config.chunk, length) * local.vocab
+  return length * local.labels if 'segment' in config else min(config.chunk, length) * local.vocab
 
 
 def _size(dtype):
@@ -312,7 +312,7 @@ def whole_bytes(count, config, place) -> int:
 
 def head_bytes(config, local, place) -> int:
   """Bytes of the output matrices of student and teacher while they are whole."""
-  count = (local.labels or local.vocab) * local.width
+  count = flops.head_weights(local)
   copies = 'distill' in config and not config.teacher.logits and (
       place.size('embed') > 1 or config.teacher.dtype != config.teacher.compute_dtype)
   return whole_bytes(count, config, place) + (count * _size(config.teacher.compute_dtype) if copies else 0)
@@ -333,13 +333,13 @@ def saved_bytes(cfg, dtype: str, remat: str, rows: int, tokens: int) -> int:
     rows, tokens: B and T on this device.
   """
   compute = transformer.Compute(dtype=dtype, remat=remat)
-  params = spec_lib.abstract(transformer.spec(cfg), 'float32')
+  params = spec_lib.abstract(classifier.spec(cfg), 'float32')
   position = jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
-  inputs = jax.ShapeDtypeStruct((rows, tokens, *((cfg.unit_tokens,) if cfg.unit_tokens else ())), jnp.int32)
+  inputs = jax.ShapeDtypeStruct((rows, tokens, *classifier.position_shape(cfg)), jnp.int32)
 
   def residuals(params, tokens, position_BT):
-    forward = lambda params: transformer.run_layers(params, tokens, position_BT, cfg, compute, _fused_attention,
-                                                    keep_kv=False)[0]
+    forward = lambda params: transformer.run_layers(params, classifier.embed(params, tokens, cfg, compute), position_BT, cfg,
+                                                    compute, _fused_attention, keep_kv=False)[0]
     return jax.vjp(forward, params)[1]
 
   jaxpr = jax.make_jaxpr(residuals)(params, inputs, position).jaxpr

@@ -32,8 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import blocks, mesh as mesh_lib, tree
-from blockattn.kernels import context_parallel as divided
-from blockattn.models import flops, spec as spec_lib, transformer
+from blockattn.kernels import context_parallel
+from blockattn.models import classifier, flops, spec as spec_lib
 from blockattn.train import setup
 
 
@@ -125,14 +125,14 @@ def received_bytes(config, cfg, place, trained) -> dict[str, float]:
   rows = config.batch / place.size('batch') / config.accumulate
   read_far = 'distill' in config and config.distill.drop_rate > 0 and config.distill.drop_mode in ('lift', 'isolate')
   passes = [_Pass(place, config.data.length if mode == 'full' else _block_length(config), min(local, kept), 1,
-                  divided=mode == 'block' and config.compute.sent != 0 and not read_far) for mode in _views(config)]
+                  context_parallel=mode == 'block' and config.compute.sent != 0 and not read_far) for mode in _views(config)]
   if 'distill' in config and not config.teacher.logits:
     sizes = [jnp.dtype(dtype).itemsize for dtype in (config.teacher.dtype, config.teacher.compute_dtype)]
     passes.append(_Pass(setup.teacher_placement(config, place), config.data.length, min(sizes), 0))
   again = 1 if config.compute.remat == 'full' else 0
   weights = activations = 0.0
-  gathered = [leaf for name, leaf in tree.named_leaves(transformer.spec(cfg), is_leaf=_is_spec)
-              if name != 'embed' or cfg.tied and not cfg.labels]
+  gathered = [leaf for name, leaf in tree.named_leaves(classifier.spec(cfg), is_leaf=_is_spec)
+              if name != 'embed' or cfg.tied and not isinstance(cfg, classifier.ClassifierConfig)]
   for one in passes:
     forwards = 1 + one.backward * again
     weights += one.size * sum(_received(one.place, leaf) for leaf in gathered) * (1 + one.backward)
@@ -140,9 +140,9 @@ def received_bytes(config, cfg, place, trained) -> dict[str, float]:
     tensor, context = one.place.size('mlp'), one.place.size('tokens')
     activations += cfg.layers * state * cfg.width * 2 * 2 * _part(tensor) * (forwards + one.backward)
     shared, heads = (n / one.place.size('kv_heads') * cfg.head_dim for n in (cfg.kv_heads, cfg.heads))
-    if one.divided and context > 2:
+    if one.context_parallel and context > 2:
       wanted = None if config.compute.sent == -1 else config.compute.sent
-      sent = rows * divided.most_sent(one.tokens // context, one.tokens, wanted)
+      sent = rows * context_parallel.most_sent(one.tokens // context, one.tokens, wanted)
       read = state * 2 * shared + sent * 2 * heads * _part(context) * (local + 4)
     else:
       read = state * context * 2 * shared * _part(context)
@@ -155,12 +155,12 @@ def received_bytes(config, cfg, place, trained) -> dict[str, float]:
 @dataclasses.dataclass(frozen=True)
 class _Pass:
   """Rows of so many tokens through a model that `place` places, its weights of `size` bytes; `backward`: 1 or 0 times.
-  `divided`: of rows over devices only the last block reads further back than the part before."""
+  `context_parallel`: of rows over devices only the last block reads further back than the part before."""
   place: mesh_lib.Placement
   tokens: int
   size: int
   backward: int
-  divided: bool = False
+  context_parallel: bool = False
 
 
 def _views(config):

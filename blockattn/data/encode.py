@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,12 +24,14 @@ from typing import Any
 import numpy as np
 
 from blockattn import blocks as blocks_lib, disk, errors
-from blockattn.data import text as text_lib
+from blockattn.data import chat_template, json_lines
+from blockattn.data.example import Example
 
 # What a tokenizer is made of, beside tokenizer.json.
 TOKENIZER_FILES = ('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
 TOO_LONG = ('drop', 'cut')
 BOS = ('auto', 'never')
+_AT_A_TIME = 256   # examples that are encoded together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,7 +69,7 @@ class EncodedParts:
 
 def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
   """A transformers fast tokenizer, from a local folder without any network access, or by its name on the hub, its chat
-  template with its arguments, see `text.set_template_args`.
+  template with its arguments, see `chat_template.set_template_args`.
 
   Raises:
     FileNotFoundError: `name` is a path, not a hub name, and no such folder with a tokenizer.json exists; or it cannot be
@@ -84,7 +87,7 @@ def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
   if not tokenizer.is_fast:
     raise ValueError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
-  text_lib.set_template_args(tokenizer, template_args)
+  chat_template.set_template_args(tokenizer, template_args)
   return tokenizer
 
 
@@ -134,10 +137,15 @@ def plain(tokenizer: Any) -> Any:
     tokenizer: a transformers fast tokenizer, or a `tokenizers.Tokenizer`; copied.
   """
   import tokenizers  # not needed by those who only want the types above
-  tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
-  made = tokenizers.Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {'padding': None, 'truncation': None}))
+  made = tokenizers.Tokenizer.from_str(_plain_state(tokenizer))
   made.encode_special_tokens = True
   return made
+
+
+def _plain_state(tokenizer):
+  """The JSON of a tokenizer that cuts nothing and fills nothing up."""
+  tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
+  return json.dumps(json.loads(tokenizer.to_str()) | {'padding': None, 'truncation': None})
 
 
 @functools.lru_cache(maxsize=8)   # a copy of a large tokenizer takes seconds
@@ -174,22 +182,18 @@ class Encoder:
   """
 
   def __init__(self, tokenizer: Any, *, bos: str = 'auto'):
-    import tokenizers  # not needed by those who only want the types above
     if bos not in BOS:
       raise ValueError(f'bos={bos!r}; choose one of {", ".join(BOS)}')
     if tokenizer.eos_token_id is None:
       raise ValueError(f'{tokenizer.name_or_path}: no end-of-text token; set eos_token in tokenizer_config.json')
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {'padding': None, 'truncation': None}
-    state = json.dumps(state)
     self.eos = tokenizer.eos_token_id
     self.bos = _own_bos(tokenizer) if bos == 'auto' else None
     # Everything that decides the tokens, and through the chat template the texts.
-    rendered = text_lib.probe(tokenizer) if tokenizer.chat_template else ''
-    facts = (state, tokenizer.chat_template, rendered, sorted(map(str, tokenizer.special_tokens_map.items())), self.bos,
-             self.eos)
+    rendered = chat_template.probe(tokenizer) if tokenizer.chat_template else ''
+    specials = sorted(map(str, tokenizer.special_tokens_map.items()))
+    facts = (_plain_state(tokenizer), tokenizer.chat_template, rendered, specials, self.bos, self.eos)
     self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
-    self._plain = tokenizers.Tokenizer.from_str(state)
-    self._plain.encode_special_tokens = True
+    self._plain = plain(tokenizer)
     added = self._plain.get_added_tokens_decoder()
     self._special = {token.content: i for i, token in added.items() if token.special}
     self._pattern = re.compile('|'.join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r'(?!)')
@@ -223,7 +227,7 @@ class Encoder:
         at = match.end()
     return [piece for piece in [*pieces, text[at:]] if piece != '']
 
-  def parts(self, examples: Sequence[text_lib.Example]) -> list[EncodedParts]:
+  def parts(self, examples: Sequence[Example]) -> list[EncodedParts]:
     """Encodes a batch of examples, in order."""
     texts, ranges = [], []
     for example in examples:
@@ -244,7 +248,7 @@ class Encoder:
     gold = tuple(example.gold is not None and i in example.gold for i in range(len(blocks)))
     return EncodedParts(header, tuple(blocks), prompt, response, response.index(self.eos) + 1, spare, gold)
 
-  def prompt(self, example: text_lib.Example) -> list[list[int]]:
+  def prompt(self, example: Example) -> list[list[int]]:
     """Token ids of the header, each context block and, last, the prompt: what a model is given. None is empty."""
     parts = self.parts([example])[0]
     return [tokens for tokens in (parts.header, *parts.blocks, parts.prompt) if tokens]
@@ -313,15 +317,16 @@ def _doc(kept, parts):
                     (*(False for _ in header), *(parts.gold[i] for i in kept), False))
 
 
-def encode_examples(examples: Iterable[text_lib.Example], encoder: Encoder, *, length: int | None = None,
+def encode_examples(examples: Iterable[Example], encoder: Encoder, *, length: int | None = None,
                     max_blocks: int | None = None, too_long: str = 'drop', block_tokens: int = 0,
-                    report: text_lib.Report | None = None, batch: int = 256) -> Iterator[EncodedDoc]:
-  """Encodes examples in order, `batch` at a time, leaving out (and counting in `report`) what `fit` refuses.
+                    report: json_lines.Report | None = None) -> Iterator[EncodedDoc]:
+  """Encodes examples in order, leaving out (and counting in `report`) what `fit` refuses.
 
   `block_tokens`: 0 for the blocks that are given, else see `recut`.
   """
-  report = text_lib.Report() if report is None else report
-  for group in _groups(examples, batch):
+  report = json_lines.Report() if report is None else report
+  waiting = iter(examples)
+  while group := list(itertools.islice(waiting, _AT_A_TIME)):
     for parts in encoder.parts(group):
       parts = recut(parts, block_tokens) if block_tokens else parts
       doc, verdict = fit(parts, length=length, max_blocks=max_blocks, too_long=too_long)
@@ -331,14 +336,3 @@ def encode_examples(examples: Iterable[text_lib.Example], encoder: Encoder, *, l
       report.docs += 1
       report.cut += verdict == 'cut'
       yield doc
-
-
-def _groups(items, size):
-  group = []
-  for item in items:
-    group.append(item)
-    if len(group) == size:
-      yield group
-      group = []
-  if group:
-    yield group

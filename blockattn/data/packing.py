@@ -63,18 +63,23 @@ def padding_share(sizes: Sequence[int], rows: Sequence[Sequence[int]], length: i
   return 1.0 - used / (len(rows) * length) if rows else 0.0
 
 
+def layout_row(docs: Sequence[Sequence[int]], length: int, *, shared_first: bool = False) -> blocks_lib.BlockLayout:
+  """The layout of one row: `blocks.from_lengths` of these documents, arrays [T]."""
+  return jax.tree.map(lambda x: x[0], blocks_lib.from_lengths([docs], length, shared_first=shared_first))
+
+
 def pack_row(docs: Sequence[encode.EncodedDoc], length: int, *, shared_first: bool = False) -> dict:
   """One row of packed documents.
 
   Args:
     docs: documents, in order, `length` tokens at most in all; none gives a row of padding.
     length: T.
-    shared_first: the first block of every document of two or more blocks is a shared prefix.
+    shared_first: see `layout_row`.
 
   Returns:
-    tokens int32 [T]; layout, a BlockLayout of arrays [T] at sequential positions; targets int32 [T], the next
-    token of the same document, else 0; loss bool [T], true where the next token is an answer token; text bool [T], true
-    where there is a next token in the document; gold bool [T], the blocks that are known to hold the answer.
+    tokens int32 [T]; layout, from `layout_row`; targets int32 [T], the next token of the same document, else 0; loss bool
+    [T], true where the next token is an answer token; text bool [T], true where there is a next token in the document;
+    gold bool [T], the blocks that are known to hold the answer.
 
   Raises:
     ValueError: the documents are longer than the row.
@@ -82,18 +87,16 @@ def pack_row(docs: Sequence[encode.EncodedDoc], length: int, *, shared_first: bo
   total = sum(len(doc.tokens) for doc in docs)
   if total > length:
     raise ValueError(f'{len(docs)} documents of {total} tokens in all do not fit into a row of {length}')
-  ints = {name: np.zeros(length, np.int32) for name in ('tokens', 'targets')}
-  flags = {name: np.zeros(length, bool) for name in ('loss', 'text', 'gold')}
+  tokens, targets = np.zeros(length, np.int32), np.zeros(length, np.int32)
+  loss, text, gold = (np.zeros(length, bool) for _ in range(3))
   start = 0
   for doc in docs:
-    own = slice(start, start + len(doc.tokens))
-    ints['tokens'][own] = doc.tokens
-    ints['targets'][own.start:own.stop - 1] = doc.tokens[1:]
-    flags['text'][own.start:own.stop - 1] = True
+    stop = start + len(doc.tokens)
+    tokens[start:stop], targets[start:stop - 1], text[start:stop - 1] = doc.tokens, doc.tokens[1:], True
     # The token before an answer token predicts it; the first token of a document is predicted by nothing.
-    flags['loss'][start + max(doc.answer[0], 1) - 1:start + doc.answer[1] - 1] = True
+    loss[start + max(doc.answer[0], 1) - 1:start + doc.answer[1] - 1] = True
     if doc.gold:
-      flags['gold'][own] = np.repeat(doc.gold, doc.lengths)
-    start = own.stop
-  layout = blocks_lib.from_lengths([[doc.lengths for doc in docs]], length, shared_first=shared_first)
-  return ints | flags | {'layout': jax.tree.map(lambda x: x[0], layout)}
+      gold[start:stop] = np.repeat(doc.gold, doc.lengths)
+    start = stop
+  layout = layout_row([doc.lengths for doc in docs], length, shared_first=shared_first)
+  return {'tokens': tokens, 'layout': layout, 'targets': targets, 'loss': loss, 'text': text, 'gold': gold}

@@ -26,7 +26,7 @@ from array_record.python import array_record_module
 from safetensors import numpy as safetensors_numpy
 
 from blockattn import metrics
-from blockattn.data import pipeline
+from blockattn.data import stream
 
 META = 'meta.json'
 
@@ -105,7 +105,7 @@ class TaughtRows:
 
   def fingerprint(self) -> dict[str, str]:
     """Of the source, and of what the teacher was."""
-    return pipeline.fingerprint(self._source) | {'stored logits': repr(sorted(self._meta.items()))}
+    return stream.fingerprint(self._source) | {'stored logits': repr(sorted(self._meta.items()))}
 
   def __getitem__(self, number: int) -> dict:
     row = self._source[number]

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from blockattn import disk, metrics
-from blockattn.data import text
+from blockattn.data.example import Example
 
 RUN, PREDICTIONS, SUMMARY = 'run.json', 'predictions.jsonl', 'summary.json'
 RESAMPLES = 2000
@@ -55,7 +55,7 @@ class Item:
   """
   id: str
   task: str
-  example: text.Example
+  example: Example
   max_new: int
   stop: tuple[str, ...] = ()
   references: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ class _Prompt:
     return [part.tolist() for part in np.split(self.tokens, np.cumsum(self.lengths)[:-1])]
 
 
-def run(items: Sequence[Item], *, prompt: Callable[[text.Example], list[list[int]]], answer: Answer,
+def run(items: Sequence[Item], *, prompt: Callable[[Example], list[list[int]]], answer: Answer,
         score: Callable[[Item, str], dict[str, float]], out: str | os.PathLike, facts: Mapping[str, Any], batch: int,
         more: Mapping[str, Any] | None = None, averages: Averages | None = None,
         fits: Callable[[Item, Sequence[int]], bool] | None = None,

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import blocks, losses
-from blockattn.data import encode, packing, text
+from blockattn.data import encode, packing
+from blockattn.data.example import Example
 from blockattn.evals import answers, scores
 from blockattn.hf import files
 from blockattn.models import decode, transformer
@@ -56,7 +57,7 @@ class Subject:
 
 
 def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc],
-            examples: Sequence[text.Example], tokenizer: Any, *, batch: int, max_new: int, stop: str | None = None,
+            examples: Sequence[Example], tokenizer: Any, *, batch: int, max_new: int, stop: str | None = None,
             out: str | os.PathLike | None = None, facts: Mapping[str, Any] | None = None,
             progress: Callable[[int, int], None] | None = None) -> list[dict]:
   """Every subject on every document, the longest documents first.
@@ -112,7 +113,7 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
   return [rows[number] for number in keys]
 
 
-def check_positions(subjects: Mapping[str, Subject], docs: Sequence[encode.EncodedDoc], examples: Sequence[text.Example],
+def check_positions(subjects: Mapping[str, Subject], docs: Sequence[encode.EncodedDoc], examples: Sequence[Example],
                     max_new: int):
   """Raises ValueError, naming the first document that, with sinks or with its longest answer, has more tokens than a
   subject has positions."""
@@ -287,8 +288,8 @@ def _hidden(params, rows, static):
 def _gap_sums(heads, hidden, rows):
   """[rows, 3, bins]: how many answer tokens, their cross-entropy and KL. heads and hidden are (the student's, the
   teacher's)."""
-  def sums(heads, hidden, per_token, mask):
-    student, teacher = losses.common_vocabulary(*map(transformer.project, hidden, heads))
+  def sums(heads, states, per_token, mask):
+    student, teacher = losses.common_vocabulary(*map(transformer.project, states, heads))
     ce = -losses.log_prob(student, per_token['target'])
     kl = losses.forward_kl(teacher, student, 1.0)
     in_bin = mask.astype(jnp.float32)[..., None] * jax.nn.one_hot(per_token['bin'], len(BINS))

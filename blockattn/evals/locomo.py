@@ -33,7 +33,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from blockattn import disk
-from blockattn.data import text
+from blockattn.data import chat_template
+from blockattn.data.example import Example
 from blockattn.evals import answers, scores
 
 FILES = ('locomo10.json', 'locomo10.json.gz')
@@ -171,8 +172,8 @@ def _most_sessions(make, count, fits):
 
 
 def _example(header, blocks, asked, name, reference, tokenizer, chat):
-  example = text.Example(tuple(blocks), asked, '', name, (reference,), header=header)
-  return text.wrap_in_turn(example, tokenizer) if chat else example
+  example = Example(tuple(blocks), asked, '', name, (reference,), header=header)
+  return chat_template.wrap_in_turn(example, tokenizer) if chat else example
 
 
 def _ask(name, question, task):

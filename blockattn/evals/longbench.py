@@ -31,7 +31,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from blockattn import errors
-from blockattn.data import text
+from blockattn.data import chat_template, json_lines
+from blockattn.data.example import Example, pieces
 from blockattn.evals import answers, longbench_scores as scores
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'longbench'
@@ -126,7 +127,7 @@ def read_records(data: str | os.PathLike, task: str, limit: int | None = None) -
 
   Raises:
     FileNotFoundError: no such place, or no such task there.
-    text.BadLineError: a line is not of the published form: a benchmark that lacks a line is another one.
+    json_lines.BadLineError: a line is not of the published form: a benchmark that lacks a line is another one.
   """
   task_of(task)
   return [_record(line, where) for where, line in itertools.islice(_lines(data, task), limit)]
@@ -139,7 +140,7 @@ def _lines(data, task) -> Iterator[tuple[tuple[str, int], bytes]]:
     folders = (place, place / 'data')
     found = [path for path in (folder / f'{task}.jsonl' for folder in folders) if path.is_file()]
     if found:
-      yield from (((str(found[0]), number), line) for number, line in text.numbered_lines(str(found[0])))
+      yield from (((str(found[0]), number), line) for number, line in json_lines.numbered_lines(str(found[0])))
       return
     if not (place / ARCHIVE).is_file():
       there = sorted({path.stem for folder in folders for path in folder.glob('*.jsonl')} & {*TASKS, *EVEN_TASKS})
@@ -175,20 +176,20 @@ def _download(name):
 
 def _record(line, where):
   try:
-    record = text.load_object(line)
+    record = json_lines.load_object(line)
     # Texts from PDF files may hold anything; only what is no text at all is refused.
-    said = {key: text.get_value(record, key, kind) for key, kind in (
+    said = {key: json_lines.get_value(record, key, kind) for key, kind in (
         ('_id', str), ('input', str), ('context', str), ('answers', list), ('length', int))}
     classes = record['all_classes'] if 'all_classes' in record else None
     for i, answer in enumerate(said['answers']):
       if not isinstance(answer, str):
-        raise text.Malformed('wrong type', f'"answers"[{i}] is {type(answer).__name__}, not str')
+        raise json_lines.Malformed('wrong type', f'"answers"[{i}] is {type(answer).__name__}, not str')
     if classes is not None and not isinstance(classes, list):
-      raise text.Malformed('wrong type', f'"all_classes" is {type(classes).__name__}, not list or null')
+      raise json_lines.Malformed('wrong type', f'"all_classes" is {type(classes).__name__}, not list or null')
     return Record(said['_id'], _whole(said['input']), _whole(said['context']), tuple(said['answers']), said['length'],
                   tuple(classes or ()), f'{where[0]}:{where[1]}')
-  except text.Malformed as error:
-    raise text.BadLineError(text.BadLine(*where, error.reason, error.detail)) from error
+  except json_lines.Malformed as error:
+    raise json_lines.BadLineError(json_lines.BadLine(*where, error.reason, error.detail)) from error
 
 
 def _whole(said):
@@ -266,7 +267,7 @@ def cut_prompts(prompts: Sequence[Prompt], heading: str, cut: Cut | None) -> lis
   if cut is not None and bare:
     for i, spans in zip(bare, cut([prompts[i].context for i in bare]), strict=True):
       cuts[i] = [start for start, _ in spans if start]
-  return [text.pieces(prompt.context, (*own, prompt.seam)) for prompt, own in zip(prompts, cuts)]
+  return [pieces(prompt.context, (*own, prompt.seam)) for prompt, own in zip(prompts, cuts)]
 
 
 def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut | None, chat: bool,
@@ -282,7 +283,7 @@ def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut
     max_length: most tokens of a prompt before the chat template; None: any number.
 
   Raises:
-    text.BadLineError: a chat template that cannot take a prompt.
+    json_lines.BadLineError: a chat template that cannot take a prompt.
   """
   known = task_of(task)
   templates, lengths = load_prompts()
@@ -292,7 +293,7 @@ def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut
     prompts = [truncate(prompt, tokenizer, max_length) for prompt in prompts]
   items = []
   for record, prompt, blocks in zip(records, prompts, cut_prompts(prompts, known.heading, cut)):
-    example = text.Example(tuple(blocks), prompt.after, '', record.id, record.answers, header=prompt.before)
+    example = Example(tuple(blocks), prompt.after, '', record.id, record.answers, header=prompt.before)
     if chat and known.chat:
       example = _in_turn(example, tokenizer, record.where)
     part = next(part for below, part in _RANGES if record.length < below) if task.endswith(EVEN) else ''
@@ -303,10 +304,10 @@ def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut
 
 def _in_turn(example, tokenizer, where):
   try:
-    return text.wrap_in_turn(example, tokenizer)
-  except text.Malformed as error:
+    return chat_template.wrap_in_turn(example, tokenizer)
+  except json_lines.Malformed as error:
     file, _, number = where.rpartition(':')
-    raise text.BadLineError(text.BadLine(file, int(number), error.reason, error.detail)) from error
+    raise json_lines.BadLineError(json_lines.BadLine(file, int(number), error.reason, error.detail)) from error
 
 
 # Scores.

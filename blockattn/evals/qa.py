@@ -1,4 +1,4 @@
-"""Questions with short answers over given blocks: any file of the forms of blockattn.data.text.
+"""Questions with short answers over given blocks: any file of the forms of blockattn.data.prompts.
 
 Scores are those of SQuAD and open-domain question answering, after SQuAD's normalisation, the best over the accepted
 answers: exact match, whether an answer stands in the prediction, and F1 of the bags of words.
@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from blockattn.data import text
+from blockattn.data import json_lines, prompts
 from blockattn.evals import answers, scores
 
 STOP = ('\n',)   # without a chat template a model goes on with questions of its own
@@ -22,21 +22,22 @@ STOP = ('\n',)   # without a chat template a model goes on with questions of its
 def task_of(file: str) -> str:
   """The task that a file's questions make: its name without what says the form."""
   name = pathlib.Path(file).name
-  return next(name.removesuffix(suffix) for suffix in sorted(text.SUFFIXES, key=len, reverse=True) if name.endswith(suffix))
+  return next(name.removesuffix(suffix) for suffix in sorted(json_lines.SUFFIXES, key=len, reverse=True)
+              if name.endswith(suffix))
 
 
 def read_items(files: Sequence[str], tokenizer: Any, *, chat: bool, max_new: int, stop: tuple[str, ...],
                tasks: Sequence[str] | None = None, limit: int | None = None, strict: bool = False,
-               ) -> tuple[list[answers.Item], text.Report]:
+               ) -> tuple[list[answers.Item], json_lines.Report]:
   """The questions of files, a task per file.
 
   Args:
-    files: as of text.find_files.
+    files: as of json_lines.find_files.
     tokenizer: of the model; its chat template is put around prompts if `chat`.
     max_new, stop: of every answer.
     tasks: names of those to read; None: all.
     limit: most questions per task, from its beginning.
-    strict: raise text.BadLineError at the first malformed line instead of counting it.
+    strict: raise json_lines.BadLineError at the first malformed line instead of counting it.
 
   Raises:
     ValueError: a task of `tasks` is not there, or two files have one name.
@@ -50,10 +51,10 @@ def read_items(files: Sequence[str], tokenizer: Any, *, chat: bool, max_new: int
   unknown = sorted(set(tasks or ()) - set(found))
   if unknown:
     raise ValueError(f'no task {", ".join(unknown)} here; there are {", ".join(found)}')
-  report, items = text.Report(), []
+  report, items = json_lines.Report(), []
   for task, file in found.items():
     if tasks is None or task in tasks:
-      lines = text.read_examples(file, report=report, strict=strict, chat=chat, tokenizer=tokenizer)
+      lines = prompts.read_examples(file, report=report, strict=strict, chat=chat, tokenizer=tokenizer)
       items += [_item(task, file, example, max_new, stop) for example in itertools.islice(lines, limit)]
   return items, report
 

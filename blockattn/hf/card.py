@@ -9,6 +9,7 @@ import huggingface_hub
 import yaml
 
 from blockattn.hf import config, files
+from blockattn.models.classifier import ClassifierConfig
 from blockattn.models.transformer import ModelConfig
 
 # What a model takes over from the card of the one that it began as.
@@ -65,7 +66,7 @@ def text(cfg: ModelConfig, meta: Mapping[str, Any], origin: pathlib.Path | None 
     origin: folder of the model that it began as, whose card says under which licence; None: not known.
     facts: of its training, by name.
   """
-  is_segmenter = bool(cfg.labels)
+  is_segmenter = isinstance(cfg, ClassifierConfig)
   source = meta.get('source') or ''
   head = front_matter(source, origin, 'token-classification' if is_segmenter else 'text-generation',
                       'text-segmentation' if is_segmenter else 'block-attention')

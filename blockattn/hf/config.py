@@ -12,6 +12,7 @@ import pathlib
 from blockattn import disk, errors
 from blockattn.blocks import BlockOptions
 from blockattn.hf import files
+from blockattn.models.classifier import ClassifierConfig
 from blockattn.models.transformer import Llama3Rope, ModelConfig
 
 ARCHITECTURES = {'qwen3': 'Qwen3ForCausalLM', 'llama': 'LlamaForCausalLM'}
@@ -43,7 +44,8 @@ LLAMA3_KEYS = {'factor': 'factor', 'low_freq_factor': 'low_freq_factor', 'high_f
 
 
 def read(folder: os.PathLike | str) -> ModelConfig:
-  """The architecture of a Hugging Face folder, learned sinks (see `convert.save`) included.
+  """The architecture of a Hugging Face folder, learned sinks (see `convert.save`) included; of a token-classification model
+  a `ClassifierConfig`.
 
   Raises:
     FileNotFoundError: no config.json.
@@ -98,7 +100,7 @@ def blocks_meta(options: BlockOptions) -> dict:
 
 
 def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
-  """The architecture described by a config.json.
+  """The architecture described by a config.json; of a token-classification model a `ClassifierConfig`.
 
   Args:
     raw: the parsed file.
@@ -117,6 +119,9 @@ def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
   _check_ranges(raw, where)
   heads, width = need('num_attention_heads'), need('hidden_size')
   theta, scaling = _rope(raw, where)
+  classes = {'labels': _labels(raw, where)} if CLASSIFIERS[family] in (raw.get('architectures') or ()) else {}
+  if classes and raw.get('unit_tokens') is not None:
+    classes['unit_tokens'] = need('unit_tokens')
   return _named(
       where, family=family, vocab=need('vocab_size'), width=width, layers=need('num_hidden_layers'), heads=heads,
       kv_heads=heads if absent('num_key_value_heads') else need('num_key_value_heads'),
@@ -124,8 +129,7 @@ def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
       mlp=need('intermediate_size'), norm_eps=need('rms_norm_eps', float), rope_theta=theta, rope_scaling=scaling,
       qk_norm=family == 'qwen3', attention_bias=_flag(raw, 'attention_bias', where),
       mlp_bias=family == 'llama' and _flag(raw, 'mlp_bias', where), tied=_flag(raw, 'tie_word_embeddings', where),
-      max_positions=need('max_position_embeddings'), labels=_labels(raw, family, where),
-      unit_tokens=need('unit_tokens') if raw.get('unit_tokens') is not None else 0)
+      max_positions=need('max_position_embeddings'), **classes)
 
 
 def _check_ranges(raw, where):
@@ -136,24 +140,22 @@ def _check_ranges(raw, where):
 
 
 def _named(where, **fields):
-  """The ModelConfig; what it refuses is said with the file's name."""
+  """The config; what it refuses is said with the file's name."""
   try:
-    return ModelConfig(**fields)
+    return (ClassifierConfig if 'labels' in fields else ModelConfig)(**fields)
   except ValueError as error:
     raise ValueError(f'{where}: {error}') from error
 
 
 def check_language_model(cfg: ModelConfig, name: os.PathLike | str):
   """Raises ValueError of a segmenter, or another model that gives classes instead of next tokens."""
-  if cfg.labels:
+  if isinstance(cfg, ClassifierConfig):
     raise ValueError(f'{name} is a segmenter ({architecture(cfg)}): it cuts texts, see tools.segment and --segmenter, and '
                      f'predicts no tokens; name a model of {ARCHITECTURES[cfg.family]}')
 
 
-def _labels(raw, family, where):
-  """Classes of a token-classification head, 0 for a language model. transformers says two if the file says nothing."""
-  if CLASSIFIERS[family] not in (raw.get('architectures') or ()):
-    return 0
+def _labels(raw, where):
+  """Classes of a token-classification head; transformers says two if the file says nothing."""
   if raw.get('id2label') is not None:
     return len(_require(raw, 'id2label', dict, where))
   return 2 if raw.get('num_labels') is None else _require(raw, 'num_labels', int, where)
@@ -161,7 +163,7 @@ def _labels(raw, family, where):
 
 def architecture(cfg: ModelConfig) -> str:
   """The Hugging Face class of this architecture."""
-  return (CLASSIFIERS if cfg.labels else ARCHITECTURES)[cfg.family]
+  return (CLASSIFIERS if isinstance(cfg, ClassifierConfig) else ARCHITECTURES)[cfg.family]
 
 
 def to_dict(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
@@ -185,11 +187,10 @@ def to_dict(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
       'max_position_embeddings': cfg.max_positions, 'attention_bias': cfg.attention_bias, 'attention_dropout': 0.0,
       'tie_word_embeddings': cfg.tied, 'initializer_range': 0.02, 'use_cache': True, **_rope_to_dict(cfg),
       **{key: token_ids[key] for key in files.TOKEN_IDS}}
-  if cfg.labels:
+  if isinstance(cfg, ClassifierConfig):
     names = {i: f'LABEL_{i}' for i in range(cfg.labels)}
-    out |= {'id2label': {str(i): name for i, name in names.items()}, 'label2id': {name: i for i, name in names.items()}}
-  if cfg.unit_tokens:
-    out['unit_tokens'] = cfg.unit_tokens
+    out |= {'id2label': {str(i): name for i, name in names.items()}, 'label2id': {name: i for i, name in names.items()},
+            **({'unit_tokens': cfg.unit_tokens} if cfg.unit_tokens else {})}
   if cfg.family == 'llama':
     return out | {'mlp_bias': cfg.mlp_bias}
   return out | {'use_sliding_window': False, 'sliding_window': None, 'max_window_layers': cfg.layers}

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blockattn import tree
 from blockattn.hf import config, files, names
-from blockattn.models import spec as spec_lib, transformer
+from blockattn.models import classifier, spec as spec_lib
 from blockattn.models.transformer import ModelConfig
 
 DTYPES = {'bfloat16': 'BF16', 'float32': 'F32'}
@@ -264,7 +264,7 @@ def _split_sinks(kind, host, cfg, folder):
 def _placer(cfg, mesh, rules):
   if mesh is None:
     return lambda name, host: jnp.asarray(host)
-  shardings = dict(tree.named_leaves(spec_lib.shardings(transformer.spec(cfg), mesh, rules)))
+  shardings = dict(tree.named_leaves(spec_lib.shardings(classifier.spec(cfg), mesh, rules)))
   return lambda name, host: jax.make_array_from_callback(host.shape, shardings[name], lambda index: host[index])
 
 
@@ -274,7 +274,7 @@ def _placer(cfg, mesh, rules):
 def _check_params(params, cfg):
   """{name: array}; the tree must be that of the architecture."""
   flat = dict(tree.named_leaves(params))
-  expected = {name: spec.shape for name, spec in tree.named_leaves(transformer.spec(cfg))}
+  expected = {name: spec.shape for name, spec in tree.named_leaves(classifier.spec(cfg))}
   if set(flat) != set(expected):
     raise ValueError(f'parameters and architecture differ: {sorted(set(flat) ^ set(expected))} stand on one side only')
   for name, value in flat.items():

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from blockattn import tree
-from blockattn.models import transformer
+from blockattn.models import classifier
 from blockattn.models.transformer import ModelConfig
 
 EMBED = 'model.embed_tokens.weight'
@@ -95,7 +95,7 @@ def slots(cfg: ModelConfig) -> dict[str, Slot]:
   Learned sinks are no tensor of their own there: the vocabulary is longer, so the slots of embed and head have
   V + learned_sinks rows.
   """
-  shapes = {name: spec.shape for name, spec in tree.named_leaves(transformer.spec(cfg))}
+  shapes = {name: spec.shape for name, spec in tree.named_leaves(classifier.spec(cfg))}
   rows = [row for row in TABLE if row[1] in shapes]
   unmapped = set(shapes) - {row[1] for row in rows} - {'sinks'}
   if unmapped:

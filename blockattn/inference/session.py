@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from blockattn.data import encode, text as text_lib
+from blockattn.data import chat_template, encode, prompts
+from blockattn.data.example import Example
 from blockattn.inference import engine as engine_lib, stopwatch
 from blockattn.inference.plan import Request
 
@@ -21,11 +22,11 @@ class Session:
   encoder: encode.Encoder
   like: Request
 
-  def prepare(self, example: text_lib.Example) -> tuple[engine_lib.Block, ...]:
+  def prepare(self, example: Example) -> tuple[engine_lib.Block, ...]:
     """Has the states of the example's blocks ready, see `Engine.prepare`."""
     return self.engine.prepare([self._request(example)])[0]
 
-  def answer(self, example: text_lib.Example,
+  def answer(self, example: Example,
              on_text: Callable[[int, str], None] | None = None) -> tuple[engine_lib.Answer, stopwatch.Stopwatch]:
     """The answer, and how long it took."""
     request = self._request(example)
@@ -36,7 +37,7 @@ class Session:
     return dataclasses.replace(self.like, prompt=self.encoder.prompt(example))
 
 
-def ask(blocks: Sequence[str], question: str, tokenizer: Any, chat: bool) -> text_lib.Example:
+def ask(blocks: Sequence[str], question: str, tokenizer: Any, chat: bool) -> Example:
   """The example that asks this about the blocks; a text without a line end gets one, so that words stay apart.
 
   Raises:
@@ -46,6 +47,6 @@ def ask(blocks: Sequence[str], question: str, tokenizer: Any, chat: bool) -> tex
     question.encode()
   except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character
     raise ValueError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
-  template = text_lib.CHAT if chat else text_lib.PLAIN
-  example = text_lib.Example(tuple(blocks), template.question.format(question=question), response='', id=question)
-  return text_lib.wrap_in_turn(example, tokenizer) if chat else example
+  template = prompts.CHAT if chat else prompts.PLAIN
+  example = Example(tuple(blocks), template.question.format(question=question), response='', id=question)
+  return chat_template.wrap_in_turn(example, tokenizer) if chat else example

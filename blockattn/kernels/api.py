@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from blockattn import blocks
-from blockattn.kernels import context_parallel as divided, gpu, reference, schedule, tiles as tile_sizes, tpu, xla
+from blockattn.kernels import context_parallel, gpu, reference, schedule, tiles as tile_sizes, tpu, xla
 
 IMPLS = ('reference', 'xla', 'tpu', 'gpu')
 _HOME = {'tpu': 'tpu', 'gpu': 'gpu'}   # implementations that run on one platform only
@@ -80,7 +80,7 @@ def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl:
 
 def block_attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl: str = 'auto',
                             tiles: tuple[int, int] | None = None):
-  """`block_attention` and what it takes to merge it with attention over other keys (`append.merge`).
+  """`block_attention` and what it takes to merge it with attention over other keys (`cached.merge`).
 
   Returns:
     (out_BTNH, the logsumexp of each query's scores, float32 [B, T, N], -inf in padding rows).
@@ -108,20 +108,20 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
                             batch_axes: tuple[str, ...] = (), head_axes: tuple[str, ...] = (),
                             context_axes: tuple[str, ...] = (), impl: str = 'auto',
                             tiles: tuple[int, int] | None = None, sent: int | None = None):
-  """`block_attention` with the batch, the heads and the sequence divided over a mesh, each device on its own part.
+  """`block_attention` with the batch, the heads and the sequence sharded over a mesh, each device on its own part.
 
   The tile loop runs over batch rows one after the other, so automatic sharding would gather them; here every device
-  loops over its own rows and heads, and nothing is communicated. How a divided sequence is read,
-  kernels/context_parallel.py says.
+  loops over its own rows and heads, and nothing is communicated. How a sharded sequence is read (context
+  parallelism), kernels/context_parallel.py says.
 
   Args:
     mesh: the mesh; axes that are in none of the next three hold copies.
     batch_axes: mesh axes that divide B.
     head_axes: mesh axes that divide both N and K.
-    context_axes: mesh axes that divide T, into multiples of the tiles; not for impl 'reference'. Tiles that are not given
-      are as large as divides.
-    sent: of a divided row, how many queries that read far back are sent to the keys; if there are more, the keys and
-      values are brought to the queries. None: `divided.most_sent`.
+    context_axes: mesh axes that divide T (context parallelism), into multiples of the tiles; not for impl 'reference'.
+      Tiles that are not given are as large as divides.
+    sent: of a sharded row, how many queries that read far back are sent to the keys; if there are more, the keys and
+      values are brought to the queries. None: `context_parallel.most_sent`.
 
   Raises:
     ValueError: as `block_attention`, or an axis does not divide its dimension.
@@ -140,7 +140,7 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
       raise ValueError(f'attention impl {impl!r} cannot divide the sequence over {context_axes}; use impl="xla"')
     own = None if tiles is None else _tiles(tiles, impl, q_BTNH)
     attend = jax.named_scope('block_attention')(functools.partial(
-        divided.attention, _MODULES[impl].attention, axes=context_axes, others=batch_axes, sent=sent,
+        context_parallel.attention, _MODULES[impl].attention, axes=context_axes, others=batch_axes, sent=sent,
         tiles=_tiles(None, impl, q_BTNH), own_tiles=own))
   # check_vma=False: the loops of the kernel start from zeros, which the check would want marked per device.
   return jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,

@@ -1,4 +1,4 @@
-"""Attention of rows whose tokens are divided over devices.
+"""Context parallelism: attention of rows whose tokens are sharded over devices.
 
 Each device has its own queries, keys and values: a part of every row. What a block of context reads lies in its own part,
 or ends in the part before; only readers reach further back. So a device takes over the keys and values of the part before
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from blockattn.kernels import cached as append, schedule
+from blockattn.kernels import cached, schedule
 from blockattn.kernels.tiles import dividing
 
 _ROUND = 128   # what sent queries are rounded up to: the widest smallest tile of a kernel
@@ -26,7 +26,7 @@ def attention(run, q_BTNH, k_BTKH, v_BTKH, layout, *, axes, others=(), tiles, ow
   Args:
     run: (q, k, v, schedule.Marks, Tiles) -> (out, logsumexp), one of the kernels.
     q_BTNH, k_BTKH, v_BTKH, layout: this device's part of the rows.
-    axes: mesh axes that the rows are divided over.
+    axes: mesh axes that the rows are sharded over.
     others: further mesh axes over which layouts may differ.
     tiles: for these kernels; made as much smaller as the parts ask for.
     own_tiles: the same, to be taken as they are.
@@ -49,7 +49,7 @@ def attention(run, q_BTNH, k_BTKH, v_BTKH, layout, *, axes, others=(), tiles, ow
   def gathered(q, k, v):
     return run(q, gather(k), gather(v), schedule.Marks(mine, marks.key, here * T), sized(T, S))[0]
 
-  def divided(q, k, v):
+  def sharded(q, k, v):
     near, near_lse = _near(run, axes, devices, q, k, v, mine, marks.key, sized(T, 2 * T))
     return _far(run, axes, q, k, v, near, near_lse, marks, beyond, sent, dividing(own_tiles or tiles, sent, T))
 
@@ -57,7 +57,7 @@ def attention(run, q_BTNH, k_BTKH, v_BTKH, layout, *, axes, others=(), tiles, ow
     return gathered(q_BTNH, k_BTKH, v_BTKH)
   beyond = reach_beyond(marks, T)
   most = lax.pmax(beyond.sum(axis=1).max(), (*axes, *others))   # one answer for all, whose branches communicate
-  return lax.cond(most <= sent, divided, gathered, q_BTNH, k_BTKH, v_BTKH)
+  return lax.cond(most <= sent, sharded, gathered, q_BTNH, k_BTKH, v_BTKH)
 
 
 def most_sent(part_length: int, length: int, wanted: int | None = None) -> int:
@@ -112,6 +112,6 @@ def _far(run, axes, q, k, v, near, near_lse, marks, beyond, sent, tiles):
   lse = jnp.where(sees[..., None], lse, -jnp.inf)
 
   own_lse = jnp.where(mine[..., None], pick(near_lse), -jnp.inf)
-  whole = append.merge_over(axes, jnp.stack([out, pick(near)]), jnp.stack([lse, own_lse]))
+  whole = cached.merge_over(axes, jnp.stack([out, pick(near)]), jnp.stack([lse, own_lse]))
   rows = jnp.arange(q.shape[0])[:, None]
   return near.at[rows, jnp.where(mine, at, T)].set(whole.astype(near.dtype), mode='drop')

@@ -6,13 +6,22 @@ from jax import lax
 
 from blockattn import blocks
 
-MASKED = -1e30   # finite, so that a row without any visible key makes no NaN
+# The score of a pair that is not allowed; finite, so that a row without any visible key makes no NaN. In a softmax over one
+# tile after the other a query that has seen nothing so far has peak MASKED and weights of 1; its first real key makes the
+# decay of those sums zero.
+MASKED = -1e30
 
 
 def precision(dtype):
   """Of matrix products of `dtype`, for every implementation: matrix units round float32 to bfloat16 or TF32 if nobody asks
   for more, and in the scores that costs the more the larger they are."""
   return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def mean_slope(out_XH, grad_XH, grad_lse_X):
+  """Per query the sum over its keys of weight * d loss / d weight, which the derivative of the softmax subtracts from each
+  slope; that of the logsumexp adds weight * d loss / d logsumexp."""
+  return jnp.sum(out_XH.astype(jnp.float32) * grad_XH.astype(jnp.float32), axis=-1) - grad_lse_X
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout):

@@ -19,12 +19,9 @@ Tiles of unequal size are put together from granules, squares of the smaller siz
 [B, T / granule, T / granule] per tile, nothing else.
 """
 
-import dataclasses
-
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from blockattn import blocks
 from blockattn.kernels.tiles import Tiles
@@ -47,83 +44,6 @@ class Marks:
   query: jax.Array
   key: jax.Array
   first_query: jax.Array | None = None
-
-
-@flax.struct.dataclass
-class Visits:
-  """For each tile of one side the tiles of the other side to visit, in ascending order.
-
-  Attributes:
-    index: int32 [B, n, m], the tiles to visit first; what follows the first `count` entries is not to be read.
-    count: int32 [B, n].
-  """
-  index: jax.Array
-  count: jax.Array
-
-
-@flax.struct.dataclass
-class WorkList:
-  """Tiles to visit one after the other, grouped by the tile of one side, the owner.
-
-  Attributes:
-    owner: int32 [most visits], batch row * tiles of the owner's side + tile.
-    other: int32 [most visits], tile of the other side << FLAG_BITS | FIRST (visit of this owner) | LAST | PARTIAL.
-    count: int32, the visits; what follows in the lists is not to be read.
-  """
-  owner: jax.Array
-  other: jax.Array
-  count: jax.Array
-
-
-@flax.struct.dataclass
-class TileLists:
-  """For every tile of one side, the owners of all batch rows, the tiles of the other side that it visits.
-
-  Attributes:
-    index: int32 [owners, m], first the tiles that need the mask, then those that do not; the rest is not to be read.
-    partial: int32 [owners], how many need the mask.
-    total: int32 [owners], how many there are.
-    order: int32 [owners], the owners, those with most visits first.
-  """
-  index: jax.Array
-  partial: jax.Array
-  total: jax.Array
-  order: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-  """How the longest lists of a TileLists are cut into pieces that can be worked on at the same time (split-K).
-
-  Attributes:
-    owners: how many lists, from the front of `order`.
-    pieces: of each.
-  """
-  owners: int = 0
-  pieces: int = 1
-
-  @property
-  def spare(self) -> int:
-    """Pieces beyond one per list."""
-    return self.owners * (self.pieces - 1)
-
-
-FLAG_BITS = 3
-FIRST, LAST, PARTIAL = 1, 2, 4   # PARTIAL: the tile needs the mask
-
-
-@flax.struct.dataclass
-class Work:
-  """The same visits in two orders: `by_query` for outputs of queries, `by_key` for outputs of keys."""
-  by_query: WorkList
-  by_key: WorkList
-
-
-@flax.struct.dataclass
-class Schedule:
-  """Visits to tiles that need the mask (`partial`) and to tiles in which every pair is allowed (`full`)."""
-  partial: Visits
-  full: Visits
 
 
 def clamp_tiles(tiles: Tiles, length: int, multiple: int = 8) -> Tiles:
@@ -231,24 +151,6 @@ def _pairs(relation, query, key):
   return relation(query[..., :, None], key[..., None, :])
 
 
-def list_visits(touched, full) -> Schedule:
-  """For each query tile the key tiles to visit, from the masks of `tile_masks`.
-
-  For the opposite, the query tiles that visit a key tile, swap the last two axes of both masks.
-  """
-  return Schedule(partial=_compact(touched & ~full), full=_compact(full))
-
-
-def _compact(mask):
-  index = jnp.argsort(~mask, axis=-1, stable=True).astype(jnp.int32)
-  return Visits(index=index, count=mask.sum(axis=-1, dtype=jnp.int32))
-
-
-def most_visits(n: int, m: int) -> int:
-  """Tiles that a causal triangle of n query tiles by m key tiles touches: no row of a batch makes more visits."""
-  return sum(-(-(i + 1) * m // n) for i in range(n))
-
-
 def every_owner(visited):
   """`visited` [B, n, m] with the first of the m tiles on every list of the n that is empty: a kernel that writes a tile of
   its output at the tile's visits then writes all of it. The mask of what is added allows nothing."""
@@ -274,54 +176,3 @@ def whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks: Marks, tiles: Tiles):
 
 def first_query(marks: Marks):
   return jnp.int32(0) if marks.first_query is None else marks.first_query
-
-
-def list_work(marks: Marks, tiles: Tiles) -> Work:
-  """The work of all rows."""
-  touched, full = tile_masks(marks, tiles)
-  n, m = touched.shape[1:]
-  most = most_visits(n, m) if marks.first_query is None else n * m
-  swap = lambda x: x.swapaxes(1, 2)
-  return Work(by_query=_flat_list(every_owner(touched), full, most),
-              by_key=_flat_list(every_owner(swap(touched)), swap(full), most))
-
-
-def list_tiles(visited, full) -> TileLists:
-  """One list per tile of the masks' second axis, from `every_owner` and `full`; swap their axes for the other side."""
-  flat = lambda x: x.reshape(-1, x.shape[2])
-  visited, full = flat(visited), flat(full)
-  total = visited.sum(axis=1, dtype=jnp.int32)
-  rank = jnp.where(visited, full.astype(jnp.int32), 2)
-  return TileLists(index=jnp.argsort(rank, axis=1, stable=True).astype(jnp.int32),
-                   partial=total - full.sum(axis=1, dtype=jnp.int32), total=total,
-                   order=jnp.argsort(-total, stable=True).astype(jnp.int32))
-
-
-def piece(n, order, total, cut: Cut):
-  """The n-th piece of a TileLists' work: (owner, first entry of its list, entries). Arrays may be references to memory.
-
-  The first `cut.owners * cut.pieces` are those of the lists that are cut, list by list.
-  """
-  if not cut.spare:
-    return order[n], jnp.int32(0), total[order[n]]
-  n = jnp.int32(n)
-  long = n < cut.owners * cut.pieces
-  owner = order[jnp.where(long, lax.div(n, jnp.int32(cut.pieces)), n - cut.spare)]
-  nth, pieces = jnp.where(long, lax.rem(n, jnp.int32(cut.pieces)), 0), jnp.where(long, jnp.int32(cut.pieces), 1)
-  first, stop = lax.div(total[owner] * nth, pieces), lax.div(total[owner] * (nth + 1), pieces)
-  return owner, first, stop - first
-
-
-def _flat_list(visited, full, most):
-  """WorkList of [B, n owners, m] masks, for at most `most` visits per row."""
-  rows, n, m = visited.shape
-  counts = visited.sum(axis=2, dtype=jnp.int32).reshape(-1)
-  ends = jnp.cumsum(counts)
-  step = jnp.arange(rows * most, dtype=jnp.int32)
-  owner = jnp.minimum(jnp.searchsorted(ends, step, side='right').astype(jnp.int32), rows * n - 1)
-  nth = step - (ends - counts)[owner]
-  tile = _compact(visited).index.reshape(rows * n, m)[owner, jnp.minimum(nth, m - 1)]
-  flag = lambda where, value: jnp.where(where, value, 0)
-  flags = (flag(nth == 0, FIRST) | flag(nth == counts[owner] - 1, LAST) |
-           flag(~full.reshape(rows * n, m)[owner, tile], PARTIAL))
-  return WorkList(owner=owner, other=(tile << FLAG_BITS) | flags, count=ends[-1])

@@ -10,7 +10,7 @@ class Tiles(NamedTuple):
 
 
 def smallest(impl: str) -> int:
-  """What a row that is divided over devices is cut into multiples of, in tokens."""
+  """What a row under context parallelism is cut into multiples of, in tokens."""
   return 128 if impl in ('tpu', 'gpu') else 16
 
 

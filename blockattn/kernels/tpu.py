@@ -1,6 +1,6 @@
 """Block attention on TPUs: Pallas Mosaic kernels whose grid is the list of tiles to visit.
 
-The list is computed on the device from the layout (`schedule.list_work`), lies in scalar memory and steers the copies:
+The list is computed on the device from the layout (`list_work`), lies in scalar memory and steers the copies:
 its length is the size of the grid, so tiles that nobody may see cost nothing, not even an empty step, and one compiled
 program serves all layouts. Each kernel has two bodies; tiles in which every pair is allowed take the one without a mask.
 
@@ -16,6 +16,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -23,11 +24,34 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from blockattn.kernels import schedule
-from blockattn.kernels.reference import MASKED, precision
+from blockattn.kernels.reference import MASKED, mean_slope, precision
 from blockattn.kernels.tiles import Tiles
 
+FLAG_BITS = 3
+FIRST, LAST, PARTIAL = 1, 2, 4   # PARTIAL: the tile needs the mask
 _LANES = 128
 _LIST_BYTES = 768 * 1024   # of the 1 MiB of scalar memory, for the two lists of work
+
+
+@flax.struct.dataclass
+class WorkList:
+  """Tiles to visit one after the other, grouped by the tile of one side, the owner.
+
+  Attributes:
+    owner: int32 [most visits], batch row * tiles of the owner's side + tile.
+    other: int32 [most visits], tile of the other side << FLAG_BITS | FIRST (visit of this owner) | LAST | PARTIAL.
+    count: int32, the visits; what follows in the lists is not to be read.
+  """
+  owner: jax.Array
+  other: jax.Array
+  count: jax.Array
+
+
+@flax.struct.dataclass
+class Work:
+  """The same visits in two orders: `by_query` for outputs of queries, `by_key` for outputs of keys."""
+  by_query: WorkList
+  by_key: WorkList
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, interpret=False):
@@ -53,11 +77,41 @@ def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, inter
     raise ValueError(f'head_dim {H}: on a TPU it must be at most {_LANES} or a multiple of it; use impl="xla"')
   tiles = schedule.clamp_tiles(tiles, T, multiple=8 if interpret else _LANES)
   *arrays, marks = schedule.whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks, tiles)
-  work = schedule.list_work(marks, tiles)
+  work = list_work(marks, tiles)
   _check_list(work.by_query.owner.size, tiles, q_BTNH.shape)
   out, lse = _attention(tiles, interpret, *(x.swapaxes(1, 2) for x in arrays), (marks.query, marks.key), work,
                         schedule.first_query(marks)[None])
   return out.swapaxes(1, 2)[:, :T], lse.swapaxes(1, 2)[:, :T]
+
+
+def list_work(marks: schedule.Marks, tiles: Tiles) -> Work:
+  """The work of all rows."""
+  touched, full = schedule.tile_masks(marks, tiles)
+  n, m = touched.shape[1:]
+  most = most_visits(n, m) if marks.first_query is None else n * m
+  swap = lambda x: x.swapaxes(1, 2)
+  return Work(by_query=_flat_list(schedule.every_owner(touched), full, most),
+              by_key=_flat_list(schedule.every_owner(swap(touched)), swap(full), most))
+
+
+def _flat_list(visited, full, most):
+  """WorkList of [B, n owners, m] masks, for at most `most` visits per row."""
+  rows, n, m = visited.shape
+  counts = visited.sum(axis=2, dtype=jnp.int32).reshape(-1)
+  ends = jnp.cumsum(counts)
+  step = jnp.arange(rows * most, dtype=jnp.int32)
+  owner = jnp.minimum(jnp.searchsorted(ends, step, side='right').astype(jnp.int32), rows * n - 1)
+  nth = step - (ends - counts)[owner]
+  tile = jnp.argsort(~visited, axis=2, stable=True).astype(jnp.int32).reshape(rows * n, m)[owner, jnp.minimum(nth, m - 1)]
+  flag = lambda where, value: jnp.where(where, value, 0)
+  flags = (flag(nth == 0, FIRST) | flag(nth == counts[owner] - 1, LAST) |
+           flag(~full.reshape(rows * n, m)[owner, tile], PARTIAL))
+  return WorkList(owner=owner, other=(tile << FLAG_BITS) | flags, count=ends[-1])
+
+
+def most_visits(n: int, m: int) -> int:
+  """Tiles that a causal triangle of n query tiles by m key tiles touches: no row of a batch makes more visits."""
+  return sum(-(-(i + 1) * m // n) for i in range(n))
 
 
 def _check_list(visits, tiles, shape):
@@ -84,7 +138,7 @@ def _scores(x, y):
 
 
 class _Steps(NamedTuple):
-  """What lies in scalar memory: a schedule.WorkList, and the index in the row of the first query, [1]."""
+  """What lies in scalar memory: a WorkList, and the index in the row of the first query, [1]."""
   owner: Any
   other: Any
   first_query: Any
@@ -115,7 +169,7 @@ class _Grid:
   def tile_numbers(self, step, steps):
     """(batch row, query tile, key tile) of a step."""
     row, own = lax.div(steps.owner[step], jnp.int32(self.per_row)), lax.rem(steps.owner[step], jnp.int32(self.per_row))
-    its = lax.shift_right_logical(steps.other[step], schedule.FLAG_BITS)
+    its = lax.shift_right_logical(steps.other[step], FLAG_BITS)
     return (row, own, its) if self.owner_is_query else (row, its, own)
 
   def _spec(self, shape, place):
@@ -162,7 +216,7 @@ def _visit(grid, steps, columns_MXL, rows_MX, body):
   _, i, j = grid.tile_numbers(pl.program_id(1), steps)
   offset = j * grid.tiles.key - i * grid.tiles.query - steps.first_query[0]
   mask = functools.partial(_mask, grid, offset, columns_MXL, rows_MX)
-  partial = (steps.other[pl.program_id(1)] & schedule.PARTIAL) != 0
+  partial = (steps.other[pl.program_id(1)] & PARTIAL) != 0
   _choose(partial, lambda: body(mask), lambda: body(lambda scores: scores))
 
 
@@ -195,11 +249,11 @@ def _wide(x_XL, width):
 
 
 def _is_first(steps):
-  return (steps.other[pl.program_id(1)] & schedule.FIRST) != 0
+  return (steps.other[pl.program_id(1)] & FIRST) != 0
 
 
 def _is_last(steps):
-  return (steps.other[pl.program_id(1)] & schedule.LAST) != 0
+  return (steps.other[pl.program_id(1)] & LAST) != 0
 
 
 def _forward_kernel(grid, steps, q, k, v, q_marks, k_marks, out, lse, acc_TH, peak_TL, total_TL, marks_MTL):
@@ -213,7 +267,6 @@ def _forward_kernel(grid, steps, q, k, v, q_marks, k_marks, out, lse, acc_TH, pe
   def body(mask):
     scores_TS = mask(_scores(q[...], k[...]))
     peak = jnp.maximum(peak_TL[...], scores_TS.max(axis=1, keepdims=True))
-    # A query that has seen nothing so far has peak MASKED and weights of 1; its first real key makes `decay` zero.
     decay = jnp.exp2(peak_TL[...] - peak)
     weights_TS = jnp.exp2(scores_TS - _wide(peak, grid.tiles.key))
     total_TL[...] = total_TL[...] * decay + weights_TS.sum(axis=1, keepdims=True)
@@ -289,10 +342,7 @@ def _backward(tiles, interpret, saved, grads):
   q_BNTH, k_BKSH, v_BKSH, marks, work, first_query, out_BNTH, lse = saved
   grad_BNTH, grad_lse_BNT = grads
   H = q_BNTH.shape[3]
-  # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts; that of the logsumexp
-  # adds weight * d loss / d logsumexp
-  mean = jnp.sum(out_BNTH.astype(jnp.float32) * grad_BNTH.astype(jnp.float32), axis=-1) - grad_lse_BNT
-  mean = mean.reshape(lse.shape)
+  mean = mean_slope(out_BNTH, grad_BNTH, grad_lse_BNT).reshape(lse.shape)
   like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
 
   def inputs(grid):

@@ -9,13 +9,33 @@ query heads of one key/value head. S stands for the keys of one tile where the a
 
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from blockattn.kernels import schedule
-from blockattn.kernels.reference import MASKED, precision
+from blockattn.kernels.reference import MASKED, mean_slope, precision
 from blockattn.kernels.tiles import Tiles
+
+
+@flax.struct.dataclass
+class Visits:
+  """For each tile of one side the tiles of the other side to visit, in ascending order.
+
+  Attributes:
+    index: int32 [B, n, m], the tiles to visit first; what follows the first `count` entries is not to be read.
+    count: int32 [B, n].
+  """
+  index: jax.Array
+  count: jax.Array
+
+
+@flax.struct.dataclass
+class Schedule:
+  """Visits to tiles that need the mask (`partial`) and to tiles in which every pair is allowed (`full`)."""
+  partial: Visits
+  full: Visits
 
 
 def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles):
@@ -34,9 +54,22 @@ def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles):
   T = q_BTNH.shape[1]
   tiles = schedule.clamp_tiles(tiles, T)
   *arrays, marks = schedule.whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks, tiles)
-  visits = schedule.list_visits(*schedule.tile_masks(marks, tiles))
+  visits = list_visits(*schedule.tile_masks(marks, tiles))
   out, lse = _attention(tiles, *arrays, (marks.query, marks.key), visits, schedule.first_query(marks))
   return out[:, :T], lse[:, :T]
+
+
+def list_visits(touched, full) -> Schedule:
+  """For each query tile the key tiles to visit, from the masks of `tile_masks`.
+
+  For the opposite, the query tiles that visit a key tile, swap the last two axes of both masks.
+  """
+  return Schedule(partial=_compact(touched & ~full), full=_compact(full))
+
+
+def _compact(mask):
+  index = jnp.argsort(~mask, axis=-1, stable=True).astype(jnp.int32)
+  return Visits(index=index, count=mask.sum(axis=-1, dtype=jnp.int32))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -95,7 +128,7 @@ def _visit(body, visits, carry):
   loops = [(True, visits.partial), (False, visits.full)]
   if visits.full.index.shape[-1] == 1:
     # A row of one key tile has no full tile worth a loop, and XLA would hoist both bodies out of their loops.
-    loops = [(True, schedule.Visits(visits.full.index, visits.partial.count + visits.full.count))]
+    loops = [(True, Visits(visits.full.index, visits.partial.count + visits.full.count))]
   for masked, listed in loops:
     carry = lax.fori_loop(0, listed.count, lambda n, c, m=masked, v=listed: body(m, v.index[n], c), carry)
   return carry
@@ -125,7 +158,6 @@ def _forward(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query):
       scores_KMS = _scores(tiles, q_KMH, _keys(k_BKSH, row, start, tiles), mask)
       new_peak = jnp.maximum(peak_KM, scores_KMS.max(axis=-1))
       weights = jnp.exp(scores_KMS - new_peak[..., None])
-      # A query that has seen nothing so far has peak MASKED and weights of 1; its first real key makes `decay` zero.
       decay = jnp.exp(peak_KM - new_peak)
       update = _dot(weights.astype(v_BKSH.dtype), _keys(v_BKSH, row, start, tiles), 2, 1)
       return acc_KMH * decay[..., None] + update, new_peak, total_KM * decay + weights.sum(axis=-1)
@@ -155,9 +187,7 @@ def _backward(tiles, saved, grads):
   B, S, K, _ = k_BSKH.shape
   k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
   by_tile = functools.partial(_query_tiles, heads=K, tile=tiles.query)
-  # sum over the keys of weight * d loss / d weight: what the derivative of the softmax subtracts; that of the logsumexp
-  # adds weight * d loss / d logsumexp
-  mean = jnp.sum(out_BTNH.astype(jnp.float32) * grad_BTNH.astype(jnp.float32), axis=-1) - grad_lse_BTN
+  mean = mean_slope(out_BTNH, grad_BTNH, grad_lse_BTN)
 
   def query_tile(carry, inputs):
     q_KMH, grad_KMH, lse_KM, mean_KM, (row, query_start, query_marks, listed) = inputs

@@ -54,7 +54,7 @@ class Context:
   Attributes:
     k, v: [L, B, S, K, H], keys rotated.
     visible: bool [B, S], what every token of the row may attend to.
-    axis: name of the mesh axis over which S is divided, inside of a shard_map; None where it is whole.
+    axis: name of the mesh axis over which S is sharded, inside of a shard_map; None where it is whole.
   """
   k: Array
   v: Array
@@ -73,7 +73,8 @@ def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transforme
   Returns:
     (x_BTD after the final norm, (k, v)), keys not rotated, each [L, B, T, K, H].
   """
-  run = functools.partial(transformer.run_layers, params, tokens, layout.position, cfg, compute, keep_kv=True)
+  x_BTD = transformer.embed(params, tokens, cfg, compute)
+  run = functools.partial(transformer.run_layers, params, x_BTD, layout.position, cfg, compute, keep_kv=True)
   how = dict(impl=compute.impl, tiles=compute.tiles)
   if context is None:
     return run(lambda q, k, v: api.block_attention(q, k, v, layout, **how))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blockattn import blocks as blocks_lib
-from blockattn.models import spec as spec_lib, transformer
+from blockattn.models import classifier, spec as spec_lib, transformer
 
 # Dense bfloat16 peak of a device in TFLOP/s, by what its JAX `device_kind` begins with; of several that fit, the longest.
 # TPUs: the "TPU v4", "v5e", "v5p" and "v6e" pages of the Cloud TPU documentation. GPUs: NVIDIA's data sheets of A100,
@@ -77,20 +77,23 @@ class Flops:
 
 def layer_weights(cfg: transformer.ModelConfig) -> int:
   """Weights of the matrices that every token passes through."""
-  specs = transformer.spec(cfg)
+  specs = classifier.spec(cfg)
   matrices = {name: leaf for name, leaf in specs['layers'].items() if leaf.std is not None}
-  return spec_lib.count([matrices, *([specs['units']] if cfg.unit_tokens else [])])
+  return spec_lib.count([matrices, specs.get('units', {})])
 
 
 def head_weights(cfg: transformer.ModelConfig) -> int:
-  return (cfg.labels or cfg.vocab) * cfg.width
+  """Weights of the output matrix, or of the classes' one."""
+  return (cfg.labels if isinstance(cfg, classifier.ClassifierConfig) else cfg.vocab) * cfg.width
 
 
 def forward(cfg: transformer.ModelConfig, seen: Seen) -> Flops:
-  """One forward pass. A head of a few labels reads every token, and is counted with the layers."""
+  """One forward pass. A head of a few classes reads every token, and is counted with the layers."""
   weights, head = layer_weights(cfg), 2.0 * head_weights(cfg)
   body = Flops(2.0 * weights * seen.tokens, 4.0 * cfg.layers * cfg.heads * cfg.head_dim * seen.pairs, head)
-  return dataclasses.replace(body, layers=body.layers + head * seen.tokens, head=0.0) if cfg.labels else body
+  if isinstance(cfg, classifier.ClassifierConfig):
+    return dataclasses.replace(body, layers=body.layers + head * seen.tokens, head=0.0)
+  return body
 
 
 def trained(once: Flops, *, frozen: bool = False) -> Flops:

@@ -47,8 +47,6 @@ class ModelConfig:
   tied: bool = False                # the head is the embedding
   max_positions: int = 4096
   learned_sinks: int = 0            # extra embedding rows for the token ids V, V + 1, ...
-  labels: int = 0                   # a head of so many classes in place of the output matrix; 0: a language model
-  unit_tokens: int = 0              # P, tokens that are read side by side at one position; 0: a position is one token
 
   def __post_init__(self):
     if self.family not in ('qwen3', 'llama'):
@@ -66,7 +64,7 @@ class Compute:
   impl: str = 'auto'                # attention implementation, see kernels.api
   tiles: tuple[int, int] | None = None
   remat: str = 'none'               # what the backward pass computes again: 'none', 'dots' (all but matmuls), 'full'
-  sent: int | None = None           # of rows divided over devices: see kernels.api.block_attention_on_mesh
+  sent: int | None = None           # under context parallelism: see kernels.api.block_attention_on_mesh
   placement: mesh_lib.Placement | None = None
 
   def __post_init__(self):
@@ -77,7 +75,7 @@ class Compute:
 
   @property
   def row_parts(self) -> int:
-    """Devices that the tokens of a row are divided over."""
+    """Devices that the tokens of a row are sharded over (context parallelism)."""
     return 1 if self.placement is None else self.placement.size('tokens')
 
 
@@ -109,12 +107,7 @@ def spec(cfg: ModelConfig):
                'down_bias': stacked((D,), ('width',))}
   specs = {'embed': ParamSpec((V, D), ('vocab', 'embed'), std=reads if cfg.tied else 1.0),
            'layers': layers, 'final_norm': ParamSpec((D,), ('width',), fill=1.0)}
-  if cfg.unit_tokens:
-    specs['units'] = ParamSpec((cfg.unit_tokens, D, D), (None, 'embed', 'width'), std=(cfg.unit_tokens * D) ** -0.5)
-  if cfg.labels:
-    specs['score'] = ParamSpec((cfg.labels, D), (None, 'embed'), std=reads)
-    specs['score_bias'] = ParamSpec((cfg.labels,), (None,))
-  elif not cfg.tied:
+  if not cfg.tied:
     specs['head'] = ParamSpec((V, D), ('vocab', 'embed'), std=reads)
   if cfg.learned_sinks:
     specs['sinks'] = ParamSpec((cfg.learned_sinks, D), (None, 'width'), std=reads if cfg.tied else 1.0)
@@ -126,7 +119,7 @@ def apply(params, tokens, layout, cfg: ModelConfig, compute: Compute):
 
   Args:
     params: tree of `spec(cfg)`, in any float dtype; used in compute.dtype.
-    tokens: int32 [B, T], or [B, T, P] if cfg.unit_tokens.
+    tokens: int32 [B, T].
     layout: BlockLayout [B, T].
     cfg: ModelConfig.
     compute: Compute.
@@ -134,15 +127,21 @@ def apply(params, tokens, layout, cfg: ModelConfig, compute: Compute):
   Returns:
     x_BTD in compute.dtype.
   """
+  return apply_embedded(params, embed(params, tokens, cfg, compute), layout, cfg, compute)
+
+
+def apply_embedded(params, x_BTD, layout, cfg: ModelConfig, compute: Compute):
+  """`apply` to embeddings x_BTD in place of tokens."""
   attend = lambda q, k, v: _attend(q, k, v, layout, compute)
-  return run_layers(params, tokens, layout.position, cfg, compute, attend, keep_kv=False)[0]
+  return run_layers(params, x_BTD, layout.position, cfg, compute, attend, keep_kv=False)[0]
 
 
-def run_layers(params, tokens, position, cfg, compute, attend, *, keep_kv: bool, beside=()):
-  """Embedding, all layers and the final norm, with any attention.
+def run_layers(params, x_BTD, position, cfg, compute, attend, *, keep_kv: bool, beside=()):
+  """All layers and the final norm, with any attention.
 
   Args:
-    tokens, position: int32 [B, T].
+    x_BTD: embeddings, from `embed`.
+    position: int32 [B, T].
     attend: (q_BTNH, k_BTKH, v_BTKH, *each of `beside`) -> o_BTNH, queries and keys already rotated.
     keep_kv: whether to return every layer's keys, not yet rotated, and its values.
     beside: arrays [L, ...] that attention takes too, each layer its own part.
@@ -157,7 +156,7 @@ def run_layers(params, tokens, position, cfg, compute, attend, *, keep_kv: bool,
     x_BTD, kv = decoder_layer(x_BTD, cast(weights, compute), angles, cfg, compute, lambda *qkv: attend(*qkv, *own))
     return x_BTD, kv if keep_kv else None
 
-  x_BTD = constrain(embed(params, tokens, cfg, compute), compute)
+  x_BTD = constrain(x_BTD, compute)
   with jax.named_scope('layer'):
     x_BTD, kv = jax.lax.scan(_remat(layer, compute.remat), x_BTD, (params['layers'], tuple(beside)))
   return final_norm(params, x_BTD, cfg), kv
@@ -252,11 +251,12 @@ def _attend(q, k, v, layout, compute):
 
 @jax.named_scope('embed')
 def embed(params, tokens, cfg, compute):
+  """Embeddings [..., D] in compute.dtype of token ids int32 [...]."""
   x = weights_lib.rows(_whole_rows(params['embed'], compute), jnp.minimum(tokens, cfg.vocab - 1)).astype(compute.dtype)
   if cfg.learned_sinks:
     sinks = jnp.take(params['sinks'], jnp.maximum(tokens - cfg.vocab, 0), axis=0).astype(compute.dtype)
     x = jnp.where((tokens >= cfg.vocab)[..., None], sinks, x)
-  return dense(x, params['units'].astype(compute.dtype), contract=2) if cfg.unit_tokens else x
+  return x
 
 
 def _whole_rows(table, compute):

@@ -98,13 +98,16 @@ def _offsets(name: str, cuts: Sequence[int]) -> np.ndarray:
 
 def nearest(cuts: Sequence[int], candidates: np.ndarray) -> np.ndarray:
   """Indices of the candidates nearest to the cuts: int64, strictly increasing; of two as near the earlier."""
+  return np.unique(nearest_to_each(cuts, candidates)) if len(candidates) else np.zeros(0, np.int64)
+
+
+def nearest_to_each(cuts: Sequence[int], candidates: np.ndarray) -> np.ndarray:
+  """For each cut the index of the candidate nearest to it, int64; of two as near the earlier. There is one candidate at
+  least."""
   cuts = np.asarray(cuts, np.int64)
-  if not len(candidates) or not len(cuts):
-    return np.zeros(0, np.int64)
-  after = np.clip(np.searchsorted(candidates, cuts), 1, max(1, len(candidates) - 1))
-  before = after - 1
-  after = np.minimum(after, len(candidates) - 1)
-  return np.unique(np.where(cuts - candidates[before] <= candidates[after] - cuts, before, after))
+  after = np.minimum(np.searchsorted(candidates, cuts), len(candidates) - 1)
+  before = np.maximum(after - 1, 0)
+  return np.where(np.abs(candidates[before] - cuts) <= np.abs(candidates[after] - cuts), before, after)
 
 
 def matches(gold: np.ndarray, predicted: np.ndarray, within: int) -> int:

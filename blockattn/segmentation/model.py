@@ -1,44 +1,35 @@
-"""The segmenter: a backbone of models/transformer and a two-way head, "no cut" and "cut", on its last hidden states.
+"""The segmenter: `models.classifier` with two classes, "no cut" and "cut", and its loss.
 
-The checkpoint is Hugging Face's token-classification layout of the backbone's family (`Qwen3ForTokenClassification`,
-`LlamaForTokenClassification`: `score.weight` [2, D], `score.bias` [2]), which hf/convert reads and writes. Attention is
-causal inside a document of the layout, as there.
+Attention is causal inside a document of the layout, as in Hugging Face's token classification.
 """
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 from blockattn import blocks
-from blockattn.models import spec as spec_lib, transformer
+from blockattn.models import classifier, spec as spec_lib
+from blockattn.models.classifier import ClassifierConfig
 from blockattn.models.transformer import Compute, ModelConfig
 
 LABELS = 2
 IGNORED = -100   # the label of a position that is not trained on, as in torch
 
 
-def architecture(backbone: ModelConfig, unit_tokens: int = 0) -> ModelConfig:
+def architecture(backbone: ModelConfig, unit_tokens: int = 0) -> ClassifierConfig:
   """The backbone with a two-way head in place of its output matrix.
 
   Args:
-    unit_tokens: 0, or tokens that are read at one position (`data.markers`, style 'pooled').
+    unit_tokens: 0, or tokens that are read at one position (`markers`, style 'pooled').
   """
-  return dataclasses.replace(backbone, labels=LABELS, unit_tokens=unit_tokens)
+  return classifier.of_backbone(backbone, LABELS, unit_tokens)
 
 
-def spec(cfg: ModelConfig):
-  """The parameter tree as ParamSpec.
-
-  Raises:
-    ValueError: the architecture is not a segmenter's.
-  """
-  if cfg.labels != LABELS:
-    raise ValueError(f'a model with {cfg.labels} classes is no segmenter, which has {LABELS}: cut and no cut')
-  return transformer.spec(cfg)
+def is_segmenter(cfg: ModelConfig) -> bool:
+  """Whether it has the two classes, cut and no cut."""
+  return isinstance(cfg, ClassifierConfig) and cfg.labels == LABELS
 
 
-def from_backbone(params, cfg: ModelConfig, key):
+def from_backbone(params, cfg: ClassifierConfig, key):
   """A language model's parameters as a segmenter's, with a new head.
 
   Args:
@@ -47,30 +38,27 @@ def from_backbone(params, cfg: ModelConfig, key):
     key: of the head's first values.
 
   Returns:
-    Tree of `spec(cfg)`, backbone arrays as they are.
+    Tree of `classifier.spec(cfg)`, backbone arrays as they are.
   """
-  head = {name: leaf for name, leaf in spec(cfg).items() if name in ('score', 'score_bias')}
+  head = {name: leaf for name, leaf in classifier.spec(cfg).items() if name in ('score', 'score_bias')}
   backbone = {name: leaf for name, leaf in params.items() if name != 'head'}
   return backbone | spec_lib.init(head, key, params['final_norm'].dtype)
 
 
-def apply(params, tokens, layout, cfg: ModelConfig, compute: Compute, read_BM=None):
-  """Float32 logits [B, M, 2] of the positions `read_BM`, int32 [B, M]; of all positions if it is None.
+def apply(params, tokens, layout, cfg: ClassifierConfig, compute: Compute) -> jax.Array:
+  """Float32 logits [B, T, 2]; arguments as of `classifier.hidden`.
 
   Every document of the layout is read as one block: blocks are what a segmenter is to find.
   """
-  x_BTD = transformer.apply(params, tokens, blocks.as_one_block(layout), cfg, compute)
-  if read_BM is not None:
-    x_BTD = jnp.take_along_axis(x_BTD, read_BM[..., None], axis=1)
-  return transformer.project(x_BTD, params['score']) + params['score_bias'].astype(jnp.float32)
+  return classifier.logits(params, tokens, blocks.as_one_block(layout), cfg, compute)
 
 
-def log_odds(logits):
+def log_odds(logits: jax.Array) -> jax.Array:
   """log p(cut) / (1 - p(cut)) of logits [..., 2]."""
   return logits[..., 1] - logits[..., 0]
 
 
-def loss_sums(logits, labels, cut_weight: float):
+def loss_sums(logits: jax.Array, labels: jax.Array, cut_weight: float) -> dict[str, jax.Array]:
   """Sums of the weighted cross-entropy, see train/loop.accumulate.
 
   Args:

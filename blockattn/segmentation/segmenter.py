@@ -20,9 +20,10 @@ import numpy as np
 from blockattn import blocks, disk, mesh as mesh_lib
 from blockattn.data import encode, packing
 from blockattn.hf import config as hf_config, convert, files
-from blockattn.models import transformer
+from blockattn.models import classifier
 from blockattn.models.transformer import Compute
-from blockattn.segmentation import markers, model as segmenter, outline as outline_lib
+from blockattn.segmentation import markers, model
+from blockattn.segmentation.outline import Shift
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'tiny_segmenter'
 SHORTEST_ROW = 128        # tokens; rows are as long as this times a power of two, or as a window
@@ -73,7 +74,7 @@ class Options:
   length: int
   overlap: float = 0.25
   threshold: float = 0.0
-  outline: outline_lib.Shift | None = None
+  outline: Shift | None = None
 
   def __post_init__(self):
     if not 0 <= self.overlap <= 0.75:
@@ -101,7 +102,7 @@ def options_of(folder: pathlib.Path, **overrides) -> Options:
   own = {name: said[name] for name in ('length', 'overlap', 'threshold') if name in said} | overrides
   try:
     if 'outline' in said:
-      own = {'outline': outline_lib.Shift(**said['outline'])} | own
+      own = {'outline': Shift(**said['outline'])} | own
     return Options(markers.ReadOptions(style=said['markers'], **read), **own)
   except (TypeError, ValueError) as error:
     raise ValueError(f'{place}: {error}') from error
@@ -121,7 +122,8 @@ class Segmenter:
 
   def __init__(self, params, cfg, tokenizer, options: Options, *, place: mesh_lib.Placement | None = None,
                dtype: str = 'float32', batch_tokens: int = 8192):
-    segmenter.spec(cfg)   # raises unless it is one
+    if not model.is_segmenter(cfg):
+      raise ValueError(f'params are of {hf_config.architecture(cfg)}; give a token-classification model with two classes')
     if cfg.unit_tokens != options.read.unit_tokens:
       raise ValueError(f'the model reads {cfg.unit_tokens} tokens at a position, the options {options.read.unit_tokens}: '
                        f'{files.META} (markers, head, tail) and config.json (unit_tokens) do not belong together')
@@ -133,9 +135,9 @@ class Segmenter:
     self._batch_tokens = batch_tokens
     compute = Compute(dtype=dtype, placement=self._place)
     everywhere = self._place.replicated()
-    self._predict = jax.jit(lambda params, tokens, layout: segmenter.log_odds(
-        segmenter.apply(params, tokens, layout, cfg, compute)), out_shardings=everywhere)
-    self._hidden = jax.jit(lambda params, tokens, layout: transformer.apply(
+    self._predict = jax.jit(lambda params, tokens, layout: model.log_odds(
+        model.apply(params, tokens, layout, cfg, compute)), out_shardings=everywhere)
+    self._hidden = jax.jit(lambda params, tokens, layout: classifier.hidden(
         params, tokens, layout, cfg, compute).astype(jnp.float32), out_shardings=everywhere)
 
   @classmethod
@@ -154,7 +156,7 @@ class Segmenter:
     if not (folder / 'tokenizer.json').is_file():
       raise FileNotFoundError(f'{folder} holds no tokenizer.json')
     cfg = hf_config.read(folder)
-    if cfg.labels != segmenter.LABELS:
+    if not model.is_segmenter(cfg):
       raise ValueError(f'{folder}/config.json is of {hf_config.architecture(cfg)}; a segmenter is a token-classification '
                        'model with two classes')
     options = options_of(folder, **overrides)
@@ -267,8 +269,7 @@ class Segmenter:
     return max(tokens, min(length, self.options.length))
 
   def _run(self, function, rows, parts, length):
-    pooled = (self.cfg.unit_tokens,) if self.cfg.unit_tokens else ()
-    tokens = np.zeros((len(rows), length, *pooled), np.int32)
+    tokens = np.zeros((len(rows), length, *classifier.position_shape(self.cfg)), np.int32)
     for row, members in enumerate(rows):
       for i, start in zip(members, _starts(parts[i][0] for i in members), strict=True):
         tokens[row, start:start + len(parts[i][0])] = parts[i][0]

@@ -3,7 +3,7 @@
 A cutter is a callable (text) -> cuts, strictly increasing character offsets 0 < cut < len(text); the blocks between them
 join to the text whatever the library behind a cutter does with white space: where it drops white space, the white
 space stays at the end of the earlier block, as in the gold segmentations. Cutters do not know the candidates of the
-measures. Whoever compares them moves each cut to its nearest candidate (`evals.cuts.nearest`), so that nobody is punished
+measures. Whoever compares them moves each cut to its nearest candidate (`measures.nearest`), so that nobody is punished
 for cutting inside of a sentence or beside a line end.
 
 A `Baseline` builds cutters from its options (its granularity) and lists the options that are worth trying. Libraries

@@ -104,15 +104,12 @@ def _answer_lost(batch, dropped):
 
 def loss_sums(params, frozen: Frozen, batch, key, models: Models, options: DistillOptions):
   """The sums of losses.distillation_sums for one batch; differentiable in params."""
-  layout = batch['layout']
-  heads, hidden = {}, {}
-  per_token = {'target': batch['targets'], 'position': layout.position}
+  layout, position = batch['layout'], batch['layout'].position
   if 'teacher' in batch:
-    per_token['teacher'] = batch['teacher']
+    teacher = losses.StoredTeacher(**batch['teacher'])
   else:
-    heads['teacher'] = transformer.head_of(frozen.teacher, models.teacher)
-    hidden |= teacher_hidden(frozen.teacher, batch, models.teacher, models.teacher_compute,
-                             positions=models.blocks.positions, blocked=options.weights.source == 'teacher')
+    teacher = teacher_reading(frozen.teacher, batch, models.teacher, models.teacher_compute,
+                              positions=models.blocks.positions, blocked=options.weights.source == 'teacher')
   if options.drop_rate > 0:
     layout = blocks.drop_blocks(layout, key, rate=options.drop_rate, mode=options.drop_mode,
                                 positions=models.blocks.positions)
@@ -121,24 +118,22 @@ def loss_sums(params, frozen: Frozen, batch, key, models: Models, options: Disti
   student = lora.attach(frozen.base, params, models.low_rank) if models.low_rank.rank else params
   with jax.named_scope('student'):
     x_student = transformer.apply(student, tokens, student_layout, models.student, models.student_compute)
-  hidden['student'] = jnp.take_along_axis(x_student, index[..., None], axis=1)
-  heads['student'] = transformer.head_of(student, models.student)
+  x_student = jnp.take_along_axis(x_student, index[..., None], axis=1)
   with jax.named_scope('loss'):
-    return losses.distillation_sums(heads, hidden, per_token, mask, weights=options.weights,
+    return losses.distillation_sums(losses.Reading(transformer.head_of(student, models.student), x_student), teacher,
+                                    batch['targets'], position, mask, weights=options.weights,
                                     temperature=options.temperature, ce_weight=options.ce_weight, chunk=options.chunk,
                                     parts=models.student_compute.row_parts)
 
 
 @jax.named_scope('teacher')
-def teacher_hidden(teacher, batch, cfg, compute, *, positions: str, blocked: bool) -> dict:
-  """The teacher's hidden states: {'teacher': x_BTD} with full attention, and 'teacher_block' under the block mask, without
-  sinks, if they are wanted `blocked` too. No gradient."""
+def teacher_reading(teacher, batch, cfg, compute, *, positions: str, blocked: bool) -> losses.Reading:
+  """The teacher's reading with full attention, and, if it is wanted `blocked` too, under the block mask, without sinks. No
+  gradient."""
   layout = batch['layout']
   read = lambda layout: jax.lax.stop_gradient(transformer.apply(teacher, batch['tokens'], layout, cfg, compute))
-  hidden = {'teacher': read(blocks.as_one_block(layout))}
-  if blocked:
-    hidden['teacher_block'] = read(blocks.with_positions(layout, positions))
-  return hidden
+  return losses.Reading(transformer.head_of(teacher, cfg), read(blocks.as_one_block(layout)),
+                        read(blocks.with_positions(layout, positions)) if blocked else None)
 
 
 def make_step(models: Models, options: DistillOptions, optimizer, learning_rate):

@@ -19,8 +19,8 @@ import numpy as np
 from blockattn import disk, errors, optim
 from blockattn.data import encode
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
-from blockattn.models import spec
-from blockattn.segmentation import markers, model as segmenter, rows as segment_pipeline
+from blockattn.models import classifier, spec
+from blockattn.segmentation import labelled, markers, model
 from blockattn.segmentation.semanticseg import hints, schema
 from blockattn.train import command, loop, setup
 
@@ -44,7 +44,7 @@ class Validation:
   """Rows that are measured during training.
 
   Attributes:
-    rows: as from `segment_pipeline.windows`.
+    rows: as from `labelled.windows`.
     names: for each row its category, with a mark for texts without hints.
   """
   rows: list
@@ -55,8 +55,8 @@ def make_step(cfg, compute, options: SegmentOptions, optimizer, learning_rate):
   """See `loop.make_step`; nothing is frozen."""
   def loss_sums(params, frozen, batch, key):
     del frozen, key
-    logits = segmenter.apply(params, batch['tokens'], batch['layout'], cfg, compute)
-    return segmenter.loss_sums(logits, batch['labels'], options.cut_weight)
+    logits = model.apply(params, batch['tokens'], batch['layout'], cfg, compute)
+    return model.loss_sums(logits, batch['labels'], options.cut_weight)
 
   return loop.make_step(loss_sums, _measure, optimizer, learning_rate, slices=options.accumulate)
 
@@ -158,8 +158,8 @@ def read_validation(config, reader) -> Validation:
     return Validation([], [])
   documents = list(schema.read(list(s.eval_files)))
   bare = [dataclasses.replace(d, blocks=hints.remove_hints(d.blocks, d.category))
-          for d in segment_pipeline.some(documents, s.eval_rows)]
-  make = functools.partial(segment_pipeline.validation_rows, reader=reader, length=config.data.length,
+          for d in labelled.some(documents, s.eval_rows)]
+  make = functools.partial(labelled.validation_rows, reader=reader, length=config.data.length,
                            per_category=s.eval_rows)
   rows, names = make(documents)
   bare_rows, bare_names = make(bare)
@@ -174,19 +174,21 @@ def load_model(config, place, reader):
   """
   P = reader.options.unit_tokens
   if not config.model.source:
-    cfg = segmenter.architecture(setup.architecture(config.model), P)
+    cfg = model.architecture(setup.architecture(config.model), P)
     return cfg, setup.init_params(cfg, place, config.seed, config.model.dtype)
   cfg, params = setup.load_model(config, place)
-  if reader.options.cohesion and cfg.unit_tokens == reader.options.own_tokens:
+  known = model.is_segmenter(cfg)
+  if known and reader.options.cohesion and cfg.unit_tokens == reader.options.own_tokens:
     cfg, params = _with_cohesion(cfg, params, P)
-  if cfg.unit_tokens != P:
-    raise ValueError(f'{config.model.source} reads {cfg.unit_tokens} tokens at a position, config.segment (markers, head, '
-                     f'tail) says {P}; make them agree')
-  if cfg.labels == segmenter.LABELS:
+  reads = cfg.unit_tokens if known else 0
+  if reads != P:
+    raise ValueError(f'{config.model.source} reads {reads} tokens at a position, config.segment (markers, head, tail) says '
+                     f'{P}; make them agree')
+  if known:
     return cfg, params
-  cfg = segmenter.architecture(cfg)
-  shardings = spec.shardings(segmenter.spec(cfg), place.mesh, place.rules)
-  return cfg, jax.device_put(segmenter.from_backbone(params, cfg, jax.random.key(config.seed)), shardings)
+  cfg = model.architecture(cfg)
+  shardings = spec.shardings(classifier.spec(cfg), place.mesh, place.rules)
+  return cfg, jax.device_put(model.from_backbone(params, cfg, jax.random.key(config.seed)), shardings)
 
 
 def _with_cohesion(cfg, params, unit_tokens):
@@ -207,14 +209,14 @@ def run(config, workdir):
   reader = reader_of(config, source)
   documents = _documents(config)
   _report_moved(documents)
-  rows = segment_pipeline.DrawnRows(documents, reader, draw_options(config), config.seed)
+  rows = labelled.DrawnRows(documents, reader, draw_options(config), config.seed)
   validation = read_validation(config, reader)
   cfg, params = load_model(config, place, reader)
   optimizer = optim.make_optimizer(optim_config)
   step_fn = make_step(cfg, compute, options, optimizer, optim.learning_rate(optim_config))
   best = pathlib.Path(workdir) / 'best'
   keep = functools.partial(_keep, cfg=cfg, folder=best, source=source, config=config)
-  predict = jax.jit(lambda params, batch: segmenter.log_odds(segmenter.apply(
+  predict = jax.jit(lambda params, batch: model.log_odds(model.apply(
       params, batch['tokens'], batch['layout'], cfg, compute)), out_shardings=place.replicated())
   watch = Watch(validation, every=config.segment.eval_every, steps=config.steps, batch=config.batch,
                 own_rows=setup.own_rows(place, config.batch), predict=predict, put_batch=place.put_batch, keep=keep,
@@ -240,14 +242,14 @@ def _documents(config):
 
 def _report_moved(documents):
   """Says which categories have gold cuts where none can be made, from a look at some documents of each."""
-  moved = segment_pipeline.moved_cuts(segment_pipeline.some(documents, 20))
+  moved = labelled.moved_cuts(labelled.some(documents, 20))
   lost = [f'{category}: {count} of {cuts}' for category, (count, cuts) in moved.items() if count]
   if lost and jax.process_index() == 0:
     print(f'gold cuts that are no candidates, and count as the nearest: {", ".join(lost)}')
 
 
-def draw_options(config) -> segment_pipeline.DrawOptions:
-  return segment_pipeline.DrawOptions(length=config.data.length, **dict(config.segment.draw))
+def draw_options(config) -> labelled.DrawOptions:
+  return labelled.DrawOptions(length=config.data.length, **dict(config.segment.draw))
 
 
 def read_meta(config) -> dict:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import blocks, errors, mesh as mesh_lib, optim, trace, tree
-from blockattn.data import encode, pipeline, stdlib, teacher_logits as taught_lib, text as text_lib
+from blockattn.data import chat_template, encode, sources, stdlib, store, stream, teacher_logits as taught_lib
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.kernels import api, tiles
-from blockattn.models import flops, lora, sizes, spec, transformer, weights
+from blockattn.models import classifier, flops, lora, sizes, spec, transformer, weights
 from blockattn.segmentation import cutter as segment_cutter, granularity
 from blockattn.train import loop
 
@@ -105,14 +105,14 @@ def _check_model(config, cfg, name):
 def check_positions(config, cfg):
   """Raises ValueError if a document may be longer than the model has positions for: it would train on positions that it
   was not made for. A segmenter that reads units has a position for each of them, not for a token."""
-  if config.data.length > cfg.max_positions and not cfg.unit_tokens:
+  if config.data.length > cfg.max_positions and not classifier.position_shape(cfg):
     raise ValueError(f'config.data.length={config.data.length}: documents may be as long, and the model has '
                      f'{cfg.max_positions} positions (max_position_embeddings of its config.json); give a smaller length, '
                      'or a model with more')
 
 
 def init_params(cfg, place, seed, dtype):
-  specs = transformer.spec(cfg)
+  specs = classifier.spec(cfg)
   shardings = spec.shardings(specs, place.mesh, place.rules)
   return jax.jit(lambda key: spec.init(specs, key, dtype), out_shardings=shardings)(jax.random.key(seed))
 
@@ -199,7 +199,7 @@ def check_taught_weights(folder, config, weights: dict):
 
 def needed_rows(config, source) -> np.ndarray:
   """Numbers of the source's rows that the training reads, ascending."""
-  return pipeline.row_numbers(source, config.steps * config.batch, config.seed)
+  return stream.row_numbers(source, config.steps * config.batch, config.seed)
 
 
 def taught(config, source):
@@ -323,7 +323,8 @@ def model_meta(cfg, options: blocks.BlockOptions | None, source: str, kind: str,
 def prompt_meta(config, tokenizer) -> dict:
   """How prompts were made in training, so that the model is asked the same way."""
   data = config.data
-  return {'chat': data.kind == 'files' and text_lib.wants_chat(data.chat, tokenizer), 'template_args': data.template_args}
+  chat = data.kind == 'files' and chat_template.wants_chat(data.chat, tokenizer)
+  return {'chat': chat, 'template_args': data.template_args}
 
 
 def tokenizer(config):
@@ -342,10 +343,10 @@ def model_tokenizer(config):
   return loaded
 
 
-def file_options(data, tokenizer) -> pipeline.FileOptions:
+def file_options(data, tokenizer) -> store.FileOptions:
   """How files become rows, from a config.data."""
-  return pipeline.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long,
-                              chat=text_lib.wants_chat(data.chat, tokenizer), block_tokens=data.block_tokens,
+  return store.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long,
+                              chat=chat_template.wants_chat(data.chat, tokenizer), block_tokens=data.block_tokens,
                               shared_first=data.shared_first)
 
 
@@ -358,7 +359,7 @@ def rows(config, tokenizer):
     raise ValueError(f"config.data.kind={data.kind!r}; choose 'files' or 'pages'")
   if not data.files:
     raise ValueError('config.data.files is empty: give JSON lines files, e.g. --config.data.files=train.jsonl,more/')
-  source = pipeline.FileRows(list(data.files), tokenizer, file_options(data, tokenizer), data.cache, strict=data.strict,
+  source = sources.FileRows(list(data.files), tokenizer, file_options(data, tokenizer), data.cache, strict=data.strict,
                              cutter=cutter(data, tokenizer))
   if jax.process_index() == 0 and source.report.docs < source.report.lines:
     print(source.report.summary())
@@ -386,7 +387,7 @@ def pages(data, tokenizer, *, split: str, own_blocks: bool = False, **style):
   """Pages of Python's standard library, of the containers of a split; `style` replaces fields. `own_blocks`: no segmenter
   cuts any of them."""
   containers = stdlib.split_containers(stdlib.read_containers(), split)
-  return pipeline.PageRows(containers, page_style(data, **style), tokenizer, length=data.length, max_blocks=data.max_blocks,
+  return sources.PageRows(containers, page_style(data, **style), tokenizer, length=data.length, max_blocks=data.max_blocks,
                            block_tokens=data.block_tokens, shared_first=data.shared_first,
                            cutter=None if own_blocks else cutter(data, tokenizer), cut_share=data.segment.pages)
 
@@ -397,8 +398,8 @@ def page_style(data, **style) -> stdlib.PageStyle:
 
 
 def batches(config, source):
-  """This process's rows of the global batches, see pipeline.batches."""
-  return pipeline.batches(source, batch=config.batch, seed=config.seed, rows=own_rows(placement(config), config.batch))
+  """This process's rows of the global batches, see stream.batches."""
+  return stream.batches(source, batch=config.batch, seed=config.seed, rows=own_rows(placement(config), config.batch))
 
 
 def own_rows(place, batch: int) -> list[int]:
@@ -499,7 +500,7 @@ _RANGES = {
     'model.fields.norm_eps': {'above': 0}, 'model.fields.rope_theta': {'above': 0},
     **{f'model.fields.{name}': _FROM_1 for name in (
         'vocab', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp', 'max_positions')},
-    **{f'model.fields.{name}': _FROM_0 for name in ('learned_sinks', 'labels', 'unit_tokens')}}
+    'model.fields.learned_sinks': _FROM_0}
 
 
 def check_numbers(config):

@@ -123,33 +123,31 @@ def _claim(folder, config, facts, weights):
 
 def teacher_says(teacher, batch, *, cfg, compute, options, top_k, positions) -> dict:
   """Arrays [B, T, ...] of data/teacher_logits.py for a batch, `options.chunk` tokens of each row at a time."""
-  head = transformer.head_of(teacher, cfg)
-  hidden = distill.teacher_hidden(teacher, batch, cfg, compute, positions=positions,
-                                  blocked=options.weights.source == 'teacher')
+  reading = distill.teacher_reading(teacher, batch, cfg, compute, positions=positions,
+                                    blocked=options.weights.source == 'teacher')
 
   def chunk(inputs):
-    hidden, targets = inputs
-    logits = transformer.project(hidden['teacher'], head)
+    x_BTD, blocked_BTD, targets = inputs
+    logits = transformer.project(x_BTD, reading.head_VD)
     log_p, ids = jax.lax.top_k(jax.nn.log_softmax(logits / options.temperature), top_k)
     said = {'ids': ids.astype(jnp.int32), 'log_p': log_p, 'target_log_p': losses.log_prob(logits, targets)}
-    if 'teacher_block' in hidden:
-      said['blocked_log_p'] = losses.log_prob(transformer.project(hidden['teacher_block'], head), targets)
+    if blocked_BTD is not None:
+      said['blocked_log_p'] = losses.log_prob(transformer.project(blocked_BTD, reading.head_VD), targets)
     return said
 
-  return losses.map_chunks(chunk, (hidden, batch['targets']), options.chunk)
+  return losses.map_chunks(chunk, (reading.x_BTD, reading.blocked_BTD, batch['targets']), options.chunk)
 
 
 def bias_sums(teacher, batch, *, cfg, compute, options, positions) -> dict:
   """Sums over text tokens: 'tokens', 'kl' of the teacher from itself under the block mask, and for each of BIAS_AT the KL
   from so many tokens and the probability that is left for the rest."""
-  head = transformer.head_of(teacher, cfg)
-  hidden = distill.teacher_hidden(teacher, batch, cfg, compute, positions=positions, blocked=True)
+  reading = distill.teacher_reading(teacher, batch, cfg, compute, positions=positions, blocked=True)
   sizes = [k for k in BIAS_AT if k < cfg.vocab]
 
-  def chunk(head, hidden, per_token, mask):
+  def chunk(head, states, per_token, mask):
     del per_token
     m = mask.astype(jnp.float32)
-    full, block = (transformer.project(hidden[name], head) for name in ('teacher', 'teacher_block'))
+    full, block = (transformer.project(x_BTD, head) for x_BTD in states)
     log_p, ids = jax.lax.top_k(jax.nn.log_softmax(full / options.temperature), max(sizes))
     sums = {'tokens': jnp.sum(m), 'kl': jnp.sum(m * losses.forward_kl(full, block, options.temperature))}
     for k in sizes:
@@ -158,7 +156,9 @@ def bias_sums(teacher, batch, *, cfg, compute, options, positions) -> dict:
       sums |= {f'kl_{k}': jnp.sum(m * kl), f'rest_{k}': jnp.sum(m * rest)}
     return sums
 
-  return losses.sum_over_tokens(chunk, head, hidden, batch['targets'], batch['text'], options.chunk, compute.row_parts)
+  states = reading.x_BTD, reading.blocked_BTD
+  return losses.sum_over_tokens(chunk, reading.head_VD, states, batch['targets'], batch['text'], options.chunk,
+                                compute.row_parts)
 
 
 def bias_of(sums) -> dict:

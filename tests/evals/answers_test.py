@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from blockattn.data import text
+from blockattn.data.example import Example
 from blockattn.evals import answers
 
 
 def item(name, task='a', words=3, **more):
-  return answers.Item(name, task, text.Example(('one ' * words, 'two '), name, '', name), references=(name,),
+  return answers.Item(name, task, Example(('one ' * words, 'two '), name, '', name), references=(name,),
                       **{'max_new': 4, 'stop': ('.',)} | more)
 
 

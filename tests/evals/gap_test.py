@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from blockattn import blocks
-from blockattn.data import encode, text
+from blockattn.data import encode
+from blockattn.data.example import Example
 from blockattn.evals import gap, scores
 from blockattn.models import transformer
 from blockattn.models.transformer import Compute, ModelConfig
@@ -136,7 +137,7 @@ def measure(docs, examples, subjects=None, **more):
 
 
 def examples_of(docs, answers=('x',)):
-  return [text.Example(('a', 'b'), 'q', 'x', f'id{i}', answers) for i in range(len(docs))]
+  return [Example(('a', 'b'), 'q', 'x', f'id{i}', answers) for i in range(len(docs))]
 
 
 def test_an_answer_ends_before_the_stop_text(docs):
@@ -158,7 +159,7 @@ def test_rows_and_their_means(docs):
   said = [Words().decode(tokens, skip_special_tokens=True) for tokens in given]
   # Right to the letter, right but for the accepted case, one word of the answer, wrong, and an answer without a list.
   answers = [(f' {said[0]} ', 'x'), (said[1].upper(),), (said[2].split()[0],), ('nonsense',), ()]
-  examples = [text.Example(('a', 'b'), 'q', said[4], f'id{i}', a) for i, a in enumerate(answers)]
+  examples = [Example(('a', 'b'), 'q', said[4], f'id{i}', a) for i, a in enumerate(answers)]
   rows = measure(docs, examples)
   assert [row['id'] for row in rows] == [example.id for example in examples]
   own = [row['models']['it'] for row in rows]

@@ -9,7 +9,8 @@ import zipfile
 import data_cases
 import pytest
 
-from blockattn.data import encode, text
+from blockattn.data import encode, json_lines
+from blockattn.data.example import Example
 from blockattn.evals import answers, longbench, longbench_scores as scores
 
 needs_jieba = pytest.mark.skipif(importlib.util.find_spec('jieba') is None, reason='needs jieba')
@@ -160,7 +161,7 @@ def test_chinese_scores():
 
 
 def item(task, references, classes=()):
-  return answers.Item('x', task, text.Example((), 'q', '', 'x'), 8, references=tuple(references), facts={'classes': classes})
+  return answers.Item('x', task, Example((), 'q', '', 'x'), 8, references=tuple(references), facts={'classes': classes})
 
 
 def test_a_task_takes_the_best_answer_and_maybe_the_first_line():
@@ -425,7 +426,7 @@ def test_data_from_the_hub(tmp_path, monkeypatch):
     (line(all_classes='a'), 'wrong type: "all_classes" is str')])
 def test_a_malformed_line_stops_the_reading(tmp_path, bad, message):
   data_cases.write_lines(tmp_path / 'trec.jsonl', [line(), bad])
-  with pytest.raises(text.BadLineError, match=message):
+  with pytest.raises(json_lines.BadLineError, match=message):
     longbench.read_records(tmp_path, 'trec')
 
 

@@ -3,7 +3,7 @@
 import data_cases
 import pytest
 
-from blockattn.data import text
+from blockattn.data import json_lines
 from blockattn.evals import answers, qa
 
 PLAIN = data_cases.tiny_tokenizer(None)
@@ -37,7 +37,7 @@ def test_tasks_and_limit(files):
   assert [i.id for i in read(files, tasks=['own'])[0]] == ['own:1', 'own:3']
   with pytest.raises(ValueError, match='no task hotpt here; there are hotpot, own'):
     read(files, tasks=['hotpt'])
-  with pytest.raises(text.BadLineError, match='own.jsonl.gz:2'):
+  with pytest.raises(json_lines.BadLineError, match='own.jsonl.gz:2'):
     read(files, strict=True)
 
 
@@ -74,7 +74,7 @@ def test_an_answer_of_which_the_normalisation_leaves_nothing(prediction, substri
 
 @pytest.mark.data
 def test_the_real_data(data_dir):
-  found = text.find_files(data_dir / 'qa' / 'test_*.jsonl.gz')
+  found = json_lines.find_files(data_dir / 'qa' / 'test_*.jsonl.gz')
   items, report = read(found, limit=20)
   assert len({item.id for item in items}) == len(items) == 20 * len(found) >= 160 and not report.bad
   assert all(qa.score(item, item.references[0]) == {'exact_match': 1, 'substring': 1, 'f1': 1} for item in items)

@@ -16,7 +16,7 @@ import yaml
 
 from blockattn import blocks, mesh, tree
 from blockattn.hf import card, config, convert, files, names
-from blockattn.models import sizes
+from blockattn.models import classifier, sizes
 from tools import convert as cli
 
 CFG = hf_cases.MODELS['llama_rope']
@@ -541,6 +541,6 @@ def test_an_export_has_a_card_with_blocks_training_and_usage_that_runs(tmp_path,
 
 
 def test_a_segmenters_card_is_of_another_task():
-  cfg = dataclasses.replace(CFG, labels=2)
+  cfg = classifier.of_backbone(CFG, labels=2)
   head, body = front(card.text(cfg, {'kind': 'segment'}, facts={'f1': 0.8}))
   assert head['pipeline_tag'] == 'token-classification' and '- f1: 0.8\n' in body and 'tools.segment' in body

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 
 from blockattn import blocks
-from blockattn.data import encode, text as text_lib
+from blockattn.data import encode, prompts
 from blockattn.inference import cache, engine as engine_lib, pool, stopwatch
 from blockattn.inference.engine import Engine
 from blockattn.inference.plan import Request
@@ -79,8 +79,8 @@ def test_passages_in_another_order_are_all_found_again(positions, template, adds
   lines = {name: {'passages': [{'title': '', 'text': text} for text in name], 'question': f'{name}?', 'answers': ['x']}
            for name in ('ABC', 'BCA', 'CBA', 'CA', 'B')}
   for name, line in lines.items():
-    example = text_lib.parse_line(json.dumps(line), where='f:1', chat=bool(template), tokenizer=tokenizer,
-                                  template=text_lib.CHAT if template else text_lib.PLAIN)
+    example = prompts.parse_line(json.dumps(line), where='f:1', chat=bool(template), tokenizer=tokenizer,
+                                  template=prompts.CHAT if template else prompts.PLAIN)
     prompt = encode.Encoder(tokenizer).prompt(example)
     found = asked.prepare([Request(prompt)])[0]
     assert len(found) == len(name) + (template is not None or adds_bos)   # a header

@@ -18,14 +18,17 @@ def compilers(request):
     pytest.skip(missing)
 
 
-@pytest.mark.parametrize('dtype, width', [('bfloat16', 128), ('float32', 64), ('bfloat16', 256)])
-@pytest.mark.parametrize('target', aot.TPUS)
+# The common shape on every target; what takes more memory on one of each generation, of v5e and v5p alternately.
+@pytest.mark.parametrize('target, dtype, width', [
+    *((target, 'bfloat16', 128) for target in aot.TPUS), ('v5e', 'float32', 64), ('v6e', 'float32', 64),
+    ('v5p', 'bfloat16', 256), ('v6e', 'bfloat16', 256)])
 def test_long_rows_compile_for_tpus_in_linear_memory(target, dtype, width):
   """Forward and backward within the core's scalar and vector memory, which the compiler checks."""
   result = aot.compile_once(target, ['--shape', f'32,8,{width}', '--length', str(LONG), '--dtype', dtype])
   queries = LONG * 32 * width * (2 if dtype == 'bfloat16' else 4)
-  # What changes its layout between [B, T, N, H] and [B, N, T, H]: q, k, v, out and their gradients.
-  assert result['temporary_bytes'] < 8 * queries
+  # What changes its layout between [B, T, N, H] and [B, N, T, H]: q, k, v, out and their gradients; of 64 columns, compilers
+  # from jax 0.11 on pad some to the 128 lanes.
+  assert result['temporary_bytes'] < (8 if width >= 128 else 12) * queries
   assert result['temporary_bytes'] < LONG * LONG   # not a byte per pair of tokens
 
 

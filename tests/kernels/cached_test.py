@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from blockattn import blocks
-from blockattn.kernels import api, cached as append
+from blockattn.kernels import api, cached
 
 B, S, N, K, H = 2, 37, 4, 2, 8
 several = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 
 
-def arrays(queries, dtype='float32'):
+def arrays(queries, dtype='float32', keys=S):
   random = np.random.default_rng(3)
-  shapes = [(B, queries, N, H), (B, S, K, H), (B, S, K, H)]
+  shapes = [(B, queries, N, H), (B, keys, K, H), (B, keys, K, H)]
   return [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
 
 
@@ -30,13 +30,13 @@ def dense(q, k, v, visible):
     return np.nan_to_num(np.einsum('btns,bsnh->btnh', weights, v) / total[..., None]), np.log(total)
 
 
-@pytest.mark.parametrize('queries, splits, chunk', [(1, 1, 1024), (1, 4, 8), (5, 1, 10), (5, 3, 16)])
+@pytest.mark.parametrize('queries, keys', [(1, S), (5, S), (1, 2100), (5, 1025)])   # one chunk; some, and a part
 @several
 @given(seed=st.integers(0, 99), share=st.sampled_from([0.0, 0.2, 1.0]))
-def test_agrees_with_a_dense_computation(queries, splits, chunk, seed, share):
-  visible = np.random.default_rng(seed).random((B, S)) < share
-  q, k, v = arrays(queries)
-  out, lse = append.attend_cached(q, k, v, jnp.asarray(visible), splits=splits, chunk=chunk)
+def test_agrees_with_a_dense_computation(queries, keys, seed, share):
+  visible = np.random.default_rng(seed).random((B, keys)) < share
+  q, k, v = arrays(queries, keys=keys)
+  out, lse = cached.attend_cached(q, k, v, jnp.asarray(visible))
   assert out.dtype == lse.dtype == jnp.float32
   for result, wanted in zip((out, lse), dense(q, k, v, visible)):
     np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5)
@@ -45,7 +45,7 @@ def test_agrees_with_a_dense_computation(queries, splits, chunk, seed, share):
 def test_bfloat16_is_summed_in_float32():
   q, k, v = arrays(3, 'bfloat16')
   visible = np.ones((B, S), bool)
-  out, lse = append.attend_cached(q, k, v, jnp.asarray(visible), splits=2, chunk=8)
+  out, lse = cached.attend_cached(q, k, v, jnp.asarray(visible))
   expected = dense(q, k, v, visible)
   np.testing.assert_allclose(out, expected[0], rtol=0, atol=float(jnp.finfo('bfloat16').eps))   # of the weights alone
   np.testing.assert_allclose(lse, expected[1], rtol=0, atol=1e-5)
@@ -62,9 +62,9 @@ def test_cached_blocks_and_the_last_block_make_the_whole(impl, last):
   whole = api.block_attention(q, k, v, layout, impl='reference')[:, -last:]
   own = blocks.from_lengths([[[last]]] * B, last)
   tail = [x[:, -last:] for x in (q, k, v)]
-  parts = [append.attend_cached(tail[0], k[:, :-last], v[:, :-last], jnp.ones((B, S - last), bool), splits=2, chunk=8),
+  parts = [cached.attend_cached(tail[0], k[:, :-last], v[:, :-last], jnp.ones((B, S - last), bool)),
            api.block_attention_and_lse(*tail, own, impl=impl, tiles=(8, 8))]
-  out, lse = append.merge(*map(jnp.stack, zip(*parts)))
+  out, lse = cached.merge(*map(jnp.stack, zip(*parts)))
   np.testing.assert_allclose(out, whole, rtol=0, atol=1e-5)
   everything = dense(q[:, -1:], k, v, np.ones((B, S)))[1]   # what the last token of all reads
   np.testing.assert_allclose(lse[:, -1:], everything, rtol=0, atol=1e-5)
@@ -73,24 +73,24 @@ def test_cached_blocks_and_the_last_block_make_the_whole(impl, last):
 def test_merging_does_not_depend_on_the_order_and_survives_empty_parts():
   q, k, v = arrays(2)
   visible = np.arange(S) % 3 == np.arange(3)[:, None]
-  parts = [append.attend_cached(q, k, v, jnp.asarray(np.broadcast_to(x, (B, S)))) for x in (*visible, np.zeros(S, bool))]
-  whole = append.attend_cached(q, k, v, jnp.ones((B, S), bool))
+  parts = [cached.attend_cached(q, k, v, jnp.asarray(np.broadcast_to(x, (B, S)))) for x in (*visible, np.zeros(S, bool))]
+  whole = cached.attend_cached(q, k, v, jnp.ones((B, S), bool))
   for order in ((0, 1, 2, 3), (3, 2, 0, 1)):
-    for result, wanted in zip(append.merge(*map(jnp.stack, zip(*(parts[i] for i in order)))), whole):
+    for result, wanted in zip(cached.merge(*map(jnp.stack, zip(*(parts[i] for i in order)))), whole):
       np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5)
-  nothing, lse = append.merge(*map(jnp.stack, zip(parts[3], parts[3])))
+  nothing, lse = cached.merge(*map(jnp.stack, zip(parts[3], parts[3])))
   assert not nothing.any() and (lse == -jnp.inf).all()
 
 
 def test_memory_does_not_hold_all_scores():
   shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 256, 8, 64), (1, 16384, 2, 64), (1, 16384, 2, 64))]
-  lowered = append.attend_cached.lower(*shapes, jax.ShapeDtypeStruct((1, 16384), jnp.bool_))
+  lowered = cached.attend_cached.lower(*shapes, jax.ShapeDtypeStruct((1, 16384), jnp.bool_))
   assert lowered.compile().memory_analysis().temp_size_in_bytes < 256 * 8 * 16384 * 4 / 2
 
 
 def test_shapes_that_do_not_fit_are_refused():
   q, k, v = arrays(2)
   with pytest.raises(ValueError, match=r'N a multiple of K'):
-    append.attend_cached(q[:, :, :3], k, v, jnp.ones((B, S), bool))
+    cached.attend_cached(q[:, :, :3], k, v, jnp.ones((B, S), bool))
   with pytest.raises(ValueError, match=r'visible \(2, 36\)'):
-    append.attend_cached(q, k, v, jnp.ones((B, S - 1), bool))
+    cached.attend_cached(q, k, v, jnp.ones((B, S - 1), bool))

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings, strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from blockattn import blocks
-from blockattn.kernels import api, cached as append, context_parallel as divided_lib, gpu, schedule, tpu, xla
+from blockattn.kernels import api, cached, context_parallel, gpu, schedule, tpu, xla
 from blockattn.kernels.tiles import Tiles, dividing
 
 B, T, N, K, H = 2, 44, 4, 2, 16   # T is not a multiple of any tile
@@ -146,8 +146,8 @@ def test_float32_is_not_rounded_by_matrix_units():
   def both(impl):
     return lambda *x: jax.vjp(lambda *x: attention(impl, (8, 8))(*x, layout), *x)[1](x[0])
 
-  cached = lambda *x: append.attend_cached(*x, np.ones((B, T), bool))
-  for run in (both('reference'), both('xla'), cached):
+  attend_cached = lambda *x: cached.merge(*(part[None] for part in cached.attend_cached(*x, np.ones((B, T), bool))))
+  for run in (both('reference'), both('xla'), attend_cached):
     text = jax.jit(run).lower(*arrays()[:3]).as_text()
     products = [line for line in text.splitlines() if 'dot_general' in line]
     assert len(products) >= 3 and all(line.count('HIGHEST') == 2 for line in products)
@@ -306,10 +306,10 @@ def test_on_a_mesh_each_device_computes_its_part():
 @given(layout=layout_cases.layouts(B, 64))
 @example(layout=blocks.from_lengths([[[40, 8, 16]], [[2, 30], [3, 20, 9]]], 64))   # blocks over parts, readers at all places
 @example(layout=blocks.from_lengths([[[12, 12, 12, 13, 15]], [[16, 16, 31, 1]]], 64, shared_first=True))
-def test_a_divided_sequence_gives_the_same(impl, sent, layout):
+def test_context_parallelism_gives_the_same(impl, sent, layout):
   """Rows over two, tokens over four devices; outputs and gradients."""
   inputs = arrays(length=64)
-  for result, wanted in zip(divided(impl, sent)(layout, *inputs), compiled('reference', None, 'float32')(layout, *inputs)):
+  for result, wanted in zip(sharded(impl, sent)(layout, *inputs), compiled('reference', None, 'float32')(layout, *inputs)):
     np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('float32', wanted))
 
 
@@ -319,7 +319,7 @@ def test_who_reads_beyond_the_part_before(layout):
   mask = layout_cases.naive_mask(layout)
   for length in (8, 16, 32):
     before = np.arange(64) < np.maximum(np.arange(64)[:, None] // length - 1, 0) * length
-    beyond = divided_lib.reach_beyond(schedule.token_marks(layout), length)
+    beyond = context_parallel.reach_beyond(schedule.token_marks(layout), length)
     np.testing.assert_array_equal(beyond, (mask & before).any(axis=-1))
 
 
@@ -350,7 +350,7 @@ def collectives(program):
 
 
 @functools.cache
-def divided(impl, sent):
+def sharded(impl, sent):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ('data', 'context', 'more'))
 
   @jax.jit
@@ -358,7 +358,7 @@ def divided(impl, sent):
     attend = lambda *x: api.block_attention_on_mesh(*x, layout, mesh, batch_axes=('data',), impl='xla',
                                                     context_axes=('context', 'more'), tiles=(8, 16), sent=sent)
     if impl == 'tpu' and jax.default_backend() != 'tpu':
-      kernel = functools.partial(divided_lib.attention, functools.partial(tpu.attention, interpret=True), sent=sent,
+      kernel = functools.partial(context_parallel.attention, functools.partial(tpu.attention, interpret=True), sent=sent,
                                  axes=('context', 'more'), others=('data',), tiles=None, own_tiles=Tiles(8, 16))
       spec = jax.P('data', ('context', 'more'))
       attend = lambda *x: jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)(*x, layout)
@@ -371,7 +371,7 @@ def divided(impl, sent):
 @several
 @given(layout=layout_cases.layouts(B, 64))
 def test_parts_of_the_queries_make_up_the_whole(impl, layout):
-  """What each device of a divided sequence computes: its queries' outputs and gradients, and its share of the keys'."""
+  """What each device of a sharded sequence computes: its queries' outputs and gradients, and its share of the keys'."""
   inputs = arrays(length=64)
   parts = [part_of(impl)(first, layout, *inputs) for first in (0, 16, 32, 48)]
   out, dq = (np.concatenate([part[i] for part in parts], axis=1) for i in (0, 1))
@@ -435,8 +435,8 @@ gpu_layouts = {
 
 
 @gpu_interpreter
-@pytest.mark.parametrize('name, cut', [*((name, schedule.Cut()) for name in gpu_layouts),
-                                       ('every kind of block', schedule.Cut(owners=1, pieces=3))])
+@pytest.mark.parametrize('name, cut', [*((name, gpu.Cut()) for name in gpu_layouts),
+                                       ('every kind of block', gpu.Cut(owners=1, pieces=3))])
 def test_gpu_kernels_in_the_interpreter(name, cut):
   """Lists, copies, barriers and arithmetic; matrix products are plain ones there."""
   length, heads, shared, width = 250, 2, 1, 64
@@ -473,7 +473,7 @@ def test_a_part_of_the_queries_in_the_gpu_interpreter():
   own = slice(first, first + 128)
   marks = schedule.token_marks(layout)
   marks = schedule.Marks(marks.query[:, :, own], marks.key, first)
-  kernels = jax.jit(lambda *x: gpu.attention(*x, marks, Tiles(128, 64), cut=schedule.Cut(1, 5),
+  kernels = jax.jit(lambda *x: gpu.attention(*x, marks, Tiles(128, 64), cut=gpu.Cut(1, 5),
                                              interpret=plgpu.InterpretGPUParams())[0])
   results = run(kernels, q[:, own], grad[:, own], jnp.bfloat16)
   expected = run(lambda *x: api.block_attention(*x, layout, impl='reference'), q, grad, jnp.float32)
@@ -511,7 +511,7 @@ def on_device(impl, dtype, cut=None):
 
 @pytest.mark.device
 @pytest.mark.parametrize('width', [64, 128])
-@pytest.mark.parametrize('cut', [None, schedule.Cut(owners=4, pieces=3)], ids=['whole', 'split'])
+@pytest.mark.parametrize('cut', [None, gpu.Cut(owners=4, pieces=3)], ids=['whole', 'split'])
 @pytest.mark.parametrize('name', [*gpu_layouts, *range(6)])
 def test_kernels_on_their_device(name, cut, width):
   """The accelerator's own kernels against the float32 reference, twice, bit for bit the same: named and random layouts, the

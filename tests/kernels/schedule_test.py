@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from jax.extend import core
 
 from blockattn import blocks
-from blockattn.kernels import schedule
+from blockattn.kernels import gpu, schedule, tpu, xla
 from blockattn.kernels.tiles import Tiles, default
 
 ROWS, LENGTH = 2, 64
@@ -18,9 +18,9 @@ TILES = [Tiles(8, 8), Tiles(16, 8), Tiles(8, 32), Tiles(64, 64)]
 several = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 dense_mask = jax.jit(blocks.may_attend)
-list_visits = jax.jit(schedule.list_visits)
-list_work = jax.jit(schedule.list_work, static_argnums=1)
-list_tiles = jax.jit(schedule.list_tiles)
+list_visits = jax.jit(xla.list_visits)
+list_work = jax.jit(tpu.list_work, static_argnums=1)
+list_tiles = jax.jit(gpu.list_tiles)
 every_owner = jax.jit(schedule.every_owner)
 
 
@@ -103,14 +103,14 @@ def test_work_lists_hold_each_tile_once_and_every_owner(tiles, layout):
   work = list_work(schedule.token_marks(layout), tiles)
   for listed, axes in ((work.by_query, (0, 1, 2)), (work.by_key, (0, 2, 1))):
     owner, other = (np.asarray(x)[:int(listed.count)] for x in (listed.owner, listed.other))
-    assert (np.diff(owner) >= 0).all() and len(listed.owner) == rows * schedule.most_visits(n, m)
+    assert (np.diff(owner) >= 0).all() and len(listed.owner) == rows * tpu.most_visits(n, m)
     own = touched.transpose(axes)
-    at = owner // own.shape[1], owner % own.shape[1], other >> schedule.FLAG_BITS
+    at = owner // own.shape[1], owner % own.shape[1], other >> tpu.FLAG_BITS
     assert_visits(at, own)
-    np.testing.assert_array_equal(other & schedule.PARTIAL == 0, full.transpose(axes)[at])
+    np.testing.assert_array_equal(other & tpu.PARTIAL == 0, full.transpose(axes)[at])
     changes = np.diff(owner) > 0
-    np.testing.assert_array_equal(other & schedule.FIRST != 0, np.concatenate([[True], changes]))
-    np.testing.assert_array_equal(other & schedule.LAST != 0, np.concatenate([changes, [True]]))
+    np.testing.assert_array_equal(other & tpu.FIRST != 0, np.concatenate([[True], changes]))
+    np.testing.assert_array_equal(other & tpu.LAST != 0, np.concatenate([changes, [True]]))
 
 
 @several
@@ -129,14 +129,14 @@ def test_tile_lists_say_what_the_masks_say(layout):
       np.testing.assert_array_equal(lists.index[owner, partial:total], np.flatnonzero(whole[owner]))
 
 
-@pytest.mark.parametrize('cut', [schedule.Cut(), schedule.Cut(1, 4), schedule.Cut(3, 2)], ids=str)
+@pytest.mark.parametrize('cut', [gpu.Cut(), gpu.Cut(1, 4), gpu.Cut(3, 2)], ids=str)
 @several
 @given(layout=layout_cases.layouts(ROWS, LENGTH))
 def test_pieces_make_up_the_lists(cut, layout):
   """Every entry of every list once, and the longest lists are those that are cut."""
   touched, full = tile_masks(layout, TILES[1])
   lists = list_tiles(every_owner(touched), full)
-  pieces = [tuple(map(int, schedule.piece(n, lists.order, lists.total, cut))) for n in range(len(lists.order) + cut.spare)]
+  pieces = [tuple(map(int, gpu.piece(n, lists.order, lists.total, cut))) for n in range(len(lists.order) + cut.spare)]
   entries = sorted((owner, i) for owner, first, count in pieces for i in range(first, first + count))
   assert entries == [(owner, i) for owner, total in enumerate(lists.total.tolist()) for i in range(total)]
   longest = np.repeat(lists.order[:cut.owners], cut.pieces).tolist()
@@ -176,7 +176,7 @@ def assert_part(part, tiles, touched, full):
   for listed, axes in ((work.by_query, (0, 1, 2)), (work.by_key, (0, 2, 1))):
     owner, other = (np.asarray(x)[:int(listed.count)] for x in (listed.owner, listed.other))
     own = touched.transpose(axes)
-    assert_visits((owner // own.shape[1], owner % own.shape[1], other >> schedule.FLAG_BITS), own)
+    assert_visits((owner // own.shape[1], owner % own.shape[1], other >> tpu.FLAG_BITS), own)
 
 
 def assert_visits(at, touched):
@@ -200,8 +200,8 @@ def test_nothing_grows_with_the_square_of_the_tokens():
   """The largest array of the whole schedule is per token or per tile."""
   length, tiles = 2048, Tiles(256, 256)
   layout = blocks.from_lengths([[[length]]], length)
-  jaxpr = jax.make_jaxpr(lambda marks: (schedule.list_visits(*schedule.tile_masks(marks, tiles)),
-                                        schedule.list_work(marks, tiles)))(schedule.token_marks(layout))
+  jaxpr = jax.make_jaxpr(lambda marks: (xla.list_visits(*schedule.tile_masks(marks, tiles)),
+                                        tpu.list_work(marks, tiles)))(schedule.token_marks(layout))
   assert max(array_sizes(jaxpr.jaxpr)) <= 16 * length
 
 

@@ -108,6 +108,14 @@ def test_the_larger_installation_serves_the_smaller_command_but_not_the_other_wa
   assert 'args: -m ruff check .' in result.stdout and '--editable .[dev]' in pip_calls(venv)
 
 
+def test_documents_and_types_are_made_in_the_checkout(checkout, tmp_path):
+  pretend_installed(checkout, 'dev')
+  commands = {('docs',): 'mkdocs build --strict --quiet', ('docs', 'serve'): 'mkdocs serve', ('types',): 'pyright'}
+  for args, command in commands.items():
+    result = run(checkout, *args, cwd=tmp_path)
+    assert f'args: -m {command}' in result.stdout and f'cwd: {checkout}' in result.stdout
+
+
 @pytest.mark.parametrize('device, args, platforms', [('0', '-n auto', 'cpu'), ('1', '-n 0', 'unset')])
 def test_only_tests_are_held_to_the_cpu(checkout, tmp_path, device, args, platforms):
   pretend_installed(checkout, 'dev')

@@ -8,7 +8,7 @@ import pytest
 
 from blockattn import blocks
 from blockattn.models import flops, sizes, spec, transformer
-from blockattn.segmentation import model as segmenter
+from blockattn.segmentation import model
 
 TINY = transformer.ModelConfig('qwen3', vocab=48, width=24, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=40, qk_norm=True,
                                tied=True)
@@ -108,7 +108,7 @@ def test_six_operations_per_parameter_and_token():
 
 
 def test_the_head_of_a_segmenter_reads_every_position():
-  cfg = segmenter.architecture(TINY, unit_tokens=3)
+  cfg = model.architecture(TINY, unit_tokens=3)
   once, plain = (flops.forward(c, flops.Seen(10, 40)) for c in (cfg, TINY))
   assert once.head == 0
   assert once.layers == plain.layers + 2 * 10 * (3 * 24 * 24 + 2 * 24)

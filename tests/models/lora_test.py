@@ -196,8 +196,8 @@ def test_it_learns_the_same_beside_eight_bits_on_a_mesh():
 folder = run_cases.folder   # a teacher, examples and a config file of both
 
 
-@pytest.mark.parametrize('train', [distill.run, finetune.run], ids=['distill', 'finetune'])
-def test_a_run_is_exported_as_one_model(folder, tmp_path, train, capsys):
+def adapted_run(folder, workdir, train):
+  """The workdir of a run on eight devices, its model and what it has trained."""
   config = run_cases.get_config(folder)
   if train is finetune.run:
     with config.unlocked():
@@ -205,11 +205,22 @@ def test_a_run_is_exported_as_one_model(folder, tmp_path, train, capsys):
     common.add_finetune(config)
   config.update_from_flattened_dict({'steps': 4, 'save_every': 4, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
                                      'lora.rank': 2, 'lora.alpha': 4.0})
-  cfg, own, _ = train(config, tmp_path / 'run')
+  return workdir, *train(config, workdir)[:2]
+
+
+@pytest.fixture(scope='module')
+def distilled(folder, tmp_path_factory):
+  with jax.numpy_dtype_promotion('standard'):   # optax
+    return adapted_run(folder, tmp_path_factory.mktemp('lora') / 'run', distill.run)
+
+
+@pytest.mark.parametrize('kind', ['distill', 'finetune'])
+def test_a_run_is_exported_as_one_model(folder, distilled, tmp_path, kind, capsys):
+  run, cfg, own = distilled if kind == 'distill' else adapted_run(folder, tmp_path / 'run', finetune.run)
   assert cfg.learned_sinks == 2 and set(own) == {'layers', 'sinks'}
-  stored = checkpoint.load_meta(tmp_path / 'run/checkpoints')
+  stored = checkpoint.load_meta(run / 'checkpoints')
   assert stored['lora']['rank'] == 2 and stored['source'] == f'{folder}/teacher'
-  assert convert.main(['to_hf', str(tmp_path / 'run'), str(tmp_path / 'out'), '--dtype', 'float32']) == 0
+  assert convert.main(['to_hf', str(run), str(tmp_path / 'out'), '--dtype', 'float32']) == 0
   _, exported = hf_convert.load(tmp_path / 'out', 'float32')
   _, base = hf_convert.load(folder / 'teacher', 'float32')
   merged = lora.merge(base, jax.device_get(own), lora.LoraOptions(2, 4.0))
@@ -217,24 +228,20 @@ def test_a_run_is_exported_as_one_model(folder, tmp_path, train, capsys):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7, err_msg=name)
   assert np.abs(np.asarray(merged['layers']['q']) - np.asarray(base['layers']['q'])).max() > 1e-4
   np.testing.assert_array_equal(merged['embed'], base['embed'])
-  subject, _ = subjects.load(str(tmp_path / 'run'), 'block', transformer.Compute(impl='xla'))
+  subject, _ = subjects.load(str(run), 'block', transformer.Compute(impl='xla'))
   np.testing.assert_allclose(subject.params['layers']['down'], merged['layers']['down'], rtol=1e-6, atol=1e-7)
 
 
-def test_a_base_that_is_gone_or_another_is_named(folder, tmp_path, capsys):
-  config = run_cases.get_config(folder)
-  config.update_from_flattened_dict({'steps': 3, 'save_every': 3, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
-                                     'lora.rank': 1, 'optim.warmup': 1})
-  distill.run(config, tmp_path / 'run')
-  capsys.readouterr()
+def test_a_base_that_is_gone_or_another_is_named(folder, distilled, tmp_path, capsys):
+  run = distilled[0]
   moved = folder / 'moved_teacher'
   (folder / 'teacher').rename(moved)
   try:
-    assert convert.main(['to_hf', str(tmp_path / 'run'), str(tmp_path / 'out')]) == 2
+    assert convert.main(['to_hf', str(run), str(tmp_path / 'out')]) == 2
     assert 'is not there now: say where it is with --source' in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match='holds a LoRA student, to be merged with the model that it started from'):
-      subjects.load(str(tmp_path / 'run'), 'block', transformer.Compute(impl='xla'))
-    assert convert.main(['to_hf', str(tmp_path / 'run'), str(tmp_path / 'out'), '--source', str(moved), '--dtype',
+      subjects.load(str(run), 'block', transformer.Compute(impl='xla'))
+    assert convert.main(['to_hf', str(run), str(tmp_path / 'out'), '--source', str(moved), '--dtype',
                          'bfloat16']) == 0   # rounded, but the same
   finally:
     moved.rename(folder / 'teacher')
@@ -242,11 +249,11 @@ def test_a_base_that_is_gone_or_another_is_named(folder, tmp_path, capsys):
   assert said == hf_convert.weights_facts(hf_convert.load(folder / 'teacher', 'float32')[1])
   with run_cases.overwritten(folder):
     for command in (['--dtype', 'bfloat16'], []):
-      assert convert.main(['to_hf', str(tmp_path / 'run'), str(tmp_path / 'y'), *command]) == 2
+      assert convert.main(['to_hf', str(run), str(tmp_path / 'y'), *command]) == 2
       assert re.search('the LoRA student in .*/run was made from other weights than lie in .*/teacher now .* put the old '
                        'ones back, or name the folder that has them with --source', capsys.readouterr().err)
   other = dataclasses.replace(run_cases.MODEL, layers=3)
   hf_convert.save(hf_cases.random_params(other, 'float32'), other, tmp_path / 'other', source=folder / 'tokenizer', meta={},
                   card='', dtype='float32')
-  assert convert.main(['to_hf', str(tmp_path / 'run'), str(tmp_path / 'x'), '--source', str(tmp_path / 'other')]) == 2
+  assert convert.main(['to_hf', str(run), str(tmp_path / 'x'), '--source', str(tmp_path / 'other')]) == 2
   assert 'LoRA student of another model' in capsys.readouterr().err

@@ -19,7 +19,7 @@ import time
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from blockattn.data import text as text_lib
+from blockattn.data import json_lines
 from blockattn.segmentation.semanticseg import annotate, completions, schema
 from tools import annotate as tool
 
@@ -429,7 +429,7 @@ def test_reading_documents(tmp_path):
   (tmp_path / 'in.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n{\n', encoding='utf-8')
   (tmp_path / 'a.txt').write_bytes(b'one\r\ntwo')
   (tmp_path / 'b.txt').write_bytes(b'\xff')
-  report = text_lib.Report()
+  report = json_lines.Report()
   found = list(annotate.read_plain([tmp_path / name for name in ('in.jsonl', 'a.txt', 'b.txt')], defaults, report))
   assert [(d.id, d.text, d.license) for d in found] == [
       ('a', 'x', 'l'), ('b', 'xy', 'own'), (f'{tmp_path}/a.txt', 'one\r\ntwo', 'l')]

@@ -6,12 +6,13 @@ import data_cases
 import numpy as np
 import pytest
 
-from blockattn.data import pipeline, stdlib, text as text_lib
-from blockattn.segmentation import cutter as segment_cutter, granularity
+from blockattn.data import prompts, sources, stdlib, store
+from blockattn.data.example import Example, recut
+from blockattn.segmentation import cutter, granularity
 from blockattn.train import setup
 from configs import common
 
-EXAMPLE = text_lib.Example(('<s>one. ', 'two. three.', ' four.</s>'), 'who? ', 'me', 'x', gold=(1,),
+EXAMPLE = Example(('<s>one. ', 'two. three.', ' four.</s>'), 'who? ', 'me', 'x', gold=(1,),
                            template=((), ((0, 3),), (), ((6, 10),), (), ()))
 
 
@@ -27,7 +28,7 @@ class EveryFive:
 
 
 def test_blocks_gold_and_template_follow_the_cuts():
-  cut = text_lib.recut(EXAMPLE, [2, 8, 13, 27, 40])   # in '<s>', behind 'one. ', behind 'two. ', in '</s>', nowhere
+  cut = recut(EXAMPLE, [2, 8, 13, 27, 40])   # in '<s>', behind 'one. ', behind 'two. ', in '</s>', nowhere
   assert cut.blocks == ('<s>one.', ' two.', ' three. four.</s>')
   assert cut.gold == (1, 2) and cut.template == ((), ((0, 3),), (), ((13, 17),), (), ())
   assert (cut.prompt, cut.response) == (EXAMPLE.prompt, EXAMPLE.response)
@@ -35,7 +36,7 @@ def test_blocks_gold_and_template_follow_the_cuts():
 
 @pytest.mark.parametrize('cuts', [(), (0,), (5, 11), tuple(range(40))])
 def test_no_text_and_no_range_of_the_template_is_lost(cuts):
-  cut = text_lib.recut(EXAMPLE, cuts)
+  cut = recut(EXAMPLE, cuts)
   assert ''.join(cut.blocks) == ''.join(EXAMPLE.blocks) and all(cut.blocks)
   written = [''.join(block[a:b] for a, b in own) for block, own in zip(cut.blocks, cut.template[1:])]
   assert ''.join(written) == '<s></s>'
@@ -43,27 +44,27 @@ def test_no_text_and_no_range_of_the_template_is_lost(cuts):
 
 def test_an_example_that_says_nothing_of_gold_stays_so():
   plain = dataclasses.replace(EXAMPLE, gold=None, template=())
-  assert text_lib.recut(plain, [4]).gold is None and text_lib.recut(plain, [4]).template == ()
+  assert recut(plain, [4]).gold is None and recut(plain, [4]).template == ()
 
 
 def test_files_are_cut_once_for_each_cutter(tmp_path):
   data_cases.write_lines(tmp_path / 'a.jsonl', map(data_cases.passages_line, range(70)))
-  options = pipeline.FileOptions(256, max_blocks=200)
-  rows = lambda cutter: pipeline.FileRows(str(tmp_path / 'a.jsonl'), data_cases.tiny_tokenizer(), options,
+  options = store.FileOptions(256, max_blocks=200)
+  rows = lambda cutter: sources.FileRows(str(tmp_path / 'a.jsonl'), data_cases.tiny_tokenizer(), options,
                                           tmp_path / 'cache', cutter=cutter)
   given, first, again, other = None, EveryFive(), EveryFive(), EveryFive('of another version')
   counts = [rows(cutter).stores[0].counts for cutter in (given, first, again, other)]
   assert (first.seen, again.seen, other.seen) == (70, 0, 70)
   np.testing.assert_array_equal(counts[1], counts[2])
   assert (counts[1] > counts[0]).all()
-  example = next(text_lib.read_examples(str(tmp_path / 'a.jsonl')))
+  example = next(prompts.read_examples(str(tmp_path / 'a.jsonl')))
   assert counts[1][0] == -(-len(''.join(example.blocks)) // 5) + 1   # and the reader
 
 
 def test_a_share_of_the_pages_is_cut():
   members = tuple(stdlib.Member(f'member{i}', '()', 'Text.', f'Returns the number {i} of a thing.') for i in range(4))
   containers = (stdlib.Container('class', 'Thing', 'pkg.Thing', 'Doc.', 'Holds a thing.', members),) * 2
-  rows = lambda share, cutter: pipeline.PageRows(containers, stdlib.PageStyle(), data_cases.tiny_tokenizer(), length=2048,
+  rows = lambda share, cutter: sources.PageRows(containers, stdlib.PageStyle(), data_cases.tiny_tokenizer(), length=2048,
                                                  cutter=cutter, cut_share=share)
   plain, some = rows(0.0, EveryFive()), rows(0.5, EveryFive())
   count = 20 * some.pages_per_row
@@ -78,7 +79,7 @@ def test_the_fingerprint_is_of_the_files_and_of_the_wish(tmp_path):
   def of(content='{}', **wish):
     (tmp_path / 'config.json').write_text(content)
     (tmp_path / 'README.md').write_text(str(wish))
-    return segment_cutter.Cutter(str(tmp_path), granularity.wanted(**wish)).fingerprint
+    return cutter.Cutter(str(tmp_path), granularity.wanted(**wish)).fingerprint
   assert of() == of()
   assert len({of(), of('{"a": 1}'), of(target=512), of(target=512, maximum=600)}) == 4
 

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings, strategies as st
 
-from blockattn.segmentation import markers, rows as segment_pipeline
+from blockattn.segmentation import labelled, markers
 
 TEXT = 'One. Two!  "Three?" four\nFive 3.14 six\r\n \r\n\r\nSeven\n\n\n  indented\n'
 
@@ -191,10 +191,10 @@ def test_a_tokenizer_without_the_marker_is_refused():
 
 
 def test_a_cut_that_is_no_candidate_is_that_of_the_nearest():
-  labels, moved = segment_pipeline.labels_of(['abcd', 'ef\n', 'gh\n', 'ij'], np.array([3, 7, 10]))
+  labels, moved = labelled.labels_of(['abcd', 'ef\n', 'gh\n', 'ij'], np.array([3, 7, 10]))
   assert labels.tolist() == [1, 1, 1] and moved == 1
-  assert segment_pipeline.labels_of(['ab', 'cd'], np.zeros(0, np.int64))[1] == 1
-  labels, moved = segment_pipeline.labels_of(['ab\ncd\n', 'ef\ngh\n'], np.array([3, 6, 9]), tolerance=1)
+  assert labelled.labels_of(['ab', 'cd'], np.zeros(0, np.int64))[1] == 1
+  labels, moved = labelled.labels_of(['ab\ncd\n', 'ef\ngh\n'], np.array([3, 6, 9]), tolerance=1)
   assert labels.tolist() == [-100, 1, -100] and moved == 0
 
 

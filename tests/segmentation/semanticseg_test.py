@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from blockattn.data import encode, text as text_lib
+from blockattn.data import encode, json_lines
 from blockattn.segmentation.semanticseg import schema, statistics
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ def write_corpus(folder, rows=6):
 
 
 def read(path, **kwargs):
-  report = text_lib.Report()
+  report = json_lines.Report()
   return list(schema.read(path, report, **kwargs)), report
 
 
@@ -104,7 +104,7 @@ def test_a_bad_line_is_named_and_survived(line, reason, tmp_path):
   assert (bad.file, bad.line, bad.reason) == (path, 2, reason)
   assert report.bad == {reason: 1} and (report.lines, report.examples) == (3, 2)
   str(bad).encode()
-  with pytest.raises(text_lib.BadLineError, match=re.escape(f'{path}:2: {reason}')):
+  with pytest.raises(json_lines.BadLineError, match=re.escape(f'{path}:2: {reason}')):
     read(path, strict=True)
 
 
@@ -325,8 +325,8 @@ def test_through_beam_the_dataset_is_the_same(builder, built, tmp_path):
 
 
 def test_summaries_add_up_in_any_order(builder):
-  summaries = [builder.Summary(text_lib.Report(lines=60, bad=collections.Counter(x=60), listed=[
-      text_lib.BadLine(file, line, 'x') for line in range(60)]), collections.Counter(CC0=i))
+  summaries = [builder.Summary(json_lines.Report(lines=60, bad=collections.Counter(x=60), listed=[
+      json_lines.BadLine(file, line, 'x') for line in range(60)]), collections.Counter(CC0=i))
       for i, file in enumerate('cab')]
   expected = sum(summaries, builder.Summary())
   assert expected == sum(summaries[::-1], builder.Summary())

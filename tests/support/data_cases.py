@@ -4,6 +4,18 @@ import functools
 import gzip
 import json
 
+import jax
+import numpy as np
+
+from blockattn.data import json_lines, prompts, stdlib
+
+LENGTH = 256   # tokens of a row
+GOOD = {'blocks': ['one', 'two'], 'prompt': 'which?', 'response': ' one'}
+CHAT = {'messages': [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hello'},
+                     {'role': 'assistant', 'content': 'Hi.'}, {'role': 'user', 'content': 'Who?'},
+                     {'role': 'assistant', 'content': 'Me.'}]}
+MESSAGE = {'role': 'user', 'content': 'x'}
+ANSWER = {'role': 'assistant', 'content': 'y'}
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 # As Llama 3 has it: a beginning-of-text token, and white space at the ends of a message goes.
@@ -44,3 +56,43 @@ def write_lines(path, lines) -> str:
   data = b''.join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b'\n' for line in lines)
   path.write_bytes(gzip.compress(data) if path.name.endswith('.gz') else data)
   return str(path)
+
+
+def read(path, **kwargs):
+  """(examples, report) of a file."""
+  report = json_lines.Report()
+  return list(prompts.read_examples(path, report=report, tokenizer=tiny_tokenizer(), **kwargs)), report
+
+
+def joined(example):
+  """The whole text of an example."""
+  return ''.join(example.texts)
+
+
+def from_template(example):
+  """The text that the template wrote, of every part."""
+  return [[part[a:b] for a, b in ranges] for part, ranges in
+          zip(example.texts, example.template, strict=True)]
+
+
+def write_folder(folder):
+  """Two files of 40 examples and three malformed lines in all."""
+  lines = [passages_line(i, passages=1 + i % 4, words=1 + i % 3) for i in range(40)]
+  write_lines(folder / 'a.jsonl', [*lines[:15], b'{', b'[]'])
+  write_lines(folder / 'b.jsonl.gz', [b'', b'{', *lines[15:]])
+  return folder
+
+
+def containers(root):
+  """Documented classes, read from a made-up library."""
+  words = ('opens', 'closes', 'counts', 'sorts', 'splits')
+  for number, noun in enumerate(('files', 'words', 'lists', 'trees')):
+    methods = ''.join(f'  def {verb}_{noun}(self, x):\n    """It {verb} {noun} of every kind."""\n' for verb in words)
+    (root / f'{noun}.py').write_text(f'class C{number}:\n  """Holds {noun} that somebody made."""\n{methods}')
+  return tuple(stdlib.read_containers(root))
+
+
+def assert_same(got, want):
+  assert len(got) == len(want)
+  for g, w in zip(got, want, strict=True):
+    jax.tree.map(np.testing.assert_array_equal, g, w)

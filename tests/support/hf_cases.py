@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from blockattn.hf import convert
-from blockattn.models import transformer
+from blockattn.models import classifier
 from blockattn.models.transformer import Llama3Rope, ModelConfig
 
 # Together they flip every switch; head_dim is never D / N, so that a mixed-up reshape cannot pass.
@@ -29,7 +29,7 @@ def random_params(cfg: ModelConfig, dtype: str, seed: int = 0):
   """Numpy parameters, every one of them random: a norm of ones or a bias of zeros would hide mistakes."""
   rng = np.random.default_rng(seed)
   draw = lambda spec: (spec.fill + 0.3 * rng.standard_normal(spec.shape)).astype(jnp.dtype(dtype))
-  return jax.tree.map(draw, transformer.spec(cfg))
+  return jax.tree.map(draw, classifier.spec(cfg))
 
 
 def write_tokenizer(folder: pathlib.Path, size: int) -> pathlib.Path:

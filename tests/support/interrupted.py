@@ -10,11 +10,11 @@ import sys
 import time
 
 from blockattn import checkpoint
-from blockattn.data import pipeline
+from blockattn.data import stream
 from blockattn.train import command, distill
 
 
-class InterruptedBatches(pipeline.Batches):
+class InterruptedBatches(stream.Batches):
   """Batches of which one is not handed out before the signal was sent."""
   when, sign = None, None
 
@@ -45,5 +45,5 @@ if __name__ == '__main__':
     interrupt_save(int(when.removeprefix('save:')), sign)
   else:
     InterruptedBatches.when, InterruptedBatches.sign = int(when), sign
-    pipeline.Batches = InterruptedBatches
+    stream.Batches = InterruptedBatches
   command.main(distill.run)

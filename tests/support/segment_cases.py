@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from blockattn.hf import convert
-from blockattn.segmentation import markers, model as segmenter
+from blockattn.segmentation import markers, model as model_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ HEAD, TAIL = 6, 2   # tokens of a long unit that are read
 
 
 def model(name='qwen3_tied', unit_tokens=0, **fields):
-  cfg = segmenter.architecture(dataclasses.replace(hf_cases.MODELS[name], **fields), unit_tokens)
+  cfg = model_lib.architecture(dataclasses.replace(hf_cases.MODELS[name], **fields), unit_tokens)
   return cfg, hf_cases.random_params(cfg, 'float32')
 
 

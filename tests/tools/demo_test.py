@@ -1,12 +1,12 @@
 """The main job on the embedded default, with as few steps as show that every part runs."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+import run_cases
 
 from tools import demo
 
@@ -16,8 +16,7 @@ def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('demo') / 'run'
   command = [sys.executable, '-m', 'tools.demo', '--workdir', str(folder), '--steps', '2', '--docs', '4']
   done = subprocess.run(command, cwd=pathlib.Path(demo.__file__).parents[1], capture_output=True, text=True,
-                        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1',
-                                          'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
+                        env=run_cases.environment(folder.parent))
   assert done.returncode == 0, done.stdout + done.stderr
   assert 'Next:' in done.stdout
   return folder

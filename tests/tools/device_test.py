@@ -1,13 +1,13 @@
 """tools.device: budget, records, and a rehearsal of everything at toy sizes, with parts that fail in every way."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 import time
 
 import pytest
+import run_cases
 
 from tools import device, device_parts
 
@@ -87,8 +87,7 @@ def test_the_rehearsal(tmp_path):
   """Every part at toy sizes."""
   done = subprocess.run([sys.executable, '-m', 'tools.device', str(tmp_path), '--toy', '--budget', '1200', '--parts',
                          ','.join(device.SHARES)], cwd=ROOT, capture_output=True, text=True,
-                        env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'TMPDIR': str(tmp_path),
-                                          'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'})
+                        env=run_cases.environment(tmp_path) | {'TMPDIR': str(tmp_path)})
   found = {name: device.read(tmp_path / f'{name}.json') for name in device.SHARES}
   assert done.returncode == 0, done.stdout + json.dumps(found, indent=1)[-6000:]
   assert done.stdout.splitlines()[-1].startswith('measured: card (3), tests (')

@@ -13,7 +13,7 @@ import pytest
 import rich.console
 
 from blockattn import blocks, checkpoint, loading
-from blockattn.data import stdlib, text as text_lib
+from blockattn.data import json_lines, stdlib
 from blockattn.evals import gap, subjects as subjects_lib
 from blockattn.hf import config as hf_config
 from blockattn.models import transformer
@@ -147,7 +147,7 @@ def test_documents_and_examples_stay_together(models, data):
   docs, examples, report = evaluate.file_docs([data], tokenizer, limit=2)
   assert [len(doc.lengths) for doc in docs] == [len(example.blocks) + 1 for example in examples] == [4, 3]
   assert (report.examples, report.docs) == (2, 2)
-  with pytest.raises(text_lib.BadLineError):
+  with pytest.raises(json_lines.BadLineError):
     evaluate.file_docs([data], tokenizer, strict=True)
 
 

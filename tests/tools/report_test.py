@@ -1,9 +1,12 @@
 """The page about a run: what each file becomes, that it fetches nothing, and what broken files are told."""
 
+import html
 import html.parser
 import json
 import re
+import sys
 
+import numpy as np
 import pytest
 
 from tools import charts, report
@@ -21,7 +24,19 @@ def lines(values):
 
 
 def page_of(folder):
-  return report.render(folder).read_text()
+  """The page without the white space between tags."""
+  return re.sub(r'>\s+<', '><', report.render(folder).read_text())
+
+
+def hovers_of(page):
+  """What the pointer shows, by title: {name: [(value, what its place is called)]}."""
+  figures = re.findall(r'<figure class="\w+"><h3>(.*?)</h3>.*?data-chart="(.*?)"', page)
+  return {title: {s['name']: [(v, at) for _, v, at in s['points']] for s in json.loads(html.unescape(data))['series']}
+          for title, data in figures}
+
+
+def titles_of(page):
+  return re.findall(r'<figure class="curve"><h3>(.*?)</h3>', page)
 
 
 class Tags(html.parser.HTMLParser):
@@ -35,12 +50,14 @@ class Tags(html.parser.HTMLParser):
     assert not self.open
 
   def handle_starttag(self, tag, attrs):
-    self.fetched += [value for name, value in attrs if name in ('src', 'href')]
+    self.fetched += [value for name, value in attrs if name in ('src', 'href', 'xlink:href')
+                     and not value.startswith(('#', 'data:'))]
     if tag not in self.EMPTY:
       self.open.append(tag)
 
   def handle_startendtag(self, tag, attrs):
-    self.fetched += [value for name, value in attrs if name in ('src', 'href')]
+    self.fetched += [value for name, value in attrs if name in ('src', 'href', 'xlink:href')
+                     and not value.startswith(('#', 'data:'))]
 
   def handle_endtag(self, tag):
     assert self.open.pop() == tag
@@ -51,8 +68,8 @@ def test_stored_logits_have_a_page(tmp_path):
   write(tmp_path, 'bias.json', {'kl': 2.0, 'tokens': 13653.0, 'top': top})
   write(tmp_path, 'meta.json', {'source': 'some/teacher', 'top_k': 64, 'blocked': False})
   page = page_of(tmp_path)
-  assert not Tags(page).fetched and '2.0000 nats per token, over 13,653 tokens' in page and 'some/teacher' in page
-  cells = re.findall(r'<tr class=""><td>(\d+)</td><td>([\d.]+)</td><td>([\d.]+%)</td>', page)
+  assert not Tags(page).fetched and '2.0000 nats per token, over\n13,653 tokens' in page and 'some/teacher' in page
+  cells = re.findall(r'<tr><td>(\d+)</td><td>([\d.]+)</td><td>([\d.]+%)</td>', page)
   assert cells == [('2', '1.0000', '50.0%'), ('16', '1.8750', '93.8%'), ('256', '1.9922', '99.6%')]
   write(tmp_path, 'bias.json', {'kl': 2.0})
   with pytest.raises(ValueError, match='bias.json.*tokens'):
@@ -83,7 +100,7 @@ def test_a_page_with_every_part(run):
   assert Tags(page).fetched == []
   assert re.findall(r'<h2>(.*?)</h2>', page) == ['Results', 'Curves', 'Who attends to whom', 'Blocks from the segmenter',
                                                    'Examples', 'Config']
-  assert 'python -m x' in page and 'abc123' in page and '&quot;steps&quot;: 3' in page
+  assert 'python -m x' in page and 'abc123' in page and '&#34;steps&#34;: 3' in page
   assert not list(run.glob('*.tmp'))
 
 
@@ -109,37 +126,30 @@ def test_examples_are_text_and_are_judged(run):
   assert judged == [('Teacher, full attention', ' a &amp; b', 'good'), ('Blocks, distilled', 'C', 'bad')]
 
 
-def test_the_mask_is_drawn_cell_by_cell(run):
-  picture = re.search(r'<svg viewBox="0 0 3 3".*?</svg>', page_of(run), re.S)[0]
-  cells = {(int(x), int(y)): css for css, x, y in re.findall(r'<rect class="(\w+)" x="(\d)" y="(\d)"', picture)}
-  assert cells == {(0, 0): 'f0', (1, 0): 'unseen', (2, 0): 'unseen', (0, 1): 'f0', (1, 1): 'f0', (2, 1): 'unseen',
-                   (0, 2): 'f0', (1, 2): 'f0', (2, 2): 'f1'}
+def test_the_mask_is_drawn_cell_by_cell():
+  grey, there = len(charts.COLOURS), 0.12
+  cells = charts.mask_cells([2, 1], ['1...', '11..', '111.', '....'], 1)   # the last token is padding
+  assert cells[..., 0].tolist() == [[0, grey, grey, grey], [0, 0, grey, grey], [0, 0, 1, grey], [grey] * 4]
+  assert cells[..., 1].tolist() == [[1, there, there, 0], [1, 1, there, 0], [1, 1, 1, 0], [0] * 4]
 
 
 def test_a_large_mask_is_scaled_down(tmp_path):
-  size = 3 * report.MAX_CELLS
+  size = 3 * report.MAX_CELLS - 1
   mask = ['1' * (i + 1) + '.' * (size - i - 1) for i in range(size)]
   write(tmp_path, 'layout.json', {'lengths': [size], 'mask': mask})
-  page = page_of(tmp_path)
-  assert f'viewBox="0 0 {report.MAX_CELLS} {report.MAX_CELLS}"' in page and 'One cell stands for 3 × 3 tokens' in page
-  assert f'opacity="{6 / 9:.2f}"' in page   # of a cell on the diagonal six of nine pairs are read
+  assert 'One cell stands for 3 × 3 tokens' in page_of(tmp_path)
+  cells = charts.mask_cells([size], mask, 3)
+  assert cells.shape == (report.MAX_CELLS, report.MAX_CELLS, 2)
+  assert np.diag(cells[..., 1]) == pytest.approx([6 / 9] * (report.MAX_CELLS - 1) + [3 / 4])   # of the pairs are read
 
 
 def test_curves_of_both_runs(run):
   page = page_of(run)
-  drawn = [json.loads(text.replace('&quot;', '"')) for text in re.findall(r'data-chart="(.*?)"', page)]
-  assert re.findall(r'<figure><h3>(.*?)</h3>', page) == ['loss', 'lr']
-  assert {s['name']: s['points'] for s in drawn[0]['series']} == {
-      '': [[1, 3.0], [2, 1.5], [3, 1.0]], 'other': [[1, 4.0], [2, 2.0]]}
-  assert [s['name'] for s in drawn[1]['series']] == ['']
-
-
-def cells_of(page, title):
-  """(row labels, {what a cell says: its opacity}, values at the right) of the heat map of this title."""
-  figure = re.search(rf'<figure class="heat"><h3>{re.escape(title)}</h3>.*?</figure>', page, re.S)[0]
-  cells = re.findall(r'<g><title>(.*?)</title><rect class="f0" [^>]*opacity="([\d.]+)"/></g>', figure)
-  return (re.findall(r'text-anchor="end">([^<]*)</text>', figure)[:-1], {what: float(shade) for what, shade in cells},
-          re.findall(r'<text x="878" y="\d+">([^<]*)</text>', figure))
+  assert titles_of(page) == ['loss', 'lr']
+  shown = hovers_of(page)
+  assert shown['loss'] == {'': [(3.0, 'step 1'), (1.5, 'step 2'), (1.0, 'step 3')],
+                           'other': [(4.0, 'step 1'), (2.0, 'step 2')]}
+  assert list(shown['lr']) == ['']
 
 
 def test_kl_by_position_is_a_map_over_the_steps(tmp_path):
@@ -147,13 +157,14 @@ def test_kl_by_position_is_a_map_over_the_steps(tmp_path):
   write(tmp_path, 'metrics.jsonl', lines({'step': s, 'time': 0, 'loss': 1.0} | values(s) for s in (1, 2)))
   page = page_of(tmp_path)
   Tags(page)
-  assert re.findall(r'<figure><h3>(.*?)</h3>', page) == ['loss']   # no curve of every bin
-  rows, cells, last = cells_of(page, report.KL_BY_POSITION)
-  assert rows == ['1/2 to end', '1/4 to 1/2', '1/8 to 1/4', '1/16 to 1/8', '1/32 to 1/16', '1/64 to 1/32', '1/128 to 1/64',
-                  'start to 1/128']
-  assert last == ['14', '12', '10', '8', '3', '4', '2', '0'] and len(cells) == 15   # one was not measured
-  assert cells['1/2 to end, step 2: 14'] == 1.0 and cells['start to 1/128, step 1: 0'] == 0.08
-  assert cells['1/2 to end, step 1: 7'] == 0.54   # half of the largest
+  assert titles_of(page) == ['loss']   # no curve of every bin
+  shown = hovers_of(page)[report.KL_BY_POSITION]
+  assert list(shown) == ['1/2 to end', '1/4 to 1/2', '1/8 to 1/4', '1/16 to 1/8', '1/32 to 1/16', '1/64 to 1/32',
+                         '1/128 to 1/64', 'start to 1/128']
+  assert shown['1/2 to end'] == [(7.0, 'step 1'), (14.0, 'step 2')] and shown['1/32 to 1/16'] == [(3.0, 'step 1')]
+  last = re.findall(r'>([\d.]+)</text>', page[page.index(report.KL_BY_POSITION):])
+  assert last == ['14', '12', '10', '8', '3', '4', '2', '0']
+  assert 'From 0 (pale) to 14 (dark)' in page
 
 
 def test_scalars_of_many_parts_are_a_map(tmp_path):
@@ -161,9 +172,9 @@ def test_scalars_of_many_parts_are_a_map(tmp_path):
   steps = [{'step': s, 'time': 0, 'loss': 1.0} | (dict.fromkeys(names, s / 400) if s % 2 == 0 else {})
            for s in range(1, 401)]
   write(tmp_path, 'metrics.jsonl', lines(steps))
-  rows, cells, last = cells_of(page_of(tmp_path), 'val_f1, by part')
-  assert rows == ['code', 'code, without hints', 'web text', 'web text, without hints'] and last == ['0.9925'] * 4
-  assert len(cells) == 4 * 50 and cells['code, steps 2 to 8: 0.0125'] == 0.08   # means of four steps each
+  shown = hovers_of(page_of(tmp_path))['val_f1, by part']
+  assert list(shown) == ['code', 'code, without hints', 'web text', 'web text, without hints']
+  assert len(shown['code']) == 50 and shown['code'][0] == (0.0125, 'steps 2 to 8')   # means of four steps each
 
 
 @pytest.mark.parametrize('last, state', [(3, 'step 3 of 3, finished'), (2, 'step 2 of 3, not finished'),
@@ -185,24 +196,22 @@ def test_how_far_a_run_has_come(tmp_path, last, state):
 
 def test_a_run_of_one_line(tmp_path):
   write(tmp_path, 'metrics.jsonl', lines([{'step': 1, 'time': 0, 'loss': 0.41901702}]))
-  page = page_of(tmp_path)
-  assert '>0.419</text>' in page
-  assert re.search(r'<circle class="dot f0" cx="56.0" cy="138.0"', page)   # in the middle
+  assert hovers_of(page_of(tmp_path)) == {'loss': {'': [(0.41902, 'step 1')]}}
 
 
 def test_loss_comes_first_and_speed_last(tmp_path):
   names = ('mfu', 'weight_mean', 'lr', 'kl', 'loss_tokens', 'steps_per_s', 'loss', 'seconds_left', 'tokens_per_s')
   write(tmp_path, 'metrics.jsonl', lines([{'step': 1, 'time': 0} | dict.fromkeys(names, 1.0)]))
-  assert re.findall(r'<figure><h3>(.*?)</h3>', page_of(tmp_path)) == [
-      'loss', 'kl', 'loss_tokens', 'lr', 'weight_mean', 'mfu', 'steps_per_s', 'tokens_per_s']
+  assert titles_of(page_of(tmp_path)) == ['loss', 'kl', 'loss_tokens', 'lr', 'weight_mean', 'mfu', 'steps_per_s',
+                                          'tokens_per_s']
 
 
 def test_values_that_are_not_finite_leave_gaps(tmp_path):
-  write(tmp_path, 'metrics.jsonl', lines([{'step': 1, 'time': 0, 'loss': 1.0}, {'step': 2, 'time': 0, 'loss': float('nan')},
-                                          {'step': 3, 'time': 0, 'loss': 2.0}]))
+  values = (1.0, 1.5, float('nan'), 2.0, 1e308, -1e308)   # the span of the last two is no number
+  write(tmp_path, 'metrics.jsonl', lines({'step': s, 'time': 0, 'loss': v} for s, v in enumerate(values)))
   page = page_of(tmp_path)
   Tags(page)
-  curve = re.search(r'class="line s0" d="(.*?)"', page)[1]
+  curve = re.search(r'<path d="([^"]*)"[^>]*style="fill: none; stroke: var\(--s0\)', page)[1]
   assert curve.count('M') == 2 and '1 values are not finite' in page and 'NaN' not in page
 
 
@@ -249,18 +258,7 @@ def test_nothing_to_report(tmp_path):
     report.render(tmp_path / 'absent')
 
 
-@pytest.mark.parametrize('low, high, count', [(0, 1, 5), (-3.2, 7.9, 4), (1e-9, 2e-9, 5), (0.1, 123456, 8)])
-def test_ticks_are_round_and_span_the_values(low, high, count):
-  marks = charts.ticks(low, high, count)
-  assert marks[0] <= low + 1e-9 * abs(low) and marks[-1] >= high * (1 - 1e-9) and 2 <= len(marks) <= count + 2
-  steps = {float(f'{b - a:.6g}') for a, b in zip(marks, marks[1:], strict=False)}
-  assert len(steps) == 1
-  step = steps.pop()
-  assert re.fullmatch(r'(1|2|2\.5|5)e[+-]\d+', f'{step:.1e}'.replace('.0e', 'e'))
-
-
-def test_thinning_keeps_the_peaks():
-  points = [(i, 0.0) for i in range(10000)]
-  points[1234], points[7777] = (1234, 5.0), (7777, -5.0)
-  kept = charts.thin(points)
-  assert len(kept) <= charts.MAX_POINTS + 2 and {(1234, 5.0), (7777, -5.0)} <= set(kept)
+def test_a_missing_library_is_named(run, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+  with pytest.raises(ValueError, match=r'need matplotlib: pip install "blockattn\[report\]"'):
+    report.render(run)

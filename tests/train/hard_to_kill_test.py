@@ -20,7 +20,7 @@ import run_cases
 import tiny_run
 
 from blockattn import checkpoint, mesh
-from blockattn.data import pipeline
+from blockattn.data import sources, store, stream
 from blockattn.train import setup
 
 SCRIPT = str(pathlib.Path(tiny_run.__file__))
@@ -208,15 +208,15 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
   file, tokenizer = tmp_path / 'train.jsonl', data_cases.tiny_tokenizer()
 
   def go_on(steps):
-    source = pipeline.FileRows(str(file), tokenizer, pipeline.FileOptions(512), tmp_path / 'cache')
-    with contextlib.closing(pipeline.batches(source, batch=2, seed=0, prefetch=0)) as batches:
+    source = sources.FileRows(str(file), tokenizer, store.FileOptions(512), tmp_path / 'cache')
+    with contextlib.closing(stream.batches(source, batch=2, seed=0)) as batches:
       return run_cases.run_loop(tmp_path, batches, lambda batch: {'loss': 1.0, 'grad_norm': 1.0}, steps=steps)
 
   data_cases.write_lines(file, map(data_cases.passages_line, range(6)))
   go_on(10)
   before = file.read_bytes()
   file.write_bytes(before.replace(b'passage 0 about 3', b'passage 0 about 4'))
-  with pytest.raises(pipeline.DataChanged, match=f'{file} has changed'):
+  with pytest.raises(stream.DataChanged, match=f'{file} has changed'):
     go_on(12)
   assert run_cases.losses(tmp_path)[0] == list(range(1, 11)) and run_cases.saved_steps(tmp_path) == [8, 10]
   file.write_bytes(before)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from blockattn import blocks
 from blockattn.hf import config as hf_config, convert
-from blockattn.models import transformer
-from blockattn.segmentation import markers, rows as segment_pipeline, segmenter as inference, variation
+from blockattn.models import classifier, transformer
+from blockattn.segmentation import labelled, markers, segmenter, variation
 from blockattn.segmentation.semanticseg import schema
 from blockattn.train import segment, setup
 from configs import common
@@ -37,9 +36,9 @@ def reader(style='pooled', **options) -> markers.Reader:
   return markers.Reader(tokenizer, markers.ReadOptions(style=style, head=5, tail=2, **options))
 
 
-def drawn(style='pooled', documents=DOCUMENTS, ahead=1, seed=0, **options) -> segment_pipeline.DrawnRows:
-  chosen = segment_pipeline.DrawOptions(**{'length': 160 if style == 'text' else 96} | options)
-  return segment_pipeline.DrawnRows(documents, reader(style, ahead=ahead), chosen, seed)
+def drawn(style='pooled', documents=DOCUMENTS, ahead=1, seed=0, **options) -> labelled.DrawnRows:
+  chosen = labelled.DrawOptions(**{'length': 160 if style == 'text' else 96} | options)
+  return labelled.DrawnRows(documents, reader(style, ahead=ahead), chosen, seed)
 
 
 @pytest.mark.parametrize('style', markers.STYLES)
@@ -64,13 +63,8 @@ def test_rows_that_are_too_short_for_the_longest_unit_are_refused():
   assert drawn('text', length=26)[0]['tokens'].shape == (26,)
 
 
-def test_layouts_are_those_of_blocks():
-  ours, theirs = segment_pipeline.plain_layout([3, 5], 10), blocks.from_lengths([[[3], [5]]], 10)
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[0], strict=True), ours, theirs)
-
-
 def test_a_decision_that_waits_is_labelled_later():
-  plain, waiting = (segment_pipeline.windows(DOCUMENTS[0], reader(ahead=ahead), 64)[0] for ahead in (1, 3))
+  plain, waiting = (labelled.windows(DOCUMENTS[0], reader(ahead=ahead), 64)[0] for ahead in (1, 3))
   np.testing.assert_array_equal(plain['labels'][:30], waiting['labels'][2:32])
 
 
@@ -91,7 +85,7 @@ def test_texts_that_follow_each_other_are_cut_between():
 
 
 def test_units_that_begin_a_block_are_never_left_out():
-  coded = segment_pipeline.code(DOCUMENTS[0].blocks, reader())
+  coded = labelled.code(DOCUMENTS[0].blocks, reader())
   less = coded.without(coded.labels == 0)
   assert less.labels.tolist() == [-100] + [1] * (len(DOCUMENTS[0].blocks) - 1) and len(less.units) == len(less.labels)
   count = lambda rows: sum(int(np.sum(row['labels'] == 1)) for row in rows)
@@ -117,7 +111,7 @@ def test_cuts_near_a_gold_one_are_left_out():
 def test_windows_of_a_document_decide_once_on_every_candidate():
   long = document(1, blocks=30)
   for style, ahead in (('none', 1), ('pooled', 1), ('pooled', 4)):
-    rows = segment_pipeline.windows(long, reader(style, ahead=ahead), 64)
+    rows = labelled.windows(long, reader(style, ahead=ahead), 64)
     assert len(rows) > 1
     known = sum(int(np.sum(row['labels'] >= 0)) for row in rows)
     candidates = len(markers.candidates(long.text))
@@ -218,7 +212,7 @@ def test_training_learns_keeps_the_best_and_resumes(tmp_path, standard_promotion
   best = hf_config.read_meta(tmp_path / 'whole' / 'best')['segmenter']
   assert best['step'] in (10, 20) and best['f1'] == max(line['val_f1'] for line in measured)
 
-  scorer = inference.Segmenter.load(tmp_path / 'whole' / 'best')
+  scorer = segmenter.Segmenter.load(tmp_path / 'whole' / 'best')
   held_out = document(99)
   scored, = scorer.score([held_out.text])
   assert scored.candidates[scored.log_odds > scorer.options.threshold].tolist() == list(held_out.cuts)
@@ -239,7 +233,7 @@ def test_a_segmenter_starts_to_read_cohesion_as_it_was(tmp_path):
   P = plain.options.unit_tokens
   assert (before.unit_tokens, cfg.unit_tokens) == (P, P + len(markers.COHESION)) and not np.any(params['units'][P:])
   units = with_it.units(['One two.\n', 'Three two.\n', 'Four.\n'])
-  hidden = lambda cfg, params, read: transformer.embed(params, read.read(units, 0, 3)[0][None], cfg, transformer.Compute())
+  hidden = lambda cfg, params, read: classifier.embed(params, read.read(units, 0, 3)[0][None], cfg, transformer.Compute())
   of_before = params | {'units': params['units'][:P]}
   np.testing.assert_allclose(hidden(cfg, params, with_it), hidden(before, of_before, plain), atol=1e-6)
 

@@ -18,7 +18,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from blockattn.data import text as text_lib
+from blockattn.data import json_lines
 from blockattn.segmentation.semanticseg import completions, schema
 
 INSTRUCTIONS = '''\
@@ -318,7 +318,7 @@ def quarter(text: str) -> int:
 # Files
 
 
-def read_plain(paths: Sequence[str | os.PathLike], defaults: dict[str, str], report: text_lib.Report) -> Iterator[Plain]:
+def read_plain(paths: Sequence[str | os.PathLike], defaults: dict[str, str], report: json_lines.Report) -> Iterator[Plain]:
   """Documents without cuts from JSON lines {"id", "text"} (or "blocks", then joined), or from text files as a whole.
 
   Args:
@@ -334,9 +334,9 @@ def read_plain(paths: Sequence[str | os.PathLike], defaults: dict[str, str], rep
       try:
         document = _plain(raw, path, defaults)
         if document.id in seen:
-          raise text_lib.Malformed('duplicate id', repr(document.id))
-      except text_lib.Malformed as error:
-        report.add_bad(text_lib.BadLine(path, number, error.reason, error.detail))
+          raise json_lines.Malformed('duplicate id', repr(document.id))
+      except json_lines.Malformed as error:
+        report.add_bad(json_lines.BadLine(path, number, error.reason, error.detail))
         continue
       seen.add(document.id)
       report.examples += 1
@@ -344,8 +344,8 @@ def read_plain(paths: Sequence[str | os.PathLike], defaults: dict[str, str], rep
 
 
 def _raw_documents(path):
-  if path.endswith(text_lib.SUFFIXES):
-    yield from text_lib.numbered_lines(path)
+  if path.endswith(json_lines.SUFFIXES):
+    yield from json_lines.numbered_lines(path)
   else:
     yield 1, pathlib.Path(path)
 
@@ -355,13 +355,13 @@ def _plain(raw, path, defaults):
     try:
       record = {'id': path, 'text': raw.read_bytes().decode()}
     except UnicodeDecodeError as error:
-      raise text_lib.Malformed('invalid UTF-8', f'byte {error.start}') from error
+      raise json_lines.Malformed('invalid UTF-8', f'byte {error.start}') from error
   else:
-    record = text_lib.load_object(raw)
+    record = json_lines.load_object(raw)
     blocks = record.get('blocks')
     if 'text' not in record and isinstance(blocks, list) and all(isinstance(block, str) for block in blocks):
       record['text'] = ''.join(blocks)
-  return Plain(*(text_lib.get_text({**defaults, **record}, field.name) for field in dataclasses.fields(Plain)))
+  return Plain(*(json_lines.get_text({**defaults, **record}, field.name) for field in dataclasses.fields(Plain)))
 
 
 class Output:
@@ -427,7 +427,7 @@ class Output:
     try:
       schema.parse(data[start:])
       os.write(self.file, b'\n')
-    except text_lib.Malformed:
+    except json_lines.Malformed:
       # Only what is the beginning of a row of ours is taken away: the file may be somebody's only copy of something else.
       if not _begins_row(data[start:]):
         raise ValueError(f'{self.path}: its last line is none that this tool began to write; choose another '
@@ -441,8 +441,8 @@ class Output:
     for number, line in enumerate(data.split(b'\n')[:-1], start=1):
       try:
         document = schema.parse(line)
-      except text_lib.Malformed as error:
-        raise ValueError(f'{text_lib.BadLine(str(self.path), number, error.reason, error.detail)}; correct or remove the '
+      except json_lines.Malformed as error:
+        raise ValueError(f'{json_lines.BadLine(str(self.path), number, error.reason, error.detail)}; correct or remove the '
                          'line') from error
       finished[document.id] = _digest(document.text)
     return finished

@@ -30,7 +30,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from blockattn.data import text as text_lib
+from blockattn.data import json_lines
 from blockattn.segmentation.semanticseg import schema
 
 try:
@@ -83,13 +83,13 @@ class SemanticSegConfig(tfds.core.BuilderConfig):
 @dataclasses.dataclass
 class Summary:
   """What became of a split's lines; `licenses` counts the documents that were kept."""
-  report: text_lib.Report = dataclasses.field(default_factory=text_lib.Report)
+  report: json_lines.Report = dataclasses.field(default_factory=json_lines.Report)
   licenses: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
   def __add__(self, other: 'Summary') -> 'Summary':
     """Both together, in any order the same."""
     listed = sorted(self.report.listed + other.report.listed, key=lambda bad: (bad.file, bad.line))
-    report = dataclasses.replace(self.report + other.report, listed=listed[:text_lib.LISTED])
+    report = dataclasses.replace(self.report + other.report, listed=listed[:json_lines.LISTED])
     return Summary(report, self.licenses + other.licenses)
 
   def to_json(self) -> dict:
@@ -99,7 +99,7 @@ class Summary:
 
   @classmethod
   def from_json(cls, values: dict) -> 'Summary':
-    return cls(text_lib.Report.from_json(values['report']), collections.Counter(values['licenses']))
+    return cls(json_lines.Report.from_json(values['report']), collections.Counter(values['licenses']))
 
 
 class SemanticSeg(tfds.core.GeneratorBasedBuilder):
@@ -210,7 +210,7 @@ def _read_in_pipeline(pipeline, files, dropped, path):
 def _read_file(numbered):
   """(id, (number of the file, line, file, document)) of every document of a file."""
   index, file = numbered
-  report = text_lib.Report()
+  report = json_lines.Report()
   for _, line, document in schema.read_numbered(file, report):
     yield document.id, (index, line, file, document)
   yield _beam().pvalue.TaggedOutput('summary', Summary(report))
@@ -223,9 +223,9 @@ def _choose(found, dropped):
   for _, other_line, other_file, other in others:
     try:
       schema.check_new(other, (file, line), (other_file, other_line))
-    except text_lib.Malformed as error:
+    except json_lines.Malformed as error:
       summary.report.examples -= 1   # the reader of its file took it for a good one
-      summary.report.add_bad(text_lib.BadLine(other_file, other_line, error.reason, error.detail))
+      summary.report.add_bad(json_lines.BadLine(other_file, other_line, error.reason, error.detail))
   if document.id in dropped:
     summary.report.dropped[DUPLICATE] += 1
   else:

@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from blockattn import disk
-from blockattn.data import text as text_lib
+from blockattn.data import json_lines
 
 SPLITS = ('train', 'validation', 'test')
 KEYS = ('id', 'category', 'source', 'license', 'blocks')
@@ -86,7 +86,7 @@ def find(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
     FileNotFoundError: a pattern names nothing.
     ValueError: a file's name says no split, or there is no file of a category.
   """
-  files = [name_of(path) for path in text_lib.find_files(patterns)]
+  files = [name_of(path) for path in json_lines.find_files(patterns)]
   found = {file.category for file in files}
   missing = sorted(set(categories or ()) - found)
   if missing:
@@ -95,14 +95,14 @@ def find(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
   return sorted(kept, key=lambda file: (file.category, SPLITS.index(file.split), file.path))
 
 
-def read(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: text_lib.Report | None = None, *,
+def read(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: json_lines.Report | None = None, *,
          strict: bool = False) -> Iterator[Document]:
   """Reads documents, file by file, line by line.
 
   Ids are compared within a split: files whose names say none are one split.
 
   Args:
-    paths: see `text.find_files`.
+    paths: see `json_lines.find_files`.
     report: counts lines, documents (`examples`) and bad lines as they are read.
     strict: raise at the first bad line instead of counting it.
 
@@ -113,26 +113,26 @@ def read(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: text_
   return (document for _, _, document in read_numbered(paths, report, strict=strict))
 
 
-def read_numbered(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: text_lib.Report | None = None, *,
+def read_numbered(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: json_lines.Report | None = None, *,
                   strict: bool = False) -> Iterator[tuple[str, int, Document]]:
   """As `read`, each document with its file and the number of its line, from 1."""
-  report = text_lib.Report() if report is None else report
+  report = json_lines.Report() if report is None else report
   seen = {}
-  for file in text_lib.find_files(paths):
+  for file in json_lines.find_files(paths):
     match = _NAME.fullmatch(os.path.basename(file))
     split, category = match.groups() if match else ('', None)
     ids = seen.setdefault(split, {})
-    for number, line in text_lib.numbered_lines(file):
+    for number, line in json_lines.numbered_lines(file):
       report.lines += 1
       try:
         document = parse(line)
         if category not in (None, document.category):
-          raise text_lib.Malformed('other category', f'{document.category!r} in a file of {category!r}')
+          raise json_lines.Malformed('other category', f'{document.category!r} in a file of {category!r}')
         check_new(document, ids.setdefault(document.id, (file, number)), (file, number))
-      except text_lib.Malformed as error:
-        bad = text_lib.BadLine(file, number, error.reason, error.detail)
+      except json_lines.Malformed as error:
+        bad = json_lines.BadLine(file, number, error.reason, error.detail)
         if strict:
-          raise text_lib.BadLineError(bad) from error
+          raise json_lines.BadLineError(bad) from error
         report.add_bad(bad)
         continue
       report.examples += 1
@@ -142,21 +142,21 @@ def read_numbered(paths: str | pathlib.Path | Sequence[str | pathlib.Path], repo
 def check_new(document: Document, first: tuple[str, int], here: tuple[str, int]):
   """Refuses a document whose id was first seen at another (file, line) than here."""
   if first != here:
-    raise text_lib.Malformed('duplicate id', f'{document.id!r} is also at {first[0]}:{first[1]}')
+    raise json_lines.Malformed('duplicate id', f'{document.id!r} is also at {first[0]}:{first[1]}')
 
 
 def parse(line: bytes | str) -> Document:
   """One line as a document.
 
   Raises:
-    text.Malformed: the line is none; it has a reason and a detail.
+    json_lines.Malformed: the line is none; it has a reason and a detail.
   """
-  record = text_lib.load_object(line)
-  values = [text_lib.get_text(record, key) for key in KEYS[:-1]]
-  blocks = text_lib.get_value(record, 'blocks', list)
+  record = json_lines.load_object(line)
+  values = [json_lines.get_text(record, key) for key in KEYS[:-1]]
+  blocks = json_lines.get_value(record, 'blocks', list)
   if not blocks:
-    raise text_lib.Malformed('empty blocks', '"blocks" is empty')
-  return Document(*values, tuple(text_lib.check_text(block, f'"blocks"[{i}]', 'empty block')
+    raise json_lines.Malformed('empty blocks', '"blocks" is empty')
+  return Document(*values, tuple(json_lines.check_text(block, f'"blocks"[{i}]', 'empty block')
                                  for i, block in enumerate(blocks)))
 
 
@@ -171,8 +171,8 @@ def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
   The same documents give the same bytes: the compressed form holds neither a name nor a time.
   """
   path = pathlib.Path(path)
-  if not path.name.endswith(text_lib.SUFFIXES):
-    raise ValueError(f'{path}: the name must end in {" or ".join(text_lib.SUFFIXES)}')
+  if not path.name.endswith(json_lines.SUFFIXES):
+    raise ValueError(f'{path}: the name must end in {" or ".join(json_lines.SUFFIXES)}')
   path.parent.mkdir(parents=True, exist_ok=True)
   with disk.replacing(path) as raw:
     return _write_lines(raw, documents, compressed=path.name.endswith('.gz'))

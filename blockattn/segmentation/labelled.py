@@ -19,10 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from blockattn import blocks as blocks_lib, errors
-from blockattn.segmentation import markers, variation
+from blockattn import errors
+from blockattn.data import packing
+from blockattn.segmentation import markers, measures, variation
 from blockattn.segmentation.model import IGNORED
 from blockattn.segmentation.semanticseg import hints
+
+_ROWS = 10_000_000   # of an epoch; there is no end of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +121,7 @@ def labels_of(blocks: Sequence[str], candidates: np.ndarray, tolerance: int = 0)
   cuts = np.fromiter(itertools.accumulate(map(len, blocks[:-1])), np.int64)
   if not len(candidates) or not len(cuts):
     return labels, len(cuts)   # a text without candidates has no place for its cuts
-  after = np.minimum(np.searchsorted(candidates, cuts), len(candidates) - 1)
-  before = np.maximum(after - 1, 0)
-  nearest = np.where(np.abs(candidates[before] - cuts) <= np.abs(candidates[after] - cuts), before, after)
+  nearest = measures.nearest_to_each(cuts, candidates)
   for shift in range(-tolerance, tolerance + 1):
     near = nearest + shift
     labels[near[(near >= 0) & (near < len(labels))]] = IGNORED
@@ -151,36 +152,23 @@ def pack(parts: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> dict:
   free = length - sum(sizes)
   pad = lambda arrays, fill: np.concatenate([*arrays, np.full((free, *arrays[0].shape[1:]), fill, np.int32)])
   return {'tokens': pad([tokens for tokens, _ in parts], 0), 'labels': pad([labels for _, labels in parts], IGNORED),
-          'layout': plain_layout(sizes, length)}
-
-
-def plain_layout(sizes: Sequence[int], length: int) -> blocks_lib.BlockLayout:
-  """The layout of documents of one block each, arrays [T]: as `blocks.from_lengths` gives it, but without a device, for
-  which a thread that prepares batches would have to wait."""
-  free = length - sum(sizes)
-  doc = np.concatenate([np.repeat(np.arange(1, len(sizes) + 1), sizes), np.zeros(free)]).astype(np.int32)
-  position = np.concatenate([*map(np.arange, sizes), np.zeros(free)]).astype(np.int32)
-  none = np.zeros(length, bool)
-  return blocks_lib.BlockLayout(doc=doc, block=np.zeros(length, np.int32), position=position, reader=doc != 0,
-                                hidden=none, shared=none)
+          'layout': packing.layout_row([[size] for size in sizes], length)}
 
 
 class DrawnRows:
-  """Training rows: a source for `pipeline.batches`.
+  """Training rows: a source for `stream.batches`.
 
   Args:
     documents: `semanticseg.schema.Document`s.
     reader: `markers.Reader`.
     options: `DrawOptions`.
     seed: of the draws.
-    rows: of an epoch; there is no end of them.
 
   Raises:
     ValueError: no documents, or rows too short for the longest unit that the reader reads.
   """
 
-  def __init__(self, documents: Sequence[Any], reader: markers.Reader, options: DrawOptions, seed: int,
-               rows: int = 10_000_000):
+  def __init__(self, documents: Sequence[Any], reader: markers.Reader, options: DrawOptions, seed: int):
     self._documents = list(documents)
     self._by_category = collections.defaultdict(list)
     for number, document in enumerate(self._documents):
@@ -192,7 +180,7 @@ class DrawnRows:
       raise ValueError(f'config.data.length={options.length} is too short: three units of up to config.segment.head + tail '
                        f'= {reader.options.longest - 1} tokens have to fit; give more than {self._least}, or a smaller '
                        'config.segment.head and tail')
-    self.length, self._reader, self._options, self._seed, self._rows = options.length, reader, options, seed, rows
+    self.length, self._reader, self._options, self._seed = options.length, reader, options, seed
     self._coded = {}
     self.categories = sorted(self._by_category)
     sizes = [sum(len(block) for i in self._by_category[c] for block in self._documents[i].blocks) for c in self.categories]
@@ -200,7 +188,7 @@ class DrawnRows:
     self.shares = weights / weights.sum()
 
   def __len__(self):
-    return self._rows
+    return _ROWS
 
   def __getitem__(self, row: int) -> dict:
     rng = np.random.default_rng((self._seed, int(row)))

@@ -1,0 +1,74 @@
+"""A prompt with its answer as text: what is read from files, cut anew, and encoded."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """A prompt with its answer.
+
+  Attributes:
+    blocks: texts of the context blocks.
+    prompt: text of the last block before the answer.
+    response: the answer, trained on.
+    id: from the line, else 'file:line'.
+    answers: accepted strings, for evaluation.
+    gold: indices of the context blocks that hold the answer; None if the line does not say.
+    template: for the header, each context block, the prompt and the response the (start, stop) character ranges that a
+      chat template wrote. () if none did.
+    header: text in front of the context, a block of its own; '' for none.
+  """
+  blocks: tuple[str, ...]
+  prompt: str
+  response: str
+  id: str
+  answers: tuple[str, ...] = ()
+  gold: tuple[int, ...] | None = None
+  template: tuple[tuple[tuple[int, int], ...], ...] = ()
+  header: str = ''
+
+  @property
+  def texts(self) -> tuple[str, ...]:
+    """Header, context blocks, prompt, response."""
+    return self.header, *self.blocks, self.prompt, self.response
+
+
+def before_spaces(text: str, cuts: Iterable[int]) -> list[int]:
+  """The cuts, those between a space and a word moved in front of the space.
+
+  In running text a space is the beginning of the next word's token. A cut behind it would leave a token of its own, which
+  no reader of the whole text has.
+  """
+  follows = lambda cut: cut < len(text) and text[cut - 1:cut] == ' ' and not text[cut].isspace()
+  return list(dict.fromkeys(int(cut) - (cut > 1 and follows(cut)) for cut in cuts))
+
+
+def pieces(text: str, cuts: Iterable[int]) -> list[str]:
+  """The text cut into blocks at these offsets, see `before_spaces`; joined they are the text, and none is empty."""
+  inside = sorted({cut for cut in before_spaces(text, cuts) if 0 < cut < len(text)})
+  return [text[a:b] for a, b in itertools.pairwise([0, *inside, len(text)])] if text else []
+
+
+def recut(example: Example, cuts: Sequence[int]) -> Example:
+  """The same context in other blocks.
+
+  Args:
+    cuts: offsets into the joined context, strictly increasing, see `before_spaces`; those inside of a chat template's
+      text, and those outside of the context, are left out.
+
+  Returns:
+    The example with its context cut there. A new block is gold if it holds some of a gold one.
+  """
+  whole = ''.join(example.blocks)
+  starts = [0, *itertools.accumulate(map(len, example.blocks))]
+  header, *parts = example.template or [()] * len(example.texts)
+  ranges = [(start + a, start + b) for start, own in zip(starts, parts[:-2]) for a, b in own]
+  kept = [cut for cut in before_spaces(whole, cuts) if 0 < cut < len(whole) and not any(a < cut < b for a, b in ranges)]
+  spans = list(itertools.pairwise([0, *kept, len(whole)])) if whole else []
+  clipped = lambda a, b: tuple((max(x, a) - a, min(y, b) - a) for x, y in ranges if x < b and y > a)
+  gold = example.gold and tuple(i for i, (a, b) in enumerate(spans)
+                                if any(starts[g] < b and starts[g + 1] > a for g in example.gold))
+  template = (header, *(clipped(a, b) for a, b in spans), *parts[-2:]) if example.template else ()
+  return dataclasses.replace(example, blocks=tuple(whole[a:b] for a, b in spans), gold=gold, template=template)

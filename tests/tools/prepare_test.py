@@ -1,0 +1,93 @@
+"""The tool that encodes files and says what becomes of them."""
+
+import os
+
+import data_cases
+import pytest
+
+from blockattn.train import setup
+from launch import sweep
+from tools import prepare
+
+LENGTH = data_cases.LENGTH
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return data_cases.tiny_tokenizer()
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return data_cases.write_folder(tmp_path_factory.mktemp('files'))
+
+
+@pytest.fixture(scope='module')
+def arguments(tmp_path_factory, tokenizer):
+  folder = tmp_path_factory.mktemp('tokenizer')
+  tokenizer.save_pretrained(folder)
+  return ['--tokenizer', str(folder), '--length', str(LENGTH)]
+
+
+def test_prepare_prints_a_table(folder, arguments, tmp_path, capsys):
+  assert prepare.main([str(folder), *arguments, '--cache', str(tmp_path)]) == 0
+  table, problems = capsys.readouterr().out.split('malformed lines: ')
+  cells = {line.split('│')[1].strip(): [c.strip() for c in line.split('│')[2:-1]] for line in table.split('\n')
+           if line.startswith('│')}
+  assert cells['a.jsonl'][:6] == ['17', '15', '2', '0', '0', '15'] and cells['b.jsonl.gz'][:3] == ['26', '25', '1']
+  assert cells['all'][:6] == ['43', '40', '3', '0', '0', '40'] and cells['all'][7] != 'cached'
+  assert problems.startswith('2 bad JSON, 1 not an object\n') and f'{folder}/b.jsonl.gz:2: bad JSON' in problems
+  assert prepare.main([str(folder), *arguments, '--cache', str(tmp_path)]) == 0
+  assert 'cached' in capsys.readouterr().out
+
+
+def test_prepare_without_a_cache_leaves_nothing(folder, arguments, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+  assert prepare.main([str(folder / 'a.jsonl'), *arguments, '--chat', '--too-long', 'cut']) == 0
+  assert not os.listdir(tmp_path) and 'a.jsonl' in capsys.readouterr().out
+
+
+def test_prepare_reads_what_the_training_will(folder, arguments, tmp_path, capsys):
+  (tmp_path / 'own.py').write_text(f'''
+from configs import common
+
+def get_config(arg=''):
+  config = common.base()
+  config.data.tokenizer = {arguments[1]!r}
+  config.data.length, config.data.max_blocks, config.data.cache = {LENGTH}, 9, {str(tmp_path / 'cache')!r}
+  return config
+''')
+  files = [str(folder / 'a.jsonl')]
+  assert prepare.main([*files, f'--config={tmp_path}/own.py', '--config.data.too_long=cut']) == 0
+  config = sweep.parse([f'--config={tmp_path}/own.py', '--config.data.too_long=cut'])
+  config.data.files = tuple(files)
+  source = setup.rows(config, setup.tokenizer(config))
+  assert not source.stores[0].built and source.options.chat   # the tokenizer has a template
+  assert prepare.main([*files, '--length', '9']) == 2 and prepare.main(['--tokenizer', arguments[1]]) == 2
+  err = capsys.readouterr().err
+  assert 'give --tokenizer, or a --config' in err and 'give files, --length, or a --config' in err
+
+
+def test_prepare_fails_as_it_says(folder, arguments, tmp_path, capsys):
+  cache = ['--cache', str(tmp_path / 'cache')]
+  assert prepare.main([str(folder), *arguments, *cache, '--strict']) == 1
+  assert 'a.jsonl:16: bad JSON' in capsys.readouterr().err
+  assert prepare.main([str(folder / 'missing.jsonl'), *arguments, *cache]) == 2
+  assert 'missing.jsonl: no .jsonl' in capsys.readouterr().err
+  assert prepare.main([str(folder), '--tokenizer', str(tmp_path), '--length', '9']) == 2
+  assert 'no tokenizer.json' in capsys.readouterr().err
+  (tmp_path / 'empty.jsonl').touch()
+  assert prepare.main([str(tmp_path / 'empty.jsonl'), *arguments]) == 2
+  assert 'not one document' in capsys.readouterr().err
+  for option, value in (('--length', '0'), ('--length', '-5'), ('--max-blocks', '0'), ('--max-blocks', '-1')):
+    with pytest.raises(SystemExit) as end:
+      prepare.main([str(folder), *arguments, option, value])
+    assert end.value.code == 2 and f"{option}: '{value}' is not a number from 1 on" in capsys.readouterr().err
+
+
+def test_prepare_with_nothing_but_malformed_lines(arguments, tmp_path, capsys):
+  path = data_cases.write_lines(tmp_path / 'a.jsonl', [b'[bold]', b'x' * 10] + [b'{'] * 150)
+  assert prepare.main([path, *arguments]) == 2
+  out, err = capsys.readouterr()
+  assert f'not one document to train on in 152 lines of {path}' in err
+  assert '152 bad JSON' in out and '... and 52 more' in out and f'{path}:1: bad JSON' in out
