@@ -2,7 +2,7 @@
 
   block_attention     attention under a BlockLayout, in a model of one's own
   BlockLayout, from_lengths, may_attend, picture    who may attend to whom, and a drawing of it
-  distillation_loss   KL to a full-attention teacher, of two Readings; tokens weighted by what blocks cost them
+  distillation_loss   KL to a full-attention teacher, tokens weighted by what blocks cost them
   segment, segment_many    text cut into blocks
   load                a model from a folder, a hub name or a work directory, as a Loaded
   Engine, Request, Store    answers over cached blocks
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
   from blockattn.inference.plan import Request
   from blockattn.kernels.api import block_attention
   from blockattn.loading import Loaded, load
-  from blockattn.losses import Reading, distillation_loss
+  from blockattn.losses import distillation_loss
   from blockattn.segmentation.api import segment, segment_many
 
-__all__ = ['BlockLayout', 'Engine', 'Loaded', 'Reading', 'Request', 'Store', 'block_attention', 'distillation_loss',
-           'from_lengths', 'load', 'may_attend', 'picture', 'segment', 'segment_many']
+__all__ = ['BlockLayout', 'Engine', 'Loaded', 'Request', 'Store', 'block_attention', 'distillation_loss', 'from_lengths',
+           'load', 'may_attend', 'picture', 'segment', 'segment_many']
 
 _HOME = {   # where each name comes from
     **dict.fromkeys(('BlockLayout', 'from_lengths', 'may_attend', 'picture'), 'blocks'),
     'Engine': 'inference.engine', 'Request': 'inference.plan', 'Store': 'inference.cache',
-    'block_attention': 'kernels.api', **dict.fromkeys(('Reading', 'distillation_loss'), 'losses'),
+    'block_attention': 'kernels.api', 'distillation_loss': 'losses',
     **dict.fromkeys(('Loaded', 'load'), 'loading'), **dict.fromkeys(('segment', 'segment_many'), 'segmentation.api')}
 
 

@@ -10,7 +10,7 @@ import linecache
 import math
 import numbers
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 EXIT_MEND = 2          # the user can mend it; the same command would fail again
@@ -38,6 +38,12 @@ def check_number(name: str, value: Any, low: float | None = None, high: float | 
   if not (isinstance(value, numbers.Real) and math.isfinite(value) and all(holds(value, b) for b, _, holds in bounds)):
     words = ' '.join(['give a number', *(words.format(bound) for bound, words, _ in bounds)])
     raise ValueError(f'{name}={value}; {words}{hint}')
+
+
+def check_choice(name: str, value: Any, known: Iterable[str]):
+  """Raises ValueError if the value of `name`, as the user writes it, is not one of those that are known."""
+  if value not in (known := tuple(known)):
+    raise ValueError(f'{name}={value!r}; choose one of {", ".join(known)}')
 
 
 def line_of(error: BaseException) -> str | None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from blockattn.models import transformer
 
 Array = jax.Array
+Head = tuple[Array, Array]   # (x_BTD, head_VD)
 
 WEIGHT_FORMS = ('relu', 'exp', 'none')
 GAP_SOURCES = ('student', 'teacher')
@@ -157,11 +158,12 @@ class Reading(NamedTuple):
   """What a model makes of the text tokens of a batch.
 
   Attributes:
-    head_VD: its output matrix.
+    head: function from hidden states [..., D] to float32 logits [..., V] that JAX can pass on, such as
+      jax.tree_util.Partial; the loss calls it on some tokens at a time.
     x_BTD: its hidden states.
     blocked_BTD: those of a teacher under the block mask; only where the token weights ask for them.
   """
-  head_VD: Any
+  head: Any
   x_BTD: Array
   blocked_BTD: Array | None = None
 
@@ -207,11 +209,11 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
 
   def chunk_sums(heads, states, token, mask):
     m = mask.astype(jnp.float32)
-    logits = transformer.project(states[0].x_BTD, heads[0])
+    logits = heads[0](states[0].x_BTD)
     if token.stored is not None:
       kl, log_q, log_p, blocked = _against_stored(logits, token.stored, token.target, temperature)
     else:
-      kl, log_q, log_p, blocked = _against(logits, states[1]._replace(head_VD=heads[1]), token.target, temperature)
+      kl, log_q, log_p, blocked = _against(logits, states[1]._replace(head=heads[1]), token.target, temperature)
     gap = jax.lax.stop_gradient(log_p - (blocked if weights.source == 'teacher' else log_q))
     w = m * token_weight(gap, weights)
     at = m[..., None] * jax.nn.one_hot(position_bin(token.position, length), POSITION_BINS)
@@ -224,18 +226,18 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
 
   stored = teacher if isinstance(teacher, StoredTeacher) else None
   models = (student,) if stored is not None else (student, teacher)
-  heads = tuple(model.head_VD for model in models)
-  states = tuple(model._replace(head_VD=None) for model in models)
+  heads = tuple(model.head for model in models)
+  states = tuple(model._replace(head=None) for model in models)
   return sum_over_tokens(chunk_sums, heads, states, _Token(targets, position, stored), mask, chunk, parts)
 
 
 def _against(logits, teacher: Reading, target, temperature):
   """(KL from the teacher, log p(target) of the student, of the teacher, and of the teacher under the block mask or None)."""
-  full = jax.lax.stop_gradient(transformer.project(teacher.x_BTD, teacher.head_VD))
+  full = jax.lax.stop_gradient(teacher.head(teacher.x_BTD))
   student, full = common_vocabulary(logits, full)
   blocked = None
   if teacher.blocked_BTD is not None:
-    blocked = log_prob(common_vocabulary(transformer.project(teacher.blocked_BTD, teacher.head_VD), full)[0], target)
+    blocked = log_prob(common_vocabulary(teacher.head(teacher.blocked_BTD), full)[0], target)
   return forward_kl(full, student, temperature), log_prob(student, target), log_prob(full, target), blocked
 
 
@@ -245,23 +247,29 @@ def _against_stored(logits, stored: StoredTeacher, target, temperature):
   return kl, log_prob(logits, target), stored.target_log_p, stored.blocked_log_p
 
 
-def distillation_loss(student: Reading, teacher: Reading | StoredTeacher, targets: Array, mask: Array, *,
-                      weights: TokenWeights | None = None, temperature: float = 1.0, ce_weight: float = 0.0,
-                      chunk: int = 128) -> Array:
-  """The loss of block distillation, for any two models: `distillation_sums` of a batch as one number, without a gradient in
-  the teacher.
+def distillation_loss(student: Head, teacher: Head, targets: Array, mask: Array, *, weights: TokenWeights | None = None,
+                      temperature: float = 1.0, ce_weight: float = 0.0, chunk: int = 128) -> Array:
+  """The loss of block distillation, for any two models: `distillation_sums` of a batch, as one number.
 
   Args:
-    student, teacher, targets, mask, temperature, ce_weight: see `distillation_sums`; without a loss token the loss is 0.
-    weights: of tokens; None: the default ones.
+    student, teacher: (hidden states x_BTD in front of the head, head [V, D]) of the same text tokens. Logits are made a
+      chunk at a time. The teacher gets no gradient.
+    targets: int32 [B, T], the token that each position predicts.
+    mask: bool [B, T], the tokens that count; without one the loss is 0.
+    weights: of tokens, by the student's own gap to the teacher; None: the default ones.
+    temperature, ce_weight: see `distillation_sums`.
     chunk: tokens of a row whose logits exist at a time.
+
+  Returns:
+    float32 scalar, differentiable in what `student` is made of.
   """
   weights = weights or TokenWeights()
-  if weights.source == 'teacher' and isinstance(teacher, Reading) and teacher.blocked_BTD is None:
-    raise ValueError("weights.source='teacher' needs the teacher's reading under the block mask: give blocked_BTD, or take "
-                     "the source 'student'")
-  sums = distillation_sums(student, jax.lax.stop_gradient(teacher), targets, jnp.zeros_like(targets), mask, weights=weights,
-                           temperature=temperature, ce_weight=ce_weight, chunk=chunk)
+  if weights.source != 'student':
+    raise ValueError(f"weights.source must be 'student' here, got {weights.source!r}; with the teacher's hidden states "
+                     'under the block mask too, call distillation_sums')
+  reading = lambda x_BTD, head_VD: Reading(jax.tree_util.Partial(transformer.by_head, head_VD), x_BTD)
+  sums = distillation_sums(reading(*student), jax.lax.stop_gradient(reading(*teacher)), targets, jnp.zeros_like(targets),
+                           mask, weights=weights, temperature=temperature, ce_weight=ce_weight, chunk=chunk)
   return sums['loss'] / jnp.maximum(sums['weight'], jnp.finfo(jnp.float32).tiny)
 
 
@@ -277,11 +285,12 @@ def common_vocabulary(a: Array, b: Array) -> tuple[Array, Array]:
   return a[..., :size], b[..., :size]
 
 
-def cross_entropy_sums(head_VD: Any, x_BTD: Array, targets: Array, weight: Array, chunk: int,
+def cross_entropy_sums(head: Callable[[Array], Array], x_BTD: Array, targets: Array, weight: Array, chunk: int,
                        parts: int = 1) -> dict[str, Array]:
   """Weighted cross-entropy as sums: loss = sums['loss'] / sums['weight'].
 
   Args:
+    head: function from hidden states to float32 logits, such as jax.tree_util.Partial.
     weight: float32 [B, T] >= 0; tokens of weight 0 cost nothing.
     parts: see `sum_over_tokens`.
 
@@ -290,8 +299,8 @@ def cross_entropy_sums(head_VD: Any, x_BTD: Array, targets: Array, weight: Array
   """
   def chunk_sums(head, states, per_token, mask):
     m = mask.astype(jnp.float32)
-    ce = -log_prob(transformer.project(states, head), per_token['target'])
+    ce = -log_prob(head(states), per_token['target'])
     w = m * per_token['weight']
     return {'loss': jnp.sum(w * ce), 'weight': jnp.sum(w), 'tokens': jnp.sum(m), 'ce': jnp.sum(m * ce)}
 
-  return sum_over_tokens(chunk_sums, head_VD, x_BTD, {'target': targets, 'weight': weight}, weight > 0, chunk, parts)
+  return sum_over_tokens(chunk_sums, head, x_BTD, {'target': targets, 'weight': weight}, weight > 0, chunk, parts)

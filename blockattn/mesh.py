@@ -111,6 +111,11 @@ class Placement:
           raise ValueError(f'config.rules: {name!r} is mapped to {axis!r}, which is no axis of the mesh; '
                            + tree.did_you_mean(axis, self.mesh.shape))
 
+  @property
+  def platform(self) -> str:
+    """JAX's name of what the devices are: 'cpu', 'gpu' or 'tpu'."""
+    return self.mesh.devices.flat[0].platform
+
   def spec(self, axes) -> PartitionSpec:
     """PartitionSpec of an array whose axes have these logical names.
 

@@ -4,31 +4,33 @@ import dataclasses
 
 import optax
 
-from blockattn import errors, tree
+from blockattn import errors, options, tree
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
   """
   Attributes:
-    lr: peak learning rate.
-    final_lr: where the cosine ends, as a fraction of lr.
-    warmup: steps of linear warm-up: step k of them, from 1, has k / warmup of the peak. 0 is as 1: step 1 has all of it.
     steps: total optimizer steps; the cosine ends here.
-    b1, b2, eps: of Adam.
-    weight_decay: decoupled; matrices only, norms, biases and sinks are spared.
-    clip: global gradient norm above which gradients are scaled down; 0: they never are.
-    mu_dtype: of Adam's first moment, 'float32' or 'bfloat16'; empty: that of the parameters, as of the second always.
+    lr: peak learning rate
+    final_lr: end of the cosine, as a fraction of lr
+    warmup: steps of linear warm-up: the first has lr / warmup, as has the only one of 0
+    b1: of Adam: decay of the mean of gradients
+    b2: of Adam: decay of the mean of their squares
+    eps: of Adam: added to the root of the latter
+    weight_decay: decoupled, of matrices only: norms, biases and sinks are spared
+    clip: global gradient norm above which gradients are scaled down; 0: never
+    mu_dtype: of Adam's first moment: float32, bfloat16; empty: that of the parameters, as of the second always
   """
-  lr: float
-  final_lr: float
-  warmup: int
-  steps: int
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
-  clip: float
+  steps: int = options.not_a_key()
+  lr: float = 1e-4
+  final_lr: float = 0.1
+  warmup: int = 100
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip: float = 1.0
   mu_dtype: str = ''
 
   def __post_init__(self):

@@ -39,8 +39,7 @@ HUB = {
 
 def get_config(arg=''):
   arg = common.parse_arg(arg, model='qwen3_4b_instruct_2507', ctx=32768)
-  config = published(arg.model, arg.ctx)
-  common.add_distill(config)
+  config = prompts(common.base('distill'), arg.model, arg.ctx)
   config.teacher.dtype = 'bfloat16'
   config.teacher.compute_dtype = 'bfloat16'
   return config
@@ -61,15 +60,21 @@ def sweep(add, arg='sinks'):
     add(point)
 
 
-def published(model, ctx):
-  """What block distillation and fine-tuning of a published model share."""
+def prompts(config, model, ctx):
+  """`published`, for a language model and prompts of blocks."""
+  published(config, model, ctx)
+  config.chunk = 512   # with a vocabulary of 152k: 0.3 GB of float32 logits per row and model
+  config.data.max_blocks = max(8, ctx // 128)   # blocks of 128 tokens on average; sinks take 3% of the row then
+  return config
+
+
+def published(config, model, ctx):
+  """Sets what every training of a published model shares, and returns the config."""
   if model not in HUB:
     raise ValueError(f'config argument model={model!r}: {tree.did_you_mean(model, HUB)}')
-  config = common.base()
   config.steps = 500
   config.save_every = 100
   config.batch = 64
-  config.chunk = 512   # with a vocabulary of 152k: 0.3 GB of float32 logits per row and model
   config.model.source = HUB[model]
   config.model.size = model
   config.model.dtype = 'float32'   # bfloat16 would round away most updates at this learning rate
@@ -80,5 +85,4 @@ def published(model, ctx):
   config.optim.lr = 1e-5
   config.optim.warmup = 25
   config.data.length = ctx
-  config.data.max_blocks = max(8, ctx // 128)   # blocks of 128 tokens on average; sinks take 3% of the row then
   return config

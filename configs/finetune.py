@@ -16,7 +16,6 @@ from configs import common, distill
 
 def get_config(arg=''):
   arg = common.parse_arg(arg, model='qwen3_4b_instruct_2507', ctx=32768, mode='both')
-  config = distill.published(arg.model, arg.ctx)
-  common.add_finetune(config)
+  config = distill.prompts(common.base('finetune'), arg.model, arg.ctx)
   config.finetune.mode = arg.mode
   return config

@@ -18,11 +18,9 @@ from configs import common, distill
 
 def get_config(arg=''):
   arg = common.parse_arg(arg, model='qwen3_4b', ctx=32768)
-  config = distill.published(arg.model, arg.ctx)
+  config = distill.published(common.base('segment'), arg.model, arg.ctx)
   config.steps = 1000
   config.optim.warmup = 50
-  config.data.chat = False
-  common.add_segment(config)
   config.segment.eval_every = 100
   config.segment.draw.variants = 2
   return config

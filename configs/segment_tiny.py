@@ -10,9 +10,9 @@
     python -m tools.fit_outline runs/segmenter3/best --data "$BLOCKATTN_DATA"/seg
     (and the files of runs/segmenter3/best to blockattn/assets/tiny_segmenter, configs/segment_tiny.md as README.md)
 
-The second stage reads, too, how alike the words on both sides of a candidate are (`segment.cohesion`); the third sees more
-surfaces, talk with a date or a number in front of every block among them. A training with all of it from the start has not
-been tried.
+The second stage reads, too, how alike the words on both sides of a candidate are (`segment.read.cohesion`); the third sees
+more surfaces, talk with a date or a number in front of every block among them. A training with all of it from the start
+has not been tried.
 
 Reads the SemanticSeg files of the folder that BLOCKATTN_DATA names. A position of the model is a whole unit, a line or a
 sentence: its first 14 tokens, its last 3 and 6 from between, side by side. A row of 256 positions is some 15,000
@@ -31,7 +31,7 @@ def get_config(arg=''):
   arg = common.parse_arg(arg, steps=0, stage=1)
   if arg.stage not in (1, 2, 3):
     raise ValueError(f'config argument stage={arg.stage}: there are 1, 2 and 3')
-  config = common.base()
+  config = common.base('segment')
   data = os.path.join(os.environ.get('BLOCKATTN_DATA', 'data'), 'seg')
   config.steps = arg.steps or {1: 1600, 2: 600, 3: 500}[arg.stage]
   config.batch = 16
@@ -51,17 +51,16 @@ def get_config(arg=''):
   config.data.tokenizer = str(SEGMENTER)
   config.data.length = 256
   config.data.files = (os.path.join(data, 'train_*.jsonl.gz'),)
-  common.add_segment(config)
-  config.segment.markers = 'pooled'
-  config.segment.head = 14
-  config.segment.tail = 3
-  config.segment.middle = 6
-  config.segment.ahead = 4
+  config.segment.read.style = 'pooled'
+  config.segment.read.head = 14
+  config.segment.read.tail = 3
+  config.segment.read.middle = 6
+  config.segment.read.ahead = 4
   config.segment.eval_files = (os.path.join(data, 'validation_*.jsonl.gz'),)
   config.segment.eval_every = config.save_every
   config.segment.eval_rows = 12
   if arg.stage > 1:
-    config.segment.cohesion = True
+    config.segment.read.cohesion = True
     config.segment.draw.mosaic = {2: 0.2, 3: 0.12}[arg.stage]   # texts whose topic changes every few lines
   if arg.stage == 3:
     config.segment.draw.variation = 0.4

@@ -22,7 +22,7 @@ TEACHER = pathlib.Path(blockattn.__file__).parent / 'assets' / 'tiny_teacher'
 
 def get_config(arg=''):
   arg = common.parse_arg(arg, baseline=False)
-  config = common.base()
+  config = common.base('finetune' if arg.baseline else 'distill')
   config.steps = 50 if arg.baseline else 300
   config.batch = 4
   config.chunk = 32
@@ -42,10 +42,8 @@ def get_config(arg=''):
   config.data.pages.questions = (3, 4)   # all that a page has: most to learn per token
   config.blocks.sinks = 1
   if arg.baseline:
-    common.add_finetune(config)
     config.finetune.prompt_weight = 1.0   # the answers of all questions but the last stand in the prompt
   else:
-    common.add_distill(config)
     # Weighting tokens by their gap, and block dropout, cost so short a run two to eight points of exact match.
     config.distill.weights.form = 'none'
     config.distill.drop_rate = 0.0

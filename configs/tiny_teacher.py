@@ -16,7 +16,7 @@ from configs import common, tiny
 
 def get_config(arg=''):
   arg = common.parse_arg(arg, second=False)
-  config = common.base()
+  config = common.base('finetune')
   config.steps = 800 if arg.second else 5000
   config.batch = 8
   config.chunk = 64
@@ -42,7 +42,6 @@ def get_config(arg=''):
   config.data.max_blocks = 32
   config.data.pages.questions = (1, 3)
   config.data.pages.split_words = 0   # blocks do not matter here: attention is full
-  common.add_finetune(config)
   config.finetune.mode = 'full'
   config.finetune.text_weight = 0.3
   config.finetune.prompt_weight = 2.0   # the answers of all questions but the last stand in the prompt

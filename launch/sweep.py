@@ -26,6 +26,7 @@ The exit code is 0; 1 if a point failed or could not be submitted; 2 if the conf
 import argparse
 import dataclasses
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import os
@@ -40,12 +41,11 @@ from typing import Any
 
 import yaml
 
-from blockattn import checkpoint, disk
-from blockattn.train import command, loop
+from blockattn import disk, options as options_lib
+from blockattn.train import command, job, loop, workdir as workdir_lib
 from tools import arguments
 
 HERE = pathlib.Path(__file__).resolve().parent
-TRAINERS = ('distill', 'finetune', 'segment')   # a section of a config, and the module of blockattn.train
 MAX_NAME = 120       # characters of a point's folder; longer ones end in a hash
 TAIL = 5             # lines of a failed point's log that are shown
 EXIT_PREEMPTED = loop.EXIT_PREEMPTED
@@ -165,12 +165,14 @@ def _checked(path, workdir, changes, common) -> Point:
   try:
     config = parse(args)
     _check_meant(config, path, common, changes)
-    trainer = check_values(config)
-    step = _newest(workdir / name, config)
+    trainer = job.trainer_of(config)
+    options = importlib.import_module(f'blockattn.train.{trainer}').read(config)
+    command.check_local(options)
+    step = workdir_lib.newest_step(workdir / name, options_lib.as_json(options))
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f'point {name}: {error.args[0] if error.args else error}') from error
-  command = ('-m', f'blockattn.train.{trainer}', *args, f'--workdir={workdir / name}')
-  return Point(name, workdir / name, changes, command, config.steps, step)
+  words = ('-m', f'blockattn.train.{trainer}', *args, f'--workdir={workdir / name}')
+  return Point(name, workdir / name, changes, words, config.steps, step)
 
 
 def parse(args: Sequence[str]):
@@ -186,31 +188,9 @@ def _check_meant(config, path, common, changes):
   """The command line must give what the sweep says: it turns texts into values in its own way."""
   meant = parse([f'--config={path}', *common])
   meant.update_from_flattened_dict(dict(changes))   # raises at a value of another type
-  wrong = loop.differing_keys(loop.resolved(meant), loop.resolved(config))
+  wrong = workdir_lib.differing_keys(meant.to_dict(), config.to_dict())
   if wrong:
     raise ValueError(f'{", ".join(wrong)}: the command line cannot say this value; change it in get_config, by an argument')
-
-
-def check_values(config) -> str:
-  """The trainer that a config is for; raises ValueError at a value that it will not take."""
-  sections = [name for name in TRAINERS if name in config]
-  if len(sections) != 1:
-    raise ValueError(f'the config has keys of {", ".join(sections) or "no trainer"}; a config is for one of '
-                     f'{", ".join(TRAINERS)}')
-  command.check_local(config)
-  importlib.import_module(f'blockattn.train.{sections[0]}').options_of(config)
-  return sections[0]
-
-
-def _newest(workdir: pathlib.Path, config) -> int | None:
-  step = checkpoint.newest_step(workdir / 'checkpoints')
-  path = workdir / 'config.json'
-  if step is None or not path.exists():
-    return None
-  changed = loop.differing_keys(disk.read_json(path), loop.resolved(config))
-  if changed:
-    raise ValueError(f'{workdir} holds a run with another config: {", ".join(changed)} differ; use another --workdir')
-  return step
 
 
 # Running.

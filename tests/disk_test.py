@@ -14,7 +14,7 @@ import pytest
 from blockattn import disk, locks, metrics
 from blockattn.hf import files
 from blockattn.segmentation.semanticseg import schema
-from blockattn.train import command
+from blockattn.train import command, distill
 from configs import common
 from tools import arguments
 
@@ -114,10 +114,11 @@ def test_every_command_refuses_them_in_every_argument(name, monkeypatch, capsys)
 
 
 def test_trainers_refuse_them_in_the_config_too():
-  config = common.base()
+  config = common.base('distill')
+  config.model.source = 'teacher'
   config.data.files = ('train.jsonl', 'gs://bucket/more')
   with pytest.raises(ValueError, match='^config.data.files=gs://bucket/more: only paths of this machine'):
-    command.check_local(config)
+    command.check_local(distill.read(config))
   with pytest.raises(ValueError, match='^--workdir=gs://bucket/x: only'):
     command.read_config(['--config=configs/tiny.py', '--workdir=gs://bucket/x'])
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = (
-    ('blocks', 'errors', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint'),
+    ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint'),
     ('kernels',),
     ('models',),
     ('data', 'hf', 'losses', 'optim'),
@@ -26,8 +26,8 @@ LEVEL[FACE] = len(LEVELS)
 GUESTS = {'grain': ('data', 'train', 'checkpoint'), 'ml_collections': ('train',),
           **dict.fromkeys(('tensorflow_datasets', 'apache_beam', 'datasketch', 'tree_sitter'), ('segmentation',))}
 # These must import on a machine without any of them, whatever they import themselves.
-PORTABLE = ('blocks', 'errors', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint', 'kernels',
-            'models', 'inference')
+PORTABLE = ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint',
+            'kernels', 'models', 'inference')
 
 
 @dataclasses.dataclass(frozen=True)

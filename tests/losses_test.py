@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from blockattn import losses, optim
+from blockattn.models import transformer
 
 B, T, D, V = 2, 12, 6, 11
 CHUNKS = (4, 5, 64)   # dividing T, not dividing it, more than there is
@@ -35,11 +36,16 @@ MASKS = {'all': np.ones((B, T), bool), 'none': np.zeros((B, T), bool), 'one': np
          'one_row': np.arange(B)[:, None] * np.ones((1, T), bool) == 1}
 
 
+def by(head):
+  """Logits of hidden states by a matrix."""
+  return jax.tree_util.Partial(transformer.by_head, head)
+
+
 @functools.partial(jax.jit, static_argnames=('form', 'source', 'chunk'))
 def _chunked(heads, hidden, targets, mask, floor, cap, temperature, ce_weight, *, form, source, chunk):
   def loss(heads, hidden):
-    student = losses.Reading(heads['student'], hidden['student'])
-    teacher = losses.Reading(heads['teacher'], hidden['teacher'], hidden.get('teacher_block'))
+    student = losses.Reading(by(heads['student']), hidden['student'])
+    teacher = losses.Reading(by(heads['teacher']), hidden['teacher'], hidden.get('teacher_block'))
     sums = losses.distillation_sums(student, teacher, targets, POSITIONS, mask, chunk=chunk, temperature=temperature,
                                     weights=losses.TokenWeights(form, source, floor, cap), ce_weight=ce_weight)
     return sums['loss'], sums
@@ -129,7 +135,7 @@ def test_weights_and_teacher_carry_no_gradient(weights):
 @functools.partial(jax.jit, static_argnames='chunk')
 def cross_entropy(head, x_BTD, targets, weight, *, chunk):
   def loss(head, x_BTD):
-    sums = losses.cross_entropy_sums(head, x_BTD, targets, weight, chunk)
+    sums = losses.cross_entropy_sums(by(head), x_BTD, targets, weight, chunk)
     return sums['loss'], sums
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(head, x_BTD)
 
@@ -298,7 +304,7 @@ def test_what_is_stored_of_a_teacher_trains_as_the_teacher_does():
                                 pick(log_p['teacher_block']))
 
   def of_stored(head, x_BTD):
-    sums = losses.distillation_sums(losses.Reading(head, x_BTD), stored, targets, POSITIONS, mask, weights=weights,
+    sums = losses.distillation_sums(losses.Reading(by(head), x_BTD), stored, targets, POSITIONS, mask, weights=weights,
                                     temperature=1.5, ce_weight=0.3, chunk=5)
     return sums['loss'], sums
   (again, stored_sums), own = jax.jit(jax.value_and_grad(of_stored, argnums=(0, 1), has_aux=True))(
@@ -400,9 +406,9 @@ def test_the_first_moment_may_be_kept_in_fewer_bits():
 def test_the_loss_of_two_heads_is_that_of_the_sums():
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-  student, teacher = (losses.Reading(draw(16, 8), draw(2, 9, 8)) for _ in range(2))
+  student, teacher = (draw(2, 9, 8), draw(16, 8)), (draw(2, 9, 8), draw(16, 8))
   targets, mask = jnp.asarray(rng.integers(16, size=(2, 9))), jnp.asarray(rng.random((2, 9)) < 0.7)
-  log_p, log_q = (jax.nn.log_softmax(of.x_BTD @ of.head_VD.T) for of in (teacher, student))
+  log_p, log_q = (jax.nn.log_softmax(x @ head.T) for x, head in (teacher, student))
   at = lambda x: jnp.take_along_axis(x, targets[..., None], axis=-1)[..., 0]
   weight = mask.astype(jnp.float32) * losses.token_weight(at(log_p) - at(log_q), losses.TokenWeights())
   want = jnp.sum(weight * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)) / jnp.sum(weight)
@@ -410,5 +416,5 @@ def test_the_loss_of_two_heads_is_that_of_the_sums():
   gradient = jax.grad(lambda t: losses.distillation_loss(student, t, targets, mask))(teacher)
   assert not any(np.any(x) for x in jax.tree.leaves(gradient))
   assert losses.distillation_loss(student, teacher, targets, jnp.zeros_like(mask)) == 0
-  with pytest.raises(ValueError, match="weights.source='teacher' needs"):
+  with pytest.raises(ValueError, match="weights.source must be 'student' here, got 'teacher'"):
     losses.distillation_loss(student, teacher, targets, mask, weights=losses.TokenWeights(source='teacher'))

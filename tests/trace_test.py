@@ -13,7 +13,7 @@ from run_cases import ROOT, Numbers, run_loop, traced
 
 from blockattn import blocks, metrics, optim, trace
 from blockattn.models import flops, transformer
-from blockattn.train import finetune, loop, setup
+from blockattn.train import distill, finetune, job, loop
 from configs import common, tiny
 
 pytestmark = pytest.mark.usefixtures('standard_promotion')   # optax
@@ -124,29 +124,24 @@ def test_means_leave_out_steps_that_had_nothing_to_measure(tmp_path):
   assert line['kl_pos_0'] == 1.0 and np.isnan(line['never'])
 
 
-def config_with(add, **changes):
-  config = common.base()
-  add(config)
-  config.update_from_flattened_dict(changes)
-  return config
-
-
-def one_batch(config, lengths=(5, 3, 4)):
+def one_batch(trainer, lengths=(5, 3, 4), **changes):
+  """The operations of a step, as a trainer counts them."""
+  config = common.base(trainer.__name__.rpartition('.')[2])
+  config.update_from_flattened_dict({'model.source': 'x'} | changes)
   layout = blocks.from_lengths([[list(lengths)]], 16)
-  return setup.step_flops(config, train_cases.MODEL)(flops.blocks_of(layout))
+  return trainer.step_flops(trainer.read(config), flops.blocks_of(layout), train_cases.MODEL)
 
 
 def test_operations_of_the_trainers():
   once = lambda seen: flops.forward(train_cases.MODEL, seen)
   cut = flops.one_document([5, 3, 4])
   full, plain, student = (flops.as_one_block(cut), flops.in_blocks(cut), flops.in_blocks(cut, sinks=4))
-  distill = config_with(common.add_distill, **{'distill.drop_rate': 0.0})
-  assert one_batch(distill) == flops.trained(once(student)) + once(full)
-  distill.distill.weights.source = 'teacher'
-  assert one_batch(distill) == flops.trained(once(student)) + once(full) + once(plain)
-  dropped = config_with(common.add_distill, **{'distill.drop_rate': 0.5})
-  assert one_batch(dropped).attention > one_batch(config_with(common.add_distill, **{'distill.drop_rate': 0.0})).attention
-  modes = {mode: one_batch(config_with(common.add_finetune, **{'finetune.mode': mode})) for mode in finetune.MODES}
+  undropped = {'distill.drop_rate': 0.0}
+  assert one_batch(distill, **undropped) == flops.trained(once(student)) + once(full)
+  of_teacher = undropped | {'distill.weights.source': 'teacher'}
+  assert one_batch(distill, **of_teacher) == flops.trained(once(student)) + once(full) + once(plain)
+  assert one_batch(distill, **{'distill.drop_rate': 0.5}).attention > one_batch(distill, **undropped).attention
+  modes = {mode: one_batch(finetune, **{'finetune.mode': mode}) for mode in finetune.MODES}
   assert modes['full'] == flops.trained(once(full)) and modes['block'] == flops.trained(once(student))
   assert modes['both'].layers == modes['full'].layers + modes['block'].layers
   assert modes['both'].attention == modes['full'].attention + modes['block'].attention
@@ -154,20 +149,23 @@ def test_operations_of_the_trainers():
 
 
 def test_what_a_config_says_about_reports(monkeypatch):
-  config = tiny.get_config()
-  settings = setup.loop_config(config, 'x', train_cases.MODEL)
+  config, place = tiny.get_config(), train_cases.placement()
+  build = lambda options: distill.build(options, place, train_cases.MODEL, platform='cpu')
+  options = distill.read(config)
+  settings = job.loop_config(options, build(options))
   assert settings.flops is None and settings.wandb is None and settings.profile is None   # a CPU has no known peak
   config.update({'peak_tflops': 2.0, 'profile': '2:4'})
-  settings = setup.loop_config(config, 'x', train_cases.MODEL)
+  options = distill.read(config)
+  settings = job.loop_config(options, build(options))
   assert settings.peak_flops == 2e12 * jax.device_count() and settings.profile == (2, 4)
   batch = train_cases.batch(0, rows=config.batch // 2)   # of one process of two
-  half = setup.step_flops(config, train_cases.MODEL)(flops.blocks_of(batch['layout']))
+  half = build(options).flops(flops.blocks_of(batch['layout']))
   assert settings.flops(batch) == half.times(2.0) and half.times(2.0).total(3) == 2 * (half.layers + half.attention) + (
       3 * half.head)
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
   config.wandb = 'blocks'
   with pytest.raises(ValueError, match=r"config.wandb='blocks' needs .*blockattn\[log\]"):
-    setup.loop_config(config, 'x')
+    distill.read(config)
 
 
 def test_time_of_compiling_counts_nothing_twice():

@@ -7,7 +7,7 @@ Says what it will cost and stops there; with --yes it goes on. Documents come fr
 "category", "source", "license") or from text files. The model answers with numbers of markers; what it cuts is the text
 as it was. Each finished document is appended to the output at once, so that the same command goes on after an
 interruption. The key is read from the environment variable that --key-env names. The exit code is 0; 1 if documents
-failed (the same command asks for them again); 2 if files or options are no good or the server refuses.
+failed (the same command asks for them again); 2 if a file or an option must be mended, or the server refuses.
 """
 
 import collections
@@ -17,7 +17,6 @@ import os
 import pathlib
 import sys
 
-import rich.console
 import rich.progress
 
 from blockattn.data import json_lines
@@ -136,9 +135,7 @@ def _annotate(args, out, err):
 
 def main(argv=None) -> int:
   args = _arguments(argv)
-  # Text of the files may look like rich's markup; a pipe has no width of its own.
-  plain = {'markup': False, 'emoji': False, 'highlight': False, 'soft_wrap': True}
-  out, err = rich.console.Console(**plain), rich.console.Console(stderr=True, **plain)
+  out, err = arguments.consoles()
   try:
     return _annotate(args, out, err)
   except KeyboardInterrupt:

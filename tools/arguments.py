@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Iterable
 
+import rich.console
+
 from blockattn import disk
 
 # Names of arguments, in any tool, that say where to write; all others may be read.
@@ -26,6 +28,14 @@ class Parser(argparse.ArgumentParser):
     except ValueError as error:
       self.error(str(error))
     return parsed, more
+
+
+def consoles() -> tuple[rich.console.Console, rich.console.Console]:
+  """Standard output and standard error, which print text as it stands: that of files may look like rich's markup."""
+  plain = {'markup': False, 'emoji': False, 'highlight': False, 'soft_wrap': True}
+  # A pipe has no width of its own.
+  return (rich.console.Console(width=None if sys.stdout.isatty() else 150, **plain),
+          rich.console.Console(stderr=True, **plain))
 
 
 def check_outputs(values: dict):

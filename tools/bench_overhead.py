@@ -9,47 +9,45 @@ import time
 import jax
 import numpy as np
 
-from blockattn import optim
-from blockattn.train import finetune, loop, setup
+from blockattn.train import finetune, inputs, job, loop
 from configs import tiny
 
 WARM_UP = 5   # steps of the loop that are not counted: the first ones compile and fill the buffer of batches
 
 
 def prepare(args):
-  """Block fine-tuning of the tiny teacher on pages of the standard library: (config, place, make a state, step, source)."""
+  """Block fine-tuning of the tiny teacher on pages of the standard library: (options, its job, make a state, source)."""
   config = tiny.get_config('baseline')
   config.data.segmenter = ''   # it would be another model at work
   config.steps, config.log_every, config.batch = args.steps + WARM_UP, args.log_every, args.batch
-  place, tokenizer = setup.placement(config), setup.tokenizer(config)
-  cfg, params = setup.load_model(config, place)
-  cfg, block_options = setup.block_options(config, cfg, tokenizer)
-  optimizer, rate = (make(setup.optim_config(config)) for make in (optim.make_optimizer, optim.learning_rate))
-  step = finetune.make_step(cfg, setup.compute(config, place), block_options, finetune.options_of(config), optimizer, rate)
+  options = finetune.read(config)
+  placement, tokenizer = job.make_placement(options), job.load_tokenizer(options)
+  cfg, params = job.load_language_model(options, placement)
+  made = finetune.build(options, placement, cfg, platform=placement.platform, sink=job.sink_of(options.blocks, tokenizer))
   copy = jax.jit(lambda params: jax.tree.map(lambda p: p + 0, params))   # a step uses its state up
-  return (config, place, lambda: loop.init_state(copy(params), optimizer), lambda state, batch: step(state, None, batch),
-          setup.rows(config, tokenizer))
+  return (options, made, lambda: loop.init_state(copy(params), made.optimizer), inputs.load_rows(options.data, tokenizer))
 
 
-def alone(state, step, batches) -> float:
+def alone(made, state, batches) -> float:
   """Seconds per step over batches that lie on the devices."""
   start = time.perf_counter()
   for batch in batches:
-    state, values = step(state, batch)
+    state, values = made.step(state, made.frozen, batch)
   jax.block_until_ready((state, values))
   return (time.perf_counter() - start) / len(batches)
 
 
-def in_the_loop(config, place, state, step, source) -> float:
+def in_the_loop(options, made, state, source) -> float:
   """Seconds per step of loop.run, which reads its batches, checks and writes metrics, and shows progress."""
-  look = _Look((WARM_UP, config.steps))
-  batches = setup.batches(config, source)
-  settings = loop.LoopConfig(steps=config.steps, log_every=config.log_every, save_every=config.steps, keep=1,
-                             tokens_per_step=config.batch * config.data.length, label='overhead')
+  look = _Look((WARM_UP, options.steps))
+  batches = inputs.batches(options, source, made.placement)
+  settings = loop.LoopConfig(steps=options.steps, log_every=options.log_every, save_every=options.steps, keep=1,
+                             tokens_per_step=options.batch * options.data.length, label='overhead')
   with tempfile.TemporaryDirectory() as workdir:
-    loop.run(step, state, batches, settings, workdir, put_batch=place.put_batch, meta={}, watch=look)
+    loop.run(lambda state, batch: made.step(state, made.frozen, batch), state, batches, settings, workdir,
+             put_batch=made.placement.put_batch, meta={}, watch=look)
   batches.close()
-  return (look.seen[config.steps] - look.seen[WARM_UP]) / (config.steps - WARM_UP)
+  return (look.seen[options.steps] - look.seen[WARM_UP]) / (options.steps - WARM_UP)
 
 
 class _Look:
@@ -70,19 +68,19 @@ class _Look:
 def overhead(args, set_up, machine) -> None:
   """Times the same steps alone and in the loop, in turn, and prints the table."""
   set_up(args)
-  config, place, new_state, step, source = prepare(args)
-  stream = setup.batches(config, source)
-  batches = [place.put_batch(batch) for batch in itertools.islice(stream, WARM_UP, config.steps)]   # those of the loop
+  options, made, new_state, source = prepare(args)
+  stream = inputs.batches(options, source, made.placement)
+  batches = [made.placement.put_batch(batch) for batch in itertools.islice(stream, WARM_UP, options.steps)]   # the loop's
   stream.close()
-  alone(new_state(), step, batches[:2])
+  alone(made, new_state(), batches[:2])
   times = {'alone': [], 'in the loop': []}
   for _ in range(args.samples):
-    times['alone'].append(alone(new_state(), step, batches))
-    times['in the loop'].append(in_the_loop(config, place, new_state(), step, source))
+    times['alone'].append(alone(made, new_state(), batches))
+    times['in the loop'].append(in_the_loop(options, made, new_state(), source))
   facts, base = machine(args), min(times['alone'])
   print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, load {facts["load"][0]:.1f}, {facts["versions"]}\n'
         f'{facts["attention"]}\n'
-        f'{args.steps} steps of {args.batch} rows of T={config.data.length}, a line of metrics every {args.log_every}\n\n'
+        f'{args.steps} steps of {args.batch} rows of T={options.data.length}, a line of metrics every {args.log_every}\n\n'
         '| step | min ms | median ms | added |\n|---|---|---|---|')
   for name, seconds in times.items():
     print(f'| {name} | {1e3 * min(seconds):.1f} | {1e3 * float(np.median(seconds)):.1f} | {min(seconds) / base - 1:+.1%} |')

@@ -3,19 +3,17 @@
 import dataclasses
 import functools
 import json
-import operator
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import blocks, losses, mesh, optim
+from blockattn import losses, mesh, optim
 from blockattn.data import encode, packing
-from blockattn.models import flops, lora, spec, transformer, weights
-from blockattn.train import distill, finetune, loop
+from blockattn.models import flops, lora, spec, transformer
+from blockattn.train import distill, finetune, inputs, job, loop
 
 SINKS = 4
 TOP_K = 64   # tokens of a stored teacher
@@ -44,7 +42,7 @@ def make_batch(rows: int, length: int, count: int, question: int, answer: int, v
 
 
 def stored_teacher(batch, vocab: int) -> dict:
-  """As data.taught.TaughtRows gives it, of a teacher that says the same everywhere."""
+  """As data.teacher_logits.TaughtRows gives it, of a teacher that says the same everywhere."""
   shape = batch['tokens'].shape
   log_p = jnp.log(0.9 * jax.nn.softmax(-jnp.arange(TOP_K) / 8.0))
   return {'ids': jnp.broadcast_to(jnp.arange(TOP_K) * (vocab // TOP_K), (*shape, TOP_K)),
@@ -55,27 +53,23 @@ def stored_teacher(batch, vocab: int) -> dict:
 @dataclasses.dataclass(frozen=True)
 class Step:
   """Attributes:
-    run: jitted (state, frozen, batch) -> (state, metrics).
-    start: () -> the parameters that are trained.
-    frozen, batch: its other arguments.
-    flops: that the model needs in a step, by the number of loss tokens.
+    made: the training.
+    params: () -> what is trained, at its start.
+    frozen, batch: the step's other arguments.
+    flops: that the models need in a step, by the number of loss tokens.
   """
-  run: Callable
-  start: Callable
-  frozen: Any
+  made: job.Job
+  params: Callable
+  frozen: job.Frozen
   batch: dict
   flops: Callable[[float], float]
 
   def state(self) -> loop.TrainState:
-    return loop.init_state(self.start(), OPTIMIZER)
+    return loop.init_state(self.params(), self.made.optimizer)
 
 
-OPTIM = optim.OptimConfig(lr=1e-4, final_lr=0.1, warmup=1, steps=1000, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip=1.0)
-OPTIMIZER = optim.make_optimizer(OPTIM)
-
-
-def make_steps(cfg, batch, compute: transformer.Compute, *, dtype='float32', max_blocks: int, loss_over: str = 'readers',
-               chunk: int = 512) -> dict[str, Callable[[], Step]]:
+def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='float32', max_blocks: int,
+               loss_over: str = 'readers', chunk: int = 512) -> dict[str, Callable[[], Step]]:
   """The steps by name, each made when it is called: one whole optimizer step on the same batch.
 
   Args:
@@ -83,43 +77,38 @@ def make_steps(cfg, batch, compute: transformer.Compute, *, dtype='float32', max
     dtype: of the trained parameters. The teacher has that of the activations.
     max_blocks: of a row.
   """
-  options, rate = blocks.BlockOptions((0,) * SINKS, 'sequential', max_blocks), optim.learning_rate(OPTIM)
-  start = lambda dtype=dtype: jax.jit(lambda key: spec.init(transformer.spec(cfg), key, dtype))(jax.random.key(0))
-  teacher = functools.cache(lambda: start(compute.dtype))
-  models = distill.Models(cfg, cfg, compute, dataclasses.replace(compute, remat='none'), options)
-  goal = distill.DistillOptions(
-      drop_rate=DROP, drop_mode='lift', loss_over=loss_over, weights=losses.TokenWeights(), temperature=1.0, ce_weight=0.0,
-      chunk=chunk, accumulate=1, seed=0)
+  rows, length = batch['tokens'].shape
   cut = flops.blocks_of(jax.device_get(batch['layout']))
-  full, inside = flops.as_one_block(cut), flops.in_blocks(cut, sinks=SINKS)
-  dropped = flops.in_blocks(cut, sinks=SINKS, drop_rate=DROP, drop_mode='lift')
-  count = lambda *views, frozen=False: functools.reduce(operator.add, [
-      flops.trained(flops.forward(cfg, seen), frozen=frozen) for seen in views])
-  read = flops.forward(cfg, full)
+  shared = dict(
+      steps=1000, batch=rows, chunk=chunk, model=job.ModelOptions(source='random values', dtype=dtype), compute=compute,
+      mesh=job.MeshOptions(), blocks=job.BlockModeOptions(sinks=SINKS), optim=optim.OptimConfig(steps=1000, warmup=1),
+      data=inputs.PromptData(length=length, max_blocks=max_blocks))
+  whole = lambda: job.init_params(transformer.spec(cfg), placement, 0, dtype)
 
-  def distillation(frozen, needed, low_rank=lora.NONE, rows=batch, trained=start):
-    made = distill.make_step(dataclasses.replace(models, low_rank=low_rank), goal, OPTIMIZER, rate)
-    return Step(made, trained, frozen, rows, needed.total)
+  def step(trainer, options, frozen=job.Frozen, more=None):
+    made = trainer.build(options, placement, cfg, platform=placement.platform)
+    return Step(made, lambda: job.init_params(made.specs, placement, 0, dtype), frozen(), batch | (more or {}),
+                made.flops(cut).total)
 
-  def adapted():
-    trained = lambda: spec.init(lora.spec(cfg, LOW_RANK), jax.random.key(1), 'float32')
-    return distillation(distill.Frozen(teacher(), teacher()), count(dropped, frozen=True) + read, LOW_RANK, trained=trained)
+  def distilled(low_rank=lora.NONE, precision=compute.dtype, stored=False):
+    options = distill.Options(
+        **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, loss_over=loss_over, chunk=chunk),
+        teacher=distill.TeacherOptions(precision, compute.dtype, logits='stored' if stored else '', top_k=TOP_K))
+    if stored:
+      return step(distill, options, more={'teacher': stored_teacher(batch, cfg.vocab)})
+    teacher = jax.jit(lambda params: distill.as_teacher(params, options.teacher))(whole())
+    return step(distill, options, lambda: job.Frozen(teacher, teacher if low_rank.rank else None))
 
-  def tuned(mode, *views):
-    made = finetune.make_step(cfg, compute, options, finetune.FinetuneOptions(
-        mode, text_weight=0.0, prompt_weight=0.0, answer_weight=1.0, chunk=chunk, accumulate=1), OPTIMIZER, rate)
-    return Step(made, start, None, batch, count(*views).total)
-
+  tuned = lambda mode: step(finetune, finetune.Options(
+      **shared, lora=lora.NONE, finetune=finetune.FinetuneOptions(mode, chunk=chunk)))
   return {
-      DISTILLED: lambda: distillation(distill.Frozen(teacher()), count(dropped) + read),
-      'distillation, teacher of 8 bits': lambda: distillation(
-          distill.Frozen(weights.quantize(teacher(), compute.dtype)), count(dropped) + read),
-      STORED: lambda: distillation(distill.Frozen(), count(dropped),
-                                   rows=batch | {'teacher': stored_teacher(batch, cfg.vocab)}),
-      LORA: adapted,
-      TUNED: lambda: tuned('both', full, inside),
-      'full fine-tuning': lambda: tuned('full', full),
-      BLOCK: lambda: tuned('block', inside)}
+      DISTILLED: distilled,
+      'distillation, teacher of 8 bits': lambda: distilled(precision='int8'),
+      STORED: lambda: distilled(stored=True),
+      LORA: lambda: distilled(LOW_RANK),
+      TUNED: lambda: tuned('both'),
+      'full fine-tuning': lambda: tuned('full'),
+      BLOCK: lambda: tuned('block')}
 
 
 def calls_of(steps: dict[str, Callable[[], Step]]) -> dict:
@@ -128,7 +117,8 @@ def calls_of(steps: dict[str, Callable[[], Step]]) -> dict:
   states = {name: step.state() for name, step in made.items()}
 
   def call(name):
-    states[name], values = made[name].run(states[name], made[name].frozen, made[name].batch)
+    one = made[name]
+    states[name], values = one.made.step(states[name], one.frozen, one.batch)
     return jax.block_until_ready(values)
 
   return {name: functools.partial(call, name) for name in steps}
@@ -140,8 +130,8 @@ def step(args, set_up, machine, take_turns) -> None:
   cfg = model(args.width, args.layers, args.vocab)
   batch = make_batch(args.rows, args.length, args.blocks, args.question, args.answer, args.vocab)
   place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
-  compute = transformer.Compute(placement=place, remat=args.remat)
-  calls = calls_of(make_steps(cfg, batch, compute, max_blocks=args.blocks + 1, loss_over=args.loss_over, chunk=args.chunk))
+  calls = calls_of(make_steps(cfg, batch, place, transformer.Compute(remat=args.remat), max_blocks=args.blocks + 1,
+                              loss_over=args.loss_over, chunk=args.chunk))
   for call in calls.values():
     call()
   times = take_turns(calls, args.samples, args.seconds)
@@ -166,7 +156,8 @@ def loss_memory(rows: int, length: int, width: int, vocab: int, chunk: int) -> i
   tokens, mask = (jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.int32, bool))
 
   def loss(student_head, student, teacher_head, teacher, targets, mask):
-    student, teacher = losses.Reading(student_head, student), losses.Reading(teacher_head, teacher)
+    by = lambda head: jax.tree_util.Partial(transformer.by_head, head)
+    student, teacher = losses.Reading(by(student_head), student), losses.Reading(by(teacher_head), teacher)
     sums = losses.distillation_sums(student, teacher, targets, targets, mask, weights=losses.TokenWeights(), temperature=1.0,
                                     ce_weight=0.0, chunk=chunk)
     return sums['loss'] / sums['weight']

@@ -13,7 +13,7 @@ Documents that nobody has cut yet become such files by two other commands:
   python -m tools.build_semanticseg structure ...    from headings, code, transcripts, e-mail threads (tools/structure.py)
   python -m tools.build_semanticseg annotate ...     by asking a language model (tools/annotate.py)
 
-The exit code is 0, also with bad lines, which are left out; 2 if files or options are no good.
+The exit code is 0, also with bad lines, which are left out; 2 if a file or an option must be mended.
 """
 
 import contextlib
@@ -26,7 +26,6 @@ import os
 import sys
 import time
 
-import rich.console
 import rich.table
 
 from blockattn.data import encode, json_lines
@@ -202,8 +201,7 @@ def main(argv=None) -> int:
   if argv and argv[0] in COMMANDS:
     return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
   args = _arguments(argv)
-  console = rich.console.Console(width=None if sys.stdout.isatty() else 150, markup=False, emoji=False,
-                                 highlight=False, soft_wrap=True)
+  console = arguments.consoles()[0]
   try:
     _quieten_tfds()
     run(args, console)

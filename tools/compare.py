@@ -28,9 +28,8 @@ from collections.abc import Mapping, Sequence
 import rich.console
 import rich.table
 
-from blockattn import checkpoint, disk, metrics
+from blockattn import checkpoint, disk, metrics, options as options_lib
 from blockattn.evals import answers
-from blockattn.train import loop
 from tools import arguments, report
 
 _LISTED = 5   # ids that are said of each kind of mismatch
@@ -139,7 +138,7 @@ def read_sweep(folder: str | os.PathLike) -> dict:
     ValueError: a broken file, which it names.
   """
   folder = pathlib.Path(folder)
-  configs = {path.parent.name: loop.flat(disk.read_json(path, {'steps': int}))
+  configs = {path.parent.name: options_lib.flat(disk.read_json(path, {'steps': int}))
              for path in sorted(folder.glob('*/config.json'))}
   if not configs:
     raise FileNotFoundError(f'{folder}: no point of a sweep in it, that is no folder with a config.json; give the '

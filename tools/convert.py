@@ -21,10 +21,9 @@ import jax
 import tokenizers
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from blockattn import checkpoint, disk, loading, mesh
+from blockattn import checkpoint, disk, loading, mesh, options as options_lib
 from blockattn.data import encode
 from blockattn.hf import card as card_lib, config, convert, files, names
-from blockattn.train import loop
 from tools import arguments
 
 # What blockattn.json of an export takes over from a checkpoint's meta.
@@ -96,7 +95,7 @@ def _training(workdir: pathlib.Path) -> dict:
   """What the card says of the training: the values of its config that decide most, and the commit that it ran at."""
   facts = {}
   if (workdir / 'config.json').exists():
-    said = loop.flat(disk.read_json(workdir / 'config.json'))
+    said = options_lib.flat(disk.read_json(workdir / 'config.json'))
     facts |= {key: said[key] for key in _SHOWN if key in said}
   if (workdir / 'run.json').exists():
     facts['commit of blockattn'] = disk.read_json(workdir / 'run.json').get('commit')

@@ -23,7 +23,7 @@ from blockattn import blocks, mesh, metrics
 from blockattn.data import stdlib
 from blockattn.evals import gap
 from blockattn.hf import card as card_lib, convert
-from blockattn.train import command, distill, finetune, setup
+from blockattn.train import command, distill, finetune, inputs, job
 from configs import tiny
 from tools import arguments, charts, evaluate, report
 
@@ -44,62 +44,65 @@ def run(workdir, docs: int, steps: int | None, console):
     seconds[name] = round(time.perf_counter() - start, 1)
 
   config, baseline = tiny.get_config(), tiny.get_config('baseline')
-  setup.use_cpu_cores(config)
   if steps is not None:
     config.steps = baseline.steps = steps
     config.optim.warmup = baseline.optim.warmup = min(config.optim.warmup, steps // 2)
+  options = distill.read(config)
+  job.use_cpu_cores(options)
+  tokenizer = inputs.load_tokenizer(options.data, options.model.source)
+  prompt = inputs.prompt_meta(options.data, tokenizer)
   with part('corpus', 'Reading the documentation of Python\'s standard library'):
     containers = stdlib.read_containers()
     console.print(f'{len(containers)} classes and modules, {sum(len(c.members) for c in containers)} members; '
                   f'{len(stdlib.split_containers(containers, "test"))} of them are held out for the evaluation')
-    write_segmented(workdir, config)
-  with part('distill', f'Distilling: the teacher reads whole pages, the student one block at a time ({config.steps} steps)'):
-    cfg, student, options = distill.run(config, workdir)
+    write_segmented(workdir, options.data, tokenizer)
+  with part('distill', 'Distilling: the teacher reads whole pages, the student one block at a time '
+            f'({options.steps} steps)'):
+    cfg, student, form = distill.run(options, workdir)
   with part('finetune', 'The baseline: block fine-tuning on the same batches'):
-    finetuned = finetune.run(baseline, workdir / 'block_finetuned')[1]
-  tokenizer = setup.tokenizer(config)
-  subjects = make_subjects(config, cfg, student, finetuned, options)
-  pages, examples = evaluate.page_docs(tokenizer, docs, data=config.data)
+    finetuned = finetune.run(finetune.read(baseline), workdir / 'block_finetuned')[1]
+  subjects = make_subjects(options, cfg, student, finetuned, form)
+  pages, examples = evaluate.page_docs(tokenizer, docs, data=options.data)
   with part('evaluate', f'Asking each model {docs} questions about classes and modules that no training page showed'):
     summary = evaluate.evaluate_all(subjects, subjects['teacher_full'], pages, examples, tokenizer, batch=docs, max_new=24,
                                     stop=evaluate.PAGE_STOP, out=workdir / 'evaluation')
   with part('export', 'Exporting the student in the Hugging Face format'):
-    export(workdir / 'student', student, cfg, options, config, summary)
+    export(workdir / 'student', student, cfg, form, options, prompt, summary)
   summary['seconds'] = seconds
   metrics.write_json(workdir / 'summary.json', summary)
   shutil.copyfile(workdir / 'evaluation' / 'examples.jsonl', workdir / 'examples.jsonl')
-  write_layout(workdir, options, pages[0])
+  write_layout(workdir, form, pages[0])
   show_answers(workdir, console)
   console.print(table(summary))
   return summary
 
 
-def make_subjects(config, cfg, student, finetuned, options):
+def make_subjects(options, cfg, student, finetuned, form):
   """Teacher and students by the names of the summary, on one device. The untrained student has no sinks: it never saw
   one."""
   first = jax.local_devices()[0]
   one = mesh.Placement(mesh.make_mesh({}, [first]))
-  compute = dataclasses.replace(setup.compute(config, one), placement=None)
-  teacher_cfg, teacher = setup.load_model(config, one)
+  compute = job.compute_of(options.compute, None, one.platform)
+  teacher_cfg, teacher = job.load_language_model(options, one)
   student, finetuned = jax.device_put((student, finetuned), first)
-  plain = dataclasses.replace(options, sink_ids=())
-  subject = lambda params, cfg, mode, options: gap.Subject(params, cfg, compute, mode, options)
+  plain = dataclasses.replace(form, sink_ids=())
+  subject = lambda params, cfg, mode, form: gap.Subject(params, cfg, compute, mode, form)
   return {'teacher_full': subject(teacher, teacher_cfg, 'full', plain),
           'student_block_before': subject(teacher, teacher_cfg, 'block', plain),
-          'student_block_after': subject(student, cfg, 'block', options),
-          'block_finetuned': subject(finetuned, cfg, 'block', options)}
+          'student_block_after': subject(student, cfg, 'block', form),
+          'block_finetuned': subject(finetuned, cfg, 'block', form)}
 
 
-def export(folder, params, cfg, options, config, summary):
+def export(folder, params, cfg, form, options, prompt, summary):
   score = lambda name: f'{summary[name]["exact_match"]:.1%} exact match, KL to the teacher {summary[name]["kl"]:.3f} nats'
-  meta = setup.model_meta(cfg, options, pathlib.Path(config.model.source).name, 'distill',
-                          prompt=setup.prompt_meta(config, setup.tokenizer(config)))
-  card = card_lib.text(cfg, meta, pathlib.Path(config.model.source), title='Tiny block-attention student', facts={
+  source = pathlib.Path(options.model.source)
+  meta = job.model_meta(cfg, form, source.name, 'distill', prompt=prompt)
+  card = card_lib.text(cfg, meta, source, title='Tiny block-attention student', facts={
       'command': '`./launch/local.sh demo`',
       'teacher, full attention': score('teacher_full'),
       'the same weights under the block mask': score('student_block_before'),
       'this student under the block mask': score('student_block_after')})
-  convert.save(params, cfg, folder, source=config.model.source, meta=meta, card=card, dtype='float32', overwrite=True)
+  convert.save(params, cfg, folder, source=source, meta=meta, card=card, dtype='float32', overwrite=True)
 
 
 def write_layout(workdir, options, page):
@@ -115,9 +118,9 @@ def write_layout(workdir, options, page):
   metrics.write_json(workdir / 'layout.json', {'lengths': lengths, 'mask': mask})
 
 
-def write_segmented(workdir, config):
+def write_segmented(workdir, data, tokenizer):
   """segmented.jsonl for the report: some of the training pages that the segmenter cuts."""
-  source = setup.pages(config.data, setup.tokenizer(config), split='train')
+  source = inputs.page_rows(data, tokenizer, split='train')
   chosen = [i for i in range(1000) if source.is_cut(i)][:SEGMENTED]
   rows = [{'id': f'page {i}', 'blocks': list(source.cut_examples([i])[0].blocks)} for i in chosen]
   workdir.mkdir(parents=True, exist_ok=True)

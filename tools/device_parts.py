@@ -206,7 +206,7 @@ def step(options, record: Record):
   from tools import bench_step as bench
   impl = attention_impl(options, record)
   place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
-  compute = transformer.Compute(dtype='float32' if options.toy else 'bfloat16', impl=impl, remat='full', placement=place)
+  compute = transformer.Compute(dtype='float32' if options.toy else 'bfloat16', impl=impl, remat='full')
   most = (bench.DISTILLED, bench.TUNED, bench.STORED, bench.BLOCK, bench.LORA)
   if options.toy:
     cases = [('toy', bench.model(64, 1, 256), 256, 'float32', most[:2])]
@@ -218,7 +218,7 @@ def step(options, record: Record):
   for name, cfg, length, dtype, kinds in cases:
     count = 4 if options.toy else 16
     batch = bench.make_batch(1, length, count, 16 if options.toy else 64, 16 if options.toy else 256, cfg.vocab)
-    made = bench.make_steps(cfg, batch, compute, dtype=dtype, max_blocks=count + 1)
+    made = bench.make_steps(cfg, batch, place, compute, dtype=dtype, max_blocks=count + 1)
     for kind in kinds:
       record.measure(f'{name} T={length} {dtype} parameters, {kind}',
                      lambda make=made[kind]: {'impl': impl} | _time_step(make(), peak['tflops'], 2 if options.toy else 5))
@@ -227,7 +227,7 @@ def step(options, record: Record):
 def _time_step(made, peak, samples):
   state = made.state()
   start = time.perf_counter()
-  compiled = made.run.lower(state, made.frozen, made.batch).compile()
+  compiled = made.made.step.lower(state, made.frozen, made.batch).compile()
   compiling, memory, seconds = time.perf_counter() - start, compiled.memory_analysis(), []
   for _ in range(samples + 1):
     start = time.perf_counter()

@@ -42,8 +42,7 @@ from blockattn.evals.subjects import BEFORE, STUDENT, TEACHER
 from blockattn.inference import cache as cache_lib
 from blockattn.kernels import api
 from blockattn.models import transformer
-from blockattn.train import setup
-from configs import common
+from blockattn.train import inputs
 from tools import arguments, compare, report as report_page
 
 PAGES = {'pages': 'test', 'pages:validation': 'validation'}   # --data -> split of blockattn.data.stdlib
@@ -77,12 +76,12 @@ def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bo
   return docs, examples, report
 
 
-def page_docs(tokenizer, limit: int, *, split: str = 'test', data=None):
+def page_docs(tokenizer, limit: int, *, split: str = 'test', data: inputs.PromptData | None = None):
   """(documents, examples) of `limit` held-out pages with the library's own names, one question each.
 
-  The pages of numbers 0, 1, ... depend on the style in `data` alone: a config.data, by default that of configs/common.
+  The pages of numbers 0, 1, ... depend on the style in `data` alone: by default that of a config.
   """
-  source = setup.pages(common.base().data if data is None else data, tokenizer, split=split,
+  source = inputs.page_rows(data or inputs.PromptData(), tokenizer, split=split,
                        own_blocks=True, renamed=0.0, questions=(1, 1), seed=1)
   return source.pages(range(limit)), [source.example(i) for i in range(limit)]
 

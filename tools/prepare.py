@@ -5,7 +5,7 @@
 
 Prints a table with a line per file and the malformed lines. Encoded documents stay in the config's cache, or in --cache: a
 run with the same files, tokenizer, length and options starts in seconds. The exit code is 0; 1 with --strict at the first
-malformed line; 2 if files, tokenizer or options are no good, or if no document is left.
+malformed line; 2 if a file, the tokenizer or an option must be mended, or no document is left.
 """
 
 import argparse
@@ -16,13 +16,13 @@ import tempfile
 import time
 
 import numpy as np
-import rich.console
 import rich.progress
 import rich.table
 
+from blockattn import options as options_lib
 from blockattn.data import encode, json_lines, packing
 from blockattn.data.store import open_store
-from blockattn.train import command, setup
+from blockattn.train import command, inputs
 from configs import common
 from tools import arguments, evaluate
 
@@ -54,13 +54,13 @@ def _arguments(argv):
   return args, more
 
 
-def read_config(args, more):
-  """The config of the training, config.data as the command line says.
+def read_data(args, more):
+  """(inputs.PromptData of the training, as the command line says; the folder or name of its tokenizer's model).
 
   Raises:
     ValueError: an unknown key; no files, tokenizer or length.
   """
-  config = command.read_config([f'--config={args.config}', *more])[0] if args.config else common.base()
+  config = command.read_config([f'--config={args.config}', *more])[0] if args.config else common.base('distill')
   data = config.data
   for name in ('tokenizer', 'length', 'max_blocks', 'too_long', 'chat', 'template_args', 'segmenter', 'strict', 'cache'):
     if getattr(args, name) is not None:
@@ -71,7 +71,7 @@ def read_config(args, more):
              '--length': not (args.config or args.length)}
   if any(missing.values()):
     raise ValueError(f'give {", ".join(name for name, lacks in missing.items() if lacks)}, or a --config that says so')
-  return config
+  return options_lib.read(inputs.PromptData, data, 'config.data'), config.model.source
 
 
 def prepare_files(files, tokenizer, options, cache, *, strict, console, cutter=None):
@@ -128,19 +128,16 @@ def _print_problems(report, console):
 
 def main(argv=None) -> int:
   args, more = _arguments(argv)
-  # Text of the files may look like rich's markup; a pipe has no width of its own.
-  plain = {'markup': False, 'emoji': False, 'highlight': False, 'soft_wrap': True}
-  out = rich.console.Console(width=None if sys.stdout.isatty() else 150, **plain)
-  err = rich.console.Console(stderr=True, **plain)
+  out, err = arguments.consoles()
   try:
-    config = read_config(args, more)
-    files = json_lines.find_files(list(config.data.files))
-    tokenizer = setup.tokenizer(config)
-    options, cutter = setup.file_options(config.data, tokenizer), setup.cutter(config.data, tokenizer)
+    data, model = read_data(args, more)
+    files = json_lines.find_files(list(data.files))
+    tokenizer = inputs.load_tokenizer(data, model)
+    options, cutter = inputs.file_options(data, tokenizer), inputs.load_cutter(data, tokenizer)
     with contextlib.ExitStack() as stack:
       kept = args.config or args.cache
-      cache = config.data.cache if kept else stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
-      prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=config.data.strict, console=err,
+      cache = data.cache if kept else stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
+      prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=data.strict, console=err,
                                cutter=cutter)
       table, report = make_table(prepared, options)
       out.print(table)

@@ -16,7 +16,7 @@ tuned to); --depth D then cuts blocks longer than
 --max again at their best place, up to D times; --target-tokens N takes the best cuts for blocks of about N tokens. --min
 and --max are kept by every block (with --depth, see there), if need be by cuts inside a sentence.
 
-The exit code is 0; 1 if some of the input could not be read and was skipped; 2 if arguments or model are no good.
+The exit code is 0; 1 if some of the input could not be read and was skipped; 2 if an argument or the model must be mended.
 """
 
 import argparse
@@ -32,7 +32,6 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 
-import rich.console
 import rich.progress
 
 from blockattn.data import encode
@@ -314,8 +313,7 @@ def _progress_bar(console):
 def main(argv=None, model=None) -> int:
   """Runs the tool; `model` takes the place of --model."""
   args = _arguments(argv)
-  # Names of files may look like rich's markup.
-  console = rich.console.Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+  console = arguments.consoles()[1]
   try:
     want = granularity.wanted(threshold=args.threshold, depth=args.depth, target=args.target_tokens, minimum=args.min,
                               maximum=args.max)

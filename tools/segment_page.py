@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from blockattn import disk
-from blockattn.segmentation import granularity
+from blockattn.segmentation import forced, granularity
 from tools import pages
 
 SMALLEST_TARGET = 32   # tokens; the slider's left end
@@ -38,7 +38,7 @@ class PageText:
 
 
 def page_text(name: str, text: str, scored: Any, blocks: Sequence[tuple[int, int]],
-              token_ends: granularity.TokenEnds, reader: granularity.TokenEnds | None = None) -> PageText:
+              token_ends: forced.TokenEnds, reader: forced.TokenEnds | None = None) -> PageText:
   """What the page needs of a scored text and of the blocks that the command made of it.
 
   Args:
@@ -47,10 +47,10 @@ def page_text(name: str, text: str, scored: Any, blocks: Sequence[tuple[int, int
   """
   tokens = scored.tokens if reader is None else granularity.tokens_of_units(text, scored.candidates, reader)
   total, limit = int(tokens[-1]), granularity.MAX_LOG_ODDS
-  places = granularity.Places(np.asarray(scored.candidates, np.int64), np.asarray(tokens[:-1], np.int64),
+  places = forced.Places(np.asarray(scored.candidates, np.int64), np.asarray(tokens[:-1], np.int64),
                               np.clip(np.asarray(scored.log_odds, np.float64), -limit, limit))
   smallest = granularity.Granularity(target=SMALLEST_TARGET).bounds(total)
-  places = granularity.with_forced(text, places, total, smallest[1] - smallest[0], reader or token_ends)
+  places = forced.with_forced(text, places, total, smallest[1] - smallest[0], reader or token_ends)
   cuts = np.array([start for start, _ in blocks[1:]], np.int64)
   places += _cut_places(cuts, places, len(text), total)
   edges = [0, *places.offsets.tolist(), len(text)]
@@ -62,7 +62,7 @@ def page_text(name: str, text: str, scored: Any, blocks: Sequence[tuple[int, int
 def _cut_places(cuts, places, length, total):
   """The command's cuts as places; forced ones, that `places` may lack, with about their number of tokens."""
   tokens = np.interp(cuts, [0, *places.offsets, length], [0, *places.lengths, total]).astype(np.int64)
-  return granularity.Places(cuts, tokens, np.full(len(cuts), -granularity.INSIDE_COST))
+  return forced.Places(cuts, tokens, np.full(len(cuts), -forced.INSIDE_COST))
 
 
 def write(path: str | os.PathLike, texts: Sequence[PageText], want: granularity.Granularity):

@@ -49,6 +49,7 @@ let --aot count.
 """
 
 import dataclasses
+import importlib
 import json
 import math
 import pathlib
@@ -60,14 +61,10 @@ import rich.console
 import rich.table
 from absl import flags
 from jax.extend.core import Var
-from jax.sharding import AbstractMesh, AxisType
 
-from blockattn import blocks, mesh as mesh_lib, metrics, optim, tree
-from blockattn.data import packing
-from blockattn.hf import config as hf_config
-from blockattn.models import classifier, flops, lora, spec as spec_lib, transformer, weights
-from blockattn.segmentation import model as segmenter_model
-from blockattn.train import command, distill, finetune, segment, setup
+from blockattn import mesh as mesh_lib, metrics, options as options_lib, tree
+from blockattn.models import flops, spec as spec_lib, transformer
+from blockattn.train import command, job
 from tools import aot_step, arguments, show_step
 
 _GB = 1e9
@@ -77,7 +74,7 @@ def describe(config, devices: int, device: str | None = None, **assumed) -> dict
   """Everything that is printed.
 
   Args:
-    config: of a trainer: with a `distill`, a `finetune` or a `segment` part.
+    config: of a trainer.
     devices: how many there will be.
     device: of which kind, one of show_step.DEVICES.
     assumed: `mfu` and `links` of show_step.estimate.
@@ -91,78 +88,30 @@ def describe(config, devices: int, device: str | None = None, **assumed) -> dict
   Raises:
     ValueError: the config cannot run, naming the key or the parameter.
   """
-  cfg, place = student(config), placement(config, devices)
   kind = None if device is None else show_step.DEVICES[device]
-  _check(config, cfg, place, kind.platform if kind else 'cpu')
-  parameters, memory = parameter_rows(trained(config, cfg), place, config.model.dtype), per_device(config, cfg, place)
-  return {'config': json.loads(config.to_json_best_effort()), 'model': dataclasses.asdict(cfg),
-          'mesh': dict(place.mesh.shape), 'parameters': parameters,
+  options, made = build(config, devices, kind.platform if kind else 'cpu')
+  parameters, memory = parameter_rows(made, options.model.dtype), per_device(options, made)
+  return {'config': options_lib.as_json(options), 'model': dataclasses.asdict(made.cfg),
+          'mesh': dict(made.placement.mesh.shape), 'parameters': parameters,
           'total': {key: sum(row[key] for row in parameters) for key in ('count', 'bytes')},
-          'per_device': memory, 'rows': _rows(config, place),
-          'step': show_step.estimate(config, cfg, place, trained(config, cfg), kind, **assumed),
-          'warnings': _warnings(config, cfg) + _too_large(memory['total'], device, kind)}
+          'per_device': memory, 'rows': _rows(options, made),
+          'step': show_step.estimate(options, made, kind, **assumed),
+          'warnings': _warnings(made) + _too_large(memory['total'], device, kind)}
 
 
-def student(config) -> transformer.ModelConfig:
-  """The trained model's architecture, learned sinks included.
-
-  Raises:
-    ValueError: the source is no folder here, and no size stands beside it.
-  """
-  model, sinks = config.model, config.blocks
-  if model.source and pathlib.Path(model.source).expanduser().is_dir():
-    cfg = hf_config.read(pathlib.Path(model.source).expanduser())
-  elif model.size or dict(model.fields):
-    cfg = setup.architecture(model)
-  else:
-    raise ValueError(f'config.model.source={model.source!r} is no folder here, and nothing is downloaded: set '
-                     'config.model.size to the name of its architecture in blockattn/models/sizes.py')
-  if 'segment' in config:
-    return segmenter_model.architecture(cfg, segment.read_options(config).unit_tokens)
-  return dataclasses.replace(cfg, learned_sinks=sinks.sinks) if sinks.sink_kind == 'learned' else cfg
+def build(config, devices: int, platform: str) -> tuple[job.Options, job.Job]:
+  """What a config would run, on devices that need not exist."""
+  trainer = importlib.import_module(f'blockattn.train.{job.trainer_of(config)}')
+  options = trainer.read(config)
+  return options, trainer.build(options, job.abstract_placement(options, devices), job.architecture_here(options.model),
+                                platform=platform)
 
 
-def placement(config, devices: int) -> mesh_lib.Placement:
-  """The config's mesh and rules over `devices` devices that need not exist.
-
-  Raises:
-    ValueError: an unknown mesh axis, or sizes that do not multiply to `devices`.
-  """
-  sizes = mesh_lib.mesh_sizes(dict(config.mesh), devices)
-  mesh = AbstractMesh(sizes, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(sizes))
-  return mesh_lib.Placement(mesh, mesh_lib.as_rules(config.rules))
-
-
-def trained(config, cfg):
-  """What is trained, as a tree of ParamSpec: the model's parameters, or those of a LoRA student."""
-  low_rank = setup.lora_options(config) if 'lora' in config else lora.LoraOptions()
-  return lora.spec(cfg, low_rank) if low_rank.rank else classifier.spec(cfg)
-
-
-def _check(config, cfg, place, platform):
-  """What training checks at its start, and here costs nothing."""
-  for specs in (classifier.spec(cfg), trained(config, cfg)):
-    spec_lib.shardings(specs, place.mesh, place.rules)
-  place.check_divisible('query heads', (cfg.heads,), ('kv_heads',))   # attention cuts both along this rule
-  if 'distill' in config:
-    distill.options_of(config)
-    other = setup.teacher_placement(config, place)
-    spec_lib.shardings(_teacher_specs(cfg), place.mesh, other.rules)
-    other.check_divisible('query heads of the teacher', (cfg.heads,), ('kv_heads',))
-  elif 'finetune' in config:
-    finetune.options_of(config)
-  elif 'segment' in config:
-    segment.options_of(config)
-  else:
-    raise ValueError('config has no `distill`, `finetune` or `segment` part; see configs/common.py')
-  setup.check_batch(config, place, platform)
-
-
-def _warnings(config, cfg):
-  rows = student_tokens(config)
-  if rows <= cfg.max_positions:
+def _warnings(made):
+  rows, known = max(view.tokens for view in made.views), made.cfg.max_positions
+  if rows <= known:
     return []
-  return [f'rows of {rows} tokens, sinks included, are longer than the {cfg.max_positions} positions that the model '
+  return [f'rows of {rows} tokens, sinks included, are longer than the {known} positions that the model '
           'was made for: documents that are as long meet positions it has not seen']
 
 
@@ -173,127 +122,62 @@ def _too_large(total, name, device):
           'config.mesh, config.accumulate, config.compute.remat and config.chunk']
 
 
-def parameter_rows(specs, place, dtype) -> list[dict]:
+def parameter_rows(made: job.Job, dtype: str) -> list[dict]:
   """A row of `describe` per parameter."""
-  size = _size(dtype)
+  size, names = jnp.dtype(dtype).itemsize, lambda axis: None if axis is None else '+'.join(made.placement.mesh_axes(axis))
   return [{'name': name, 'shape': list(spec.shape), 'axes': list(spec.axes),
-           'mesh_axes': [None if axis is None else '+'.join(place.mesh_axes(axis)) or None for axis in spec.axes],
+           'mesh_axes': [names(axis) or None for axis in spec.axes],
            'count': math.prod(spec.shape), 'bytes': math.prod(spec.shape) * size}
-          for name, spec in tree.named_leaves(specs, is_leaf=_is_spec)]
-
-
-def _is_spec(x):
-  return isinstance(x, spec_lib.ParamSpec)
+          for name, spec in tree.named_leaves(made.specs, is_leaf=lambda x: isinstance(x, spec_lib.ParamSpec))]
 
 
 # Memory.
 
 
-def student_tokens(config) -> int:
-  """T', the tokens of a row in block mode; T for the segmenter, which has none."""
-  if 'segment' in config:
-    return config.data.length
-  return blocks.padded_length(config.data.length, config.blocks.sinks, config.data.max_blocks)
+def _rows(options, made):
+  rows = options.batch // made.placement.size('batch')
+  return {'per_device': rows, 'at_a_time': rows // options.accumulate, 'tokens': options.data.length,
+          'student_tokens': made.padded}
 
 
-def _rows(config, place):
-  rows = config.batch // place.size('batch')
-  return {'per_device': rows, 'at_a_time': rows // config.accumulate, 'tokens': config.data.length,
-          'student_tokens': student_tokens(config)}
-
-
-def per_device(config, cfg, place) -> dict[str, int]:
+def per_device(options: job.Options, made: job.Job) -> dict[str, int]:
   """Bytes on one device by row of the module's docstring, 'total' included."""
-  distilled, specs = 'distill' in config, trained(config, cfg)
-  has_teacher = distilled and not config.teacher.logits
-  own = sharded_bytes(specs, place, config.model.dtype)
-  rows, local = _rows(config, place), share(cfg, place)
-  parts = place.size('tokens')
-  views = [tokens // parts for tokens in _views(config)]
-  hidden = rows['at_a_time'] * config.data.length // parts * cfg.width * _size(config.compute.dtype)
-  others = rows['at_a_time'] * 2 * local.kv_heads * cfg.head_dim * (parts - 1) * _size(config.compute.dtype)
-  adds_to = 'lora' in config and config.lora.rank > 0 and not has_teacher
+  place, compute = made.placement, options.compute
+  own, rows, local = device_bytes(made.state.params), _rows(options, made)['at_a_time'], share(made.cfg, place)
+  parts, size = place.size('tokens'), jnp.dtype(compute.dtype).itemsize
+  views = [view.tokens // parts for view in made.views]
+  length = options.data.length // parts
+  others = rows * 2 * local.kv_heads * made.cfg.head_dim * (parts - 1) * size
+  logits = min(made.logits, length) * flops.head_weights(local) // local.width
   held = {
       'parameters': own,
-      'optimizer': optimizer_bytes(config, specs, place),
-      'gradients': own + (sharded_bytes(specs, place, 'float32') if config.accumulate > 1 else 0),
-      'teacher': teacher_bytes(config, cfg, place) if has_teacher else 0,
-      'frozen': sharded_bytes(_teacher_specs(cfg), place, config.model.dtype) if adds_to else 0,
-      'cast': cast_bytes(config, classifier.spec(cfg), place),
-      'saved': sum(saved_bytes(local, config.compute.dtype, config.compute.remat, rows['at_a_time'], tokens)
-                   + (others * tokens * cfg.layers if config.compute.remat == 'none' else 0) for tokens in views),
-      'hidden': hidden * (5 if has_teacher else 3 * len(views)),
-      'batch': rows['per_device'] * _batch_bytes_of_a_row(config),
+      'optimizer': device_bytes(made.state.opt_state),
+      'gradients': own + (device_bytes(made.state.params, 'float32') if options.accumulate > 1 else 0),
+      'teacher': device_bytes(made.frozen.teacher),
+      'frozen': 0 if made.teacher else device_bytes(made.frozen.base),
+      'cast': cast_bytes(options, made),
+      'saved': sum(saved_bytes(local, compute.dtype, compute.remat, rows, tokens)
+                   + (others * tokens * made.cfg.layers if compute.remat == 'none' else 0) for tokens in views),
+      'hidden': rows * length * made.cfg.width * size * (5 if made.teacher else 3 * len(views)),
+      'batch': device_bytes(made.batch),
   }
   loss = {
-      'loss: logits': 4 * rows['at_a_time'] * _logits_of_a_row(config, local, parts) * (5 if has_teacher else 3),
-      'loss: head': head_bytes(config, local, place),
+      'loss: logits': 4 * rows * logits * (5 if made.teacher else 3),
+      'loss: head': head_bytes(options, made, local),
   }
   one = dataclasses.replace(local, layers=1)
   layer = {
-      'layer: values': (saved_bytes(one, config.compute.dtype, 'none', rows['at_a_time'], max(views))
-                        + 2 * others * max(views)),
-      'layer: weights': whole_bytes(spec_lib.count(transformer.spec(one)['layers']), config, place),
+      'layer: values': saved_bytes(one, compute.dtype, 'none', rows, max(views)) + 2 * others * max(views),
+      'layer: weights': whole_bytes(spec_lib.count(transformer.spec(one)['layers']), options, place),
   }
   total = sum(held.values()) + max(sum(loss.values()), sum(layer.values()))
   return held | loss | layer | {'total': total}
 
 
-def _batch_bytes_of_a_row(config):
-  size = sum(x.nbytes for x in jax.tree.leaves(packing.pack_row([], config.data.length)))
-  stored = 'distill' in config and config.teacher.logits   # of each position the likeliest tokens, and two numbers more
-  return size + (config.data.length * (8 * config.teacher.top_k + 8) if stored else 0)
-
-
-def _logits_of_a_row(config, local, parts):
-  """Of a device's part of a row."""
-  length = config.data.length // parts
-  return length * local.labels if 'segment' in config else min(config.chunk, length) * local.vocab
-
-
-def _size(dtype):
-  return jnp.dtype(dtype).itemsize
-
-
-def _teacher_specs(cfg):
-  return transformer.spec(dataclasses.replace(cfg, learned_sinks=0))
-
-
-def teacher_bytes(config, cfg, place) -> int:
-  """Bytes of a device's part of the teacher."""
-  specs, place = _teacher_specs(cfg), setup.teacher_placement(config, place)
-  if config.teacher.dtype != 'int8':
-    return sharded_bytes(specs, place, config.teacher.dtype)
-  arrays = jax.eval_shape(lambda params: weights.quantize(params, config.teacher.compute_dtype),
-                          spec_lib.abstract(specs, config.model.dtype))
-  shardings = weights.quantized_shardings(spec_lib.shardings(specs, place.mesh, place.rules))
-  parts = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, arrays, shardings)
-  return sum(jax.tree.leaves(parts))
-
-
-def _views(config):
-  """Tokens of each of the student's forward passes."""
-  if 'finetune' not in config or config.finetune.mode == 'block':
-    return [student_tokens(config)]
-  return [config.data.length] + [student_tokens(config)] * (config.finetune.mode == 'both')
-
-
-def sharded_bytes(specs, place, dtype) -> int:
-  """Bytes of a device's part of the parameters."""
-  return _size(dtype) * sum(math.prod(place.sharding(spec.axes).shard_shape(spec.shape))
-                    for spec in jax.tree.leaves(specs, is_leaf=_is_spec))
-
-
-def optimizer_bytes(config, specs, place) -> int:
-  """Bytes of a device's part of the optimizer's state; what belongs to a parameter is placed like it."""
-  optimizer = optim.make_optimizer(setup.optim_config(config))
-  state = jax.eval_shape(optimizer.init, spec_lib.abstract(specs, config.model.dtype))
-  shardings = tree.named_leaves(spec_lib.shardings(specs, place.mesh, place.rules))
-  total = 0
-  for name, leaf in tree.named_leaves(state):
-    owner = next((sharding for param, sharding in shardings if name.endswith(f'/{param}')), place.replicated())
-    total += math.prod(owner.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-  return total
+def device_bytes(arrays, dtype: str | None = None) -> int:
+  """Bytes of a device's part of abstract arrays with shardings; `dtype`: as if they were of this one."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(dtype or x.dtype).itemsize
+             for x in jax.tree.leaves(arrays))
 
 
 def share(cfg, place) -> transformer.ModelConfig:
@@ -303,25 +187,26 @@ def share(cfg, place) -> transformer.ModelConfig:
                              mlp=cfg.mlp // place.size('mlp'), vocab=cfg.vocab // place.size('vocab'))
 
 
-def whole_bytes(count, config, place) -> int:
+def whole_bytes(count, options, place) -> int:
   """Bytes of weights and their gradient while they are whole along the model width, beside a device's part of them."""
-  gathered = 2 * _size(config.model.dtype) if place.size('embed') > 1 else 0
-  cast = _size(config.compute.dtype) if config.compute.dtype != config.model.dtype else 0
-  return count * (gathered + cast)
+  kept, used = options.model.dtype, options.compute.dtype
+  gathered = 2 * jnp.dtype(kept).itemsize if place.size('embed') > 1 else 0
+  return count * (gathered + (jnp.dtype(used).itemsize if used != kept else 0))
 
 
-def head_bytes(config, local, place) -> int:
+def head_bytes(options, made, local) -> int:
   """Bytes of the output matrices of student and teacher while they are whole."""
-  count = flops.head_weights(local)
-  copies = 'distill' in config and not config.teacher.logits and (
-      place.size('embed') > 1 or config.teacher.dtype != config.teacher.compute_dtype)
-  return whole_bytes(count, config, place) + (count * _size(config.teacher.compute_dtype) if copies else 0)
+  count, teacher = flops.head_weights(local), made.teacher
+  copies = teacher and (made.placement.size('embed') > 1 or teacher.dtype != teacher.compute_dtype)
+  return whole_bytes(count, options, made.placement) + (
+      count * jnp.dtype(teacher.compute_dtype).itemsize if copies else 0)
 
 
-def cast_bytes(config, specs, place) -> int:
-  if config.compute.remat == 'full' or config.compute.dtype == config.model.dtype:
+def cast_bytes(options, made) -> int:
+  if options.compute.remat == 'full' or options.compute.dtype == options.model.dtype:
     return 0
-  return sharded_bytes(specs['layers'], place, config.compute.dtype)
+  layers = job.abstract_params(transformer.spec(made.cfg)['layers'], options.compute.dtype, made.placement)
+  return device_bytes(layers)
 
 
 def saved_bytes(cfg, dtype: str, remat: str, rows: int, tokens: int) -> int:
@@ -493,10 +378,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def round_batch_up(config, devices: int) -> str:
   """Makes config.batch one that the devices can share, so that there is something to show. Returns what was wrong."""
+  options = importlib.import_module(f'blockattn.train.{job.trainer_of(config)}').read(config)
+  placement = job.abstract_placement(options, devices)
   try:
-    setup.check_batch_divides(config, placement(config, devices))
+    job.check_batch_divides(options, placement)
   except ValueError as error:
-    config.batch = setup.next_batch(config, placement(config, devices))
+    config.batch = job.next_batch(options, placement)
     return str(error)
   return ''
 

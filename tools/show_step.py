@@ -31,10 +31,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import blocks, mesh as mesh_lib, tree
+from blockattn import mesh as mesh_lib, tree
 from blockattn.kernels import context_parallel
 from blockattn.models import classifier, flops, spec as spec_lib
-from blockattn.train import setup
+from blockattn.train import job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +68,11 @@ DEVICES = {
 }
 
 
-def estimate(config, cfg, place, trained, device: Device | None, *, mfu: float = 0.4,
+def estimate(options: job.Options, made: job.Job, device: Device | None, *, mfu: float = 0.4,
              links: float | None = None) -> dict:
   """A row per quantity of the module's docstring.
 
   Args:
-    cfg: the trained model.
-    place: mesh_lib.Placement; its devices need not exist.
-    trained: what has gradients, as a tree of ParamSpec.
     device: None: nothing is said about time.
     mfu: share of the peak that operations are assumed to reach.
     links: bytes per second, in place of the device's.
@@ -84,8 +81,8 @@ def estimate(config, cfg, place, trained, device: Device | None, *, mfu: float =
     {'flops': of a device, 'received': {part: bytes}, and with a device 'peak' (FLOP/s), 'assumed_mfu', 'links', 'seconds',
     'seconds_of_operations' (at the assumed MFU), 'seconds_of_links', 'mfu', 'tokens_per_s' (of all devices)}.
   """
-  devices = math.prod(place.mesh.shape.values())
-  needed, received = operations(config, cfg) / devices, received_bytes(config, cfg, place, trained)
+  devices = math.prod(made.placement.mesh.shape.values())
+  needed, received = operations(options, made) / devices, received_bytes(options, made)
   found = {'flops': needed, 'received': received}
   if device is None:
     return found
@@ -95,41 +92,28 @@ def estimate(config, cfg, place, trained, device: Device | None, *, mfu: float =
   seconds = max(computing, sending)
   return found | {'peak': peak, 'assumed_mfu': mfu, 'links': links, 'seconds': seconds,
                   'seconds_of_operations': computing, 'seconds_of_links': sending, 'mfu': needed / peak / seconds,
-                  'tokens_per_s': config.batch * config.data.length / seconds}
+                  'tokens_per_s': options.batch * options.data.length / seconds}
 
 
-def operations(config, cfg) -> float:
+def operations(options: job.Options, made: job.Job) -> float:
   """Of a step, over all devices."""
-  length = config.data.length
-  count = min(config.data.max_blocks, length)
+  length = options.data.length
+  count = min(made.blocks.max_blocks, length) if made.blocks else 1
   cut = flops.one_document(np.diff(np.linspace(0, length, count + 1).round()))
-  once = setup.step_flops(config, cfg)(cut)
-  return config.batch * once.total(loss_tokens(config, cut))
+  return options.batch * made.flops(cut).total(made.loss_tokens(cut))
 
 
-def loss_tokens(config, cut: flops.Blocks) -> float:
-  """Of a row, in all of the student's passes."""
-  everything, last = float(cut.sizes.sum()), float(cut.sizes[-1])
-  if 'distill' in config:
-    d = config.distill
-    lifted = d.drop_rate if d.drop_mode in ('lift', 'isolate') else 0.0
-    return {'text': everything, 'readers': last + lifted * (everything - last), 'answer': last}[d.loss_over]
-  if 'finetune' in config:
-    return (everything if config.finetune.text_weight else last) * (1 + (config.finetune.mode == 'both'))
-  return 0.0   # a segmenter's head is counted with its layers
-
-
-def received_bytes(config, cfg, place, trained) -> dict[str, float]:
+def received_bytes(options: job.Options, made: job.Job) -> dict[str, float]:
   """Bytes that a device receives in a step, at least, by part."""
-  local, kept = jnp.dtype(config.compute.dtype).itemsize, jnp.dtype(config.model.dtype).itemsize
-  rows = config.batch / place.size('batch') / config.accumulate
-  read_far = 'distill' in config and config.distill.drop_rate > 0 and config.distill.drop_mode in ('lift', 'isolate')
-  passes = [_Pass(place, config.data.length if mode == 'full' else _block_length(config), min(local, kept), 1,
-                  context_parallel=mode == 'block' and config.compute.sent != 0 and not read_far) for mode in _views(config)]
-  if 'distill' in config and not config.teacher.logits:
-    sizes = [jnp.dtype(dtype).itemsize for dtype in (config.teacher.dtype, config.teacher.compute_dtype)]
-    passes.append(_Pass(setup.teacher_placement(config, place), config.data.length, min(sizes), 0))
-  again = 1 if config.compute.remat == 'full' else 0
+  place, cfg, compute = made.placement, made.cfg, options.compute
+  local, kept = jnp.dtype(compute.dtype).itemsize, jnp.dtype(options.model.dtype).itemsize
+  rows = options.batch / place.size('batch') / options.accumulate
+  passes = [_Pass(place, view.tokens, min(local, kept), 1, divided=view.near and compute.far_queries != 0)
+            for view in made.views]
+  if made.teacher:
+    sizes = [jnp.dtype(dtype).itemsize for dtype in (made.teacher.dtype, made.teacher.compute_dtype)]
+    passes.append(_Pass(made.teacher.placement, options.data.length, min(sizes), 0))
+  again = 1 if compute.remat == 'full' else 0
   weights = activations = 0.0
   gathered = [leaf for name, leaf in tree.named_leaves(classifier.spec(cfg), is_leaf=_is_spec)
               if name != 'embed' or cfg.tied and not isinstance(cfg, classifier.ClassifierConfig)]
@@ -140,15 +124,14 @@ def received_bytes(config, cfg, place, trained) -> dict[str, float]:
     tensor, context = one.place.size('mlp'), one.place.size('tokens')
     activations += cfg.layers * state * cfg.width * 2 * 2 * _part(tensor) * (forwards + one.backward)
     shared, heads = (n / one.place.size('kv_heads') * cfg.head_dim for n in (cfg.kv_heads, cfg.heads))
-    if one.context_parallel and context > 2:
-      wanted = None if config.compute.sent == -1 else config.compute.sent
-      sent = rows * context_parallel.most_sent(one.tokens // context, one.tokens, wanted)
+    if one.divided and context > 2:
+      sent = rows * context_parallel.most_sent(one.tokens // context, one.tokens, compute.far_queries)
       read = state * 2 * shared + sent * 2 * heads * _part(context) * (local + 4)
     else:
       read = state * context * 2 * shared * _part(context)
     activations += cfg.layers * read * (forwards + one.backward)
-  slices = config.accumulate
-  return {'weights': slices * weights, 'gradients': slices * min(local, kept) * gradient_elements(trained, place),
+  slices = options.accumulate
+  return {'weights': slices * weights, 'gradients': slices * min(local, kept) * gradient_elements(made.specs, place),
           'activations': slices * activations}
 
 
@@ -161,16 +144,6 @@ class _Pass:
   size: int
   backward: int
   context_parallel: bool = False
-
-
-def _views(config):
-  if 'finetune' in config:
-    return ('full', 'block') if config.finetune.mode == 'both' else (config.finetune.mode,)
-  return ('full',) if 'segment' in config else ('block',)
-
-
-def _block_length(config):
-  return blocks.padded_length(config.data.length, config.blocks.sinks, config.data.max_blocks)
 
 
 def gradient_elements(specs, place) -> float:

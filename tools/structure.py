@@ -5,15 +5,13 @@
 The ending of a file's name says what it is: .md .rst .tex .html, .py and other source code (tree-sitter), .json transcripts
 {"turns": [{"speaker", "text", "topic"}, ...]}, .eml messages and .mbox threads. Writes one line for each document and
 prints the files that gave none, with the reason. The exit code is 0; 1 if there is no document at all; 2 if the folder or
-an option is no good.
+an option must be mended.
 """
 
 import collections
 import pathlib
 import re
 import sys
-
-import rich.console
 
 from blockattn.segmentation.semanticseg import schema, structure
 from tools import arguments
@@ -78,9 +76,7 @@ def print_skipped(skipped, console):
 
 def main(argv=None) -> int:
   args = _arguments(argv)
-  # Text of the files may look like rich's markup; a pipe has no width of its own.
-  plain = {'markup': False, 'emoji': False, 'highlight': False, 'soft_wrap': True}
-  out, err = rich.console.Console(**plain), rich.console.Console(stderr=True, **plain)
+  out, err = arguments.consoles()
   skipped = collections.defaultdict(list)
   try:
     counts = build(args, lambda path, error: skipped[error.reason].append((path, error)))

@@ -19,7 +19,7 @@ PIECES = r' ?\p{L}+|\p{N}|_+| ?[^\s\p{L}\p{N}_]+|\s'
 def page_texts(count):
   """The text of `count` training pages, half of them with made-up names."""
   containers = stdlib.split_containers(stdlib.read_containers(), 'train')
-  style = stdlib.PageStyle(renamed=0.5, doc_chars=40, seed=1)
+  style = stdlib.PageStyle(renamed=0.5, split_words=0, seed=1)
   for i in range(count):
     page = stdlib.make_page(i, containers, style)
     yield ''.join(page['blocks']) + page['prompt'] + page['response']

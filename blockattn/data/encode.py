@@ -150,7 +150,7 @@ def _plain_state(tokenizer):
 
 @functools.lru_cache(maxsize=8)   # a copy of a large tokenizer takes seconds
 def token_ends(tokenizer: Any) -> Callable[[Sequence[str]], list[np.ndarray]]:
-  """What says where the tokens of texts end that are encoded alone, see `granularity.TokenEnds`.
+  """What says where the tokens of texts end that are encoded alone, see `segmentation.forced.TokenEnds`.
 
   Args:
     tokenizer: see `plain`; or a folder or hub name; or a function, text -> its number of tokens, of which the ends are

@@ -81,8 +81,8 @@ class PageStyle:
   members: tuple[int, int] = (2, 4)
   questions: tuple[int, int] = (1, 1)
   doc_chars: int = 40
-  renamed: float = 0.0
-  split_words: int = 0
+  renamed: float = 0.7
+  split_words: int = 3
   seed: int = 0
 
   def __post_init__(self):

@@ -119,11 +119,6 @@ class DocStore:
     """Blocks of each document."""
     return np.diff(self._arrays['block_ends'], prepend=0)
 
-  @property
-  def block_lengths(self) -> np.ndarray:
-    """Tokens of each block of every document."""
-    return self._arrays['lengths']
-
 
 class _Growing:
   """A .npy file that is appended to. numpy pads the header so that the first axis can grow in place."""

@@ -136,6 +136,12 @@ def spread(stored: Mapping[str, np.ndarray], text: np.ndarray) -> dict[str, np.n
           'target_log_p': place(stored['target_log_p'], np.float32), 'blocked_log_p': place(blocked, np.float32)}
 
 
+def empty(length: int, top_k: int) -> dict[str, np.ndarray]:
+  """What `TaughtRows` gives of a row without tokens."""
+  of_token, of_top = np.zeros(length, np.float32), np.zeros((length, top_k), np.float32)
+  return {'ids': of_top.astype(np.int32), 'log_p': of_top, 'target_log_p': of_token, 'blocked_log_p': of_token}
+
+
 def record(row, said: Mapping[str, np.ndarray], vocab: int) -> dict[str, np.ndarray]:
   """The arrays to write of a row.
 

@@ -59,7 +59,7 @@ def choose(impl: str, device) -> Choice:
 
 @jax.named_scope('block_attention')
 def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl: str = 'auto',
-                    tiles: tuple[int, int] | None = None):
+                    tiles: tuple[int, int] | None = None, platform: str | None = None):
   """Attention of each query to the keys that `blocks.may_attend` allows.
 
   Args:
@@ -68,6 +68,7 @@ def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl:
     layout: BlockLayout of [B, T] arrays, traced or not: new boundaries never recompile.
     impl: 'reference' (dense, quadratic in memory), 'xla' (everywhere), 'tpu', 'gpu' (Hopper), or 'auto', see `resolve`.
     tiles: (query_tile, key_tile) in tokens, by default `tiles.default`; one must divide the other.
+    platform: JAX's name of what it is compiled for; by default that of this process.
 
   Returns:
     [B, T, N, H] in q's dtype; exactly zero, with zero gradients, in padding rows.
@@ -75,7 +76,7 @@ def block_attention(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl:
   Raises:
     ValueError: the implementation is unknown, or shapes, dtypes or tiles do not fit together.
   """
-  return _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles)[0]
+  return _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles, platform)[0]
 
 
 def block_attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, *, impl: str = 'auto',
@@ -85,29 +86,31 @@ def block_attention_and_lse(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
   Returns:
     (out_BTNH, the logsumexp of each query's scores, float32 [B, T, N], -inf in padding rows).
   """
-  out, lse = _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles)
+  out, lse = _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles, None)
   return out, jnp.where((layout.doc != 0)[..., None], lse, -jnp.inf)
 
 
-def _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles):
+def _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles, platform):
   check_arguments(q_BTNH, k_BSKH, v_BSKH, layout)
-  impl = resolve(impl, jax.default_backend())
+  platform = platform or jax.default_backend()
+  impl = resolve(impl, platform)
   if impl == 'reference':
     return reference.attention(q_BTNH, k_BSKH, v_BSKH, layout)
   marks = schedule.token_marks(layout)
-  return _MODULES[impl].attention(q_BTNH, k_BSKH, v_BSKH, marks, _tiles(tiles, impl, q_BTNH))
+  return _MODULES[impl].attention(q_BTNH, k_BSKH, v_BSKH, marks, _tiles(tiles, impl, platform, q_BTNH))
 
 
-def _tiles(tiles, impl, x_BTNH):
+def _tiles(tiles, impl, platform, x_BTNH):
   if tiles is None:
-    tiles = tile_sizes.default(impl, jax.default_backend(), length=x_BTNH.shape[1], head_dim=x_BTNH.shape[3])
+    tiles = tile_sizes.default(impl, platform, length=x_BTNH.shape[1], head_dim=x_BTNH.shape[3])
   return tile_sizes.Tiles(*tiles)
 
 
 def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, mesh: Mesh, *,
                             batch_axes: tuple[str, ...] = (), head_axes: tuple[str, ...] = (),
                             context_axes: tuple[str, ...] = (), impl: str = 'auto',
-                            tiles: tuple[int, int] | None = None, sent: int | None = None):
+                            tiles: tuple[int, int] | None = None, sent: int | None = None,
+                            platform: str | None = None):
   """`block_attention` with the batch, the heads and the sequence sharded over a mesh, each device on its own part.
 
   The tile loop runs over batch rows one after the other, so automatic sharding would gather them; here every device
@@ -122,6 +125,7 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
       Tiles that are not given are as large as divides.
     sent: of a sharded row, how many queries that read far back are sent to the keys; if there are more, the keys and
       values are brought to the queries. None: `context_parallel.most_sent`.
+    platform: as of `block_attention`.
 
   Raises:
     ValueError: as `block_attention`, or an axis does not divide its dimension.
@@ -133,15 +137,16 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
   _check_divides(mesh, context_axes, 'tokens', q_BTNH.shape[1])
   heads = PartitionSpec(batch_axes or None, context_axes or None, head_axes or None, None)
   tokens = PartitionSpec(batch_axes or None, context_axes or None)
-  attend = lambda q, k, v, part: block_attention(q, k, v, part, impl=impl, tiles=tiles)
+  attend = lambda q, k, v, part: block_attention(q, k, v, part, impl=impl, tiles=tiles, platform=platform)
   if context_axes:
-    impl = resolve(impl, jax.default_backend())
+    platform = platform or jax.default_backend()
+    impl = resolve(impl, platform)
     if impl == 'reference':
       raise ValueError(f'attention impl {impl!r} cannot divide the sequence over {context_axes}; use impl="xla"')
-    own = None if tiles is None else _tiles(tiles, impl, q_BTNH)
+    own = None if tiles is None else _tiles(tiles, impl, platform, q_BTNH)
     attend = jax.named_scope('block_attention')(functools.partial(
         context_parallel.attention, _MODULES[impl].attention, axes=context_axes, others=batch_axes, sent=sent,
-        tiles=_tiles(None, impl, q_BTNH), own_tiles=own))
+        tiles=_tiles(None, impl, platform, q_BTNH), own_tiles=own))
   # check_vma=False: the loops of the kernel start from zeros, which the check would want marked per device.
   return jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,
                        check_vma=False)(q_BTNH, k_BSKH, v_BSKH, layout)

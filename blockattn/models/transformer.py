@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from blockattn import mesh as mesh_lib
+from blockattn import errors, mesh as mesh_lib, options
 from blockattn.kernels import api
 from blockattn.models import weights as weights_lib
 from blockattn.models.spec import ParamSpec
@@ -59,19 +59,33 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-  """How to compute, which never changes what is computed."""
-  dtype: str = 'float32'            # of activations
-  impl: str = 'auto'                # attention implementation, see kernels.api
+  """How to compute, which never changes what is computed.
+
+  Attributes:
+    dtype: of activations: float32, bfloat16
+    impl: attention: reference, xla, tpu, gpu; auto: see kernels.api
+    tiles: (query tile, key tile); None: by device
+    remat: what the backward pass computes again: none, dots (all but matmuls), full
+    far_queries: context parallelism: queries of a row that are sent to far keys, at most; None: 1 in 64
+    placement: the mesh with its rules; None: one device.
+    platform: JAX's name of what computes, 'cpu', 'gpu' or 'tpu', which need not be here; None: that of this process.
+  """
+  dtype: str = 'float32'
+  impl: str = 'auto'
   tiles: tuple[int, int] | None = None
-  remat: str = 'none'               # what the backward pass computes again: 'none', 'dots' (all but matmuls), 'full'
-  sent: int | None = None           # under context parallelism: see kernels.api.block_attention_on_mesh
-  placement: mesh_lib.Placement | None = None
+  remat: str = 'none'
+  far_queries: int | None = None
+  placement: mesh_lib.Placement | None = options.not_a_key(default=None)
+  platform: str | None = options.not_a_key(default=None)
 
   def __post_init__(self):
-    if self.remat not in REMAT:
-      raise ValueError(f'remat={self.remat!r}; choose one of {", ".join(REMAT)}')
-    if self.sent is not None and self.sent < 0:
-      raise ValueError(f'sent={self.sent}; give a number of queries from 0')
+    errors.check_choice('config.compute.remat', self.remat, REMAT)
+    if self.far_queries is not None:
+      errors.check_number('config.compute.far_queries', self.far_queries, 0)
+    for size in self.tiles or ():
+      errors.check_number('config.compute.tiles', size, 1)
+    if len(self.tiles or (0, 0)) != 2:
+      raise ValueError(f'config.compute.tiles={self.tiles}; give two numbers, of a query tile and of a key tile: 128,128')
 
   @property
   def row_parts(self) -> int:
@@ -225,6 +239,16 @@ def project(x, head_VD):
   return dense(x, weights_lib.cast(turned, x.dtype), out=jnp.float32)
 
 
+def head_function(params, cfg: ModelConfig):
+  """Hidden states -> float32 logits, as a pytree of the head."""
+  return jax.tree_util.Partial(by_head, head_of(params, cfg))
+
+
+def by_head(head_VD, x):
+  """`project`, the head first."""
+  return project(x, head_VD)
+
+
 def logits(params, x, cfg: ModelConfig):
   """Float32 logits [..., V] of hidden states [..., D]."""
   return project(x, head_of(params, cfg))
@@ -241,12 +265,13 @@ def _mlp(h, w, cfg):
 
 def _attend(q, k, v, layout, compute):
   if compute.placement is None:
-    return api.block_attention(q, k, v, layout, impl=compute.impl, tiles=compute.tiles)
+    return api.block_attention(q, k, v, layout, impl=compute.impl, tiles=compute.tiles,
+                               platform=compute.platform)
   place = compute.placement
   context_axes = place.mesh_axes('tokens') if compute.row_parts > 1 else ()
   return api.block_attention_on_mesh(q, k, v, layout, place.mesh, batch_axes=place.mesh_axes('batch'),
                                      head_axes=place.mesh_axes('kv_heads'), context_axes=context_axes, impl=compute.impl,
-                                     tiles=compute.tiles, sent=compute.sent)
+                                     tiles=compute.tiles, sent=compute.far_queries, platform=compute.platform)
 
 
 @jax.named_scope('embed')

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from blockattn import errors
+from blockattn import errors, options as options_lib
 from blockattn.data import packing
 from blockattn.segmentation import markers, measures, variation
 from blockattn.segmentation.model import IGNORED
@@ -46,7 +46,7 @@ class DrawOptions:
     drop: share of the tokens of a pooled unit that are read as nothing, in half of the rows.
     tolerance: candidates so near to a cut are not trained on.
   """
-  length: int
+  length: int = options_lib.not_a_key()
   temperature: float = 4.0
   variants: int = 4
   bare: float = 0.4
@@ -177,9 +177,9 @@ class DrawnRows:
       raise ValueError('no documents to train on')
     self._least = 3 * reader.options.longest + reader.options.ahead   # positions that a text is begun in
     if options.length <= self._least:
-      raise ValueError(f'config.data.length={options.length} is too short: three units of up to config.segment.head + tail '
-                       f'= {reader.options.longest - 1} tokens have to fit; give more than {self._least}, or a smaller '
-                       'config.segment.head and tail')
+      raise ValueError(f'config.data.length={options.length} is too short: three units of up to config.segment.read.head + '
+                       f'tail = {reader.options.longest - 1} tokens have to fit; give more than {self._least}, or a smaller '
+                       'config.segment.read.head and tail')
     self.length, self._reader, self._options, self._seed = options.length, reader, options, seed
     self._coded = {}
     self.categories = sorted(self._by_category)

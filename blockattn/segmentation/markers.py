@@ -27,6 +27,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from blockattn import errors, options as options_lib
+
 STYLES = ('text', 'token', 'none', 'pooled')
 CUT_TOKEN = '<|cut|>'
 GAP_TOKENS = ('<|gap_1|>', '<|gap_2|>', '<|gap_3|>', '<|gap_4|>')   # 1-7, 8-31, 32-127, more tokens left out
@@ -82,17 +84,15 @@ class ReadOptions:
   middle: int = 0
   ahead: int = 1
   cohesion: bool = False
-  separators: str = SEPARATORS
+  separators: str = options_lib.not_a_key(default=SEPARATORS)
 
   def __post_init__(self):
-    if self.style not in STYLES:
-      raise ValueError(f'marker style {self.style!r}; choose one of {", ".join(STYLES)}')
-    if self.head < 1 or self.tail < 1 or self.inner < 0:
-      raise ValueError(f'units of head={self.head}, tail={self.tail}, inner={self.inner} tokens: a unit is read as one '
-                       'token of its head and one of its tail at least')
-    if self.middle < 0 or (self.middle and self.style != 'pooled'):
+    errors.check_choice('config.segment.read.style', self.style, STYLES)
+    for name, least in (('head', 1), ('tail', 1), ('inner', 0), ('middle', 0), ('ahead', 1)):
+      errors.check_number(f'config.segment.read.{name}', getattr(self, name), least)
+    if self.middle and self.style != 'pooled':
       raise ValueError(f'middle={self.middle} with marker style {self.style!r}; only pooled units have a middle')
-    if self.ahead < 1 or (self.ahead > 1 and self.style != 'pooled'):
+    if self.ahead > 1 and self.style != 'pooled':
       raise ValueError(f'ahead={self.ahead} with marker style {self.style!r}; a decision is read at the next marker '
                        '(ahead=1), or, in the pooled style, some units later')
     if self.cohesion and self.style != 'pooled':

@@ -18,6 +18,7 @@ from blockattn.segmentation.semanticseg import structure_cuts
 AVERAGE, SHORT = structure_cuts.DEFAULT.average, structure_cuts.DEFAULT.shortest
 
 _RANKS = 7      # of a level, 0 for no heading
+_RIDGE = 0.1    # of the penalty in `fit`, _RIDGE / 2 times the sum of squares
 _STEPS = 25     # of a length: 0 for none, then half powers of two from 2 ** 5 characters on
 
 _HEADING = r'''(?mx)^(?:
@@ -172,12 +173,11 @@ class Shift:
 _SHAPES = {'average': (_RANKS, _STEPS), 'chosen': (_RANKS, 2), 'since': (_STEPS,), 'until': (_STEPS,)}
 
 
-def fit(found: Sequence[Levels], log_odds: Sequence[np.ndarray], cut: Sequence[np.ndarray], ridge: float = 0.1) -> Shift:
+def fit(found: Sequence[Levels], log_odds: Sequence[np.ndarray], cut: Sequence[np.ndarray]) -> Shift:
   """The Shift under which log-odds say best which headings are cuts: logistic regression with a penalty, by Newton's method.
 
   Args:
     found, log_odds, cut: of each text the Levels, and of all its places the log-odds and whether there is a cut.
-    ridge: of the penalty, ridge / 2 times the sum of squares.
 
   Raises:
     ValueError: there are no headings.
@@ -193,8 +193,8 @@ def fit(found: Sequence[Levels], log_odds: Sequence[np.ndarray], cut: Sequence[n
   weights = np.zeros(len(used))
   for _ in range(50):
     p = 1 / (1 + np.exp(-(start + design @ weights)))
-    slope = design.T @ (p - label) + ridge * weights
-    curve = (design.T * (p * (1 - p))) @ design + ridge * np.eye(len(used))
+    slope = design.T @ (p - label) + _RIDGE * weights
+    curve = (design.T * (p * (1 - p))) @ design + _RIDGE * np.eye(len(used))
     step = np.linalg.solve(curve, slope)
     weights -= step
     if np.abs(step).max() < 1e-6:

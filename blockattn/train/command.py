@@ -4,7 +4,6 @@ import argparse
 import ast
 import contextlib
 import functools
-import importlib.util
 import json
 import operator
 import os
@@ -12,18 +11,18 @@ import pathlib
 import platform
 import re
 import sys
-import tokenize
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import traverse_util
 
-from blockattn import checkpoint, disk, errors, multihost, tree
-from blockattn.train import loop, setup
+from blockattn import checkpoint, disk, errors, multihost, options as options_lib, tree
+from blockattn.kernels import api
+from blockattn.train import job, workdir as workdir_lib
 
 _OVERRIDE = re.compile(r'--?(no)?config\.([^=]+)(?:=(.*))?', re.S)
-_COMMON = pathlib.Path(__file__).resolve().parents[2] / 'configs' / 'common.py'   # of the checkout, as all configs are
 HELP = frozenset(('--help', '-help', '-h', '--helpshort', '--helpfull'))
 
 
@@ -33,37 +32,38 @@ def quiet_libraries():
   logging.set_verbosity(logging.WARNING)
 
 
-def main(run, section: str | None = None):
+def main(options_type: type, run):
   """Command line of a trainer.
 
   Args:
-    run: (config, workdir) -> anything.
-    section: the config's section of this trainer, for --help without a config.
+    options_type: the `Options` that it reads.
+    run: (options, workdir) -> anything.
   """
   from absl import app
   argv = sys.argv[1:]
   with _errors_as_a_line():
     if HELP & set(argv):
-      print(help_text([arg for arg in argv if arg not in HELP], section))
+      print(help_text([arg for arg in argv if arg not in HELP], options_type))
       return
     config, rest = read_config(argv)
-    options = _parser().parse_args(rest)
-    if not options.workdir:
+    args = _parser().parse_args(rest)
+    if not args.workdir:
       raise ValueError('--workdir is empty: name the folder of the run, for its checkpoints, metrics and config')
-    if options.profile is not None:
-      config.profile = options.profile
+    if args.profile is not None:
+      config.profile = args.profile
 
     def start(_):
       quiet_libraries()
-      check_local(config)
-      setup.check_reports(config)
-      with multihost.joined(options.multihost):
-        setup.use_cpu_cores(config)
-        check_hosts(config, options.workdir)
+      options = job.read(options_type, config)
+      check_local(options)
+      with multihost.joined(args.multihost):
+        job.use_cpu_cores(options)
+        check_hosts(options, args.workdir)
         if jax.process_index() == 0:
-          print(loop.attention(config), flush=True)
-        with loop.only_run_in(options.workdir):
-          run(config, options.workdir)
+          print(f'platform: {jax.default_backend()}, {jax.device_count()} devices\n'
+                f'{api.choose(options.compute.impl, jax.devices()[0])}', flush=True)
+        with workdir_lib.only_run_in(args.workdir):
+          run(options, args.workdir)
 
     app.run(start, argv=sys.argv[:1])
 
@@ -111,21 +111,21 @@ def _leave(code: int):
   os._exit(code)
 
 
-def check_local(config):
+def check_local(options):
   """Raises ValueError if a value of the config is a path on another machine; names the key."""
-  for key, value in loop.flat(loop.resolved(config)).items():
+  for key, value in options_lib.flat(options_lib.as_json(options)).items():
     disk.check_local(f'config.{key}={one}' for one in (value if isinstance(value, list) else [value]))
 
 
-def check_hosts(config, workdir):
+def check_hosts(options, workdir):
   """In a run of several processes, checks that all run the same, before anything is loaded or compiled.
 
   Raises:
     ValueError: names what differs.
   """
-  facts = {f'config.{key}': value for key, value in loop.flat(loop.resolved(config)).items()}
+  facts = {f'config.{key}': value for key, value in options_lib.flat(options_lib.as_json(options)).items()}
   multihost.check_equal('config', facts | {
-      'workdir': str(workdir), 'git commit': loop.git_commit(), 'Python': platform.python_version(),
+      'workdir': str(workdir), 'git commit': workdir_lib.git_commit(), 'Python': platform.python_version(),
       'jax': jax.__version__})
   if multihost.is_started():   # the devices are asked for only now: hosts of different versions may fail over them
     multihost.check_equal('devices', {'local devices': jax.local_device_count(),
@@ -186,14 +186,14 @@ def _take_overrides(argv, config) -> tuple[list[str], list[str]]:
       continue
     no, key, text = match.groups()
     _check_key(key, known, f'--config.{key}')
-    now = traverse_util.flatten_dict(known, sep='.').get(key)
-    if text is None and (no or _type_of(config, key) is bool):
+    kind = _type_of(config, key)
+    if text is None and (no or kind is bool):
       text = 'false' if no else 'true'
     elif text is None:
       text = next(given, None)
     if text is None:
       raise ValueError(f'{arg} lacks its value: {arg}=...')
-    if isinstance(now, tuple):
+    if kind is tuple:
       lists[key] = lists.get(key, ()) + read_list(text, texts=key.endswith('files'))
     else:
       overrides.append(f'--config.{key}={text}')
@@ -203,7 +203,8 @@ def _take_overrides(argv, config) -> tuple[list[str], list[str]]:
 def _type_of(config, key: str) -> type:
   """Of a key with dots, also where no value is set."""
   *sections, name = key.split('.')
-  return functools.reduce(operator.getitem, sections, config).get_type(name)
+  section = functools.reduce(operator.getitem, sections, config)
+  return section.get_type(name) if name in section else type(None)
 
 
 def read_list(text: str, texts: bool = False) -> tuple:
@@ -275,12 +276,13 @@ def read_overrides(path: str, config) -> dict[str, Any]:
   if not isinstance(values, dict):
     raise ValueError(f'{path}: give keys and values, as in `optim: {{lr: 0.001}}` or `optim.lr: 0.001`')
   now = traverse_util.flatten_dict(known, keep_empty_nodes=True, sep='.')
-  values = {key: _tuples(value) for key, value in loop.flat(values).items()}
+  values = {key: _tuples(value) for key, value in options_lib.flat(values).items()}
   for key, value in values.items():
     if now.get(key.rpartition('.')[0]) is traverse_util.empty_node:   # it says nothing of its keys, as model.fields
       continue
     _check_key(key, known, f'{path}: {key}')
-    values[key] = _like(now.get(key), value, f'{path}: {key}')
+    if value is not None or now.get(key) is not None:   # else it stays unset
+      values[key] = _like(_type_of(config, key), value, f'{path}: {key}')
   return values
 
 
@@ -288,28 +290,24 @@ def _tuples(value):
   return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _like(now, value, said):
-  """The value, if it is of the type that stands there now."""
-  if isinstance(now, float) and not isinstance(value, bool):
+def _like(kind, value, said):
+  """The value, if it is of this type."""
+  if kind is float and not isinstance(value, bool):
     with contextlib.suppress(TypeError, ValueError):   # YAML reads 1e-4 as a text
       return float(value)
-  if type(now) is not type(value):
-    raise ValueError(f'{said}={value!r}; this key takes {type(now).__name__}, such as {now!r}')
+  if type(value) is not kind:
+    raise ValueError(f'{said}={value!r}; this key takes {kind.__name__}')
   return value
 
 
 # --help
 
-def help_text(argv: Sequence[str], section: str | None) -> str:
+def help_text(argv: Sequence[str], options_type: type) -> str:
   """The options, and every key of the config with its value and what it means: of --config, else of all that the trainer
   reads."""
-  path = take_files(argv)[0]
-  config = _load([f'--config={path}']) if path else _defaults(section)
-  if config is None:
-    return f'{_parser().format_help()}\ngive --config FILE --help to see its keys'
-  ours = comments(_COMMON) if _COMMON.is_file() else {}
-  said = ours | comments(pathlib.Path(path.partition(':')[0])) | ours if path else ours   # in the order of ours
-  values = traverse_util.flatten_dict(config.to_dict(), keep_empty_nodes=True, sep='.')
+  path, said = take_files(argv)[0], options_lib.all_docs(options_type)
+  values = _load([f'--config={path}']).to_dict() if path else options_lib.defaults(options_type)
+  values = traverse_util.flatten_dict(values, keep_empty_nodes=True, sep='.')
   order, groups = {key: number for number, key in enumerate(said)}, {}
   at = lambda key: order.get(key, order.get(key.rpartition('.')[0], len(order)))
   for key in sorted(values, key=lambda key: ('.' in key, at(key))):
@@ -322,8 +320,9 @@ def help_text(argv: Sequence[str], section: str | None) -> str:
 
 
 def _described(pair: str, said: str) -> str:
-  between = ' ' if len(pair) <= 44 else f'\n{"":49}'
-  return f'    {pair:<44}{between}{said}'.rstrip()
+  indent = ' ' * 49
+  text = textwrap.fill(said, 125, initial_indent=indent, subsequent_indent=indent)
+  return f'    {pair}'.ljust(49) + text[49:] if len(pair) <= 44 else f'    {pair}\n{text}'.rstrip()
 
 
 def _shown(value) -> str:
@@ -332,28 +331,3 @@ def _shown(value) -> str:
   if isinstance(value, tuple) and not any(isinstance(part, tuple) for part in value):
     return ','.join(map(str, value))
   return str(value) if str(value) == str(value).strip() else repr(value)
-
-
-def _defaults(section):
-  """The config of a trainer as configs/common.py has it; None if there is none here."""
-  if not _COMMON.is_file():
-    return None
-  spec = importlib.util.spec_from_file_location('common_config', _COMMON)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.base()
-  if section:
-    getattr(module, f'add_{section}')(config)
-  return config
-
-
-def comments(path: pathlib.Path) -> dict[str, str]:
-  """{dotted key: the comment behind it} of every `config.KEY = ...` in a source file, in its order."""
-  with tokenize.open(path) as file:
-    source = file.read()
-  behind = {token.start[0]: token.string.lstrip('# ') for token in tokenize.generate_tokens(iter(
-      source.splitlines(keepends=True)).__next__) if token.type == tokenize.COMMENT}
-  assigned = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)]
-  keys = {ast.unparse(node.targets[0]): behind.get(node.end_lineno, '')
-          for node in sorted(assigned, key=lambda node: node.lineno)}
-  return {key.removeprefix('config.'): said for key, said in keys.items() if key.startswith('config.')}

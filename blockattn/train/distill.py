@@ -7,15 +7,18 @@ leaves open is a config key, see README).
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from blockattn import blocks, errors, losses, optim
-from blockattn.models import lora, transformer
-from blockattn.train import command, loop, setup
+from blockattn import blocks, errors, losses, mesh as mesh_lib, optim, options as options_lib
+from blockattn.data import teacher_logits
+from blockattn.hf import convert
+from blockattn.models import flops, lora, spec, transformer, weights
+from blockattn.train import command, inputs, job, loop, workdir as workdir_lib
 
 LOSS_OVER = ('readers', 'text', 'answer')
 
@@ -24,31 +27,29 @@ LOSS_OVER = ('readers', 'text', 'answer')
 class DistillOptions:
   """
   Attributes:
-    drop_rate: probability of block dropout per context block.
-    drop_mode: see blocks.drop_blocks.
-    loss_over: 'readers': all tokens of reading blocks, lifted ones included. 'text': all text tokens. 'answer'.
-    weights: token weighting.
-    temperature: of both distributions in the KL, which counts temperature^2 times.
-    ce_weight: of cross-entropy on the data, beside the KL.
+    drop_rate: block dropout, per context block
+    drop_mode: lift, isolate, merge, remove: see blocks.drop_blocks
+    loss_over: readers: all tokens of reading blocks, lifted ones included; text: all text tokens; answer
+    temperature: of both distributions in the KL, which counts temperature^2 times
+    ce_weight: of cross-entropy on the data, beside the KL
+    weights: how much a token counts, see losses.TokenWeights
     chunk: tokens per row whose logits exist at a time.
     accumulate: slices that a batch is computed in.
     seed: of block dropout.
   """
-  drop_rate: float
-  drop_mode: str
-  loss_over: str
-  weights: losses.TokenWeights
-  temperature: float
-  ce_weight: float
-  chunk: int
-  accumulate: int
-  seed: int
+  drop_rate: float = 0.2
+  drop_mode: str = 'lift'
+  loss_over: str = 'readers'
+  temperature: float = 1.0
+  ce_weight: float = 0.0
+  weights: losses.TokenWeights = losses.TokenWeights()
+  chunk: int = options_lib.not_a_key(default=512)
+  accumulate: int = options_lib.not_a_key(default=1)
+  seed: int = options_lib.not_a_key(default=0)
 
   def __post_init__(self):
-    if self.drop_mode not in blocks.DROP_MODES:
-      raise ValueError(f'config.distill.drop_mode={self.drop_mode!r}; choose one of {", ".join(blocks.DROP_MODES)}')
-    if self.loss_over not in LOSS_OVER:
-      raise ValueError(f'config.distill.loss_over={self.loss_over!r}; choose one of {", ".join(LOSS_OVER)}')
+    errors.check_choice('config.distill.drop_mode', self.drop_mode, blocks.DROP_MODES)
+    errors.check_choice('config.distill.loss_over', self.loss_over, LOSS_OVER)
     errors.check_number('config.distill.drop_rate', self.drop_rate, 0, 1)
     errors.check_number('config.distill.temperature', self.temperature, above=0)
     errors.check_number('config.distill.ce_weight', self.ce_weight, 0)
@@ -57,26 +58,81 @@ class DistillOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Models:
-  """Static facts of both models: what a step closes over."""
-  student: transformer.ModelConfig
-  teacher: transformer.ModelConfig
-  student_compute: transformer.Compute
-  teacher_compute: transformer.Compute
-  blocks: blocks.BlockOptions
-  low_rank: lora.LoraOptions = lora.NONE
+class TeacherOptions:
+  """
+  Attributes:
+    dtype: of its frozen parameters: float32, bfloat16, int8 (matrices of 8 bits)
+    compute_dtype: of its activations
+    rules: logical axis -> mesh axes, where they differ from config.rules
+    logits: offline distillation: folder of blockattn.train.teach, what it says, computed before; no teacher
+    top_k: tokens of each position that blockattn.train.teach keeps
+  """
+  dtype: str = 'float32'
+  compute_dtype: str = 'float32'
+  rules: tuple = ()
+  logits: str = ''
+  top_k: int = 64
+
+  def __post_init__(self):
+    errors.check_choice('config.teacher.dtype', self.dtype, (*job.DTYPES, 'int8'))
+    errors.check_choice('config.teacher.compute_dtype', self.compute_dtype, job.DTYPES)
+    errors.check_number('config.teacher.top_k', self.top_k, 1)
 
 
-@flax.struct.dataclass
-class Frozen:
-  """Parameters that a step reads and does not train.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(job.PromptOptions):
+  """
+  Attributes:
+    teacher: the frozen model, which is model.source with full attention
+    distill: the method, arXiv 2605.15913 as we read it
+  """
+  teacher: TeacherOptions
+  distill: DistillOptions
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.model.source:
+      raise ValueError('config.model.source is empty: distillation needs a trained teacher, a Hugging Face folder or name')
+
+
+def read(config) -> Options:
+  return job.read(Options, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A language model as two functions. Any will do; `transformer_model` makes that of models/transformer.
 
   Attributes:
-    teacher: the teacher's; None where what it says is stored with the rows.
-    base: what a LoRA student adds to, the same arrays as the teacher's where there is one; else None.
+    apply: (params, tokens [B, T], layout) -> hidden states [B, T, D]. What attends to what is `blocks.may_attend` of the
+      layout, and a token's place in its document `layout.position`.
+    head: params -> a function from hidden states [..., D] to float32 logits [..., V] that JAX can pass on, such as
+      jax.tree_util.Partial(project, matrix): the loss calls it on some tokens at a time.
   """
-  teacher: Any = None
-  base: Any = None
+  apply: Callable[[Any, jax.Array, blocks.BlockLayout], jax.Array]
+  head: Callable[[Any], Callable[[jax.Array], jax.Array]]
+
+
+def transformer_model(cfg: transformer.ModelConfig, compute: transformer.Compute) -> Model:
+  return Model(lambda params, tokens, layout: transformer.apply(params, tokens, layout, cfg, compute),
+               lambda params: transformer.head_function(params, cfg))
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+  """What a step closes over.
+
+  Attributes:
+    student, teacher: the models.
+    blocks: how block mode looks to the student.
+    attach: (frozen base, trained parameters) -> the student's parameters; None: they are what is trained.
+    row_parts: devices that the tokens of a row are divided over.
+  """
+  student: Model
+  teacher: Model
+  blocks: blocks.BlockOptions
+  attach: Callable[[Any, Any], Any] | None = None
+  row_parts: int = 1
 
 
 def loss_mask(batch, dropped: blocks.BlockLayout, options: DistillOptions):
@@ -102,42 +158,42 @@ def _answer_lost(batch, dropped):
   return jnp.take_along_axis(lost, doc, axis=1)
 
 
-def loss_sums(params, frozen: Frozen, batch, key, models: Models, options: DistillOptions):
+def loss_sums(params, frozen: job.Frozen, batch, key, models: Models, options: DistillOptions):
   """The sums of losses.distillation_sums for one batch; differentiable in params."""
   layout, position = batch['layout'], batch['layout'].position
   if 'teacher' in batch:
     teacher = losses.StoredTeacher(**batch['teacher'])
   else:
-    teacher = teacher_reading(frozen.teacher, batch, models.teacher, models.teacher_compute,
-                              positions=models.blocks.positions, blocked=options.weights.source == 'teacher')
+    teacher = teacher_reading(frozen.teacher, batch, models.teacher, positions=models.blocks.positions,
+                              blocked=options.weights.source == 'teacher')
   if options.drop_rate > 0:
     layout = blocks.drop_blocks(layout, key, rate=options.drop_rate, mode=options.drop_mode,
                                 positions=models.blocks.positions)
   mask = loss_mask(batch, layout, options)
   tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks)
-  student = lora.attach(frozen.base, params, models.low_rank) if models.low_rank.rank else params
+  student = params if models.attach is None else models.attach(frozen.base, params)
   with jax.named_scope('student'):
-    x_student = transformer.apply(student, tokens, student_layout, models.student, models.student_compute)
+    x_student = models.student.apply(student, tokens, student_layout)
   x_student = jnp.take_along_axis(x_student, index[..., None], axis=1)
   with jax.named_scope('loss'):
-    return losses.distillation_sums(losses.Reading(transformer.head_of(student, models.student), x_student), teacher,
+    return losses.distillation_sums(losses.Reading(models.student.head(student), x_student), teacher,
                                     batch['targets'], position, mask, weights=options.weights,
                                     temperature=options.temperature, ce_weight=options.ce_weight, chunk=options.chunk,
-                                    parts=models.student_compute.row_parts)
+                                    parts=models.row_parts)
 
 
 @jax.named_scope('teacher')
-def teacher_reading(teacher, batch, cfg, compute, *, positions: str, blocked: bool) -> losses.Reading:
+def teacher_reading(teacher, batch, model: Model, *, positions: str, blocked: bool) -> losses.Reading:
   """The teacher's reading with full attention, and, if it is wanted `blocked` too, under the block mask, without sinks. No
   gradient."""
   layout = batch['layout']
-  read = lambda layout: jax.lax.stop_gradient(transformer.apply(teacher, batch['tokens'], layout, cfg, compute))
-  return losses.Reading(transformer.head_of(teacher, cfg), read(blocks.as_one_block(layout)),
+  read = lambda layout: jax.lax.stop_gradient(model.apply(teacher, batch['tokens'], layout))
+  return losses.Reading(model.head(teacher), read(blocks.as_one_block(layout)),
                         read(blocks.with_positions(layout, positions)) if blocked else None)
 
 
 def make_step(models: Models, options: DistillOptions, optimizer, learning_rate):
-  """See `loop.make_step`; what is frozen is a `Frozen`."""
+  """See `loop.make_step`; what is frozen is a `job.Frozen`."""
   sums = lambda params, frozen, batch, key: loss_sums(params, frozen, batch, key, models, options)
   return loop.make_step(sums, _measure, optimizer, learning_rate, slices=options.accumulate, seed=options.seed)
 
@@ -154,50 +210,163 @@ def _measure(sums):
           'loss_tokens': sums['tokens']} | {f'kl_pos_{i}': kl_at[i] for i in range(losses.POSITION_BINS)}
 
 
-def run(config, workdir):
-  """Trains as the config says; returns (ModelConfig, params, BlockOptions) of the student.
+def step_flops(options: Options, cut: flops.Blocks, cfg) -> flops.Flops:
+  """The operations that both models need in a step, by where the blocks of the batch are; block dropout counts with its
+  mean."""
+  goal = options.distill
+  student = flops.in_blocks(cut, sinks=options.blocks.sinks, drop_rate=goal.drop_rate, drop_mode=goal.drop_mode)
+  total = flops.trained(flops.forward(cfg, student), frozen=options.lora.rank > 0)
+  if not options.teacher.logits:
+    total += flops.forward(cfg, flops.as_one_block(cut))
+  if goal.weights.source == 'teacher':
+    total += flops.forward(cfg, flops.in_blocks(cut))
+  return total
 
-  The params of a LoRA student are the trained ones alone, as its checkpoints hold them.
+
+def loss_tokens(goal: DistillOptions, cut: flops.Blocks) -> float:
+  everything, last = float(cut.sizes.sum()), float(cut.sizes[-1])
+  lifted = goal.drop_rate if goal.drop_mode in ('lift', 'isolate') else 0.0
+  return {'text': everything, 'readers': last + lifted * (everything - last), 'answer': last}[goal.loss_over]
+
+
+def teacher_placement(options: Options, placement: mesh_lib.Placement) -> mesh_lib.Placement:
+  """The same mesh with the teacher's rules: teacher.rules in place of those of the same names.
+
+  Raises:
+    ValueError: they place the rows of a batch, or the tokens of a row, elsewhere than the student's do.
   """
-  options, optim_config, low_rank = options_of(config), setup.optim_config(config), setup.lora_options(config)
-  if not config.model.source:
-    raise ValueError('config.model.source is empty: distillation needs a trained teacher, a Hugging Face folder or name')
-  place = setup.placement(config)
-  setup.check_batch(config, place)
-  teacher_place = setup.teacher_placement(config, place)
-  loop.save_run_facts(workdir, config)
-  tokenizer = setup.model_tokenizer(config)
-  source = setup.taught(config, setup.rows(config, tokenizer))
-  teacher_cfg, params = setup.load_model(config, place)
-  weights = setup.source_weights(config, params)
-  if config.teacher.logits:
-    setup.check_taught_weights(config.teacher.logits, config, weights)
-  cfg, block_options = setup.block_options(config, teacher_cfg, tokenizer)
-  models = Models(
-      student=cfg, teacher=teacher_cfg, student_compute=setup.compute(config, place),
-      teacher_compute=setup.compute(config, teacher_place, dtype=config.teacher.compute_dtype, remat='none'),
-      blocks=block_options, low_rank=low_rank)
-  frozen = Frozen(None if config.teacher.logits else setup.teacher_from(params, teacher_cfg, config, teacher_place))
-  params = setup.add_sink_rows(params, cfg, tokenizer, config.blocks.sink_text, place)
-  if low_rank.rank:
-    frozen = frozen.replace(base=frozen.teacher or {name: p for name, p in params.items() if name != 'sinks'})
-    params = setup.lora_start(params, cfg, low_rank, config, place)
-  optimizer = optim.make_optimizer(optim_config)
-  step_fn = make_step(models, options, optimizer, optim.learning_rate(optim_config))
-  state = loop.run(lambda state, batch: step_fn(state, frozen, batch), loop.init_state(params, optimizer),
-                   setup.batches(config, source), setup.loop_config(config, 'distilling', cfg), workdir,
-                   put_batch=place.put_batch,
-                   meta=setup.model_meta(cfg, block_options, config.model.source, 'distill', low_rank,
-                                         setup.prompt_meta(config, tokenizer), weights))
-  return cfg, state.params, block_options
+  rules = dict(placement.rules) | dict(options.teacher.rules)
+  other = mesh_lib.Placement(placement.mesh, tuple(rules.items()))
+  for axis in ('batch', 'tokens'):
+    if other.mesh_axes(axis) != placement.mesh_axes(axis):
+      raise ValueError(f'config.teacher.rules places {axis!r} on {other.mesh_axes(axis)}, config.rules on '
+                       f'{placement.mesh_axes(axis)}: teacher and student read the same batch, so both must be the same')
+  return other
 
 
-def options_of(config) -> DistillOptions:
-  setup.check_config(config, 'distill')
-  fields = dict(config.distill)
-  weights = losses.TokenWeights(**dict(fields.pop('weights')))
-  return DistillOptions(**fields, weights=weights, chunk=config.chunk, accumulate=config.accumulate, seed=config.seed)
+def teacher_compute(options: Options, placement: mesh_lib.Placement, platform: str) -> transformer.Compute:
+  """How the teacher computes, at its own placement: it keeps nothing for a backward pass."""
+  return job.compute_of(options.compute, placement, platform, dtype=options.teacher.compute_dtype, remat='none')
+
+
+def teacher_shardings(options: TeacherOptions, cfg, placement: mesh_lib.Placement):
+  """Raises ValueError, naming the parameter, if one cannot be cut evenly."""
+  plain = spec.shardings(transformer.spec(cfg), placement.mesh, placement.rules)
+  return weights.quantized_shardings(plain) if options.dtype == 'int8' else plain
+
+
+def as_teacher(params, options: TeacherOptions):
+  """A copy of the student's first parameters in teacher.dtype; 'int8': matrices of 8 bits, see models/weights.py, all else
+  in the dtype of its activations."""
+  if options.dtype == 'int8':
+    return weights.quantize(params, options.compute_dtype)
+  return jax.tree.map(lambda p: jnp.array(p, options.dtype, copy=True), params)
+
+
+def teacher_from(params, cfg, options: TeacherOptions, placement: mesh_lib.Placement):
+  """`as_teacher` of real parameters, whose buffers training reuses.
+
+  Args:
+    params: placed by the student's rules.
+    cfg: their ModelConfig, without learned sinks.
+    placement: the teacher's.
+  """
+  make = functools.partial(as_teacher, options=options)
+  return jax.jit(make, out_shardings=teacher_shardings(options, cfg, placement))(params)
+
+
+def abstract_teacher(options: Options, cfg, placement: mesh_lib.Placement):
+  """The teacher's parameters as abstract arrays."""
+  params = spec.abstract(transformer.spec(cfg), options.model.dtype)
+  arrays = jax.eval_shape(functools.partial(as_teacher, options=options.teacher), params)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arrays,
+                      teacher_shardings(options.teacher, cfg, placement))
+
+
+def build(options: Options, placement: mesh_lib.Placement, cfg: transformer.ModelConfig, *, platform: str,
+          sink: int = 0) -> job.Job:
+  """The distillation of a model, see job.Job; arguments as of finetune.build."""
+  goal, low_rank, length, stored = options.distill, options.lora, options.data.length, bool(options.teacher.logits)
+  student, form = job.block_options(options, cfg, sink)
+  padded = blocks.padded_length(length, options.blocks.sinks, form.max_blocks)
+  other = teacher_placement(options, placement)
+  job.check_batch(options, placement, platform, padded)
+  job.check_model(student, placement)
+  job.check_model(cfg, other, 'query heads of the teacher')
+  compute, reading = job.compute_of(options.compute, placement, platform), teacher_compute(options, other, platform)
+  attach = (lambda base, params: lora.attach(base, params, low_rank)) if low_rank.rank else None
+  models = Models(transformer_model(student, compute), transformer_model(cfg, reading), form, attach, compute.row_parts)
+  optimizer, specs = optim.make_optimizer(options.optim), job.trained_specs(student, low_rank)
+  teacher, base = None if stored else abstract_teacher(options, cfg, other), job.base_of(options, student, placement)
+  return job.Job(
+      placement=placement, cfg=student, blocks=form, specs=specs, optimizer=optimizer,
+      step=make_step(models, goal, optimizer, optim.learning_rate(options.optim)),
+      state=job.abstract_state(specs, options.model.dtype, optimizer, placement),
+      frozen=job.Frozen(teacher, (teacher or base) if low_rank.rank else None),
+      batch=job.abstract_batch(options, placement, **(
+          {'teacher': teacher_logits.empty(length, options.teacher.top_k)} if stored else {})),
+      views=(job.View(padded, near=not (goal.drop_rate > 0 and goal.drop_mode in ('lift', 'isolate'))),),
+      teacher=None if stored else job.Teacher(other, options.teacher.dtype, options.teacher.compute_dtype),
+      flops=lambda cut: step_flops(options, cut, student), loss_tokens=lambda cut: loss_tokens(goal, cut),
+      logits=options.chunk, label='distilling',
+      meta=job.model_meta(student, form, options.model.source, 'distill', low_rank))
+
+
+def teacher_facts(options: Options) -> dict:
+  """What a training that reads stored logits must agree with, see train/teach.py."""
+  return {'source': options.model.source, 'length': options.data.length, 'temperature': options.distill.temperature,
+          'top_k': options.teacher.top_k, 'positions': options.blocks.positions,
+          'blocked': options.distill.weights.source == 'teacher'}
+
+
+def check_teacher_logits(folder, found: dict, wanted: dict):
+  """Raises ValueError, naming the first fact in which a folder of stored logits is not what is wanted."""
+  for name, value in wanted.items():
+    if found[name] != value:
+      raise ValueError(f'{folder} was written for {name}={found[name]!r}, this config says {value!r}; use another folder, '
+                       'or the config that it was written for')
+
+
+def check_teacher_weights(folder, options: Options, facts: dict):
+  """Raises ValueError if a folder of stored logits is from other weights than those of model.source."""
+  convert.check_same_weights(teacher_logits.read_meta(folder).get('source_weights'), facts, f'{folder}',
+                             options.model.source, 'run blockattn.train.teach into a new folder')
+
+
+def with_teacher_logits(options: Options, source):
+  """The source, with what teacher.logits has of a teacher, if it names a folder."""
+  folder = options.teacher.logits
+  if not folder:
+    return source
+  found, wanted = teacher_logits.read_meta(folder), teacher_facts(options)
+  wanted['top_k'] = found['top_k']   # the training takes what is there
+  if not wanted['blocked']:
+    del wanted['blocked']   # there, and not looked at
+  check_teacher_logits(folder, found, wanted)
+  return teacher_logits.TaughtRows(source, folder, inputs.needed_rows(options, source))
+
+
+def run(options: Options, workdir):
+  """Trains; returns (ModelConfig, params, BlockOptions) of the student; of LoRA, the trained params alone, as its
+  checkpoints hold them."""
+  placement = job.make_placement(options)
+  workdir_lib.save_run_facts(workdir, options)
+  tokenizer = job.load_tokenizer(options)
+  sink = job.sink_of(options.blocks, tokenizer)
+  made = build(options, placement, job.model_config(options.model), platform=placement.platform, sink=sink)
+  source = with_teacher_logits(options, inputs.load_rows(options.data, tokenizer))
+  cfg, params = job.load_language_model(options, placement)
+  meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}
+  teacher = None
+  if options.teacher.logits:
+    check_teacher_weights(options.teacher.logits, options, meta['source_weights'])
+  else:
+    teacher = teacher_from(params, cfg, options.teacher, made.teacher.placement)
+  params, base = job.student_params(options, made.cfg, params, sink, placement)
+  frozen = job.Frozen(teacher, base and (teacher or base))
+  params = job.train(made, options, params, frozen, source, workdir, meta)
+  return made.cfg, params, made.blocks
 
 
 if __name__ == '__main__':
-  command.main(run, 'distill')
+  command.main(Options, run)

@@ -8,9 +8,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from blockattn import blocks, errors, losses, optim
-from blockattn.models import lora, transformer
-from blockattn.train import command, loop, setup
+from blockattn import blocks, errors, losses, optim, options as options_lib
+from blockattn.models import flops, lora, transformer
+from blockattn.train import command, inputs, job, loop, workdir as workdir_lib
 
 MODES = ('full', 'block', 'both')
 
@@ -19,27 +19,39 @@ MODES = ('full', 'block', 'both')
 class FinetuneOptions:
   """
   Attributes:
-    mode: 'full' attention, 'block' attention, or 'both': every example once in each.
-    text_weight: weight of every text token; 0 leaves text out.
-    prompt_weight: added on the tokens of the last block in front of the answer.
-    answer_weight: added on answer tokens.
+    mode: 'full' attention, 'block' attention, or 'both': every example once in each
+    text_weight: weight of every text token; 0 leaves text out
+    prompt_weight: added on the tokens of the last block in front of the answer
+    answer_weight: added on answer tokens
     chunk: tokens per row whose logits exist at a time.
     accumulate: slices that a batch is computed in.
   """
-  mode: str
-  text_weight: float
-  prompt_weight: float
-  answer_weight: float
-  chunk: int
-  accumulate: int
+  mode: str = 'both'
+  text_weight: float = 0.0
+  prompt_weight: float = 0.0
+  answer_weight: float = 1.0
+  chunk: int = options_lib.not_a_key(default=512)
+  accumulate: int = options_lib.not_a_key(default=1)
 
   def __post_init__(self):
-    if self.mode not in MODES:
-      raise ValueError(f'config.finetune.mode={self.mode!r}; choose one of {", ".join(MODES)}')
+    errors.check_choice('config.finetune.mode', self.mode, MODES)
     for name in ('text_weight', 'prompt_weight', 'answer_weight'):
       errors.check_number(f'config.finetune.{name}', getattr(self, name), 0)
     if self.text_weight + self.prompt_weight + self.answer_weight <= 0:
       raise ValueError('all token weights of finetune are 0: there is nothing to learn')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(job.PromptOptions):
+  """
+  Attributes:
+    finetune: what is learned; the defaults are block fine-tuning (arXiv 2409.15355)
+  """
+  finetune: FinetuneOptions
+
+
+def read(config) -> Options:
+  return job.read(Options, config)
 
 
 def token_weights(batch, options: FinetuneOptions):
@@ -64,17 +76,17 @@ def loss_sums(params, batch, cfg, compute, block_options, options: FinetuneOptio
     if index is not None:
       x_BTD = jnp.take_along_axis(x_BTD, index[..., None], axis=1)
     with jax.named_scope('loss'):
-      total.append(losses.cross_entropy_sums(transformer.head_of(params, cfg), x_BTD, batch['targets'], weight,
+      total.append(losses.cross_entropy_sums(transformer.head_function(params, cfg), x_BTD, batch['targets'], weight,
                                              options.chunk, compute.row_parts))
   return jax.tree.map(lambda *sums: sum(sums), *total)
 
 
 def make_step(cfg, compute, block_options, options: FinetuneOptions, optimizer, learning_rate,
               low_rank: lora.LoraOptions = lora.NONE):
-  """See `loop.make_step`; frozen are the parameters that a LoRA student adds to, else None."""
+  """See `loop.make_step`; what is frozen is a `job.Frozen`."""
   def sums(params, frozen, batch, key):
     del key
-    params = lora.attach(frozen, params, low_rank) if low_rank.rank else params
+    params = lora.attach(frozen.base, params, low_rank) if low_rank.rank else params
     return loss_sums(params, batch, cfg, compute, block_options, options)
 
   return loop.make_step(sums, _measure, optimizer, learning_rate, slices=options.accumulate)
@@ -84,37 +96,55 @@ def _measure(sums):
   return {'ce': sums['ce'] / jnp.maximum(sums['tokens'], 1), 'loss_tokens': sums['tokens']}
 
 
-def run(config, workdir):
-  """Trains as the config says; returns (ModelConfig, params, BlockOptions); of LoRA, the trained params alone."""
-  options, optim_config = options_of(config), setup.optim_config(config)
-  place = setup.placement(config)
-  setup.check_batch(config, place)
-  compute = setup.compute(config, place)
-  low_rank, frozen = setup.lora_options(config), None
-  loop.save_run_facts(workdir, config)
-  tokenizer = setup.model_tokenizer(config)
-  source = setup.rows(config, tokenizer)
-  cfg, params = setup.load_model(config, place)
-  weights = setup.source_weights(config, params)
-  cfg, block_options = setup.block_options(config, cfg, tokenizer)
-  params = setup.add_sink_rows(params, cfg, tokenizer, config.blocks.sink_text, place)
-  if low_rank.rank:
-    frozen = {name: p for name, p in params.items() if name != 'sinks'}
-    params = setup.lora_start(params, cfg, low_rank, config, place)
-  optimizer = optim.make_optimizer(optim_config)
-  step_fn = make_step(cfg, compute, block_options, options, optimizer, optim.learning_rate(optim_config), low_rank)
-  meta = setup.model_meta(cfg, block_options if options.mode != 'full' else None, config.model.source, 'finetune', low_rank,
-                          setup.prompt_meta(config, tokenizer), weights)
-  state = loop.run(lambda state, batch: step_fn(state, frozen, batch), loop.init_state(params, optimizer),
-                   setup.batches(config, source), setup.loop_config(config, f'fine-tuning ({options.mode})', cfg), workdir,
-                   put_batch=place.put_batch, meta=meta)
-  return cfg, state.params, block_options
+def step_flops(options: Options, cut: flops.Blocks, cfg) -> flops.Flops:
+  """The operations that the model needs in a step, by where the blocks of the batch are."""
+  mode = options.finetune.mode
+  views = [flops.as_one_block(cut)] * (mode != 'block') + [flops.in_blocks(cut, sinks=options.blocks.sinks)] * (
+      mode != 'full')
+  return flops.trained(flops.forward(cfg, flops.Seen(*map(sum, zip(*views, strict=True)))), frozen=options.lora.rank > 0)
 
 
-def options_of(config) -> FinetuneOptions:
-  setup.check_config(config, 'finetune')
-  return FinetuneOptions(**dict(config.finetune), chunk=config.chunk, accumulate=config.accumulate)
+def build(options: Options, placement, cfg, *, platform: str, sink: int = 0) -> job.Job:
+  """The training of a model, see job.Job.
+
+  Args:
+    cfg: the model that training starts from.
+    platform: JAX's name of what will compute.
+    sink: the token that sinks are, see job.sink_of; any where only shapes matter.
+  """
+  goal, low_rank, length = options.finetune, options.lora, options.data.length
+  student, form = job.block_options(options, cfg, sink)
+  padded = blocks.padded_length(length, options.blocks.sinks, form.max_blocks)
+  job.check_batch(options, placement, platform, padded)
+  job.check_model(student, placement)
+  optimizer, specs = optim.make_optimizer(options.optim), job.trained_specs(student, low_rank)
+  step = make_step(student, job.compute_of(options.compute, placement, platform), form, goal, optimizer,
+                   optim.learning_rate(options.optim), low_rank)
+  views = (job.View(length),) * (goal.mode != 'block') + (job.View(padded, near=True),) * (goal.mode != 'full')
+  tokens = lambda cut: float(cut.sizes.sum() if goal.text_weight else cut.sizes[-1])
+  return job.Job(
+      placement=placement, cfg=student, blocks=form, specs=specs, optimizer=optimizer, step=step,
+      state=job.abstract_state(specs, options.model.dtype, optimizer, placement),
+      frozen=job.Frozen(base=job.base_of(options, student, placement)), batch=job.abstract_batch(options, placement),
+      views=views, teacher=None, flops=lambda cut: step_flops(options, cut, student),
+      loss_tokens=lambda cut: tokens(cut) * len(views), logits=options.chunk, label=f'fine-tuning ({goal.mode})',
+      meta=job.model_meta(student, form if goal.mode != 'full' else None, options.model.source, 'finetune', low_rank))
+
+
+def run(options: Options, workdir):
+  """Trains; returns (ModelConfig, params, BlockOptions); of LoRA, the trained params alone."""
+  placement = job.make_placement(options)
+  workdir_lib.save_run_facts(workdir, options)
+  tokenizer = job.load_tokenizer(options)
+  sink = job.sink_of(options.blocks, tokenizer)
+  made = build(options, placement, job.model_config(options.model), platform=placement.platform, sink=sink)
+  source = inputs.load_rows(options.data, tokenizer)
+  _, params = job.load_language_model(options, placement)
+  meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}
+  params, base = job.student_params(options, made.cfg, params, sink, placement)
+  params = job.train(made, options, params, job.Frozen(base=base), source, workdir, meta)
+  return made.cfg, params, made.blocks
 
 
 if __name__ == '__main__':
-  command.main(run, 'finetune')
+  command.main(Options, run)

@@ -1,13 +1,10 @@
 """The training loop, the only one: a function that every trainer calls with its own step."""
 
-import contextlib
 import dataclasses
-import json
 import math
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,9 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blockattn import checkpoint, disk, errors, locks, metrics, multihost, trace
+from blockattn import checkpoint, errors, metrics, multihost, trace
 from blockattn.hf import convert
-from blockattn.kernels import api
 from blockattn.models import flops as flops_lib
 
 EXIT_PREEMPTED = 75   # EX_TEMPFAIL: saved, start me again
@@ -332,92 +328,3 @@ class _Signals:
   def __exit__(self, *_):
     for sign, handler in self._old.items():
       signal.signal(sign, handler)
-
-
-@contextlib.contextmanager
-def only_run_in(workdir):
-  """Within the block no other run that asks for this is at work in the workdir; made if absent.
-
-  Raises:
-    ValueError: another run is; names its process and host.
-  """
-  if jax.process_index() != 0:   # of several processes one asks for all
-    yield
-    return
-  workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  with contextlib.ExitStack() as stack:
-    try:
-      stack.enter_context(locks.held(workdir / 'run.lock'))
-    except locks.Held as other:
-      raise ValueError(f'{workdir}: another run is at work here ({other}). Wait for its end, end it, or use another '
-                       '--workdir') from None
-    yield
-
-
-def attention(config) -> api.Choice:
-  """The implementation of attention that config.compute.impl means on the devices here, see `api.choose`."""
-  return api.choose(config.compute.impl, jax.devices()[0])
-
-
-def save_run_facts(workdir, config, command=None):
-  """Writes config.json, the resolved config, and run.json: the command, the git commit, the versions and what computes.
-
-  A workdir that holds a checkpoint of another config is refused: resuming under a changed config would silently be
-  neither run. Where and how it is computed, and what is written of it, may change: see _FREE_TO_CHANGE.
-
-  Raises:
-    ValueError: names the keys that differ.
-  """
-  if jax.process_index() != 0:
-    return
-  workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  path, new = workdir / 'config.json', resolved(config)
-  if path.exists() and checkpoint.newest_step(workdir / 'checkpoints') is not None:
-    changed = differing_keys(disk.read_json(path), new)
-    if changed:
-      raise ValueError(f'{workdir} holds a run with another config: {", ".join(changed)} differ. '
-                       'Use a new --workdir, or the old values')
-  metrics.write_json(path, new)
-  metrics.write_json(workdir / 'run.json', {'command': command or sys.argv, 'commit': git_commit(), 'jax': jax.__version__,
-                                              'devices': [str(d) for d in jax.devices()],
-                                              'attention': attention(config)._asdict()})
-
-
-# Keys that do not change what is learned, but for the last bits of its sums; with a dot, all that stand below.
-_FREE_TO_CHANGE = ('log_every', 'save_every', 'keep', 'chunk', 'mesh.', 'rules', 'teacher.rules', 'compute.impl',
-                   'compute.tiles', 'compute.remat', 'compute.sent', 'data.cache', 'wandb', 'peak_tflops', 'profile')
-
-
-def resolved(config) -> dict:
-  """The config as config.json holds it."""
-  return json.loads(config.to_json_best_effort(), parse_constant=str)   # JSON has no infinity
-
-
-def differing_keys(old: dict, new: dict) -> list[str]:
-  """Dotted keys of resolved configs whose values differ, but for those that may change while a run goes on."""
-  old, new = flat(old), flat(new)
-  return [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _is_free(k)]
-
-
-def _is_free(key):
-  return any(key == free or (free.endswith('.') and key.startswith(free)) for free in _FREE_TO_CHANGE)
-
-
-def flat(tree, prefix='') -> dict:
-  """{'optim.lr': 0.1} of {'optim': {'lr': 0.1}}."""
-  if not isinstance(tree, dict):
-    return {prefix[:-1]: tree}
-  return {k: v for key, value in tree.items() for k, v in flat(value, f'{prefix}{key}.').items()}
-
-
-def git_commit() -> str | None:
-  """The commit of the checkout that this file belongs to, with '+' if files differ from it; None outside of git."""
-  git = ['git', '-C', str(pathlib.Path(__file__).parent)]
-  try:
-    commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True, check=True).stdout
-  except (OSError, subprocess.CalledProcessError):
-    return None
-  return commit + ('+' if changed.strip() else '')

@@ -19,24 +19,50 @@ import numpy as np
 from blockattn import disk, errors, optim
 from blockattn.data import encode
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
-from blockattn.models import classifier, spec
+from blockattn.models import classifier, flops, spec
 from blockattn.segmentation import labelled, markers, model
 from blockattn.segmentation.semanticseg import hints, schema
-from blockattn.train import command, loop, setup
+from blockattn.train import command, inputs, job, loop, workdir as workdir_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class SegmentOptions:
   """
   Attributes:
-    cut_weight: weight of a cut in the loss; 1 of a candidate that is none.
-    accumulate: slices that a batch is computed in.
+    read: how a text becomes tokens, see markers.ReadOptions
+    cut_weight: weight of a cut in the loss; 1 of a candidate that is none
+    eval_files: validation documents
+    eval_every: steps between two measurements of F1; 0: never
+    eval_rows: rows of every category, and as many without hints
+    export_dtype: of the best parameters, in WORKDIR/best
+    draw: how rows are drawn from documents, see segmentation/rows.py
   """
-  cut_weight: float
-  accumulate: int
+  read: markers.ReadOptions = markers.ReadOptions()
+  cut_weight: float = 1.0
+  eval_files: tuple[str, ...] = ()
+  eval_every: int = 200
+  eval_rows: int = 16
+  export_dtype: str = 'bfloat16'
+  draw: labelled.DrawOptions = dataclasses.field(kw_only=True)
 
   def __post_init__(self):
     errors.check_number('config.segment.cut_weight', self.cut_weight, above=0)
+    errors.check_number('config.segment.eval_every', self.eval_every, 0)
+    errors.check_number('config.segment.eval_rows', self.eval_rows, 1)
+    errors.check_choice('config.segment.export_dtype', self.export_dtype, job.DTYPES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(job.Options):
+  """
+  Attributes:
+    segment: what is learned from which texts
+  """
+  segment: SegmentOptions
+
+
+def read(config) -> Options:
+  return job.read(Options, config)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +77,14 @@ class Validation:
   names: list
 
 
-def make_step(cfg, compute, options: SegmentOptions, optimizer, learning_rate):
+def make_step(cfg, compute, cut_weight: float, slices: int, optimizer, learning_rate):
   """See `loop.make_step`; nothing is frozen."""
   def loss_sums(params, frozen, batch, key):
     del frozen, key
     logits = model.apply(params, batch['tokens'], batch['layout'], cfg, compute)
-    return model.loss_sums(logits, batch['labels'], options.cut_weight)
+    return model.loss_sums(logits, batch['labels'], cut_weight)
 
-  return loop.make_step(loss_sums, _measure, optimizer, learning_rate, slices=options.accumulate)
+  return loop.make_step(loss_sums, _measure, optimizer, learning_rate, slices=slices)
 
 
 def _measure(sums):
@@ -97,7 +123,7 @@ class Watch:
     every: steps between two measurements, 0 for never.
     steps: of the run; the last one is always measured.
     batch: rows of a global batch.
-    own_rows: those of them that this process holds, see setup.own_rows.
+    own_rows: those of them that this process holds, see inputs.own_rows.
     predict: jitted (params, batch) -> log-odds [B, T], on every process.
     put_batch: host batch -> device batch.
     keep: (params, meta) -> None, called with what is best so far.
@@ -139,56 +165,51 @@ class Watch:
     return best_threshold(np.concatenate(odds), np.concatenate(labels), np.array(names))
 
 
-def read_options(config) -> markers.ReadOptions:
-  s = config.segment
-  return markers.ReadOptions(style=s.markers, head=s.head, tail=s.tail, inner=s.inner, middle=s.middle, ahead=s.ahead,
-                             cohesion=s.cohesion)
-
-
-def reader_of(config, folder) -> markers.Reader:
+def make_reader(options: Options, folder) -> markers.Reader:
   tokenizer = disk.read_tokenizer(pathlib.Path(folder) / 'tokenizer.json')
-  encode.check_tokenizer(tokenizer, setup.model_config(config).vocab, str(folder))
-  return markers.Reader(tokenizer, read_options(config))
+  encode.check_tokenizer(tokenizer, job.model_config(options.model).vocab, str(folder))
+  return markers.Reader(tokenizer, options.segment.read)
 
 
-def read_validation(config, reader) -> Validation:
-  """The rows that are measured: as they are, and without hints; none if config.segment.eval_files is empty."""
-  s = config.segment
+def read_validation(options: Options, reader) -> Validation:
+  """The rows that are measured: as they are, and without hints; none without segment.eval_files."""
+  s = options.segment
   if not s.eval_files:
     return Validation([], [])
   documents = list(schema.read(list(s.eval_files)))
   bare = [dataclasses.replace(d, blocks=hints.remove_hints(d.blocks, d.category))
           for d in labelled.some(documents, s.eval_rows)]
-  make = functools.partial(labelled.validation_rows, reader=reader, length=config.data.length,
+  make = functools.partial(labelled.validation_rows, reader=reader, length=options.data.length,
                            per_category=s.eval_rows)
   rows, names = make(documents)
   bare_rows, bare_names = make(bare)
   return Validation(rows + bare_rows, names + [name + '*' for name in bare_names])
 
 
-def load_model(config, place, reader):
-  """(ModelConfig, params) of config.model: a segmenter as it is, a language model with a new head, or random values.
+def load_model(options: Options, placement):
+  """(ModelConfig, params) of options.model: a segmenter as it is, a language model with a new head, or random values.
 
   Raises:
-    ValueError: the model at config.model.source reads units otherwise than config.segment says.
+    ValueError: the model at model.source reads units otherwise than segment.read says.
   """
-  P = reader.options.unit_tokens
-  if not config.model.source:
-    cfg = model.architecture(setup.architecture(config.model), P)
-    return cfg, setup.init_params(cfg, place, config.seed, config.model.dtype)
-  cfg, params = setup.load_model(config, place)
+  reading = options.segment.read
+  P = reading.unit_tokens
+  if not options.model.source:
+    cfg = model.architecture(job.architecture(options.model), P)
+    return cfg, job.init_params(classifier.spec(cfg), placement, options.seed, options.model.dtype)
+  cfg, params = job.load_model(options, placement)
   known = model.is_segmenter(cfg)
-  if known and reader.options.cohesion and cfg.unit_tokens == reader.options.own_tokens:
+  if known and reading.cohesion and cfg.unit_tokens == reading.own_tokens:
     cfg, params = _with_cohesion(cfg, params, P)
   reads = cfg.unit_tokens if known else 0
   if reads != P:
-    raise ValueError(f'{config.model.source} reads {reads} tokens at a position, config.segment (markers, head, tail) says '
-                     f'{P}; make them agree')
+    raise ValueError(f'{options.model.source} reads {reads} tokens at a position, config.segment.read (style, head, tail) '
+                     f'says {P}; make them agree')
   if known:
     return cfg, params
   cfg = model.architecture(cfg)
-  shardings = spec.shardings(classifier.spec(cfg), place.mesh, place.rules)
-  return cfg, jax.device_put(model.from_backbone(params, cfg, jax.random.key(config.seed)), shardings)
+  shardings = spec.shardings(classifier.spec(cfg), placement.mesh, placement.rules)
+  return cfg, jax.device_put(model.from_backbone(params, cfg, jax.random.key(options.seed)), shardings)
 
 
 def _with_cohesion(cfg, params, unit_tokens):
@@ -198,46 +219,53 @@ def _with_cohesion(cfg, params, unit_tokens):
   return dataclasses.replace(cfg, unit_tokens=unit_tokens), params | {'units': units}
 
 
-def run(config, workdir):
-  """Trains as the config says; returns (ModelConfig, params)."""
-  options = options_of(config)
-  place = setup.placement(config)
-  setup.check_batch(config, place)
-  optim_config, compute = setup.optim_config(config), setup.compute(config, place)
-  loop.save_run_facts(workdir, config)
-  source = files.locate(config.data.tokenizer or config.model.source)
-  reader = reader_of(config, source)
-  documents = _documents(config)
+def build(options: Options, placement, cfg, *, platform: str) -> job.Job:
+  """The training of a segmenter on the backbone `cfg`, see job.Job."""
+  length, reading = options.data.length, options.segment.read
+  cfg = model.architecture(cfg, reading.unit_tokens)
+  job.check_batch(options, placement, platform)
+  job.check_model(cfg, placement)
+  optimizer, specs = optim.make_optimizer(options.optim), classifier.spec(cfg)
+  position = (length, *classifier.position_shape(cfg))
+  batch = job.abstract_batch(options, placement, tokens=np.zeros(position, np.int32), labels=np.zeros(length, np.int32))
+  return job.Job(
+      placement=placement, cfg=cfg, blocks=None, specs=specs, optimizer=optimizer,
+      step=make_step(cfg, job.compute_of(options.compute, placement, platform), options.segment.cut_weight,
+                     options.accumulate, optimizer, optim.learning_rate(options.optim)),
+      state=job.abstract_state(specs, options.model.dtype, optimizer, placement), frozen=job.Frozen(),
+      batch={name: batch[name] for name in ('tokens', 'layout', 'labels')}, views=(job.View(length),), teacher=None,
+      flops=lambda cut: flops.trained(flops.forward(cfg, flops.as_one_block(cut))),
+      loss_tokens=lambda cut: 0.0,   # the head is counted with the layers
+      logits=length, label='segmenter',
+      meta=job.model_meta(cfg, None, options.model.source, 'segment') | {'segmenter': read_meta(options)})
+
+
+def run(options: Options, workdir):
+  """Trains; returns (ModelConfig, params)."""
+  placement = job.make_placement(options)
+  workdir_lib.save_run_facts(workdir, options)
+  made = build(options, placement, job.model_config(options.model), platform=placement.platform)
+  source = files.locate(options.data.tokenizer or options.model.source)
+  reader = make_reader(options, source)
+  documents = read_documents(options)
   _report_moved(documents)
-  rows = labelled.DrawnRows(documents, reader, draw_options(config), config.seed)
-  validation = read_validation(config, reader)
-  cfg, params = load_model(config, place, reader)
-  optimizer = optim.make_optimizer(optim_config)
-  step_fn = make_step(cfg, compute, options, optimizer, optim.learning_rate(optim_config))
-  best = pathlib.Path(workdir) / 'best'
-  keep = functools.partial(_keep, cfg=cfg, folder=best, source=source, config=config)
+  rows = labelled.DrawnRows(documents, reader, options.segment.draw, options.seed)
+  validation = read_validation(options, reader)
+  cfg, params = load_model(options, placement)
+  best, compute = pathlib.Path(workdir) / 'best', job.compute_of(options.compute, placement, placement.platform)
   predict = jax.jit(lambda params, batch: model.log_odds(model.apply(
-      params, batch['tokens'], batch['layout'], cfg, compute)), out_shardings=place.replicated())
-  watch = Watch(validation, every=config.segment.eval_every, steps=config.steps, batch=config.batch,
-                own_rows=setup.own_rows(place, config.batch), predict=predict, put_batch=place.put_batch, keep=keep,
-                best=_best_so_far(best))
-  meta = setup.model_meta(cfg, None, config.model.source or str(source), 'segment') | {'segmenter': read_meta(config)}
-  state = loop.run(lambda state, batch: step_fn(state, None, batch), loop.init_state(params, optimizer),
-                   setup.batches(config, rows), setup.loop_config(config, 'segmenter', cfg), workdir,
-                   put_batch=place.put_batch, meta=meta, watch=watch)
-  return cfg, state.params
+      params, batch['tokens'], batch['layout'], cfg, compute)), out_shardings=placement.replicated())
+  watch = Watch(validation, every=options.segment.eval_every, steps=options.steps, batch=options.batch,
+                own_rows=inputs.own_rows(placement, options.batch), predict=predict, put_batch=placement.put_batch,
+                keep=functools.partial(_keep, cfg=cfg, folder=best, source=source, options=options), best=_best_so_far(best))
+  meta = {'source': options.model.source or str(source)}
+  return cfg, job.train(made, options, params, job.Frozen(), rows, workdir, meta, watch)
 
 
-def options_of(config) -> SegmentOptions:
-  setup.check_config(config, 'segment')
-  draw_options(config)
-  return SegmentOptions(config.segment.cut_weight, config.accumulate)
-
-
-def _documents(config):
-  if not config.data.files:
+def read_documents(options: Options) -> list[schema.Document]:
+  if not options.data.files:
     raise ValueError('config.data.files is empty: give SemanticSeg files, e.g. --config.data.files="DATA/train_*.jsonl.gz"')
-  return list(schema.read(list(config.data.files), strict=config.data.strict))
+  return list(schema.read(list(options.data.files), strict=options.data.strict))
 
 
 def _report_moved(documents):
@@ -248,22 +276,18 @@ def _report_moved(documents):
     print(f'gold cuts that are no candidates, and count as the nearest: {", ".join(lost)}')
 
 
-def draw_options(config) -> labelled.DrawOptions:
-  return labelled.DrawOptions(length=config.data.length, **dict(config.segment.draw))
-
-
-def read_meta(config) -> dict:
+def read_meta(options: Options) -> dict:
   """What an exported segmenter says of how it reads a text."""
-  s = config.segment
-  return {'markers': s.markers, 'head': s.head, 'tail': s.tail, 'inner': s.inner, 'middle': s.middle,
-          'ahead': s.ahead, 'cohesion': s.cohesion, 'length': config.data.length}
+  r = options.segment.read
+  return {'markers': r.style, 'head': r.head, 'tail': r.tail, 'inner': r.inner, 'middle': r.middle, 'ahead': r.ahead,
+          'cohesion': r.cohesion, 'length': options.data.length}
 
 
-def _keep(params, measured, *, cfg, folder, source, config):
-  meta = {'kind': 'segment', 'segmenter': read_meta(config) | measured}
-  origin = config.model.source or None
+def _keep(params, measured, *, cfg, folder, source, options):
+  meta = {'kind': 'segment', 'segmenter': read_meta(options) | measured}
+  origin = options.model.source or None
   card = card_lib.text(cfg, meta | {'source': origin}, origin and files.locate(origin), facts=measured)
-  convert.save(params, cfg, folder, source=source, meta=meta, card=card, dtype=config.segment.export_dtype, overwrite=True)
+  convert.save(params, cfg, folder, source=source, meta=meta, card=card, dtype=options.segment.export_dtype, overwrite=True)
 
 
 def _best_so_far(folder):
@@ -275,4 +299,4 @@ def _best_so_far(folder):
 
 
 if __name__ == '__main__':
-  command.main(run, 'segment')
+  command.main(Options, run)

@@ -1,7 +1,7 @@
 """The teacher's part of a block distillation, computed once: its likeliest tokens for every token of every row.
 
-`python -m blockattn.train.teach --config configs/distill.py --workdir taught/x`, and then
-`python -m blockattn.train.distill --config configs/distill.py --config.teacher.logits=taught/x --workdir runs/x`
+`python -m blockattn.train.teach --config configs/distill.py --workdir logits/x`, and then
+`python -m blockattn.train.distill --config configs/distill.py --config.teacher.logits=logits/x --workdir runs/x`
 
 Written are the rows that a training of this config reads, each once, `teacher.top_k` tokens of each position; several
 trainings share them, as long as the rows are the same (model.source, data and blocks are; sinks, dropout, loss, optimizer
@@ -17,25 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import losses, metrics
-from blockattn.data import teacher_logits as taught
-from blockattn.models import transformer
-from blockattn.train import command, distill, setup
+from blockattn.data import teacher_logits
+from blockattn.train import command, distill, inputs, job
 
 PART_ROWS = 256
 BIAS_AT = (1, 4, 16, 64, 256)   # numbers of tokens whose KL is compared with the whole
 BIAS_BATCHES = 4
 
 
-def run(config, workdir):
+def run(options: distill.Options, workdir):
   """Writes the folder `workdir`; what a run that was stopped has written stays."""
-  options, folder = distill.options_of(config), pathlib.Path(workdir)
-  place = setup.placement(config)
-  setup.check_batch(config, place)
-  facts = setup.teacher_facts(config)
+  goal, positions, folder = options.distill, options.blocks.positions, pathlib.Path(workdir)
+  placement = job.make_placement(options)
+  teacher_placement, facts = distill.teacher_placement(options, placement), distill.teacher_facts(options)
+  job.check_batch(options, placement, placement.platform)
   _check_claim(folder, facts)
-  source = setup.rows(config, setup.model_tokenizer(config))
-  needed = setup.needed_rows(config, source)
-  done = {row for rows in taught.written_rows(folder).values() for row in rows}
+  source = inputs.load_rows(options.data, job.load_tokenizer(options))
+  needed = inputs.needed_rows(options, source)
+  done = {row for rows in teacher_logits.written_rows(folder).values() for row in rows}
   total, missing = len(needed), sum(int(number) not in done for number in needed)
   first = jax.process_index() == 0
   if not missing:
@@ -44,35 +43,34 @@ def run(config, workdir):
     return
   if first and missing < total:
     print(f'going on: {total - missing} of {total} rows are in {folder}')
-  teacher_place = setup.teacher_placement(config, place)
-  cfg, params = setup.load_model(config, place)
-  if config.teacher.top_k >= cfg.vocab:
-    raise ValueError(f'config.teacher.top_k={config.teacher.top_k}: the vocabulary has {cfg.vocab} tokens; keep fewer')
-  _claim(folder, config, facts, setup.source_weights(config, params))
-  teacher = setup.teacher_from(params, cfg, config, teacher_place)
+  cfg, params = job.load_language_model(options, placement)
+  if options.teacher.top_k >= cfg.vocab:
+    raise ValueError(f'config.teacher.top_k={options.teacher.top_k}: the vocabulary has {cfg.vocab} tokens; keep fewer')
+  _claim(folder, options, facts, job.source_weights(options, params))
+  teacher = distill.teacher_from(params, cfg, options.teacher, teacher_placement)
   del params
-  compute = setup.compute(config, teacher_place, dtype=config.teacher.compute_dtype, remat='none')
-  say = functools.partial(teacher_says, cfg=cfg, compute=compute, options=options, top_k=config.teacher.top_k,
-                          positions=config.blocks.positions)
-  say = jax.jit(say, out_shardings=place.sharding(('batch',)))
-  measure = jax.jit(functools.partial(bias_sums, cfg=cfg, compute=compute, options=options,
-                                      positions=config.blocks.positions))
-  own, sums = setup.own_rows(place, config.batch), []
+  compute = distill.teacher_compute(options, teacher_placement, placement.platform)
+  model = distill.transformer_model(cfg, compute)
+  say = functools.partial(teacher_says, model=model, options=goal, top_k=options.teacher.top_k, positions=positions)
+  say = jax.jit(say, out_shardings=placement.sharding(('batch',)))
+  measure = jax.jit(functools.partial(bias_sums, model=model, vocab=cfg.vocab, options=goal, positions=positions,
+                                      row_parts=compute.row_parts))
+  own, sums = inputs.own_rows(placement, options.batch), []
   with metrics.counting('teaching', enabled=first) as show:
-    size = max(1, PART_ROWS // config.batch) * config.batch
+    size = max(1, PART_ROWS // options.batch) * options.batch
     for part, begin in enumerate(range(0, total, size)):
       numbers = needed[begin:begin + size]
       if all(int(number) in done for number in numbers):
         continue
       records = {}
-      for start in range(0, len(numbers), config.batch):
-        rows = _Batch(source, numbers[start:start + config.batch], config.batch, own)
-        batch = place.put_batch(rows.own)
+      for start in range(0, len(numbers), options.batch):
+        rows = _Batch(source, numbers[start:start + options.batch], options.batch, own)
+        batch = placement.put_batch(rows.own)
         if len(sums) < BIAS_BATCHES:
           sums.append(jax.device_get(measure(teacher, batch)))
         records |= rows.records(say(teacher, batch), cfg.vocab)
         show(begin + start + len(rows.numbers), total)
-      taught.write_part(folder, f'part-{part:05d}-{jax.process_index():04d}', records)
+      teacher_logits.write_part(folder, f'part-{part:05d}-{jax.process_index():04d}', records)
   if sums and first:
     bias = bias_of(sums)
     print(bias_table(bias), flush=True)
@@ -92,7 +90,7 @@ class _Batch:
     """{row number: arrays to write} of the rows that this process holds."""
     own = {name: _held(x) for name, x in said.items()}
     rows = {place: {name: x[place] for name, x in own.items()} for place in next(iter(own.values()))}
-    return {self.numbers[place]: taught.record(self._rows[place], arrays, vocab)
+    return {self.numbers[place]: teacher_logits.record(self._rows[place], arrays, vocab)
             for place, arrays in sorted(rows.items()) if place < len(self.numbers)}
 
 
@@ -108,46 +106,45 @@ def _held(x) -> dict[int, np.ndarray]:
 
 def _check_claim(folder, facts):
   """Refuses a folder that was begun for something else."""
-  if (folder / taught.META).is_file():
-    setup.check_taught(folder, taught.read_meta(folder), facts)
+  if (folder / teacher_logits.META).is_file():
+    distill.check_teacher_logits(folder, teacher_logits.read_meta(folder), facts)
 
 
-def _claim(folder, config, facts, weights):
+def _claim(folder, options, facts, weights):
   """Says in a new folder what it is made for and from; one that was begun with other weights is refused."""
-  if (folder / taught.META).is_file():
-    setup.check_taught_weights(folder, config, weights)
+  if (folder / teacher_logits.META).is_file():
+    distill.check_teacher_weights(folder, options, weights)
   elif jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(folder / taught.META, facts | {'source_weights': weights})
+    metrics.write_json(folder / teacher_logits.META, facts | {'source_weights': weights})
 
 
-def teacher_says(teacher, batch, *, cfg, compute, options, top_k, positions) -> dict:
+def teacher_says(teacher, batch, *, model: distill.Model, options, top_k, positions) -> dict:
   """Arrays [B, T, ...] of data/teacher_logits.py for a batch, `options.chunk` tokens of each row at a time."""
-  reading = distill.teacher_reading(teacher, batch, cfg, compute, positions=positions,
-                                    blocked=options.weights.source == 'teacher')
+  reading = distill.teacher_reading(teacher, batch, model, positions=positions, blocked=options.weights.source == 'teacher')
 
   def chunk(inputs):
     x_BTD, blocked_BTD, targets = inputs
-    logits = transformer.project(x_BTD, reading.head_VD)
+    logits = reading.head(x_BTD)
     log_p, ids = jax.lax.top_k(jax.nn.log_softmax(logits / options.temperature), top_k)
     said = {'ids': ids.astype(jnp.int32), 'log_p': log_p, 'target_log_p': losses.log_prob(logits, targets)}
     if blocked_BTD is not None:
-      said['blocked_log_p'] = losses.log_prob(transformer.project(blocked_BTD, reading.head_VD), targets)
+      said['blocked_log_p'] = losses.log_prob(reading.head(blocked_BTD), targets)
     return said
 
   return losses.map_chunks(chunk, (reading.x_BTD, reading.blocked_BTD, batch['targets']), options.chunk)
 
 
-def bias_sums(teacher, batch, *, cfg, compute, options, positions) -> dict:
+def bias_sums(teacher, batch, *, model: distill.Model, vocab, options, positions, row_parts) -> dict:
   """Sums over text tokens: 'tokens', 'kl' of the teacher from itself under the block mask, and for each of BIAS_AT the KL
   from so many tokens and the probability that is left for the rest."""
-  reading = distill.teacher_reading(teacher, batch, cfg, compute, positions=positions, blocked=True)
-  sizes = [k for k in BIAS_AT if k < cfg.vocab]
+  reading = distill.teacher_reading(teacher, batch, model, positions=positions, blocked=True)
+  sizes = [k for k in BIAS_AT if k < vocab]
 
   def chunk(head, states, per_token, mask):
     del per_token
     m = mask.astype(jnp.float32)
-    full, block = (transformer.project(x_BTD, head) for x_BTD in states)
+    full, block = map(head, states)
     log_p, ids = jax.lax.top_k(jax.nn.log_softmax(full / options.temperature), max(sizes))
     sums = {'tokens': jnp.sum(m), 'kl': jnp.sum(m * losses.forward_kl(full, block, options.temperature))}
     for k in sizes:
@@ -156,9 +153,8 @@ def bias_sums(teacher, batch, *, cfg, compute, options, positions) -> dict:
       sums |= {f'kl_{k}': jnp.sum(m * kl), f'rest_{k}': jnp.sum(m * rest)}
     return sums
 
-  states = reading.x_BTD, reading.blocked_BTD
-  return losses.sum_over_tokens(chunk, reading.head_VD, states, batch['targets'], batch['text'], options.chunk,
-                                compute.row_parts)
+  return losses.sum_over_tokens(chunk, reading.head, (reading.x_BTD, reading.blocked_BTD), batch['targets'], batch['text'],
+                                options.chunk, row_parts)
 
 
 def bias_of(sums) -> dict:
@@ -178,4 +174,4 @@ def bias_table(bias) -> str:
 
 
 if __name__ == '__main__':
-  command.main(run, 'distill')
+  command.main(distill.Options, run)

@@ -13,7 +13,7 @@ from tools import tiny_tokenizer
 
 NOUNS = ('anchors', 'baskets', 'candles', 'drawers', 'engines', 'feathers', 'glaciers', 'hammers', 'islands', 'jackets')
 VERBS = ('opens', 'closes', 'counts', 'sorts', 'splits')
-STYLE = stdlib.PageStyle(members=(2, 4), seed=3)
+STYLE = stdlib.PageStyle(members=(2, 4), renamed=0.0, split_words=0, seed=3)
 PAGES = range(150)
 TEST, VALIDATION = [11, 12, 18, 58], [3, 15, 43, 53]
 
@@ -144,7 +144,7 @@ def test_the_splits_are_the_same_for_ever():
 
 def test_a_page_by_hand(tmp_path):
   library = stdlib.read_containers(write(tmp_path, {f'{NOUNS[0]}.py': class_source(NOUNS[0])}))
-  page = stdlib.make_page(0, library, stdlib.PageStyle(members=(2, 2), doc_chars=24))
+  page = stdlib.make_page(0, library, stdlib.PageStyle(members=(2, 2), doc_chars=24, renamed=0.0, split_words=0))
   (member, name), index = names_of(page), page['gold']
   verb = next(v for v in VERBS if member == f'{v[:3]}_anc')
   sentence = f'It {verb} anchors of every kind that it {verb}.'
@@ -266,7 +266,7 @@ def test_members_that_end_alike_stay_apart(tmp_path):
 
 def test_pages_that_cannot_be_drawn(containers):
   with pytest.raises(ValueError, match='10 containers do not give a page of 6 members that can be told apart; ask'):
-    stdlib.make_page(0, containers, stdlib.PageStyle(members=(6, 6)))
+    stdlib.make_page(0, containers, stdlib.PageStyle(members=(6, 6), renamed=0.0, split_words=0))
   with pytest.raises(ValueError, match='0 containers do not give a page of 2'):
     stdlib.make_page(0, (), STYLE)
 
@@ -319,7 +319,7 @@ def test_the_library_of_this_python():
   for split in ('validation', 'test'):
     assert 0.02 < len(stdlib.split_containers(found, split)) / len(found) < 0.12
   for i in range(40):
-    page = stdlib.make_page(i, found, stdlib.PageStyle(renamed=0.5))
+    page = stdlib.make_page(i, found, stdlib.PageStyle(renamed=0.5, split_words=0))
     member, name = names_of(page)
     header, entry = page['gold']
     assert page['blocks'][header].split()[1] == name and f'\n.{member}(' in page['blocks'][entry]

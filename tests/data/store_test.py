@@ -144,7 +144,7 @@ def test_of_those_who_want_a_store_at_once_one_makes_it(folder, tokenizer, tmp_p
   monkeypatch.setattr(encode, 'encode_examples', slowly)
   path = str(folder / 'a.jsonl')
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
-    sources = list(pool.map(lambda _: sources.FileRows(path, tokenizer, OPTIONS, tmp_path / 'cache'), range(3)))
-  assert len(calls) == 1 and sorted(source.stores[0].built for source in sources) == [False, False, True]
-  data_cases.assert_same([sources[0][0]], [sources[1][0]])
+    made = list(pool.map(lambda _: sources.FileRows(path, tokenizer, OPTIONS, tmp_path / 'cache'), range(3)))
+  assert len(calls) == 1 and sorted(source.stores[0].built for source in made) == [False, False, True]
+  data_cases.assert_same([made[0][0]], [made[1][0]])
   assert len(stored(tmp_path)) == 1

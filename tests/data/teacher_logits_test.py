@@ -11,7 +11,7 @@ import run_cases
 
 from blockattn import checkpoint, losses as losses_lib, metrics
 from blockattn.data import encode, packing, teacher_logits as taught
-from blockattn.train import distill, setup, teach
+from blockattn.train import distill, inputs, job, teach
 
 folder = run_cases.folder   # a teacher, examples and a config file of both
 STEPS, VOCAB = 6, 304
@@ -31,7 +31,7 @@ def written(folder, tmp_path_factory):
   """All but one of the teacher's tokens."""
   with jax.numpy_dtype_promotion('standard'):
     out = tmp_path_factory.mktemp('taught') / 'all'
-    teach.run(config_of(folder, **{'teacher.top_k': VOCAB - 1}), out)
+    teach.run(distill.read(config_of(folder, **{'teacher.top_k': VOCAB - 1})), out)
   return out
 
 
@@ -40,9 +40,9 @@ def losses(workdir):
 
 
 def test_training_on_what_was_written_is_training_with_the_teacher(folder, written, tmp_path, capfd):
-  distill.run(config_of(folder), tmp_path / 'with')
+  distill.run(distill.read(config_of(folder)), tmp_path / 'with')
   offline = config_of(folder, **{'teacher.logits': str(written), 'distill.drop_mode': 'isolate'})
-  distill.run(offline, tmp_path / 'without')
+  distill.run(distill.read(offline), tmp_path / 'without')
   np.testing.assert_allclose(losses(tmp_path / 'without'), losses(tmp_path / 'with'), rtol=1e-3)
   assert checkpoint.load_meta(tmp_path / 'without/checkpoints')['kind'] == 'distill'
 
@@ -50,7 +50,7 @@ def test_training_on_what_was_written_is_training_with_the_teacher(folder, writt
 def test_few_tokens_are_nearly_enough_and_the_loss_is_told(folder, tmp_path, capfd):
   out = tmp_path / 'few'
   config = config_of(folder, **{'teacher.top_k': 8, 'distill.weights.source': 'student'})
-  teach.run(config, out)
+  teach.run(distill.read(config), out)
   said = capfd.readouterr().out
   assert 'KL(full attention || block mask) of the teacher' in said and 'from   16 tokens and the rest' in said
   bias = json.loads((out / 'bias.json').read_text())
@@ -61,7 +61,7 @@ def test_few_tokens_are_nearly_enough_and_the_loss_is_told(folder, tmp_path, cap
   [part] = out.glob('part-*.array_record')
   whole = part.stat().st_size
   config.teacher.logits = str(out)
-  distill.run(config, tmp_path / 'run')
+  distill.run(distill.read(config), tmp_path / 'run')
   assert all(np.isfinite(losses(tmp_path / 'run')))
   assert whole < 60 * 64 * 8 * 8   # tokens of some 20 rows, 8 of them, 6 bytes each
 
@@ -79,20 +79,21 @@ def test_a_stopped_writing_goes_on(folder, written, tmp_path, monkeypatch):
 
   monkeypatch.setattr(taught, 'write_part', stop_at_third)
   with pytest.raises(OSError, match='no space'):
-    teach.run(config, tmp_path / 'x')
+    teach.run(distill.read(config), tmp_path / 'x')
   assert sum(map(len, taught.written_rows(tmp_path / 'x').values())) == 8
   config.teacher.logits = str(tmp_path / 'x')
   with pytest.raises(ValueError, match=r'lacks \d+ of \d+ rows that the training will read, first row \d+: run '
                                        'blockattn.train.teach with this config'):
-    distill.run(config, tmp_path / 'run')
+    distill.run(distill.read(config), tmp_path / 'run')
   config.teacher.logits = ''
   calls.clear()
   monkeypatch.setattr(taught, 'write_part', lambda out, name, records: (calls.append(name), write(out, name, records)))
-  teach.run(config, tmp_path / 'x')
-  source = setup.rows(config, setup.tokenizer(config))
+  teach.run(distill.read(config), tmp_path / 'x')
+  options = distill.read(config)
+  source = inputs.load_rows(options.data, job.load_tokenizer(options))
   assert 'part-00000-0000' not in calls and 'part-00002-0000' in calls
   written = [row for rows in taught.written_rows(tmp_path / 'x').values() for row in rows]
-  assert sorted(written) == setup.needed_rows(config, source).tolist()
+  assert sorted(written) == inputs.needed_rows(options, source).tolist()
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -101,9 +102,9 @@ def test_a_stopped_writing_goes_on(folder, written, tmp_path, monkeypatch):
     ({'data.length': 128}, 'was written for length=64, this config says 128')])
 def test_a_folder_for_something_else_is_refused(folder, written, tmp_path, changes, message):
   with pytest.raises(ValueError, match=message):
-    distill.run(config_of(folder, **{'teacher.logits': str(written)} | changes), tmp_path / 'run')
+    distill.run(distill.read(config_of(folder, **{'teacher.logits': str(written)} | changes)), tmp_path / 'run')
   with pytest.raises(ValueError, match=message):
-    teach.run(config_of(folder, **{'teacher.top_k': VOCAB - 1} | changes), written)
+    teach.run(distill.read(config_of(folder, **{'teacher.top_k': VOCAB - 1} | changes)), written)
 
 
 def test_what_other_weights_have_said_is_refused(folder, written, tmp_path):
@@ -114,15 +115,15 @@ def test_what_other_weights_have_said_is_refused(folder, written, tmp_path):
   message = 'was made from other weights than lie in .*/teacher now .*: put the old ones back, or run .*teach into a new'
   with run_cases.overwritten(folder):
     with pytest.raises(ValueError, match=f'begun {message}'):
-      teach.run(config, tmp_path / 'begun')
+      teach.run(distill.read(config), tmp_path / 'begun')
     config.teacher.logits = str(written)
     with pytest.raises(ValueError, match=f'all {message}'):
-      distill.run(config, tmp_path / 'run')
+      distill.run(distill.read(config), tmp_path / 'run')
 
 
 def test_more_tokens_than_there_are(folder, tmp_path):
   with pytest.raises(ValueError, match=r'config.teacher.top_k=304: the vocabulary has 304 tokens; keep fewer'):
-    teach.run(config_of(folder, **{'teacher.top_k': VOCAB}), tmp_path / 'x')
+    teach.run(distill.read(config_of(folder, **{'teacher.top_k': VOCAB})), tmp_path / 'x')
 
 
 def test_a_folder_that_is_none(tmp_path):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import pytest
 import yaml
 
-from blockattn import checkpoint, metrics
-from blockattn.train import loop
+from blockattn import checkpoint, metrics, options
+from blockattn.train import distill
 from configs import common
 from launch import sweep
 from tools import compare
@@ -24,8 +24,8 @@ CONFIG = '''
 from configs import common
 
 def get_config(arg=''):
-  config = common.base()
-  common.add_distill(config)
+  config = common.base('distill')
+  config.model.source = 'teacher'
   config.steps = int(arg or 5)
   config.optim.warmup = 1
   return config
@@ -56,7 +56,7 @@ def with_sweep(tmp_path, *lines):
 def finish(workdir, config, step=None):
   """What a run leaves behind."""
   workdir.mkdir(parents=True)
-  metrics.write_json(workdir / 'config.json', loop.resolved(config))
+  metrics.write_json(workdir / 'config.json', options.as_json(distill.read(config)))
   checkpoint.save_params(workdir / 'checkpoints', {'w': jnp.zeros(1)}, {}, step=config.steps if step is None else step)
 
 
@@ -90,9 +90,10 @@ def test_names_that_no_folder_takes():
     ("add({'blocks.sink': 1})", "point blocks.sink=1: --config.blocks.sink: no such key; did you mean 'blocks.sinks'?"),
     ("add({'blocks.sinks': 'four'})", 'point blocks.sinks=four: .*four'),
     ("add({'optim.lr': 1}); add({'blocks.sinks': 1.5})", 'point blocks.sinks=1.5: '),
-    ("add({'distill.drop_mode': 'lit'})", "point distill.drop_mode=lit: config.distill.drop_mode='lit'; choose one of lift"),
+    ("add({'distill.drop_mode': 'lit'})",
+     "point distill.drop_mode=lit: config.distill.drop_mode='lit'; choose one of lift"),
     ("add({'steps': 0})", 'point steps=0: config.steps=0'),
-    ("add({'model.source': ''}); add({'data.pages.members': (True, 2)})", 'members: the command line cannot say this value'),
+    ("add({'wandb': ''}); add({'data.pages.members': (True, 2)})", 'members: the command line cannot say this value'),
     ('add(seed=1); add({"seed": 1})', 'adds seed=1 twice'),
     ('pass', 'adds no point')])
 def test_a_wrong_point_is_named_before_anything_starts(tmp_path, line, message, capsys):
@@ -267,9 +268,9 @@ def test_a_file_that_holds_no_jobset(commands, config_file, tmp_path, capsys, te
 
 def leave(runs, name, losses, *, val=None, steps=4, saved=None, **changes):
   """The workdir of a point with a loss per step."""
-  config = common.base()
-  common.add_distill(config)
-  config.update_from_flattened_dict({'steps': steps} | changes)
+  config = common.base('distill')
+  config.model.source = 'teacher'
+  config.update_from_flattened_dict({'steps': steps, 'optim.warmup': 1} | changes)
   finish(runs / name, config, saved if saved is not None else steps)
   with metrics.MetricWriter(runs / name, tensorboard=False) as writer:
     for step, loss in enumerate(losses, start=1):

@@ -15,7 +15,7 @@ from blockattn import blocks, checkpoint, losses, optim, tree
 from blockattn.evals import subjects
 from blockattn.hf import config as hf_config, convert as hf_convert
 from blockattn.models import lora, transformer, weights
-from blockattn.train import distill, finetune, loop, setup
+from blockattn.train import distill, finetune, job, loop
 from configs import common
 from tools import convert
 
@@ -71,18 +71,17 @@ def test_a_student_of_low_rank_is_its_merged_model():
 
 
 def test_only_what_is_named_is_trained_and_it_starts_as_the_model():
-  config = common.base()
-  common.add_distill(config)
-  config.update_from_flattened_dict({'model.source': 'x', 'lora.rank': 4, 'lora.targets': ('q', 'down')})
-  options, place = setup.lora_options(config), train_cases.placement(8, fsdp=4, tensor=2)
+  options = options_with(**{'lora.rank': 4, 'lora.targets': ('q', 'down')})
+  place = train_cases.placement(8, fsdp=4, tensor=2)
   params = train_cases.params(CFG, place=place)
-  start = setup.lora_start(params, CFG, options, config, place)
+  start, frozen = job.student_params(options, CFG, params, 0, place)
   assert [name for name, _ in tree.named_leaves(start)] == ['layers/down/down', 'layers/down/up', 'layers/q/down',
                                                            'layers/q/up', 'sinks']
   assert start['layers']['q']['down'].shape == (2, 16, 4) and start['layers']['down']['up'].shape == (2, 4, 16)
   assert start['layers']['q']['up'].sharding.spec[2] == 'tensor' and start['layers']['q']['down'].sharding.spec[1] == 'fsdp'
-  frozen = {k: v for k, v in params.items() if k != 'sinks'}
-  np.testing.assert_array_equal(hidden(lora.attach(frozen, start, options)), hidden(params))
+  assert frozen.keys() == params.keys() - {'sinks'}
+  start |= {'sinks': params['sinks']}
+  np.testing.assert_array_equal(hidden(lora.attach(frozen, start, options.lora)), hidden(params))
 
 
 @pytest.mark.parametrize('fields, message', [
@@ -94,11 +93,10 @@ def test_options_that_are_no_good(fields, message):
 
 
 def test_a_difference_needs_a_model():
-  config = common.base()
-  common.add_finetune(config)
+  config = common.base('finetune')
   config.lora.rank = 2
   with pytest.raises(ValueError, match=r'config.lora.rank=2 trains a difference to a model: config.model.source names none'):
-    setup.lora_options(config)
+    finetune.read(config)
 
 
 # Distillation with teachers of all kinds.
@@ -108,26 +106,28 @@ DISTILL = distill.DistillOptions(drop_rate=0.3, drop_mode='lift', loss_over='rea
 BASE = dataclasses.replace(CFG, learned_sinks=0)
 
 
-def teacher_config(**changes):
-  config = common.base()
-  common.add_distill(config)
+def options_with(**changes) -> distill.Options:
+  config = common.base('distill')
   config.update_from_flattened_dict({'model.source': 'x'} | changes)
-  return config
+  return distill.read(config)
 
 
 def curve(devices=1, shape=(), low_rank=lora.NONE, steps=5, **changes):
   """(losses of some steps, trained parameters) of a distillation as distill.run sets it up."""
-  config = teacher_config(**changes)
+  options = options_with(**changes)
+  options = dataclasses.replace(options, lora=low_rank)
   place = train_cases.placement(devices, **dict(shape))
-  teacher_place = setup.teacher_placement(config, place)
+  teacher_place = distill.teacher_placement(options, place)
   params = train_cases.params(BASE, seed=1, place=place)
-  frozen = distill.Frozen(setup.teacher_from(params, BASE, config, teacher_place))
+  frozen = job.Frozen(distill.teacher_from(params, BASE, options.teacher, teacher_place))
   make = lambda place, **kw: transformer.Compute(impl='xla', tiles=(8, 8), placement=place, **kw)
   form = blocks.BlockOptions((0,), 'sequential', train_cases.MAX_BLOCKS)
-  models = distill.Models(BASE, BASE, make(place), make(teacher_place, dtype=config.teacher.compute_dtype), form, low_rank)
+  model = lambda compute: distill.transformer_model(BASE, compute)
+  attach = (lambda base, params: lora.attach(base, params, low_rank)) if low_rank.rank else None
+  models = distill.Models(model(make(place)), model(make(teacher_place, dtype=options.teacher.compute_dtype)), form, attach)
   if low_rank.rank:
     frozen = frozen.replace(base=frozen.teacher)
-    params = setup.lora_start(params, BASE, low_rank, config, place)
+    params, _ = job.student_params(options, BASE, params, 0, place)
   optimizer = optim.make_optimizer(train_cases.OPTIM)
   step = distill.make_step(models, DISTILL, optimizer, optim.learning_rate(train_cases.OPTIM))
   state, history = loop.init_state(params, optimizer), []
@@ -151,13 +151,13 @@ def test_a_teacher_by_other_rules_says_the_same(rules):
 
 
 def test_the_teachers_rules_place_its_parameters():
-  config = teacher_config(**{'teacher.rules': (('embed', None), ('heads', 'fsdp'))})
+  rules = {'teacher.rules': (('embed', None), ('heads', 'fsdp'))}
   place = train_cases.placement(8, fsdp=2, tensor=2, data=2)
-  other = setup.teacher_placement(config, place)
-  teacher = setup.teacher_from(train_cases.params(BASE, place=place), BASE, config, other)
+  other = distill.teacher_placement(options_with(**rules), place)
+  teacher = distill.teacher_from(train_cases.params(BASE, place=place), BASE, options_with(**rules).teacher, other)
   assert tuple(teacher['layers']['q'].sharding.spec)[:3] == (None, None, 'fsdp')
-  config.teacher.dtype = 'int8'
-  teacher = setup.teacher_from(train_cases.params(BASE, place=place), BASE, config, place)
+  eight = distill.TeacherOptions(dtype='int8')
+  teacher = distill.teacher_from(train_cases.params(BASE, place=place), BASE, eight, place)
   q, embed = teacher['layers']['q'], teacher['embed']
   assert tuple(q.values.sharding.spec)[:3] == (None, 'fsdp', 'tensor') and tuple(q.scale.sharding.spec)[:3] == (
       None, None, 'tensor')
@@ -167,7 +167,7 @@ def test_the_teachers_rules_place_its_parameters():
 def test_a_teacher_reads_the_students_batch():
   place = train_cases.placement(8, data=4, context=2)
   with pytest.raises(ValueError, match="config.teacher.rules places 'batch' on \\('fsdp',\\)"):
-    setup.teacher_placement(teacher_config(**{'teacher.rules': (('batch', 'fsdp'),)}), place)
+    distill.teacher_placement(options_with(**{'teacher.rules': (('batch', 'fsdp'),)}), place)
 
 
 def test_teachers_of_fewer_bits_say_nearly_the_same():
@@ -196,27 +196,23 @@ def test_it_learns_the_same_beside_eight_bits_on_a_mesh():
 folder = run_cases.folder   # a teacher, examples and a config file of both
 
 
-def adapted_run(folder, workdir, train):
+def adapted_run(folder, workdir, trainer):
   """The workdir of a run on eight devices, its model and what it has trained."""
-  config = run_cases.get_config(folder)
-  if train is finetune.run:
-    with config.unlocked():
-      del config.distill, config.teacher, config.lora
-    common.add_finetune(config)
+  config = run_cases.get_config(folder, trainer.__name__.rpartition('.')[2])
   config.update_from_flattened_dict({'steps': 4, 'save_every': 4, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
                                      'lora.rank': 2, 'lora.alpha': 4.0})
-  return workdir, *train(config, workdir)[:2]
+  return workdir, *trainer.run(trainer.read(config), workdir)[:2]
 
 
 @pytest.fixture(scope='module')
 def distilled(folder, tmp_path_factory):
   with jax.numpy_dtype_promotion('standard'):   # optax
-    return adapted_run(folder, tmp_path_factory.mktemp('lora') / 'run', distill.run)
+    return adapted_run(folder, tmp_path_factory.mktemp('lora') / 'run', distill)
 
 
 @pytest.mark.parametrize('kind', ['distill', 'finetune'])
 def test_a_run_is_exported_as_one_model(folder, distilled, tmp_path, kind, capsys):
-  run, cfg, own = distilled if kind == 'distill' else adapted_run(folder, tmp_path / 'run', finetune.run)
+  run, cfg, own = distilled if kind == 'distill' else adapted_run(folder, tmp_path / 'run', finetune)
   assert cfg.learned_sinks == 2 and set(own) == {'layers', 'sinks'}
   stored = checkpoint.load_meta(run / 'checkpoints')
   assert stored['lora']['rank'] == 2 and stored['source'] == f'{folder}/teacher'

@@ -9,8 +9,7 @@ import pytest
 from blockattn.data import prompts, sources, stdlib, store
 from blockattn.data.example import Example, recut
 from blockattn.segmentation import cutter, granularity
-from blockattn.train import setup
-from configs import common
+from blockattn.train import inputs
 
 EXAMPLE = Example(('<s>one. ', 'two. three.', ' four.</s>'), 'who? ', 'me', 'x', gold=(1,),
                            template=((), ((0, 3),), (), ((6, 10),), (), ()))
@@ -85,15 +84,11 @@ def test_the_fingerprint_is_of_the_files_and_of_the_wish(tmp_path):
 
 
 def test_two_ways_to_cut_are_refused():
-  config = common.base()
-  assert setup.cutter(config.data, None) is None
-  config.data.segmenter, config.data.block_tokens = 'tiny', 64
+  assert inputs.load_cutter(inputs.PromptData(), None) is None
   with pytest.raises(ValueError, match="block_tokens=64 and config.data.segmenter='tiny' both say where blocks end"):
-    setup.cutter(config.data, None)
+    inputs.PromptData(segmenter='tiny', block_tokens=64)
 
 
 def test_a_segmenter_that_is_not_there_is_named(tmp_path):
-  config = common.base()
-  config.data.segmenter = str(tmp_path / 'nothing')
   with pytest.raises(FileNotFoundError, match='nothing'):
-    setup.cutter(config.data, None)
+    inputs.load_cutter(inputs.PromptData(segmenter=str(tmp_path / 'nothing')), None)

@@ -12,7 +12,7 @@ import pytest
 import regex
 import segment_cases
 
-from blockattn.segmentation import granularity
+from blockattn.segmentation import forced, granularity
 
 few = hypothesis.settings(max_examples=60, deadline=None)
 Granularity = granularity.Granularity
@@ -121,7 +121,7 @@ def inside_characters(text):
                                             '\u1112', '\u1161', '\u11ab', 'ไ', 'ำ', '\ud83d', '\ude00', '한']),
                            max_size=40).map(''.join))
 def test_clusters_are_those_of_unicode(text):
-  assert set(granularity.inside_clusters(text).tolist()) == inside_characters(text)
+  assert set(forced.inside_clusters(text).tolist()) == inside_characters(text)
 
 
 @few

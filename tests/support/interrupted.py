@@ -46,4 +46,4 @@ if __name__ == '__main__':
   else:
     InterruptedBatches.when, InterruptedBatches.sign = int(when), sign
     stream.Batches = InterruptedBatches
-  command.main(distill.run)
+  command.main(distill.Options, distill.run)

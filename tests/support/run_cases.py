@@ -37,11 +37,11 @@ CHANGES = {
     'data.max_blocks': 8, 'distill.drop_rate': 0.3, 'distill.drop_mode': 'isolate'}
 
 
-def get_config(folder):
+def get_config(folder, trainer='distill'):
   """A small distillation on the files in `folder`: block dropout, learned sinks and shuffled data all go on or do not."""
-  config = common.base()
-  common.add_distill(config)
-  config.update_from_flattened_dict(CHANGES | {'model.source': f'{folder}/teacher', 'data.cache': f'{folder}/cache',
+  config = common.base(trainer)
+  changes = {key: value for key, value in CHANGES.items() if key.partition('.')[0] in config}
+  config.update_from_flattened_dict(changes | {'model.source': f'{folder}/teacher', 'data.cache': f'{folder}/cache',
                                                'data.files': (f'{folder}/train.jsonl',)})
   return config
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from blockattn.train import command, loop, setup
+from blockattn.train import command, inputs, job, loop, workdir as workdir_lib
 from configs import common
 
 STEPS, SAVE_EVERY = 16, 4
@@ -26,7 +26,7 @@ ROWS, BATCH, WIDTH = 44, 4, 1 << 16   # rows of the source, of a batch; paramete
 
 
 def get_config():
-  config = common.base()
+  config = common.section(job.Options)
   config.update_from_flattened_dict({
       'steps': STEPS, 'batch': BATCH, 'log_every': 1, 'save_every': SAVE_EVERY, 'mesh.data': 2, 'mesh.tensor': 2, 'seed': 5})
   return config
@@ -87,12 +87,12 @@ def fill(path, leave):
   path.write_bytes(b'x' * max(size, 0))
 
 
-def run(config, workdir):
+def run(options, workdir):
   blows = Blows(os.environ.get('BLOW'))
   signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background without it
-  place = setup.placement(config)
-  loop.save_run_facts(workdir, config)
-  batches = setup.batches(config, Numbered(blows.at if blows.kind == 'unreadable' else -1))
+  place = job.make_placement(options)
+  workdir_lib.save_run_facts(workdir, options)
+  batches = inputs.batches(options, Numbered(blows.at if blows.kind == 'unreadable' else -1), place)
   notes = pathlib.Path(workdir) / 'rows'
   notes.mkdir(parents=True, exist_ok=True)
   name = notes / f'{time.time()}-{jax.process_index()}-of-{jax.process_count()}.jsonl'
@@ -117,8 +117,9 @@ def run(config, workdir):
 
   values = np.random.default_rng(0).standard_normal(WIDTH).astype(np.float32)   # random: zeros would be packed to nothing
   params = jax.make_array_from_callback((WIDTH,), place.sharding(('vocab',)), lambda part: values[part])
-  loop.run(step, loop.init_state({'w': params}, optimizer), batches, setup.loop_config(config, 'tiny'), workdir,
-           put_batch=put_batch, meta={}, watch=seen)
+  loop.run(step, loop.init_state({'w': params}, optimizer), batches, loop.LoopConfig(
+      steps=options.steps, log_every=options.log_every, save_every=options.save_every, keep=options.keep,
+      tokens_per_step=options.batch * options.data.length), workdir, put_batch=put_batch, meta={}, watch=seen)
   if seen is not None:
     print(json.dumps({'rss': seen.rss, 'compiled': seen.compiled}))
 
@@ -143,4 +144,4 @@ class Seen:
 
 
 if __name__ == '__main__':
-  command.main(run)
+  command.main(job.Options, run)

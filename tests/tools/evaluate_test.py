@@ -18,7 +18,7 @@ from blockattn.evals import gap, subjects as subjects_lib
 from blockattn.hf import config as hf_config
 from blockattn.models import transformer
 from blockattn.segmentation import segmenter
-from blockattn.train import setup
+from blockattn.train import job
 from tools import evaluate, report
 
 OPTIONS = blocks.BlockOptions(sink_ids=(5, 6), positions='local', max_blocks=8)
@@ -99,7 +99,7 @@ def test_subject_of_a_folder_and_of_a_workdir(models, tmp_path):
   from_folder, tokenizer = subjects_lib.load(student, 'block', COMPUTE)
   assert from_folder.options == OPTIONS and from_folder.mode == 'block'
   assert subjects_lib.load(teacher, 'full', COMPUTE)[0].options.sink_ids == ()
-  meta = setup.model_meta(from_folder.cfg, OPTIONS, str(student), 'distill')
+  meta = job.model_meta(from_folder.cfg, OPTIONS, str(student), 'distill')
   checkpoint.save_params(tmp_path / 'checkpoints', from_folder.params, meta)
   from_workdir, same_tokenizer = subjects_lib.load(tmp_path, 'block', COMPUTE)
   assert (from_workdir.cfg, from_workdir.options) == (from_folder.cfg, OPTIONS)

@@ -11,7 +11,7 @@ import hf_cases
 import pytest
 
 from blockattn.hf import config as hf_config
-from blockattn.models import sizes, spec, transformer
+from blockattn.models import sizes, spec
 from configs import distill, finetune
 from tools import show
 
@@ -33,7 +33,7 @@ def test_every_config_can_be_shown(name, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(hf_config.to_dict(cfg, 'float32', ids)))
     config.model.source = str(tmp_path)
   shown = show.describe(config, devices=1)
-  count = spec.count(transformer.spec(show.student(config)))
+  count = spec.count(show.build(config, 1, 'cpu')[1].specs)
   assert shown['total'] == {'count': count, 'bytes': 4 * count}
   assert shown['per_device']['parameters'] == 4 * count
   assert shown['per_device']['optimizer'] == 8 * count + 8   # two moments; Adam's and the schedule's step counts
@@ -150,9 +150,11 @@ def test_bytes_of_rows_that_are_divided():
     config.update_from_flattened_dict({'mesh.fsdp': 1, 'mesh.context': 8} | changes)
     return show.describe(config, devices=8)['step']['received']['activations']
   tokens = 32768 + 4 * 256
-  assert received(**{'compute.sent': 0}) == pytest.approx(3 * 36 * 64 * tokens * 2 * 8 * 128 * 2 * 7 / 8)
+  assert received(**{'compute.far_queries': 0}) == pytest.approx(
+      3 * 36 * 64 * tokens * 2 * 8 * 128 * 2 * 7 / 8)
   near = 64 * tokens / 8 * 2 * 8 * 128 * 2
-  assert received(**{'compute.sent': 256}) == pytest.approx(3 * 36 * (near + 64 * 256 * 32 * 128 * 2 * 7 / 8 * (2 + 4)))
+  assert received(**{'compute.far_queries': 256}) == pytest.approx(
+      3 * 36 * (near + 64 * 256 * 32 * 128 * 2 * 7 / 8 * (2 + 4)))
   assert received() > near * 3 * 36
 
 

@@ -21,7 +21,7 @@ import tiny_run
 
 from blockattn import checkpoint, mesh
 from blockattn.data import sources, store, stream
-from blockattn.train import setup
+from blockattn.train import inputs
 
 SCRIPT = str(pathlib.Path(tiny_run.__file__))
 STEPS, SAVE_EVERY = tiny_run.STEPS, tiny_run.SAVE_EVERY
@@ -247,9 +247,9 @@ class FakePlace:
 def test_a_process_reads_the_rows_of_its_devices(place, rows, monkeypatch):
   for index, own in enumerate(rows):
     monkeypatch.setattr(jax, 'process_index', lambda index=index: index)
-    assert setup.own_rows(place, 16) == own
+    assert inputs.own_rows(place, 16) == own
 
 
 def test_processes_that_share_some_of_their_rows_are_refused():
   with pytest.raises(ValueError, match='must divide tensor . context, or be a multiple of it'):
-    setup.own_rows(FakePlace(3, data=4, tensor=2), 16)
+    inputs.own_rows(FakePlace(3, data=4, tensor=2), 16)

@@ -13,7 +13,7 @@ import train_cases
 from run_cases import MODEL, STEPS, Numbers, get_config, interrupt, losses, newest, overwritten, run_loop, saved_steps, start
 
 from blockattn import checkpoint
-from blockattn.train import distill, loop
+from blockattn.train import distill, finetune, loop, workdir as workdir_lib
 from configs import common
 
 folder = run_cases.folder   # a teacher, examples and a config file of both
@@ -24,7 +24,7 @@ def straight(folder):
   """The workdir of a run that nothing disturbed."""
   result = start(folder, folder / 'straight')
   assert result.returncode == 0, result.stderr
-  assert result.stdout.startswith('attention: xla (auto on cpu)\n')
+  assert result.stdout.startswith('platform: cpu, 1 devices\nattention: xla (auto on cpu)\n')
   assert 'absl' not in result.stderr and 'checkpoint' not in result.stderr, result.stderr
   return folder / 'straight'
 
@@ -62,7 +62,7 @@ def test_facts_of_a_run_are_kept(straight):
   assert json.loads((straight / 'config.json').read_text())['distill']['drop_mode'] == 'isolate'
   facts = json.loads((straight / 'run.json').read_text())
   assert facts['jax'] == jax.__version__ and len(facts['devices']) == 1 and any('--workdir' in a for a in facts['command'])
-  assert facts['attention'] == {'impl': 'xla', 'why': 'auto on cpu'}
+  assert facts['platform'] == 'cpu' and facts['attention'] == {'impl': 'xla', 'why': 'auto on cpu'}
   meta = checkpoint.load_meta(straight / 'checkpoints')
   assert meta['step'] == STEPS and meta['kind'] == 'distill' and meta['model']['learned_sinks'] == 2
   assert meta['blocks']['sink_ids'] == [304, 305]
@@ -75,7 +75,7 @@ def test_a_workdir_of_another_config_is_refused(folder, straight):
   before = (straight / 'config.json').read_text()
   with pytest.raises(ValueError, match='straight holds a run with another config: batch, optim.lr differ. '
                                        'Use a new --workdir, or the old values'):
-    distill.run(config, straight)
+    distill.run(distill.read(config), straight)
   assert (straight / 'config.json').read_text() == before and newest(straight) == STEPS
 
 
@@ -87,19 +87,19 @@ def test_a_run_does_not_go_on_with_another_teacher(folder, straight, monkeypatch
     with pytest.raises(ValueError, match=f'step {STEPS} in {straight}/checkpoints was made from other weights than lie in '
                                          f'{folder}/teacher now .fingerprint .{{12}}, read as float32; now .{{12}}, read as '
                                          'float32.: put the old ones back, or begin again with a new --workdir'):
-      distill.run(config, straight)
+      distill.run(distill.read(config), straight)
     saved = checkpoint.Checkpoints.meta   # as before there were fingerprints
     monkeypatch.setattr(checkpoint.Checkpoints, 'meta', lambda *args: saved(*args) | {'source_weights': None})
-    distill.run(config, straight)
+    distill.run(distill.read(config), straight)
   monkeypatch.undo()
-  distill.run(config, straight)   # on other devices the same weights are the same
+  distill.run(distill.read(config), straight)   # on other devices the same weights are the same
 
 
 def test_a_run_that_goes_wrong_stops_with_one_line(folder):
   """A teacher with one broken embedding, which loading it would have found: all is well until the token is read."""
   workdir = folder / 'broken'
   blind = ('from blockattn import tree\nfrom blockattn.train import command, distill\ntree.not_finite = lambda tree: []\n'
-           "command.main(distill.run, 'distill')")
+           "command.main(distill.Options, distill.run)")
   result = start(folder, workdir, '-c', blind,
                  overrides=[f'--config.model.source={folder}/broken_teacher', '--config.save_every=1'])
   assert result.returncode == 2, result.stderr
@@ -190,16 +190,16 @@ def test_sigterm_in_the_last_step_is_the_end(tmp_path):
 
 def test_what_may_change_in_a_workdir(tmp_path):
   """Everything before the first checkpoint; after it what does not change what is learned."""
-  config = common.base()
-  loop.save_run_facts(tmp_path, config)
+  config = common.base('finetune')
+  workdir_lib.save_run_facts(tmp_path, finetune.read(config))
   config.batch = 32
-  loop.save_run_facts(tmp_path, config)
+  workdir_lib.save_run_facts(tmp_path, finetune.read(config))
   run_loop(tmp_path)
   for name in ('log_every', 'save_every', 'keep'):
     config[name] += 1
   config.update_from_flattened_dict({'mesh.fsdp': 4, 'rules': (('embed', None),), 'compute.remat': 'full'})
-  loop.save_run_facts(tmp_path, config)
+  workdir_lib.save_run_facts(tmp_path, finetune.read(config))
   assert json.loads((tmp_path / 'config.json').read_text())['keep'] == config.keep
-  common.add_finetune(config)
-  with pytest.raises(ValueError, match='another config: finetune.answer_weight, finetune.mode, .* differ'):
-    loop.save_run_facts(tmp_path, config)
+  config.update_from_flattened_dict({'finetune.mode': 'full', 'finetune.answer_weight': 2.0})
+  with pytest.raises(ValueError, match='another config: finetune.answer_weight, finetune.mode differ'):
+    workdir_lib.save_run_facts(tmp_path, finetune.read(config))

@@ -15,7 +15,7 @@ from blockattn.hf import config as hf_config, convert
 from blockattn.models import classifier, transformer
 from blockattn.segmentation import labelled, markers, segmenter, variation
 from blockattn.segmentation.semanticseg import schema
-from blockattn.train import segment, setup
+from blockattn.train import job, segment
 from configs import common
 
 
@@ -182,15 +182,14 @@ def config_of(folder, steps):
   schema.write(folder / 'validation_notes.jsonl', [document(i) for i in range(50, 53)])
   tokenizer = data_cases.tiny_tokenizer()
   tokenizer.save_pretrained(folder / 'tokenizer')
-  config = common.base()
+  config = common.base('segment')
   config.steps, config.batch, config.log_every, config.save_every = steps, 8, 5, 10
   config.model.fields = dict(family='qwen3', vocab=304, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=16,
                              qk_norm=True, tied=True)
   config.optim.lr, config.optim.warmup = 3e-2, 2
   config.data.tokenizer, config.data.length = str(folder / 'tokenizer'), 48
   config.data.files = (str(folder / 'train_notes.jsonl'),)
-  common.add_segment(config)
-  config.segment.markers, config.segment.head, config.segment.tail = 'pooled', 5, 2
+  config.segment.read.style, config.segment.read.head, config.segment.read.tail = 'pooled', 5, 2
   config.segment.eval_files, config.segment.eval_every = (str(folder / 'validation_notes.jsonl'),), 10
   config.segment.export_dtype = 'float32'
   return config
@@ -203,7 +202,7 @@ def lines(workdir):
 def test_training_learns_keeps_the_best_and_resumes(tmp_path, standard_promotion):
   """Eight devices; an interrupted run ends where an uninterrupted one does."""
   config = config_of(tmp_path, steps=20)
-  cfg, params = segment.run(config, tmp_path / 'whole')
+  cfg, params = segment.run(segment.read(config), tmp_path / 'whole')
   assert cfg.labels == 2 and cfg.unit_tokens == 9
   losses = [line['loss'] for line in lines(tmp_path / 'whole') if 'loss' in line]
   measured = [line for line in lines(tmp_path / 'whole') if 'val_f1' in line]
@@ -218,18 +217,20 @@ def test_training_learns_keeps_the_best_and_resumes(tmp_path, standard_promotion
   assert scored.candidates[scored.log_odds > scorer.options.threshold].tolist() == list(held_out.cuts)
 
   shutil.copytree(tmp_path / 'whole', tmp_path / 'part', ignore=shutil.ignore_patterns('20'))   # as if killed at step 19
-  _, resumed = segment.run(config, tmp_path / 'part')
+  _, resumed = segment.run(segment.read(config), tmp_path / 'part')
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), params, resumed)
 
 
 def test_a_segmenter_starts_to_read_cohesion_as_it_was(tmp_path):
-  config = config_of(tmp_path, steps=1)
-  place, plain = setup.placement(config), reader()
-  before, params = segment.load_model(config, place, plain)
+  config = config_of(tmp_path, steps=3)
+  options, plain = segment.read(config), reader()
+  place = job.make_placement(options)
+  before, params = segment.load_model(options, place)
   convert.save(params, before, tmp_path / 'model', source=tmp_path / 'tokenizer', meta={}, card='', dtype='float32')
   config.model.source = str(tmp_path / 'model')
+  config.segment.read.cohesion = True
   with_it = reader(cohesion=True)
-  cfg, params = segment.load_model(config, place, with_it)
+  cfg, params = segment.load_model(segment.read(config), place)
   P = plain.options.unit_tokens
   assert (before.unit_tokens, cfg.unit_tokens) == (P, P + len(markers.COHESION)) and not np.any(params['units'][P:])
   units = with_it.units(['One two.\n', 'Three two.\n', 'Four.\n'])
@@ -242,9 +243,10 @@ def test_mistakes_in_the_config_are_named(tmp_path):
   config = config_of(tmp_path, steps=3)
   config.segment.cut_weight = 0.0
   with pytest.raises(ValueError, match='cut_weight'):
-    segment.options_of(config)
+    segment.read(config)
   with pytest.raises(ValueError, match='no keys config.segment'):
-    segment.options_of(common.base())
+    segment.read(common.base('distill'))
+  config.segment.cut_weight = 1.0
   config.data.files = ()
   with pytest.raises(ValueError, match='config.data.files is empty'):
-    segment._documents(config)
+    segment.read_documents(segment.read(config))

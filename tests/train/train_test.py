@@ -15,7 +15,7 @@ import train_cases
 from blockattn import blocks, checkpoint, losses, mesh as mesh_lib, optim, tree
 from blockattn.models import transformer
 from blockattn.segmentation import segmenter
-from blockattn.train import distill, finetune, loop, setup, teach
+from blockattn.train import distill, finetune, inputs, job, loop
 from configs import common
 
 STEPS = 5
@@ -76,9 +76,10 @@ def _trainer(kind, shape, options) -> Trainer:
   if kind == 'finetune':
     step = finetune.make_step(cfg, compute, form, dataclasses.replace(FINETUNE, **dict(options)), optimizer, rate)
     return Trainer(lambda state, batch: step(state, None, batch), start, place, None)
-  models, teacher = distill.Models(cfg, cfg, compute, compute, form), train_cases.params(place=place)
+  model, teacher = distill.transformer_model(cfg, compute), train_cases.params(place=place)
+  models = distill.Models(model, model, form, row_parts=compute.row_parts)
   step = distill.make_step(models, dataclasses.replace(DISTILL, **dict(options)), optimizer, rate)
-  return Trainer(lambda state, batch: step(state, distill.Frozen(teacher), batch), start, place, teacher)
+  return Trainer(lambda state, batch: step(state, job.Frozen(teacher), batch), start, place, teacher)
 
 
 def train(t: Trainer, batches, state=None):
@@ -187,7 +188,7 @@ def test_a_batch_without_a_loss_token_teaches_nothing():
 def test_the_teacher_stays_and_is_not_saved(tmp_path):
   t = trainer('distill')
   before = jax.tree.map(np.array, t.teacher)
-  meta = setup.model_meta(train_cases.MODEL, block_options(train_cases.MODEL), 'a/teacher', 'distill')
+  meta = job.model_meta(train_cases.MODEL, block_options(train_cases.MODEL), 'a/teacher', 'distill')
   config = loop.LoopConfig(steps=2, log_every=1, save_every=1, keep=2, tokens_per_step=1)
   state = loop.run(t.step, t.start(), Stream(), config, tmp_path, put_batch=t.place.put_batch, meta=meta)
   jax.tree.map(np.testing.assert_array_equal, t.teacher, before)
@@ -230,7 +231,8 @@ def distill_case(mode, weights, sinks, loss_over, learned=False, positions='sequ
   cfg = train_cases.MODEL
   student_cfg = cfg if not learned else dataclasses.replace(cfg, learned_sinks=sinks)
   compute = transformer.Compute(impl='reference')
-  models = distill.Models(student_cfg, cfg, compute, compute, block_options(student_cfg, sinks, positions))
+  student, teacher = (distill.transformer_model(cfg, compute) for cfg in (student_cfg, cfg))
+  models = distill.Models(student, teacher, block_options(student_cfg, sinks, positions))
   options = dataclasses.replace(DISTILL, drop_rate=0.5, drop_mode=mode, loss_over=loss_over,
                                 weights=losses.TokenWeights(*weights), **options)
   return models, options, train_cases.params(student_cfg, seed=1), train_cases.params(cfg)
@@ -242,7 +244,7 @@ def test_every_choice_gives_a_loss_and_gradients(mode):
   batch = train_cases.batch(0)
 
   def loss(params):
-    sums = distill.loss_sums(params, distill.Frozen(teacher), batch, jax.random.key(0), models, options)
+    sums = distill.loss_sums(params, job.Frozen(teacher), batch, jax.random.key(0), models, options)
     return sums['loss'], sums
 
   with jax.numpy_dtype_promotion('strict'):
@@ -263,9 +265,10 @@ def forward(source):
   """Sums of the distillation loss without sinks and dropout."""
   compute = transformer.Compute(impl='reference')
   cfg = train_cases.MODEL
-  models = distill.Models(cfg, cfg, compute, compute, block_options(cfg, sinks=0))
+  model = distill.transformer_model(cfg, compute)
+  models = distill.Models(model, model, block_options(cfg, sinks=0))
   options = dataclasses.replace(DISTILL, drop_rate=0.0, loss_over='text', weights=losses.TokenWeights(source=source))
-  return jax.jit(lambda student, teacher, batch: distill.loss_sums(student, distill.Frozen(teacher), batch, None, models,
+  return jax.jit(lambda student, teacher, batch: distill.loss_sums(student, job.Frozen(teacher), batch, None, models,
                                                                    options))
 
 
@@ -363,9 +366,10 @@ def test_a_batch_that_cannot_be_cut_into_slices():
 
 # Errors in a config, each before anything is loaded.
 
-def config_with(section=common.add_distill, **changes):
-  config = common.base()
-  section(config)
+def config_with(trainer='distill', **changes):
+  config = common.base(trainer)
+  if trainer == 'distill':
+    config.model.source = 'teacher'
   config.update_from_flattened_dict({name.replace('__', '.'): value for name, value in changes.items()})
   return config
 
@@ -380,7 +384,7 @@ def config_with(section=common.add_distill, **changes):
 ])
 def test_a_mistake_in_the_options_of_distillation(changes, message):
   with pytest.raises(ValueError, match=message):
-    distill.options_of(config_with(**changes))
+    distill.read(config_with(**changes))
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -389,50 +393,79 @@ def test_a_mistake_in_the_options_of_distillation(changes, message):
 ])
 def test_a_mistake_in_the_options_of_fine_tuning(changes, message):
   with pytest.raises(ValueError, match=message):
-    finetune.options_of(config_with(common.add_finetune, **changes))
+    finetune.read(config_with('finetune', **changes))
+
+
+def read(**changes) -> finetune.Options:
+  return finetune.read(config_with('finetune', **changes))
+
+
+def built(devices=8, platform='cpu', changes=(), **shape):
+  return finetune.build(read(**dict(changes)), train_cases.placement(devices, **shape), train_cases.MODEL, platform=platform)
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'save_every': 0}, 'config.save_every=0; give a number from 1'),
+    ({'data__kind': 'page'}, "config.data.kind='page'; choose one of files, pages"),
+    ({'compute__impl': 'flash'}, "config.compute.impl='flash'; choose one of auto, reference"),
+    ({'compute__far_queries': -2}, 'config.compute.far_queries=-2; give a number from 0'),
+    ({'compute__remat': 'some'}, "config.compute.remat='some'; choose one of none, dots, full"),
+    ({'blocks__sink_kind': 'tokens'}, "config.blocks.sink_kind='tokens'; choose one of token, learned"),
+    ({'blocks__positions': 'globl'}, "config.blocks.positions='globl'; choose one of sequential, local"),
+    ({'model__fields': {'vocba': 3}}, "config.model.fields.vocba: no such field; did you mean 'vocab'")])
+def test_a_mistake_in_the_rest_of_a_config(changes, message):
+  with pytest.raises(ValueError, match=message):
+    read(**changes)
+
+
+def test_a_key_that_the_trainer_does_not_read():
+  config = config_with('finetune')
+  with config.unlocked():
+    config.zebra = 1
+  with pytest.raises(ValueError, match='config.zebra is not read by this trainer; known: accumulate'):
+    finetune.read(config)
+  with config.unlocked():
+    del config.zebra, config.optim.lr
+  with pytest.raises(ValueError, match='config.optim.lr is missing'):
+    finetune.read(config)
+
+
+@pytest.mark.parametrize('changes, how, message', [
+    ({'batch': 24, 'accumulate': 2}, dict(data=4, fsdp=2),
+     'config.batch=24 must be a multiple of 16: 8 devices share the rows, in config.accumulate=2 slices'),
+    ({'data__length': 4100}, dict(context=8),
+     'config.data.length = 4100 must be a multiple of 128: 8 devices .config.mesh. share a row'),
+    ({'data__max_blocks': 63}, dict(context=8),
+     r'config.blocks.sinks \* config.data.max_blocks = 4348 must be a multiple of 128'),
+    ({}, dict(context=8, platform='tpu'),
+     r'config.blocks.sinks \* config.data.max_blocks = 4352 must be a multiple of 1024: .* at least 128 tokens')])
+def test_a_batch_that_the_devices_cannot_share(changes, how, message):
+  with pytest.raises(ValueError, match=message):
+    built(changes=changes, **how)
 
 
 @pytest.mark.parametrize('call, changes, message', [
-    (lambda c: setup.loop_config(c, ''), {'save_every': 0}, 'config.save_every=0; give a number from 1'),
-    (lambda c: setup.check_batch(c, train_cases.placement(8, data=4, fsdp=2)), {'batch': 24, 'accumulate': 2},
-     'config.batch=24 must be a multiple of 16: 8 devices share the rows, in config.accumulate=2 slices'),
-    (lambda c: setup.check_batch(c, train_cases.placement(8, context=8)), {'data__length': 4100},
-     'config.data.length = 4100 must be a multiple of 128: 8 devices .config.mesh. share a row'),
-    (lambda c: setup.check_batch(c, train_cases.placement(8, context=8)), {'data__max_blocks': 63},
-     r'config.blocks.sinks \* config.data.max_blocks = 4348 must be a multiple of 128'),
-    (lambda c: setup.check_batch(c, train_cases.placement(8, context=8), 'tpu'), {},
-     r'config.blocks.sinks \* config.data.max_blocks = 4352 must be a multiple of 1024: .* at least 128 tokens'),
-    (lambda c: setup.rows(c, None), {'data__kind': 'page'}, "config.data.kind='page'; choose 'files' or 'pages'"),
-    (lambda c: setup.rows(c, None), {}, 'config.data.files is empty: give JSON lines files'),
-    (lambda c: setup.compute(c, None), {'compute__impl': 'flash'}, "impl 'flash' does not exist; use one of auto"),
-    (lambda c: setup.compute(c, None), {'compute__sent': -2}, 'sent=-2; give a number of queries from 0'),
-    (lambda c: setup.compute(c, None), {'compute__remat': 'some'}, "remat='some'; choose one of none, dots, full"),
-    (lambda c: setup.architecture(c.model), {'model__fields': {'vocba': 3}},
-     "config.model.fields.vocba: no such field; did you mean 'vocab'"),
-    (lambda c: setup.architecture(c.model), {}, 'config.model.fields lacks family, vocab, width, .* or a config.model.size'),
-    (lambda c: setup.load_model(c, None), {'data__length': 40961, 'model__size': 'qwen3_0_6b'},
+    (lambda o: inputs.load_rows(o.data, None), {}, 'config.data.files is empty: give JSON lines files'),
+    (lambda o: job.architecture(o.model), {}, 'config.model.fields lacks family, vocab, width, .* or a config.model.size'),
+    (lambda o: job.load_model(o, None), {'data__length': 40961, 'model__size': 'qwen3_0_6b'},
      r'config.data.length=40961: .* the model has 40960 positions .max_position_embeddings'),
-    (lambda c: setup.load_model(c, None), {'model__size': 'qwen3_0_6b', 'model__fields': {'labels': 2}},
+    (lambda o: job.load_language_model(o, None), {'model__size': 'qwen3_0_6b', 'model__fields': {'labels': 2}},
      r'config.model is a segmenter .Qwen3ForTokenClassification.: .* name a model of Qwen3ForCausalLM'),
-    (lambda c: setup.load_model(c, None), {'model__source': str(segmenter.EMBEDDED)},
+    (lambda o: job.load_language_model(o, None), {'model__source': str(segmenter.EMBEDDED)},
      r'assets/tiny_segmenter is a segmenter .*ForTokenClassification.: .* name a model of .*ForCausalLM'),
-    (lambda c: setup.placement(c), {'rules': (('batch', 'dat'),)}, "'batch' is mapped to 'dat', .*mean 'data'"),
-])
-def test_a_mistake_in_the_rest_of_a_config(call, changes, message):
+    (job.make_placement, {'rules': (('batch', 'dat'),)}, "'batch' is mapped to 'dat', .*mean 'data'")])
+def test_a_mistake_that_is_found_with_the_model(call, changes, message):
   with pytest.raises(ValueError, match=message):
-    call(config_with(**changes))
+    call(read(**changes))
 
 
 def test_a_config_of_another_trainer():
   with pytest.raises(ValueError, match=r'no keys config.distill; it is for blockattn.train.finetune'):
-    distill.options_of(config_with(common.add_finetune))
-  with pytest.raises(ValueError, match=r'no keys config.finetune: call common.add_finetune in its get_config'):
-    finetune.options_of(common.base())
-  for trainer in (distill, teach):   # said before anything is asked of a section that is not there
-    with pytest.raises(ValueError, match='no keys config.distill; it is for blockattn.train.finetune'):
-      trainer.run(config_with(common.add_finetune), '/nowhere')
+    distill.read(config_with('finetune'))
+  with pytest.raises(ValueError, match=r'keys of no trainer; a config is for one of .*: make it with configs.common.base'):
+    finetune.read(common.section(job.Options))
   with pytest.raises(ValueError, match='config.model.source is empty: distillation needs a trained teacher'):
-    distill.run(config_with(batch=8), '/nowhere')
+    distill.read(config_with(model__source=''))
 
 
 class Words:
@@ -444,39 +477,31 @@ class Words:
 
 
 def test_sinks_of_a_config():
-  cfg = train_cases.MODEL
-  config = config_with(blocks__sinks=2, blocks__sink_text='four')
-  same, options = setup.block_options(config, cfg, Words())
-  assert same == cfg and options.sink_ids == (4, 4) and options.max_blocks == config.data.max_blocks
-  config.blocks.sink_kind = 'learned'
-  larger, options = setup.block_options(config, cfg, Words())
-  assert larger.learned_sinks == 2 and options.sink_ids == (cfg.vocab, cfg.vocab + 1)
+  cfg, b = train_cases.MODEL, dict(blocks__sinks=2, blocks__sink_text='four')
+  sink = job.sink_of(read(**b).blocks, Words())
+  same, form = job.block_options(read(**b), cfg, sink)
+  assert same == cfg and form.sink_ids == (4, 4) and form.max_blocks == read().data.max_blocks
+  learned = read(**b, blocks__sink_kind='learned')
+  larger, form = job.block_options(learned, cfg, sink)
+  assert larger.learned_sinks == 2 and form.sink_ids == (cfg.vocab, cfg.vocab + 1)
   place = train_cases.placement(8, fsdp=8)
-  student = setup.add_sink_rows(train_cases.params(place=place), larger, Words(), config.blocks.sink_text, place)
+  student, base = job.student_params(learned, larger, train_cases.params(place=place), sink, place)
   np.testing.assert_array_equal(student['sinks'], np.repeat(np.asarray(student['embed'])[4:5], 2, axis=0))
-  config = config_with(blocks__sinks=1)   # the first of those that may be chosen is one token here
-  assert setup.block_options(config, cfg, Words())[1].sink_ids == (1,)
-  config.blocks.sinks = 0
-  assert setup.block_options(config, cfg, None)[0] == cfg   # no sinks, no token for them
+  assert base is None
+  assert job.sink_of(job.BlockModeOptions(sinks=1), Words()) == 1   # the first of those that may be chosen is one token here
+  assert job.sink_of(job.BlockModeOptions(sinks=0), None) == 0   # no sinks, no token for them
 
 
 def test_the_tokenizer_is_one_of_the_model(tmp_path):
   """Before any document is encoded."""
   folder = hf_cases.write_tokenizer(tmp_path / 'words', 48)
   fields = {'family': 'llama', 'width': 8, 'layers': 1, 'heads': 1, 'kv_heads': 1, 'head_dim': 8, 'mlp': 8}
-  config = config_with(data__tokenizer=str(folder))
-  config.model.fields = fields | {'vocab': 48}
-  assert len(setup.model_tokenizer(config)) == 48
-  config.model.fields = fields | {'vocab': 47}
+  options = lambda vocab: read(data__tokenizer=str(folder), model__fields=fields | {'vocab': vocab})
+  assert len(job.load_tokenizer(options(48))) == 48
   with pytest.raises(ValueError, match=r"words: token 'word47' has the id 47, and the model has 47 rows .*data.tokenizer"):
-    setup.model_tokenizer(config)
+    job.load_tokenizer(options(47))
 
 
-@pytest.mark.parametrize('changes, message', [
-    ({'blocks__sink_kind': 'tokens'}, "config.blocks.sink_kind='tokens'; choose 'token' or 'learned'"),
-    ({'blocks__sink_text': 'two words'}, "config.blocks.sink_text='two words' is 2 tokens of .*leave it empty"),
-    ({'blocks__positions': 'globl'}, "positions='globl'; choose one of sequential, local"),
-])
-def test_a_mistake_in_the_blocks_of_a_config(changes, message):
-  with pytest.raises(ValueError, match=message):
-    setup.block_options(config_with(**changes), train_cases.MODEL, Words())
+def test_a_sink_that_is_no_token():
+  with pytest.raises(ValueError, match="config.blocks.sink_text='two words' is 2 tokens of .*leave it empty"):
+    job.sink_of(job.BlockModeOptions(sink_text='two words'), Words())

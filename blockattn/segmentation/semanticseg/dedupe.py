@@ -57,10 +57,10 @@ def digest_of(words: list[str]) -> bytes:
   return hashlib.blake2b(' '.join(words).encode(), digest_size=16).digest()
 
 
-def shingles_of(words: list[str], width: int = WIDTH) -> np.ndarray:
-  """The set of `width` neighbouring words as 64-bit hashes: uint64, sorted, each once. A shorter text is one shingle."""
+def shingles_of(words: list[str]) -> np.ndarray:
+  """The set of WIDTH neighbouring words as 64-bit hashes: uint64, sorted, each once. A shorter text is one shingle."""
   hashes = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
-  width = min(width, len(hashes))
+  width = min(WIDTH, len(hashes))
   count = len(hashes) - width + 1
   mixed = np.zeros(count, np.uint64)
   for i in range(width):

@@ -1,7 +1,7 @@
 """Documents with cuts out of files that show their structure: headings, syntax, topics, messages.
 
-What a file is, its name's ending says (see `FORMS` and `structure_code.LANGUAGES`). All builders give blocks that join to
-the text; then sections that are too short are joined to the next, and works that are too long become several documents.
+What a file is, its name's ending says (see `SUFFIXES`). All builders give blocks that join to the text; then sections that
+are too short are joined to the next, and works that are too long become several documents.
 """
 
 import pathlib
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from blockattn.segmentation.semanticseg import schema, structure_code, structure_cuts, structure_talk, structure_text
 from blockattn.segmentation.semanticseg.structure_cuts import NoStructure, Options
 
-FORMS = {
-    '.md': 'markdown', '.markdown': 'markdown', '.rst': 'rst', '.tex': 'latex', '.html': 'html', '.htm': 'html',
-    '.xhtml': 'html', '.py': 'python', '.json': 'transcript', '.eml': 'message', '.mbox': 'threads',
-    **dict.fromkeys(structure_code.LANGUAGES, 'code'),
-}
+# Builders of headed texts take the options, the others a text alone; a mailbox gives several works, all else one.
+_HEADED = {'.md': structure_text.markdown, '.markdown': structure_text.markdown, '.rst': structure_text.rst,
+           '.tex': structure_text.latex, **dict.fromkeys(('.html', '.htm', '.xhtml'), structure_text.html_page)}
+_PLAIN = {'.py': structure_code.python, '.json': structure_talk.transcript, '.eml': structure_talk.message}
+SUFFIXES = frozenset({*_HEADED, *_PLAIN, *structure_code.LANGUAGES, '.mbox'})
 
 
 class Skipped(ValueError):
@@ -43,19 +43,15 @@ def documents(text: str, suffix: str, options: Options = structure_cuts.DEFAULT)
 
 
 def _works(text, suffix, options):
-  headed = {'markdown': structure_text.markdown, 'rst': structure_text.rst, 'latex': structure_text.latex,
-            'html': structure_text.html_page}
-  form = FORMS.get(suffix)
-  if form in headed:
-    return [headed[form](text, options)]
-  if form == 'code':
+  if suffix in _HEADED:
+    return [_HEADED[suffix](text, options)]
+  if suffix in _PLAIN:
+    return [_PLAIN[suffix](text)]
+  if suffix in structure_code.LANGUAGES:
     return [structure_code.code(text, structure_code.LANGUAGES[suffix])]
-  if form == 'threads':
+  if suffix == '.mbox':
     return structure_talk.threads(text)
-  other = {'python': structure_code.python, 'transcript': structure_talk.transcript, 'message': structure_talk.message}
-  if form not in other:
-    raise ValueError(f'no builder reads {suffix or "a name without ending"}; there are {", ".join(sorted(FORMS))}')
-  return [other[form](text)]
+  raise ValueError(f'no builder reads {suffix or "a name without ending"}; there are {", ".join(sorted(SUFFIXES))}')
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -108,7 +104,7 @@ def read_folder(folder: pathlib.Path, category: str, source: str, license: str, 
 def _read_file(path, options):
   if path.is_symlink() or not path.is_file():
     raise Skipped('symbolic link' if path.is_symlink() else 'no file')
-  if path.suffix.lower() not in FORMS:
+  if path.suffix.lower() not in SUFFIXES:
     raise Skipped('unknown ending', path.suffix or 'none')
   text = read_text(path)
   try:

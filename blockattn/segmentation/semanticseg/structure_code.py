@@ -10,7 +10,7 @@ import itertools
 import re
 import warnings
 
-from blockattn.segmentation.semanticseg import structure_cuts as cuts_lib
+from blockattn.segmentation.semanticseg.structure_cuts import NoStructure, cut_at, line_starts
 
 BIG = 4000   # characters; a class that is longer, or longer than half of its file, is cut at its members
 LANGUAGES = {
@@ -38,8 +38,8 @@ def python(text: str) -> list[str]:
       warnings.simplefilter('ignore')   # of invalid escapes and the like in somebody else's code
       tree = ast.parse(text.removeprefix('\ufeff'))
   except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-    raise cuts_lib.NoStructure(f'not Python 3: {error}') from error
-  starts = cuts_lib.line_starts(text)
+    raise NoStructure(f'not Python 3: {error}') from error
+  starts = line_starts(text)
   lines = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
   cuts = [starts[line] for line in _python_cuts(tree.body, lines, starts, len(text))]
   return _cut(text, cuts)
@@ -94,12 +94,12 @@ def code(text: str, language: str) -> list[str]:
   """
   root = _parse(text.encode(), language)
   if root.type == 'ERROR':
-    raise cuts_lib.NoStructure(f'not {language}')
+    raise NoStructure(f'not {language}')
   starts = [0, *(match.end() for match in re.finditer('\n', text))]   # tree-sitter's rows
   try:
     return _cut(text, [starts[row] for row in _rows(root, len(text.encode()))])
   except RecursionError as error:
-    raise cuts_lib.NoStructure('nested too deeply') from error
+    raise NoStructure('nested too deeply') from error
 
 
 def _parse(data, language):
@@ -108,7 +108,7 @@ def _parse(data, language):
     tree = _parser(language).parse(lambda start, _: data[start:start + 65_536],
                                    progress_callback=lambda *_: next(steps) > 1000 + len(data) // 5)
   except ValueError as error:   # stopped
-    raise cuts_lib.NoStructure(f'not {language}: too many mistakes') from error
+    raise NoStructure(f'not {language}: too many mistakes') from error
   return tree.root_node
 
 
@@ -176,7 +176,7 @@ def _last_row(node):
 
 
 def _cut(text, cuts):
-  blocks = cuts_lib.cut_at(text, cuts)
+  blocks = cut_at(text, cuts)
   if len(blocks) < 2:
-    raise cuts_lib.NoStructure('no definitions')
+    raise NoStructure('no definitions')
   return blocks

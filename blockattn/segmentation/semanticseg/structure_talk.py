@@ -7,7 +7,8 @@ import email.utils
 import json
 import re
 
-from blockattn.segmentation.semanticseg import structure_cuts as cuts_lib, structure_text
+from blockattn.segmentation.semanticseg import structure_text
+from blockattn.segmentation.semanticseg.structure_cuts import LINE_END, NoStructure, cut_at
 
 _ENVELOPE = re.compile(r'^From \S.*\d\d:\d\d.*(?:\r\n|\n|\r)', re.M)
 _ATTRIBUTION = re.compile(r'^(?P<quoted>[> \t]*)(?:On\b[^\r\n]{1,200}(?:\r?\n[> \t]*[^\r\n]{1,200})?\bwrote:|'
@@ -34,7 +35,7 @@ def transcript(text: str) -> list[str]:
     blocks[-1] += line
     topic = new
   if len(blocks) < 2:
-    raise cuts_lib.NoStructure('not more than one topic')
+    raise NoStructure('not more than one topic')
   return blocks
 
 
@@ -42,17 +43,17 @@ def _turns(text):
   try:
     values = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise cuts_lib.NoStructure(f'bad JSON: {error}') from error
+    raise NoStructure(f'bad JSON: {error}') from error
   turns = values.get('turns') if isinstance(values, dict) else None
   if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-    raise cuts_lib.NoStructure('no transcript: it needs "turns", a list of objects with "speaker", "text" and "topic"')
+    raise NoStructure('no transcript: it needs "turns", a list of objects with "speaker", "text" and "topic"')
   return turns
 
 
 def _spoken(turn, number):
   said, speaker = turn.get('text'), turn.get('speaker', '')
   if not isinstance(said, str) or not isinstance(speaker, str):
-    raise cuts_lib.NoStructure(f'turn {number}: "text" and "speaker" must be strings')
+    raise NoStructure(f'turn {number}: "text" and "speaker" must be strings')
   said = ' '.join(said.split())
   return f'{speaker}: {said}\n' if speaker else f'{said}\n'
 
@@ -70,8 +71,8 @@ def message(text: str) -> list[str]:
   starts = [match.start() for match in _ATTRIBUTION.finditer(rendered)
             if _only_quotes(rendered[match.end():], match['quoted'], match[0])]
   if not starts:
-    raise cuts_lib.NoStructure('no message in it is quoted as a whole')
-  return cuts_lib.cut_at(rendered, starts)
+    raise NoStructure('no message in it is quoted as a whole')
+  return cut_at(rendered, starts)
 
 
 def _only_quotes(rest, quoted, attribution):
@@ -79,7 +80,7 @@ def _only_quotes(rest, quoted, attribution):
   if not re.search(r'wrote:\s*$', attribution, re.I):
     return True
   depth = quoted.count('>')
-  lines = [line for line in cuts_lib.LINE_END.split(rest) if line.strip('> \t')]
+  lines = [line for line in LINE_END.split(rest) if line.strip('> \t')]
   deeper = [line for line in lines if _depth(line) > depth]
   return bool(deeper) and all(_depth(line) > depth for line in lines[:lines.index(deeper[-1]) + 1])
 
@@ -98,7 +99,7 @@ def threads(text: str) -> list[list[str]]:
   """
   envelopes = list(_ENVELOPE.finditer(text))
   if not envelopes:
-    raise cuts_lib.NoStructure('no mbox: no line "From sender date" before a message')
+    raise NoStructure('no mbox: no line "From sender date" before a message')
   stops = [match.start() for match in envelopes[1:]] + [len(text)]
   messages = [text[match.end():stop] for match, stop in zip(envelopes, stops, strict=True)]
   grouped = {}
@@ -106,7 +107,7 @@ def threads(text: str) -> list[list[str]]:
     grouped.setdefault(root, []).append(_render(item))
   found = [blocks for blocks in grouped.values() if len(blocks) > 1]
   if not found:
-    raise cuts_lib.NoStructure('no thread of more than one message')
+    raise NoStructure('no thread of more than one message')
   return found
 
 
@@ -142,7 +143,7 @@ def _render(text):
   try:
     return _rendered(_parse(text))
   except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:   # the parser's, on odd headers
-    raise cuts_lib.NoStructure(f'a message that cannot be read: {type(error).__name__}: {error}') from error
+    raise NoStructure(f'a message that cannot be read: {type(error).__name__}: {error}') from error
 
 
 def _rendered(item):

@@ -9,7 +9,14 @@ import re
 
 import markdown_it
 
-from blockattn.segmentation.semanticseg import structure_cuts as cuts_lib
+from blockattn.segmentation.semanticseg.structure_cuts import (
+    DEFAULT,
+    Heading,
+    NoStructure,
+    Options,
+    cut_at_headings,
+    line_starts,
+)
 
 _FRONT_MATTER = re.compile(r'(---|\+\+\+)[ \t]*(?:\r\n|\n|\r)(?s:.*?)(?:\r\n|\n|\r)\1[ \t]*(?:\r\n|\n|\r|\Z)')
 _RULE = re.compile(r'([!-/:-@\[-`{-~])\1*[ \t]*')   # a line of one punctuation mark
@@ -20,31 +27,31 @@ _LATEX_HIDDEN = re.compile(r'\\begin\{(verbatim|Verbatim|lstlisting|minted|alltt
 _LATEX_SECTION = re.compile(rf'^[ \t]*\\(?:ol)?({"|".join(_SECTIONS)})\*?[ \t]*(?:\[[^\[\]]*\])?[ \t]*\{{', re.M)
 
 
-def markdown(text: str, options: cuts_lib.Options = cuts_lib.DEFAULT) -> list[str]:
+def markdown(text: str, options: Options = DEFAULT) -> list[str]:
   """Cuts CommonMark at its headings (`#` and underlined ones), not at those in code, lists, quotes or front matter."""
-  return cuts_lib.cut_at_headings(text, markdown_headings(text), options)
+  return cut_at_headings(text, markdown_headings(text), options)
 
 
-def markdown_headings(text: str) -> list[cuts_lib.Heading]:
+def markdown_headings(text: str) -> list[Heading]:
   front = _FRONT_MATTER.match(text)
   start = front.end() if front else 0   # a parser takes its last --- for the underline of a heading
   body = text[start:]
-  lines = [start + offset for offset in cuts_lib.line_starts(body)]
+  lines = [start + offset for offset in line_starts(body)]
   tokens = markdown_it.MarkdownIt('commonmark').disable('inline').parse(body)
-  return [cuts_lib.Heading(lines[token.map[0]], int(token.tag[1:]))
+  return [Heading(lines[token.map[0]], int(token.tag[1:]))
           for token in tokens if token.type == 'heading_open' and token.level == 0]
 
 
-def rst(text: str, options: cuts_lib.Options = cuts_lib.DEFAULT) -> list[str]:
+def rst(text: str, options: Options = DEFAULT) -> list[str]:
   """Cuts reStructuredText at its section titles."""
-  return cuts_lib.cut_at_headings(text, rst_headings(text), options)
+  return cut_at_headings(text, rst_headings(text), options)
 
 
-def rst_headings(text: str) -> list[cuts_lib.Heading]:
+def rst_headings(text: str) -> list[Heading]:
   """Titles by the rules of docutils: an underline of one mark at least as long as the title, an equal overline perhaps;
   a style (mark, overlined or not) is of the level at which it first comes. docutils itself does not say at which line a
   title stands, and stops at directives that it does not know."""
-  starts = cuts_lib.line_starts(text)
+  starts = line_starts(text)
   lines = [text[a:b].rstrip('\r\n') for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
   styles, headings = {}, []
   i = 0
@@ -54,7 +61,7 @@ def rst_headings(text: str) -> list[cuts_lib.Heading]:
     plain = not over and lines[i][:1].strip() and _is_title(lines[i].rstrip(), lines[i + 1])
     if blank_before and (over or plain):
       level = styles.setdefault((lines[i + 1 + over][0], over), len(styles))
-      headings.append(cuts_lib.Heading(starts[i], level))
+      headings.append(Heading(starts[i], level))
       i += 2 + over
     else:
       i += 1
@@ -66,22 +73,22 @@ def _is_title(title, underline):
   return bool(title and match and len(underline.rstrip()) >= len(title) and not _RULE.fullmatch(title))
 
 
-def latex(text: str, options: cuts_lib.Options = cuts_lib.DEFAULT) -> list[str]:
+def latex(text: str, options: Options = DEFAULT) -> list[str]:
   r"""Cuts LaTeX at \part .. \subparagraph that start a line, not at those in comments or verbatim."""
-  return cuts_lib.cut_at_headings(text, latex_headings(text), options)
+  return cut_at_headings(text, latex_headings(text), options)
 
 
-def latex_headings(text: str) -> list[cuts_lib.Heading]:
+def latex_headings(text: str) -> list[Heading]:
   shown = _LATEX_HIDDEN.sub(lambda match: re.sub(r'[^\r\n]', ' ', match[0]), text)
-  return [cuts_lib.Heading(match.start(), _SECTIONS.index(match[1])) for match in _LATEX_SECTION.finditer(shown)]
+  return [Heading(match.start(), _SECTIONS.index(match[1])) for match in _LATEX_SECTION.finditer(shown)]
 
 
-def html_page(text: str, options: cuts_lib.Options = cuts_lib.DEFAULT) -> list[str]:
+def html_page(text: str, options: Options = DEFAULT) -> list[str]:
   """Cuts the text of an HTML page at <h1> .. <h6>; the blocks join to `html_text(text)[0]`."""
-  return cuts_lib.cut_at_headings(*html_text(text), options)
+  return cut_at_headings(*html_text(text), options)
 
 
-def html_text(text: str) -> tuple[str, list[cuts_lib.Heading]]:
+def html_text(text: str) -> tuple[str, list[Heading]]:
   """The text of a page, paragraphs between blank lines, and its headings at offsets of that text.
 
   Raises:
@@ -92,7 +99,7 @@ def html_text(text: str) -> tuple[str, list[cuts_lib.Heading]]:
     page.feed(text)
     page.close()
   except AssertionError as error:   # how the parser says that a declaration makes no sense
-    raise cuts_lib.NoStructure(f'no HTML: {error}') from error
+    raise NoStructure(f'no HTML: {error}') from error
   plain = ''.join(page.parts).rstrip()
   return plain + '\n' * bool(plain), page.headings
 
@@ -163,7 +170,7 @@ class _Page(html.parser.HTMLParser):
       piece = ' ' + piece
     if self.level:
       skipped = len(piece) - len(piece.lstrip('\n '))
-      self.headings.append(cuts_lib.Heading(self.length + skipped, self.level))
+      self.headings.append(Heading(self.length + skipped, self.level))
       self.level = 0
     self.parts.append(piece)
     self.length += len(piece)

@@ -1,0 +1,550 @@
+"""From a config to a training: `read` makes options of it, a trainer's `build` makes a `Job` of them, `train` runs it.
+
+Reading touches no device and no file, and makes every check that needs neither. Building takes a placement, whose devices
+need not exist, and gives functions and shapes; tools.show and ahead-of-time compiling stop there. What is left, loading and
+placing parameters, is done by the functions below `Loading`.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, AxisType
+
+from blockattn import blocks, errors, mesh as mesh_lib, optim, options as options_lib, trace, tree
+from blockattn.data import encode, packing
+from blockattn.hf import config as hf_config, convert, files
+from blockattn.kernels import api, tiles
+from blockattn.models import classifier, flops, lora, sizes, spec as spec_lib, transformer
+from blockattn.train import inputs, loop
+
+DTYPES = ('float32', 'bfloat16')
+SINK_KINDS = ('token', 'learned')
+SINK_TEXTS = ('\n', '\n\n', ' ', '.', ',')
+_FROM_1 = ('vocab', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp', 'max_positions')
+
+
+# Options.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+  """
+  Attributes:
+    source: Hugging Face folder or hub name; empty: random values of the size below
+    size: a name in blockattn/models/sizes.py; empty: all fields below
+    fields: of ModelConfig, replacing those of the size
+    dtype: of the trained parameters and the optimizer: float32, bfloat16
+  """
+  source: str = ''
+  size: str = ''
+  fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  dtype: str = 'float32'
+
+  def __post_init__(self):
+    errors.check_choice('config.model.dtype', self.dtype, DTYPES)
+    limits = dict.fromkeys(_FROM_1, {'low': 1}) | {'learned_sinks': {'low': 0}} | dict.fromkeys(
+        ('norm_eps', 'rope_theta'), {'above': 0})
+    for name in self.fields.keys() & limits.keys():
+      errors.check_number(f'config.model.fields.{name}', self.fields[name], **limits[name])
+    if self.fields or self.size:
+      architecture(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshOptions:
+  """Sizes of the mesh's axes; -1: all devices that are left.
+
+  Attributes:
+    data: data parallelism, of copies of the parameters
+    fsdp: data parallelism, of parameters that are cut over the devices
+    tensor: tensor parallelism: heads, mlp and vocabulary are cut
+    context: context parallelism: the tokens of a row are cut
+  """
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+  context: int = 1
+
+  def __post_init__(self):
+    for axis, size in self.sizes.items():
+      if size != -1:
+        errors.check_number(f'config.mesh.{axis}', size, 1, hint=', or -1: all devices that are left')
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockModeOptions:
+  """
+  Attributes:
+    sinks: sink tokens in front of every block
+    sink_kind: 'token': an existing one; 'learned': new embedding rows
+    sink_text: the token of kind 'token', and where learned ones start; empty: the line end
+    positions: 'sequential', or 'local': every context block starts at 0
+  """
+  sinks: int = 4
+  sink_kind: str = 'token'
+  sink_text: str = ''
+  positions: str = 'sequential'
+
+  def __post_init__(self):
+    errors.check_number('config.blocks.sinks', self.sinks, 0, 1024)
+    errors.check_choice('config.blocks.sink_kind', self.sink_kind, SINK_KINDS)
+    errors.check_choice('config.blocks.positions', self.positions, blocks.POSITION_SCHEMES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What every trainer reads.
+
+  Attributes:
+    seed: first values, order of the data, block dropout; 0 to 4294967295
+    steps: optimizer steps
+    batch: rows of a global batch
+    accumulate: gradient accumulation: slices that a batch is computed in, one after the other
+    log_every: steps between two lines of metrics
+    save_every: steps between two checkpoints
+    keep: checkpoints to keep
+    peak_tflops: of a device, for MFU; 0: known by its kind, and no MFU where it is not (CPUs)
+    profile: steps whose trace is written into WORKDIR/profile: '10:15' are 10 to 14
+    wandb: project of Weights & Biases (extra `log`); empty: none
+    model: what is trained
+    compute: how it is computed, see transformer.Compute
+    mesh: sizes of the mesh's axes; -1: all that is left
+    rules: logical axis -> mesh axes
+    optim: see optim.OptimConfig
+    data: what is read
+  """
+  seed: int = 0
+  steps: int = 1000
+  batch: int = 16
+  accumulate: int = 1
+  log_every: int = 10
+  save_every: int = 500
+  keep: int = 2
+  peak_tflops: float = 0.0
+  profile: str = ''
+  wandb: str = ''
+  model: ModelOptions
+  compute: transformer.Compute
+  mesh: MeshOptions
+  rules: tuple = mesh_lib.RULES
+  optim: optim.OptimConfig
+  data: inputs.DataOptions
+
+  def __post_init__(self):
+    errors.check_number('config.seed', self.seed, 0, below=2 ** 32)   # JAX reads 32 bits, and would take 2 ** 32 for 0
+    for name in ('steps', 'batch', 'accumulate', 'log_every', 'save_every', 'keep'):
+      errors.check_number(f'config.{name}', getattr(self, name), 1)
+    # What a step reads is numbered in 32 bits.
+    errors.check_number('config.batch * config.data.length', self.batch * self.data.length, 1, 2 ** 31 - 1,
+                        hint=' tokens of a step')
+    errors.check_number('config.peak_tflops', self.peak_tflops, 0,
+                        hint=', the TFLOP/s of a device; 0: as its kind says')
+    errors.check_choice('config.compute.dtype', self.compute.dtype, DTYPES)
+    errors.check_choice('config.compute.impl', self.compute.impl, ('auto', *api.IMPLS))
+    trace.parse_steps(self.profile, self.steps)
+    if self.wandb and importlib.util.find_spec('wandb') is None:
+      raise ValueError(f'config.wandb={self.wandb!r} needs Weights & Biases: pip install "blockattn[log]"')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptOptions(Options):
+  """What the trainers of language models read, too.
+
+  Attributes:
+    chunk: tokens per row whose logits exist at a time
+    blocks: block mode, see blocks.BlockOptions
+    lora: see lora.LoraOptions
+  """
+  chunk: int = 512
+  blocks: BlockModeOptions
+  data: inputs.PromptData
+  lora: lora.LoraOptions
+
+  def __post_init__(self):
+    super().__post_init__()
+    errors.check_number('config.chunk', self.chunk, 1)
+    if self.lora.rank and not self.model.source:
+      raise ValueError(f'config.lora.rank={self.lora.rank} trains a difference to a model: config.model.source names none')
+
+
+# The section by which a config is told, and the module of blockattn.train that reads it.
+TRAINERS = ('distill', 'finetune', 'segment')
+
+
+def trainer_of(config) -> str:
+  """The trainer that a config is for: the one whose section it has.
+
+  Raises:
+    ValueError: it has none of these sections, or several.
+  """
+  found = [name for name in TRAINERS if name in config]
+  if len(found) != 1:
+    raise ValueError(f'the config has keys of {", ".join(found) or "no trainer"}; a config is for one of '
+                     f'{", ".join(TRAINERS)}: make it with configs.common.base')
+  return found[0]
+
+
+def read(cls: type, config) -> Any:
+  """The `Options` of a trainer that a config says.
+
+  Raises:
+    ValueError: the config is for another trainer, or a value is refused; names the key.
+  """
+  for name in TRAINERS:
+    if name in options_lib.keys(cls) and name not in config:
+      raise ValueError(f'the config has no keys config.{name}; it is for blockattn.train.{trainer_of(config)}')
+  shared = {name: config[name] for name in ('steps', 'accumulate', 'seed', 'chunk') if name in config}
+  return options_lib.read(cls, config, length=config['data']['length'], **shared)
+
+
+# Building.
+
+
+@flax.struct.dataclass
+class Frozen:
+  """Parameters that a step reads and does not train.
+
+  Attributes:
+    teacher: the teacher's; None where what it says is stored with the rows.
+    base: what a LoRA student adds to, the same arrays as the teacher's where there is one; else None.
+  """
+  teacher: Any = None
+  base: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """A forward pass over a row.
+
+  Attributes:
+    tokens: of the row, sinks included.
+    near: only the last block reads further back than its own beginning.
+  """
+  tokens: int
+  near: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+  """A frozen model at work in every step."""
+  placement: mesh_lib.Placement
+  dtype: str           # of its parameters
+  compute_dtype: str   # of its activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A training, less all values.
+
+  Attributes:
+    placement: of the batch and the trained parameters.
+    cfg: the trained model, learned sinks included.
+    blocks: how block mode looks to it; None: it knows no blocks.
+    specs: the trained parameters as ParamSpec.
+    optimizer: optax transformation.
+    step: jitted (state, frozen, batch) -> (state, metrics).
+    state, frozen, batch: its arguments as abstract arrays with their shardings; the batch is the global one.
+    views: the trained model's forward passes over a row.
+    teacher: the teacher at work; None: there is none.
+    flops: where the blocks of a batch are -> the operations that the models need in a step.
+    loss_tokens: likewise -> how many tokens have a loss, all views together.
+    logits: positions of a row whose logits exist at a time.
+    label: of the progress line.
+    meta: what a checkpoint says of the model: enough to export it and to run it.
+  """
+  placement: mesh_lib.Placement
+  cfg: transformer.ModelConfig
+  blocks: blocks.BlockOptions | None
+  specs: Any
+  optimizer: optax.GradientTransformation
+  step: Callable
+  state: loop.TrainState
+  frozen: Frozen
+  batch: dict
+  views: tuple[View, ...]
+  teacher: Teacher | None
+  flops: Callable[[flops.Blocks], flops.Flops]
+  loss_tokens: Callable[[flops.Blocks], float]
+  logits: int
+  label: str
+  meta: dict
+
+  @property
+  def padded(self) -> int:
+    """Tokens of a row in block mode; T of a model that knows no blocks."""
+    length = self.batch['labels' if self.blocks is None else 'targets'].shape[1]
+    return length if self.blocks is None else blocks.padded_length(length, len(self.blocks.sink_ids), self.blocks.max_blocks)
+
+
+def make_placement(options: Options, devices=None) -> mesh_lib.Placement:
+  """The mesh over all devices of all processes, or over those that are given, with the options' rules."""
+  return mesh_lib.Placement(mesh_lib.make_mesh(options.mesh.sizes, devices), options.rules)
+
+
+def abstract_placement(options: Options, devices: int) -> mesh_lib.Placement:
+  """`make_placement` over so many devices that need not exist."""
+  shape = mesh_lib.mesh_sizes(options.mesh.sizes, devices)
+  return mesh_lib.Placement(AbstractMesh(shape, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(shape)), options.rules)
+
+
+def compute_of(compute: transformer.Compute, placement, platform: str, **changes) -> transformer.Compute:
+  """How to compute at a place, the attention implementation resolved."""
+  return dataclasses.replace(compute, placement=placement, platform=platform, impl=api.resolve(compute.impl, platform),
+                             **changes)
+
+
+def architecture(model: ModelOptions) -> transformer.ModelConfig:
+  """The ModelConfig of options that start from random values: a named size, with fields replaced.
+
+  Raises:
+    ValueError: a field that does not exist, or, without a size, one that is missing; or an unknown size.
+  """
+  known = {field.name: field for field in dataclasses.fields(transformer.ModelConfig)}
+  for name in model.fields:
+    if name not in known:
+      raise ValueError(f'config.model.fields.{name}: no such field; {tree.did_you_mean(name, known)}')
+  missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in model.fields]
+  if missing and not model.size:
+    raise ValueError(f'config.model.fields lacks {", ".join(missing)}; give them, or a config.model.size to start from, '
+                     'or a config.model.source')
+  return sizes.get(model.size, **model.fields) if model.size else transformer.ModelConfig(**model.fields)
+
+
+def model_config(model: ModelOptions) -> transformer.ModelConfig:
+  """The ModelConfig of the model that training starts from, before any weight is read."""
+  return hf_config.read(files.locate(model.source)) if model.source else architecture(model)
+
+
+def architecture_here(model: ModelOptions) -> transformer.ModelConfig:
+  """`model_config` without a network: of a model that is not on this disk, from the size that stands beside its name.
+
+  Raises:
+    ValueError: the source is no folder here, and no size stands beside it.
+  """
+  folder = pathlib.Path(model.source).expanduser()
+  if model.source and folder.is_dir():
+    return hf_config.read(folder)
+  if model.size or model.fields:
+    return architecture(model)
+  raise ValueError(f'config.model.source={model.source!r} is no folder here, and nothing is downloaded: set '
+                   'config.model.size to the name of its architecture in blockattn/models/sizes.py')
+
+
+def block_options(options: PromptOptions, cfg, sink: int) -> tuple[transformer.ModelConfig, blocks.BlockOptions]:
+  """The student's ModelConfig and how block mode looks to it; `sink` is the token of sinks that are one."""
+  b = options.blocks
+  if b.sink_kind == 'learned':
+    ids, cfg = range(cfg.vocab, cfg.vocab + b.sinks), dataclasses.replace(cfg, learned_sinks=b.sinks)
+  else:
+    ids = (sink,) * b.sinks
+  return cfg, blocks.BlockOptions(sink_ids=tuple(ids), positions=b.positions, max_blocks=options.data.max_blocks,
+                                  shared_first=options.data.shared_first)
+
+
+def check_model(cfg, placement, name: str = 'query heads'):
+  """Raises ValueError, naming the parameter, if a model cannot be cut evenly at a place."""
+  spec_lib.shardings(classifier.spec(cfg), placement.mesh, placement.rules)
+  placement.check_divisible(name, (cfg.heads,), ('kv_heads',))   # attention cuts both along this rule
+
+
+def abstract_state(specs, dtype: str, optimizer, placement) -> loop.TrainState:
+  """The TrainState of parameters, moments placed like them; see loop.init_state."""
+  params = abstract_params(specs, dtype, placement)
+  placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+  moments = []
+  # Within a trace, or the zeros that optax makes on the way would want a device.
+  jax.eval_shape(lambda: moments.append(optax.tree_map_params(
+      optimizer, lambda x, p: placed(x, p.sharding), jax.eval_shape(optimizer.init, params), params,
+      transform_non_params=lambda x: placed(x, placement.replicated()))))
+  return loop.TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.replicated()), params, *moments)
+
+
+def abstract_params(specs, dtype: str, placement):
+  """Raises ValueError, naming the parameter, if one cannot be cut evenly."""
+  spec_lib.shardings(specs, placement.mesh, placement.rules)
+  return spec_lib.abstract(specs, dtype, placement)
+
+
+def abstract_batch(options: Options, placement, **more) -> dict:
+  """The arrays of a global batch, from those of an empty row and what a trainer replaces in it or adds."""
+  abstract = lambda x: jax.ShapeDtypeStruct((options.batch, *np.shape(x)), x.dtype,
+                                            sharding=placement.sharding(('batch', *(None,) * np.ndim(x))))
+  return jax.tree.map(abstract, packing.pack_row([], options.data.length) | more)
+
+
+def base_of(options: PromptOptions, cfg, placement):
+  """What a LoRA student adds to, abstract; None of another one."""
+  if not options.lora.rank:
+    return None
+  return abstract_params(transformer.spec(dataclasses.replace(cfg, learned_sinks=0)), options.model.dtype, placement)
+
+
+def trained_specs(cfg, low_rank: lora.LoraOptions = lora.NONE):
+  """The trained parameters as ParamSpec: the model's, or those of a LoRA student."""
+  return lora.spec(cfg, low_rank) if low_rank.rank else transformer.spec(cfg)
+
+
+def model_meta(cfg, form: blocks.BlockOptions | None, source: str, kind: str, low_rank: lora.LoraOptions = lora.NONE,
+               prompt: dict | None = None, weights: dict | None = None) -> dict:
+  """What a checkpoint says of its model. `prompt`: see inputs.prompt_meta; `weights`: see `source_weights`."""
+  return {'model': dataclasses.asdict(cfg), 'source': str(source), 'source_weights': weights, 'kind': kind,
+          'blocks': None if form is None else hf_config.blocks_meta(form),
+          'lora': dataclasses.asdict(low_rank) if low_rank.rank else None, 'prompt': prompt}
+
+
+def check_batch(options: Options, placement, platform: str, padded: int | None = None):
+  """Raises ValueError if the global batch cannot be cut over the mesh, in options.accumulate slices, or rows of T or of
+  `padded` tokens not into parts of whole tiles."""
+  ways = placement.size('tokens')
+  step = ways * tiles.smallest(api.resolve(options.compute.impl, platform))
+  for what, length in (('config.data.length', options.data.length),
+                       ('config.data.length + config.blocks.sinks * config.data.max_blocks', padded)):
+    if ways > 1 and length is not None and length % step:
+      raise ValueError(f'{what} = {length} must be a multiple of {step}: {ways} devices (config.mesh) share a row, each '
+                       f'whole tiles of at least {step // ways} tokens')
+  check_batch_divides(options, placement)
+
+
+def check_batch_divides(options: Options, placement):
+  """The last of `check_batch`."""
+  if next_batch(options, placement) != options.batch:
+    raise ValueError(f'config.batch={options.batch} must be a multiple of {_rows_at_a_time(options, placement)}: '
+                     f'{placement.size("batch")} devices share the rows, in config.accumulate={options.accumulate} slices; '
+                     'change one of them, or put devices on the tensor or the context axis (config.mesh)')
+
+
+def next_batch(options: Options, placement) -> int:
+  """The smallest batch from options.batch on that divides."""
+  return -(-options.batch // _rows_at_a_time(options, placement)) * _rows_at_a_time(options, placement)
+
+
+def _rows_at_a_time(options, placement):
+  return placement.size('batch') * options.accumulate
+
+
+# Loading.
+
+
+def use_cpu_cores(options: Options) -> None:
+  """One CPU device per core, where the mesh is left to divide a batch over all devices; before the first computation."""
+  if options.mesh == MeshOptions():
+    mesh_lib.use_cpu_cores(max(1, options.batch // options.accumulate))
+
+
+def load_tokenizer(options: PromptOptions):
+  """The tokenizer of the data, once it is known that the model has a row for each of its tokens.
+
+  Raises:
+    ValueError: it has not; names the first of them.
+  """
+  cfg, loaded = model_config(options.model), inputs.load_tokenizer(options.data, options.model.source)
+  encode.check_tokenizer(loaded, cfg.vocab, str(loaded.name_or_path), cfg.learned_sinks)
+  return loaded
+
+
+def sink_of(b: BlockModeOptions, tokenizer) -> int:
+  """The token that sinks are, or start as: that of sink_text, or of the first of SINK_TEXTS that is a single one; 0 without
+  sinks.
+
+  Raises:
+    ValueError: there is no such token.
+  """
+  for candidate in ([b.sink_text] if b.sink_text else SINK_TEXTS) if b.sinks else ():
+    ids = tokenizer.encode(candidate, add_special_tokens=False)
+    if len(ids) == 1:
+      if candidate != (b.sink_text or SINK_TEXTS[0]) and jax.process_index() == 0:
+        print(f'config.blocks.sink_text: {candidate!r}, which is one token of this tokenizer')
+      return ids[0]
+  if b.sinks:
+    raise ValueError(f'config.blocks.sink_text={b.sink_text!r} is {len(ids)} tokens of this tokenizer; a sink is one token: '
+                     'leave it empty to have one chosen')
+  return 0
+
+
+def load_model(options: Options, placement, dtype: str | None = None):
+  """The model that training starts from: model.source, or random values if that is empty.
+
+  Returns:
+    (ModelConfig, params) with params in `dtype`, by default model.dtype, placed by the rules.
+
+  Raises:
+    ValueError: a document may be longer than the model has positions for: it would train on some it was not made for.
+  """
+  model, cfg = options.model, model_config(options.model)
+  if options.data.length > cfg.max_positions and not classifier.position_shape(cfg):   # of a unit a position is no token
+    raise ValueError(f'config.data.length={options.data.length}: documents may be as long, and the model has '
+                     f'{cfg.max_positions} positions (max_position_embeddings of its config.json); give a smaller length, '
+                     'or a model with more')
+  if model.source:
+    return convert.load(model.source, dtype or model.dtype, mesh=placement.mesh, rules=placement.rules)
+  return cfg, init_params(classifier.spec(cfg), placement, options.seed, dtype or model.dtype)
+
+
+def load_language_model(options: PromptOptions, placement, dtype: str | None = None):
+  """`load_model`; raises ValueError, too, if it is a segmenter."""
+  hf_config.check_language_model(model_config(options.model), options.model.source or 'config.model')
+  return load_model(options, placement, dtype)
+
+
+def init_params(specs, placement, seed: int, dtype: str):
+  shardings = spec_lib.shardings(specs, placement.mesh, placement.rules)
+  return jax.jit(lambda key: spec_lib.init(specs, key, dtype), out_shardings=shardings)(jax.random.key(seed))
+
+
+def source_weights(options: Options, params) -> dict | None:
+  """Which weights model.source holds, from the parameters as they were loaded; None of random ones."""
+  return convert.weights_facts(params) if options.model.source else None
+
+
+def student_params(options: PromptOptions, cfg, params, sink: int, placement):
+  """(what is trained, at its start; what a LoRA student adds to, None of another one), from the model's parameters.
+
+  Args:
+    cfg: the student. Its learned sinks start as the embedding of the token `sink`.
+  """
+  start, low_rank = params, options.lora
+  if low_rank.rank:
+    start = init_params({'layers': lora.spec(cfg, low_rank)['layers']}, placement, options.seed, options.model.dtype)
+  if cfg.learned_sinks:
+    copies = jax.jit(lambda e: jnp.tile(e[sink], (cfg.learned_sinks, 1)), out_shardings=placement.sharding((None, 'width')))
+    start = start | {'sinks': copies(params['embed'])}
+  return start, {name: p for name, p in params.items() if name != 'sinks'} if low_rank.rank else None
+
+
+def loop_config(options: Options, made: Job) -> loop.LoopConfig:
+  """The loop's settings; operations are counted where the device's peak is known."""
+  count, peak = None, options.peak_tflops * 1e12 or flops.peak(jax.devices()[0].device_kind) or 0.0
+  if peak:
+    # The other processes' rows need about as much as this one's.
+    count = lambda batch: made.flops(flops.blocks_of(batch['layout'])).times(options.batch / len(batch['tokens']))
+  return loop.LoopConfig(steps=options.steps, log_every=options.log_every, save_every=options.save_every, keep=options.keep,
+                         tokens_per_step=options.batch * options.data.length, label=made.label, flops=count,
+                         peak_flops=peak * jax.device_count(), wandb=options.wandb or None,
+                         profile=trace.parse_steps(options.profile, options.steps))
+
+
+def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watch=None):
+  """Runs a job on values; returns the trained parameters.
+
+  Args:
+    params: what is trained, at its start.
+    source: of packed rows.
+    meta: what checkpoints say besides made.meta.
+    watch: see loop.run.
+  """
+  state = loop.run(lambda state, batch: made.step(state, frozen, batch), loop.init_state(params, made.optimizer),
+                   inputs.batches(options, source, made.placement), loop_config(options, made), workdir,
+                   put_batch=made.placement.put_batch, meta=made.meta | meta, watch=watch)
+  return state.params

@@ -1,0 +1,100 @@
+"""The folder of a run: who is at work in it, what it is a run of, and whether another config may go on with it."""
+
+import contextlib
+import pathlib
+import subprocess
+import sys
+
+import jax
+
+from blockattn import checkpoint, disk, locks, metrics, options as options_lib
+from blockattn.kernels import api
+
+# Keys that do not change what is learned, but for the last bits of its sums; with a dot, all that stand below.
+_FREE_TO_CHANGE = ('log_every', 'save_every', 'keep', 'chunk', 'mesh.', 'rules', 'teacher.rules', 'compute.impl',
+                   'compute.tiles', 'compute.remat', 'compute.far_queries', 'data.cache', 'wandb', 'peak_tflops', 'profile')
+
+
+@contextlib.contextmanager
+def only_run_in(workdir):
+  """Within the block no other run that asks for this is at work in the workdir; made if absent.
+
+  Raises:
+    ValueError: another run is; names its process and host.
+  """
+  if jax.process_index() != 0:   # of several processes one asks for all
+    yield
+    return
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(locks.held(workdir / 'run.lock'))
+    except locks.Held as other:
+      raise ValueError(f'{workdir}: another run is at work here ({other}). Wait for its end, end it, or use another '
+                       '--workdir') from None
+    yield
+
+
+def computing(impl: str) -> dict:
+  """What computes here, and the implementation of attention that `impl` means on it, see `api.choose`."""
+  device = jax.devices()[0]
+  return {'platform': device.platform, 'devices': [str(d) for d in jax.devices()],
+          'attention': api.choose(impl, device)._asdict()}
+
+
+def save_run_facts(workdir, options):
+  """Writes config.json, the config that the options were read from, and run.json: the command, the git commit, the versions
+  and what computes.
+
+  A workdir that holds a checkpoint of another config is refused: resuming under a changed config would silently be
+  neither run. Where and how it is computed, and what is written of it, may change: see _FREE_TO_CHANGE.
+
+  Raises:
+    ValueError: names the keys that differ.
+  """
+  if jax.process_index() != 0:
+    return
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  new = options_lib.as_json(options)
+  newest_step(workdir, new)
+  metrics.write_json(workdir / 'config.json', new)
+  metrics.write_json(workdir / 'run.json', {'command': sys.argv, 'commit': git_commit(), 'jax': jax.__version__}
+                     | computing(options.compute.impl))
+
+
+def newest_step(workdir: pathlib.Path, config: dict) -> int | None:
+  """The step of the newest checkpoint of a workdir, None without one.
+
+  Raises:
+    ValueError: it is of another config; names the keys that differ.
+  """
+  step, path = checkpoint.newest_step(workdir / 'checkpoints'), workdir / 'config.json'
+  if step is None or not path.exists():
+    return None
+  if changed := differing_keys(disk.read_json(path), config):
+    raise ValueError(f'{workdir} holds a run with another config: {", ".join(changed)} differ. '
+                     'Use a new --workdir, or the old values')
+  return step
+
+
+def differing_keys(old: dict, new: dict) -> list[str]:
+  """Dotted keys of resolved configs whose values differ, but for those that may change while a run goes on."""
+  old, new = options_lib.flat(old), options_lib.flat(new)
+  return [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _is_free(k)]
+
+
+def _is_free(key):
+  return any(key == free or (free.endswith('.') and key.startswith(free)) for free in _FREE_TO_CHANGE)
+
+
+def git_commit() -> str | None:
+  """The commit of the checkout that this file belongs to, with '+' if files differ from it; None outside of git."""
+  git = ['git', '-C', str(pathlib.Path(__file__).parent)]
+  try:
+    commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True, check=True).stdout
+  except (OSError, subprocess.CalledProcessError):
+    return None
+  return commit + ('+' if changed.strip() else '')
