@@ -39,6 +39,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blockattn.errors import UserError
+
 Array = jax.Array   # or, on the host, numpy's
 
 POSITION_SCHEMES = ('sequential', 'local')
@@ -84,8 +86,8 @@ def from_lengths(rows: Sequence[Sequence[Sequence[int]]], length: int, *, shared
       unknown.
   """
   if not all(np.iterable(docs) and all(map(np.iterable, docs)) for docs in rows):
-    raise ValueError(f'rows must be rows of documents of lengths of blocks, such as [[[3, 3]]], got {rows}; one document in '
-                     'one row takes three brackets')
+    raise UserError(f'rows must be rows of documents of lengths of blocks, such as [[[3, 3]]], got {rows}; one document in '
+                    'one row takes three brackets')
   shape = (len(rows), length)
   ints = {name: np.zeros(shape, np.int32) for name in ('doc', 'block', 'position')}
   flags = {name: np.zeros(shape, bool) for name in ('reader', 'hidden', 'shared')}
@@ -94,11 +96,11 @@ def from_lengths(rows: Sequence[Sequence[Sequence[int]]], length: int, *, shared
     for d, sizes in enumerate(docs, start=1):
       for i, (size, position) in enumerate(zip(sizes, block_positions(sizes, positions, shared_first))):
         if size < 1:
-          raise ValueError(f'row {b}, document {d}: block {i} has {size} tokens; drop empty blocks first')
+          raise UserError(f'row {b}, document {d}: block {i} has {size} tokens; drop empty blocks first')
         stop, last = start + size, i == len(sizes) - 1
         if stop > length:
-          raise ValueError(f'row {b} holds {sum(map(sum, docs))} tokens, but T is {length}; drop documents, or make rows '
-                           'longer')
+          raise UserError(f'row {b} holds {sum(map(sum, docs))} tokens, but T is {length}; drop documents, or make rows '
+                          'longer')
         ints['doc'][b, start:stop] = d
         ints['block'][b, start:stop] = i
         ints['position'][b, start:stop] = np.arange(position, position + size)
@@ -178,7 +180,7 @@ def with_positions(layout: BlockLayout, scheme: str) -> BlockLayout:
 
 def _check_scheme(scheme):
   if scheme not in POSITION_SCHEMES:
-    raise ValueError(f'positions={scheme!r}; choose one of {", ".join(POSITION_SCHEMES)}')
+    raise UserError(f'positions={scheme!r}; choose one of {", ".join(POSITION_SCHEMES)}')
 
 
 def _rank(member, doc):
@@ -244,7 +246,7 @@ def drop_blocks(layout: BlockLayout, key: Array, *, rate: float, mode: str, posi
     positions: scheme for numbering the tokens of the new layout.
   """
   if mode not in DROP_MODES:
-    raise ValueError(f'block dropout mode {mode!r}; choose one of {", ".join(DROP_MODES)}')
+    raise UserError(f'block dropout mode {mode!r}; choose one of {", ".join(DROP_MODES)}')
   doc, block = jnp.asarray(layout.doc), jnp.asarray(layout.block)
   coins = _coin_per_block(layout, key, rate)
   dropped = coins & (doc != 0) & ~jnp.asarray(layout.reader) & ~jnp.asarray(layout.shared)
@@ -293,7 +295,7 @@ class BlockOptions:
   def __post_init__(self):
     _check_scheme(self.positions)
     if self.max_blocks < 1 or min(self.sink_ids, default=0) < 0:
-      raise ValueError(f'max_blocks={self.max_blocks}, sink_ids={self.sink_ids}: blocks are counted from 1, ids from 0')
+      raise UserError(f'max_blocks={self.max_blocks}, sink_ids={self.sink_ids}: blocks are counted from 1, ids from 0')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,8 +312,8 @@ def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tupl
     ValueError: no block, or an empty one.
   """
   if not len(prompt) or not all(len(tokens) for tokens in prompt):
-    raise ValueError('a prompt must be a list of blocks, none of them empty, the question last; got '
-                     f'{[len(tokens) for tokens in prompt]} tokens: drop empty blocks first')
+    raise UserError('a prompt must be a list of blocks, none of them empty, the question last; got '
+                    f'{[len(tokens) for tokens in prompt]} tokens: drop empty blocks first')
   blocks = [(*options.sink_ids, *map(int, tokens)) for tokens in prompt]
   starts = block_positions([len(tokens) for tokens in blocks], options.positions, options.shared_first)
   return tuple(map(PlacedBlock, blocks, starts))
@@ -320,9 +322,9 @@ def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tupl
 def check_cacheable(options: BlockOptions) -> None:
   """Raises ValueError where the state of a block depends on more than the block and the shared prefix."""
   if options.shared_first and options.positions != 'local':
-    raise ValueError("with shared_first, positions must be 'local' for states to be used twice, got "
-                     f'{options.positions!r}: the distance between prefix and block depends on the blocks between them; '
-                     'train with local positions, or read every prompt in one masked pass')
+    raise UserError("with shared_first, positions must be 'local' for states to be used twice, got "
+                    f'{options.positions!r}: the distance between prefix and block depends on the blocks between them; '
+                    'train with local positions, or read every prompt in one masked pass')
 
 
 def block_mode(tokens: Array, layout: BlockLayout, options: BlockOptions) -> tuple[Array, BlockLayout, Array]:

@@ -9,6 +9,7 @@ import jax
 
 from blockattn import blocks as blocks_lib, checkpoint, mesh, tree
 from blockattn.data import chat_template, encode
+from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import classifier, lora, spec, transformer
 
@@ -105,8 +106,8 @@ def load_run(workdir: str | os.PathLike, dtype: str, placement: mesh.Placement, 
     raise FileNotFoundError(f'{workdir} holds a LoRA student, to be merged with the model that it started from: {error}'
                             ) from error
   if base_cfg != dataclasses.replace(cfg, learned_sinks=0):
-    raise ValueError(f'{workdir} holds a LoRA student of another model than {source}: {base_cfg} there, {cfg} in the '
-                     'checkpoint; name the one that it started from')
+    raise UserError(f'{workdir} holds a LoRA student of another model than {source}: {base_cfg} there, {cfg} in the '
+                    'checkpoint; name the one that it started from')
   convert.check_same_weights(meta.get('source_weights'), convert.weights_facts(base), f'the LoRA student in {workdir}',
                              source, 'name the folder that has them with --source of tools.convert')
   return cfg, jax.tree.map(lambda x: x.astype(dtype), lora.merge(base, trained, options)), meta

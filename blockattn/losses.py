@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from blockattn.errors import UserError
 from blockattn.models import transformer
 
 Array = jax.Array
@@ -44,9 +45,9 @@ class TokenWeights:
 
   def __post_init__(self):
     if self.form not in WEIGHT_FORMS:
-      raise ValueError(f'token weight form {self.form!r}; choose one of {", ".join(WEIGHT_FORMS)}')
+      raise UserError(f'token weight form {self.form!r}; choose one of {", ".join(WEIGHT_FORMS)}')
     if self.source not in GAP_SOURCES:
-      raise ValueError(f'token weight source {self.source!r}; choose one of {", ".join(GAP_SOURCES)}')
+      raise UserError(f'token weight source {self.source!r}; choose one of {", ".join(GAP_SOURCES)}')
 
 
 def token_weight(gap: Array, weights: TokenWeights) -> Array:
@@ -265,8 +266,8 @@ def distillation_loss(student: Head, teacher: Head, targets: Array, mask: Array,
   """
   weights = weights or TokenWeights()
   if weights.source != 'student':
-    raise ValueError(f"weights.source must be 'student' here, got {weights.source!r}; with the teacher's hidden states "
-                     'under the block mask too, call distillation_sums')
+    raise UserError(f"weights.source must be 'student' here, got {weights.source!r}; with the teacher's hidden states "
+                    'under the block mask too, call distillation_sums')
   reading = lambda x_BTD, head_VD: Reading(jax.tree_util.Partial(transformer.by_head, head_VD), x_BTD)
   sums = distillation_sums(reading(*student), jax.lax.stop_gradient(reading(*teacher)), targets, jnp.zeros_like(targets),
                            mask, weights=weights, temperature=temperature, ce_weight=ce_weight, chunk=chunk)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from blockattn.errors import UserError
+
 Point = tuple[int, float]
 
 COLOURS = ('#2b66b1', '#c2651d', '#2f8a5b', '#8456ad', '#a3365f', '#6f7410')   # the light ones of report.css: --s0, ...
@@ -37,7 +39,7 @@ def check_installed():
   try:
     import matplotlib.figure  # noqa: F401
   except ModuleNotFoundError:
-    raise ValueError('pages with charts need matplotlib: pip install "blockattn[report]"') from None
+    raise UserError('pages with charts need matplotlib: pip install "blockattn[report]"') from None
 
 
 def draw(width: int, height: int, paint, **margins) -> str:

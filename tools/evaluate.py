@@ -37,6 +37,7 @@ import rich.table
 
 from blockattn import disk, metrics
 from blockattn.data import encode, json_lines, prompts
+from blockattn.errors import UserError
 from blockattn.evals import answers, gap, subjects as subjects_lib
 from blockattn.evals.subjects import BEFORE, STUDENT, TEACHER
 from blockattn.inference import cache as cache_lib
@@ -70,7 +71,7 @@ def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bo
   lines = prompts.read_examples(files, report=report, strict=strict, chat=chat, tokenizer=tokenizer)
   examples = list(itertools.islice(lines, limit))
   if not examples:
-    raise ValueError(f'{", ".join(map(str, files))}: no example to evaluate\n{report.summary()}')
+    raise UserError(f'{", ".join(map(str, files))}: no example to evaluate\n{report.summary()}')
   docs = [encode.fit(parts)[0] for parts in encode.Encoder(tokenizer).parts(examples)]
   report.docs = len(docs)
   return docs, examples, report
@@ -205,7 +206,7 @@ def run(options, console, err) -> dict:
   """The command, options as from the command line. Returns the summary."""
   modes = options.modes.split(',')
   if not set(modes) <= set(gap.MODES):
-    raise ValueError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
+    raise UserError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
   split = PAGES.get(options.data[0]) if len(options.data) == 1 else None
   files = None if split else json_lines.find_files(options.data)   # before models are loaded
   attention = api.choose(options.impl, jax.devices()[0])

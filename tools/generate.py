@@ -36,6 +36,7 @@ import blockattn
 from blockattn import loading, tree
 from blockattn.data import encode, json_lines, prompts
 from blockattn.data.example import Example, pieces
+from blockattn.errors import UserError
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, session as session_lib, stopwatch
 from blockattn.kernels import api
 from blockattn.models import transformer
@@ -71,9 +72,9 @@ def read_texts(files: Sequence[str]) -> list[str]:
     try:
       texts.append(raw.decode('utf-8'))
     except UnicodeDecodeError as error:
-      raise ValueError(f'{file}: no UTF-8 text (byte {error.start})') from error
+      raise UserError(f'{file}: no UTF-8 text (byte {error.start})') from error
     if not texts[-1]:
-      raise ValueError(f'{file}: the file is empty')
+      raise UserError(f'{file}: the file is empty')
     if not texts[-1].endswith(('\n', '\r')):
       texts[-1] = prompts.PLAIN.untitled.format(text=texts[-1])
   return texts
@@ -172,12 +173,12 @@ def run(options, stream, console) -> None:
   """The command, options as from the command line."""
   lines = [file for file in options.files if file.endswith(json_lines.SUFFIXES)]
   if lines and len(lines) < len(options.files):
-    raise ValueError('give either JSON lines or text files')
+    raise UserError('give either JSON lines or text files')
   if options.target_tokens and options.segmenter is None:
-    raise ValueError(f'--target-tokens {options.target_tokens} is the length of the blocks that --segmenter cuts; give that '
-                     'too')
+    raise UserError(f'--target-tokens {options.target_tokens} is the length of the blocks that --segmenter cuts; give that '
+                    'too')
   if '-' in options.files and options.question is None:
-    raise ValueError('standard input cannot be a text and the questions; give --question')
+    raise UserError('standard input cannot be a text and the questions; give --question')
   pages = options.files == [_PAGES]
   examples = texts = None
   if lines:
@@ -199,7 +200,7 @@ def run(options, stream, console) -> None:
     examples = list(itertools.islice(found, 1 if options.question or options.interactive else options.limit))
   if examples is not None:
     if not examples:
-      raise ValueError(f'{", ".join(options.files)}: no example')
+      raise UserError(f'{", ".join(options.files)}: no example')
     blocks = examples[0].blocks
   else:
     cut = None if options.segmenter is None else cutting(options.segmenter, options.target_tokens, tokenizer)
@@ -207,7 +208,7 @@ def run(options, stream, console) -> None:
   with _store(options) as store:
     devices = jax.local_devices()
     if not 1 <= options.devices <= len(devices):
-      raise ValueError(f'--devices {options.devices}: there are {len(devices)} here')
+      raise UserError(f'--devices {options.devices}: there are {len(devices)} here')
     engine = engine_lib.Engine(model.params, model.cfg, compute, block_options, tokenizer, stop_ids=model.stop_ids,
                                device_tokens=options.device_tokens, store=store, devices=devices[:options.devices])
     like = plan.Request((), max_new=options.max_new, stop=tuple(options.stop), temperature=options.temperature,

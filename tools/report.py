@@ -27,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from blockattn import disk, metrics
+from blockattn.errors import UserError
 from tools import arguments, charts, pages
 
 REFERENCE = 'teacher_full'
@@ -299,7 +300,7 @@ def mask_part(workdir: pathlib.Path) -> dict[str, Any] | None:
     return None
   lengths, mask = layout['lengths'], _mask_rows(layout['mask'], path)
   if not all(n > 0 for n in lengths) or sum(lengths) > len(mask):
-    raise ValueError(f'{path}: lengths must be positive and sum to at most the {len(mask)} rows of the mask')
+    raise UserError(f'{path}: lengths must be positive and sum to at most the {len(mask)} rows of the mask')
   factor = math.ceil(len(mask) / MAX_CELLS)
   return {'svg': charts.mask_map(lengths, mask, factor), 'lengths': lengths, 'tokens': len(mask), 'factor': factor,
           'colours': len(charts.COLOURS)}
@@ -312,9 +313,9 @@ def _mask_rows(mask: Any, path: pathlib.Path) -> list[str]:
   rows = [''.join(line.split()) for line in lines]
   for i, row in enumerate(rows):
     if len(row) != len(rows) or set(row) - {'1', '.'}:
-      raise ValueError(f"{path}: mask row {i} must be {len(rows)} characters '1' or '.', as there are {len(rows)} rows")
+      raise UserError(f"{path}: mask row {i} must be {len(rows)} characters '1' or '.', as there are {len(rows)} rows")
   if not rows:
-    raise ValueError(f'{path}: the mask has no rows')
+    raise UserError(f'{path}: the mask has no rows')
   return rows
 
 

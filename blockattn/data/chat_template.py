@@ -20,6 +20,7 @@ from typing import Any
 
 from blockattn.data.example import Example
 from blockattn.data.json_lines import Malformed, get_answers, get_text, get_value
+from blockattn.errors import UserError
 
 ROLES = ('system', 'user', 'assistant', 'tool')
 TEMPLATE_ARGS = {'enable_thinking': False}   # of templates that know them: a student answers at once
@@ -37,9 +38,9 @@ def wants_chat(wanted: bool | None, tokenizer: Any) -> bool:
 
 def _need(tokenizer, what):
   if tokenizer is None or not tokenizer.chat_template:
-    raise ValueError(f'{what} needs a tokenizer with a chat template; use the tokenizer of an instruction-tuned model, '
-                     'put a chat_template.jinja into its folder, or do without (--config.data.chat=false, --no-chat; lines '
-                     'with "passages" or "blocks")')
+    raise UserError(f'{what} needs a tokenizer with a chat template; use the tokenizer of an instruction-tuned model, '
+                    'put a chat_template.jinja into its folder, or do without (--config.data.chat=false, --no-chat; lines '
+                    'with "passages" or "blocks")')
 
 
 def set_template_args(tokenizer: Any, said: str = '') -> None:
@@ -56,15 +57,15 @@ def set_template_args(tokenizer: Any, said: str = '') -> None:
   for part in filter(None, said.split(',')):
     name, equals, value = part.partition('=')
     if not equals or not name.isidentifier():
-      raise ValueError(f'template arguments {said!r}: write NAME=VALUE,..., such as enable_thinking=true')
+      raise UserError(f'template arguments {said!r}: write NAME=VALUE,..., such as enable_thinking=true')
     given[name] = _value(value)
   templates = tokenizer.chat_template
   knows = lambda name: any(re.search(rf'\b{name}\b', t) for t in
                            (templates.values() if isinstance(templates, Mapping) else [templates or '']))
   for name in given:
     if not knows(name):
-      raise ValueError(f'template argument {name!r}: the chat template of {tokenizer.name_or_path or "this tokenizer"} does '
-                       'not know it; leave it out')
+      raise UserError(f'template argument {name!r}: the chat template of {tokenizer.name_or_path or "this tokenizer"} does '
+                      'not know it; leave it out')
   values = {name: value for name, value in TEMPLATE_ARGS.items() if knows(name)} | given
   head = ''.join(f'{{%- set {name} = {json.dumps(value)} -%}}' for name, value in sorted(values.items()))
   with_head = lambda t: _fixed_date(t) + head + t

@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from blockattn.errors import UserError
+
 SUFFIXES = ('.jsonl', '.jsonl.gz')
 LISTED = 100   # malformed lines a report lists; the rest are counted only
 
@@ -29,7 +31,7 @@ class BadLine:
     return f'{self.file}:{self.line}: {self.reason}' + (f': {self.detail}' if self.detail else '')
 
 
-class BadLineError(ValueError):
+class BadLineError(UserError):
   """The first malformed line of a strict reading; its message is 'file:line: reason: detail'."""
 
   def __init__(self, bad: BadLine):
@@ -116,7 +118,7 @@ def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path]) -> l
     files.update(dict.fromkeys(found))
   for file in files:
     if not file.endswith(SUFFIXES):
-      raise ValueError(f'{file}: not a JSON lines file; its name must end in {" or ".join(SUFFIXES)}')
+      raise UserError(f'{file}: not a JSON lines file; its name must end in {" or ".join(SUFFIXES)}')
   return list(files)
 
 
@@ -133,7 +135,7 @@ def numbered_lines(file: str, progress: Callable[[str, int], None] | None = None
         if line.strip():
           yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-      raise ValueError(f'{file}: its compressed data is damaged or cut off ({error}); fetch the file again') from error
+      raise UserError(f'{file}: its compressed data is damaged or cut off ({error}); fetch the file again') from error
 
 
 def load_object(line: bytes | str) -> dict:

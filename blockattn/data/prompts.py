@@ -30,6 +30,7 @@ from typing import Any
 from blockattn.data import chat_template, json_lines
 from blockattn.data.example import Example
 from blockattn.data.json_lines import Malformed, check_text, get_answers, get_text, get_value
+from blockattn.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,8 @@ class QuestionTemplate:
       try:
         getattr(self, field.name).format(title='', text='', question='', answer='')
       except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f'question template {field.name!r}: {error!r}; use {{title}}, {{text}}, {{question}} or '
-                         '{answer}, and double any other brace') from error
+        raise UserError(f'question template {field.name!r}: {error!r}; use {{title}}, {{text}}, {{question}} or '
+                        '{answer}, and double any other brace') from error
 
 
 PLAIN = QuestionTemplate()

@@ -15,6 +15,7 @@ import numpy as np
 from blockattn.data import encode, json_lines, packing, stdlib, store
 from blockattn.data.example import Example
 from blockattn.data.store import Cutter, FileOptions
+from blockattn.errors import UserError
 
 _ROWS = 1_000_000      # of an epoch of pages, of which there is no end
 _CUT_SEED = 7
@@ -53,7 +54,7 @@ class FileRows:
     self.report = sum((one.report for one in self.stores), json_lines.Report())
     self.sizes = np.concatenate([one.sizes for one in self.stores])
     if not len(self.sizes):
-      raise ValueError(f'{", ".join(self.files)}: no document to train on\n{self.report.summary()}')
+      raise UserError(f'{", ".join(self.files)}: no document to train on\n{self.report.summary()}')
     self._starts = np.cumsum([0, *map(len, self.stores)])
     counts = np.concatenate([one.counts for one in self.stores])
     self.plan = packing.plan_rows(self.sizes, counts, length=options.length, max_blocks=options.max_blocks,
@@ -120,9 +121,9 @@ class PageRows:
     fitting = [doc for doc in docs if len(doc.tokens) <= self.length and len(doc.lengths) <= self.max_blocks]
     if not fitting:
       shortest = min(docs, key=lambda doc: len(doc.tokens))
-      raise ValueError(f'no page fits into a row of {self.length} tokens and {self.max_blocks} blocks: the shortest of '
-                       f'{len(docs)} has {len(shortest.tokens)} tokens in {len(shortest.lengths)} blocks; make rows '
-                       'longer, or pages shorter (PageStyle.members, doc_chars)')
+      raise UserError(f'no page fits into a row of {self.length} tokens and {self.max_blocks} blocks: the shortest of '
+                      f'{len(docs)} has {len(shortest.tokens)} tokens in {len(shortest.lengths)} blocks; make rows '
+                      'longer, or pages shorter (PageStyle.members, doc_chars)')
     by_tokens = self.length / np.mean([len(doc.tokens) for doc in fitting])
     by_blocks = self.max_blocks / np.mean([len(doc.lengths) for doc in fitting])
     return int(1.2 * min(by_tokens, by_blocks) * len(docs) / len(fitting)) + 2

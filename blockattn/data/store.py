@@ -22,6 +22,7 @@ import numpy as np
 from blockattn import locks
 from blockattn.data import encode, json_lines, prompts
 from blockattn.data.example import Example, recut
+from blockattn.errors import UserError
 
 FORMAT = 2             # of the documents; part of every key and fingerprint
 _ARRAYS = {'tokens': np.int32, 'ends': np.int64, 'lengths': np.int32, 'gold': bool, 'block_ends': np.int64,
@@ -90,13 +91,13 @@ class DocStore:
     meta = json.loads((folder / 'meta.json').read_text())
     for name, size in meta['bytes'].items():
       if (folder / f'{name}.npy').stat().st_size != size:
-        raise ValueError(f'{folder}/{name}.npy is cut off or changed')
+        raise UserError(f'{folder}/{name}.npy is cut off or changed')
     self.report = json_lines.Report.from_json(meta['report'])
     # The same bytes may since have got another name.
     self.report.listed = [dataclasses.replace(bad, file=file) for bad in self.report.listed]
     self._arrays = {name: np.load(folder / f'{name}.npy', mmap_mode='r' if meta['docs'] else None) for name in _ARRAYS}
     if any(len(self._arrays[name]) != meta['docs'] for name in ('ends', 'block_ends', 'answers')):
-      raise ValueError(f'{folder}: its arrays disagree')
+      raise UserError(f'{folder}: its arrays disagree')
 
   def __len__(self):
     return len(self._arrays['ends'])

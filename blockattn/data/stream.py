@@ -13,15 +13,17 @@ from typing import Any
 import grain
 import numpy as np
 
+from blockattn.errors import UserError
+
 _SHOWN = 3      # names in an error
 _PREFETCH = 2   # batches that a thread prepares ahead
 
 
-class DataChanged(ValueError):
+class DataChanged(UserError):
   """The data is not that of the checkpoint that a run goes on from."""
 
 
-class UnreadableRow(ValueError):
+class UnreadableRow(UserError):
   """A row of a source cannot be made; says where it comes from."""
 
 
@@ -54,7 +56,7 @@ class Batches(Iterator):
     """
     step = state['next_step'] if isinstance(state, dict) and 'next_step' in state else None
     if type(step) is not int or step < 0 or state.keys() - {'next_step', 'source'}:
-      raise ValueError(f"the state of the data is {{'next_step': an integer from 0}}, not {state!r}")
+      raise UserError(f"the state of the data is {{'next_step': an integer from 0}}, not {state!r}")
     if 'source' in state:   # a checkpoint of before there were fingerprints says nothing
       _check_same(state['source'], self.fingerprint)
     self._iterator.set_state({'next_index': step})
@@ -95,9 +97,9 @@ def batches(source: Any, *, batch: int, seed: int, rows: Sequence[int] | None = 
   """
   own = range(batch) if rows is None else tuple(rows)
   if batch < 1 or not own or sorted({*own}) != [*own] or own[0] < 0 or own[-1] >= batch:
-    raise ValueError(f'rows {own} of a batch of {batch}: give some of its rows, each once, ascending')
+    raise UserError(f'rows {own} of a batch of {batch}: give some of its rows, each once, ascending')
   if len(source) == 0:
-    raise ValueError('the source has no rows; give files with documents')
+    raise UserError('the source has no rows; give files with documents')
   stream = _stream(_Readable(source), seed)
 
   def step_batch(step):

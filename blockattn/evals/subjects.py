@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from blockattn import loading
+from blockattn.errors import UserError
 from blockattn.evals import gap
 from blockattn.models import transformer
 
@@ -38,8 +39,8 @@ def load_pair(model: str | os.PathLike, teacher: str | os.PathLike, modes: Seque
   ours = tokenizer.get_vocab()
   other = [text for text, i in teacher_tokenizer.get_vocab().items() if text not in ours or ours[text] != i]
   if other:
-    raise ValueError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
-                     f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
+    raise UserError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
+                    f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
   subjects = {TEACHER: teacher_subject}
   if 'block' in modes:
     options = dataclasses.replace(student.options, sink_ids=())

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from blockattn.blocks import BlockLayout, BlockOptions, check_cacheable, from_lengths, place_prompt, sees
+from blockattn.errors import UserError
 from blockattn.hf import config
 
 try:
@@ -77,7 +78,7 @@ def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, device: to
     ValueError: no prompt, or an empty block.
   """
   if not prompts:
-    raise ValueError('no prompt to read; give at least one')
+    raise UserError('no prompt to read; give at least one')
   placed = [place_prompt(prompt, options) for prompt in prompts]
   lengths = [[len(block.tokens) for block in row] for row in placed]
   length = max(map(sum, lengths))
@@ -157,8 +158,8 @@ def _check_one_answer(model, generate_kwargs):
   for name in ('num_beams', 'num_return_sequences'):
     value = generate_kwargs.get(name) or getattr(given, name)
     if value not in (None, 1):
-      raise ValueError(f'{name}={value}: over cached blocks there is one answer at a time; set it to 1, or generate '
-                       'under block_attention')
+      raise UserError(f'{name}={value}: over cached blocks there is one answer at a time; set it to 1, or generate '
+                      'under block_attention')
 
 
 def _state_key(tokens, before):
@@ -274,8 +275,8 @@ class _LayoutMask:
     layout = self._layout(config, batch_size)
     start, length = int(q_offset), layout.doc.shape[1]
     if start < length and not (start == 0 and q_length >= length):
-      raise ValueError(f'a pass over tokens {start} to {start + q_length} does not fit the layout of {length} tokens; '
-                       'read the whole prompt of block_inputs at once (without prefill_chunk_size), then go on')
+      raise UserError(f'a pass over tokens {start} to {start + q_length} does not fit the layout of {length} tokens; '
+                      'read the whole prompt of block_inputs at once (without prefill_chunk_size), then go on')
     if start == 0 and attention_mask is not None:
       self._check_padding(attention_mask, layout)
     queries = torch.arange(start, start + q_length, device=device)
@@ -285,12 +286,12 @@ class _LayoutMask:
 
   def _layout(self, config, batch):
     if id(config) not in self.layouts:
-      raise ValueError(f'attention {NAME!r} has no layout; run the model under `with block_attention(model, layout)`, '
-                       "or, for plain full attention, model.set_attn_implementation('sdpa')")
+      raise UserError(f'attention {NAME!r} has no layout; run the model under `with block_attention(model, layout)`, '
+                      "or, for plain full attention, model.set_attn_implementation('sdpa')")
     layout = self.layouts[id(config)]
     rows = layout.doc.shape[0]
     if batch % rows:
-      raise ValueError(f'a batch of {batch} under a layout of {rows} rows; make the layout from these prompts')
+      raise UserError(f'a batch of {batch} under a layout of {rows} rows; make the layout from these prompts')
     # Beams and several answers: transformers repeats every row in place.
     return jax.tree.map(lambda x: x.repeat_interleave(batch // rows, 0), layout)
 
@@ -298,8 +299,8 @@ class _LayoutMask:
   def _check_padding(attention_mask, layout):
     given = attention_mask[:, :layout.doc.shape[1]].bool().cpu()
     if not torch.equal(given, (layout.doc != 0).cpu()):
-      raise ValueError('attention_mask and layout disagree about padding; pass all of **block_inputs(...).tensors(), '
-                       'since generate takes pad tokens inside of a prompt for padding where attention_mask is missing')
+      raise UserError('attention_mask and layout disagree about padding; pass all of **block_inputs(...).tensors(), '
+                      'since generate takes pad tokens inside of a prompt for padding where attention_mask is missing')
 
   def check_positions(self, config, position_ids, mask):
     """Raises ValueError if a pass that starts with the layout has other positions than the layout.
@@ -313,7 +314,7 @@ class _LayoutMask:
       return
     layout, given = self._layout(config, mask.shape[0]), position_ids[:, :length].cpu()
     if not torch.all((given == layout.position.cpu()) | (layout.doc.cpu() == 0)):
-      raise ValueError('position_ids are not those of the layout; pass all of **block_inputs(...).tensors()')
+      raise UserError('position_ids are not those of the layout; pass all of **block_inputs(...).tensors()')
 
 
 def may_attend(layout: BlockLayout, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from blockattn import blocks as blocks_lib
 from blockattn.data import encode
+from blockattn.errors import UserError
 from blockattn.inference import cache as cache_lib, plan as plan_lib, pool as pool_lib, sampling as sampling_lib
 from blockattn.inference.plan import Plan, Request, padded
 from blockattn.models import decode, transformer
@@ -143,14 +144,14 @@ class Engine:
                      f'request {number}')
     most = plan.question.start + len(plan.question.tokens) + request.max_new
     if most > self._cfg.max_positions:
-      raise ValueError(f'request {number}: the prompt and its answer take {most} positions, the model has '
-                       f'{self._cfg.max_positions}; shorten the prompt or max_new')
+      raise UserError(f'request {number}: the prompt and its answer take {most} positions, the model has '
+                      f'{self._cfg.max_positions}; shorten the prompt or max_new')
     pages, room = self._pages([plan]), self._pool.pages * self._pool.devices
     largest = max((self._pool.pages_of(len(block.tokens)) for block in plan.context), default=0)
     if pages > room or largest > self._pool.pages:
       page = self._pool.page
-      raise ValueError(f'request {number}: its context takes {pages * page} tokens of device memory, in whole pages, '
-                       f'there is room for {room * page} on {self._pool.devices} devices; give more device_tokens')
+      raise UserError(f'request {number}: its context takes {pages * page} tokens of device memory, in whole pages, '
+                      f'there is room for {room * page} on {self._pool.devices} devices; give more device_tokens')
     return plan
 
   # One batch.

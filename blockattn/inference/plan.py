@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from blockattn import blocks as blocks_lib
+from blockattn.errors import UserError
 from blockattn.inference import cache as cache_lib, sampling as sampling_lib
 from blockattn.models import decode
 
@@ -37,12 +38,12 @@ class Request:
 
   def __post_init__(self):
     if self.max_new < 1:
-      raise ValueError(f'max_new={self.max_new}; an answer has at least one token')
+      raise UserError(f'max_new={self.max_new}; an answer has at least one token')
     if not all(self.stop):
-      raise ValueError('an empty stop text would end every answer at once; leave it out')
+      raise UserError('an empty stop text would end every answer at once; leave it out')
     if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise ValueError(f'temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: give a finite temperature '
-                       'and a top_k from 0 on, a top_p above 0 and up to 1')
+      raise UserError(f'temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: give a finite temperature '
+                      'and a top_k from 0 on, a top_p above 0 and up to 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def make(number: int, request: Request, options: blocks_lib.BlockOptions, keys: 
   try:
     *context, question = blocks_lib.place_prompt(request.prompt, options)
   except ValueError as error:
-    raise ValueError(f'request {number}: {error}') from error
+    raise UserError(f'request {number}: {error}') from error
   first = keys.of(context[0].tokens) if options.shared_first and context else ''
   prefixes = ['', *[first] * (len(context) - 1)]
   return Plan(number, request, tuple(ContextBlock(keys.of(block.tokens, prefix), block.tokens, block.start, prefix)
@@ -211,5 +212,5 @@ def home(size: int, load: Sequence[int], room: Sequence[int]) -> int:
   """
   able = [device for device, free in enumerate(room) if free >= size]
   if not able:
-    raise ValueError('the blocks of a batch cannot be laid out over the devices; give more device_tokens')
+    raise UserError('the blocks of a batch cannot be laid out over the devices; give more device_tokens')
   return min(able, key=load.__getitem__)

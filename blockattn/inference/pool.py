@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from blockattn import blocks
+from blockattn.errors import UserError
 from blockattn.inference import cache as cache_lib
 from blockattn.models import decode, transformer
 
@@ -46,7 +47,7 @@ class Pool:
   def __init__(self, cfg: transformer.ModelConfig, dtype: str, mesh: Mesh, tokens: int):
     self.pages, self.mesh = tokens // (PAGE * mesh.size), mesh
     if self.pages < 1:
-      raise ValueError(f'room for {tokens} tokens is not a page of {PAGE} tokens on each of {mesh.size} devices; give more')
+      raise UserError(f'room for {tokens} tokens is not a page of {PAGE} tokens on each of {mesh.size} devices; give more')
     shape = (cfg.layers, mesh.size * self.pages, PAGE, cfg.kv_heads, cfg.head_dim)
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=NamedSharding(mesh, PartitionSpec(None, AXIS)))
     self.k, self.v = zeros(), zeros()

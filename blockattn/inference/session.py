@@ -6,6 +6,7 @@ from typing import Any
 
 from blockattn.data import chat_template, encode, prompts
 from blockattn.data.example import Example
+from blockattn.errors import UserError
 from blockattn.inference import engine as engine_lib, stopwatch
 from blockattn.inference.plan import Request
 
@@ -46,7 +47,7 @@ def ask(blocks: Sequence[str], question: str, tokenizer: Any, chat: bool) -> Exa
   try:
     question.encode()
   except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character
-    raise ValueError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
+    raise UserError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
   template = prompts.CHAT if chat else prompts.PLAIN
   example = Example(tuple(blocks), template.question.format(question=question), response='', id=question)
   return chat_template.wrap_in_turn(example, tokenizer) if chat else example

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import regex
 
+from blockattn.errors import UserError
+
 # What a cut costs, in nats, at a place that is no candidate: they are used only where the bounds leave no other way.
 SPACE_COST = 1e4    # behind white space
 INSIDE_COST = 1e6   # between any two characters
@@ -119,7 +121,7 @@ def _inner_places(text, forced, gaps, token_ends) -> Places:
   start, _, low, high = gaps[gap].T
   if token_ends is None:
     if (gaps[:, 1] - gaps[:, 0] != gaps[:, 3] - gaps[:, 2]).any():
-      raise ValueError('lengths are not characters; bounds then need token_ends, to count inside a wide gap')
+      raise UserError('lengths are not characters; bounds then need token_ends, to count inside a wide gap')
     return Places(offsets, low + offsets - start, gains)
   ends, first = _ends_in_text(text, gaps, token_ends)
   done = np.searchsorted(ends, offsets, side='right')

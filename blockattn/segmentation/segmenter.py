@@ -19,6 +19,7 @@ import numpy as np
 
 from blockattn import blocks, disk, mesh as mesh_lib
 from blockattn.data import encode, packing
+from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import classifier
 from blockattn.models.transformer import Compute
@@ -78,12 +79,12 @@ class Options:
 
   def __post_init__(self):
     if not 0 <= self.overlap <= 0.75:
-      raise ValueError(f'overlap={self.overlap}; give a share of the window from 0 to 0.75')
+      raise UserError(f'overlap={self.overlap}; give a share of the window from 0 to 0.75')
     if math.isnan(self.threshold):
-      raise ValueError('threshold=nan: log-odds are needed; give a number')
+      raise UserError('threshold=nan: log-odds are needed; give a number')
     if self.length < 2 * self.read.longest + 4 * self.read.ahead:
-      raise ValueError(f'length={self.length}: a window must have room for two units of {self.read.longest} tokens; make '
-                       'windows longer, or units shorter (head, tail)')
+      raise UserError(f'length={self.length}: a window must have room for two units of {self.read.longest} tokens; make '
+                      'windows longer, or units shorter (head, tail)')
 
 
 def options_of(folder: pathlib.Path, **overrides) -> Options:
@@ -105,7 +106,7 @@ def options_of(folder: pathlib.Path, **overrides) -> Options:
       own = {'outline': Shift(**said['outline'])} | own
     return Options(markers.ReadOptions(style=said['markers'], **read), **own)
   except (TypeError, ValueError) as error:
-    raise ValueError(f'{place}: {error}') from error
+    raise UserError(f'{place}: {error}') from error
 
 
 class Segmenter:
@@ -123,10 +124,10 @@ class Segmenter:
   def __init__(self, params, cfg, tokenizer, options: Options, *, place: mesh_lib.Placement | None = None,
                dtype: str = 'float32', batch_tokens: int = 8192):
     if not model.is_segmenter(cfg):
-      raise ValueError(f'params are of {hf_config.architecture(cfg)}; give a token-classification model with two classes')
+      raise UserError(f'params are of {hf_config.architecture(cfg)}; give a token-classification model with two classes')
     if cfg.unit_tokens != options.read.unit_tokens:
-      raise ValueError(f'the model reads {cfg.unit_tokens} tokens at a position, the options {options.read.unit_tokens}: '
-                       f'{files.META} (markers, head, tail) and config.json (unit_tokens) do not belong together')
+      raise UserError(f'the model reads {cfg.unit_tokens} tokens at a position, the options {options.read.unit_tokens}: '
+                      f'{files.META} (markers, head, tail) and config.json (unit_tokens) do not belong together')
     encode.check_tokenizer(tokenizer, cfg.vocab, 'segmenter')
     self.cfg, self.options = cfg, options
     self.reader = markers.Reader(tokenizer, options.read)
@@ -157,8 +158,8 @@ class Segmenter:
       raise FileNotFoundError(f'{folder} holds no tokenizer.json; give the folder that the segmenter was exported to')
     cfg = hf_config.read(folder)
     if not model.is_segmenter(cfg):
-      raise ValueError(f'{folder}/config.json is of {hf_config.architecture(cfg)}; a segmenter is a token-classification '
-                       'model with two classes')
+      raise UserError(f'{folder}/config.json is of {hf_config.architecture(cfg)}; a segmenter is a token-classification '
+                      'model with two classes')
     options = options_of(folder, **overrides)
     place = place or mesh_lib.Placement(mesh_lib.make_mesh({'data': -1}))
     cfg, params = convert.load(folder, dtype, mesh=place.mesh, rules=place.rules)

@@ -18,6 +18,7 @@ import numpy as np
 
 from blockattn import disk, errors, optim
 from blockattn.data import encode
+from blockattn.errors import UserError
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
 from blockattn.models import classifier, flops, spec
 from blockattn.segmentation import labelled, markers, model
@@ -203,8 +204,8 @@ def load_model(options: Options, placement):
     cfg, params = _with_cohesion(cfg, params, P)
   reads = cfg.unit_tokens if known else 0
   if reads != P:
-    raise ValueError(f'{options.model.source} reads {reads} tokens at a position, config.segment.read (style, head, tail) '
-                     f'says {P}; make them agree')
+    raise UserError(f'{options.model.source} reads {reads} tokens at a position, config.segment.read (style, head, tail) '
+                    f'says {P}; make them agree')
   if known:
     return cfg, params
   cfg = model.architecture(cfg)
@@ -264,7 +265,7 @@ def run(options: Options, workdir):
 
 def read_documents(options: Options) -> list[schema.Document]:
   if not options.data.files:
-    raise ValueError('config.data.files is empty: give SemanticSeg files, e.g. --config.data.files="DATA/train_*.jsonl.gz"')
+    raise UserError('config.data.files is empty: give SemanticSeg files, e.g. --config.data.files="DATA/train_*.jsonl.gz"')
   return list(schema.read(list(options.data.files), strict=options.data.strict))
 
 

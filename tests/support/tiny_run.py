@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from blockattn.train import command, inputs, job, loop, workdir as workdir_lib
+from blockattn.train import command, job, loop, sources, workdir as workdir_lib
 from configs import common
 
 STEPS, SAVE_EVERY = 16, 4
@@ -28,7 +28,8 @@ ROWS, BATCH, WIDTH = 44, 4, 1 << 16   # rows of the source, of a batch; paramete
 def get_config():
   config = common.section(job.Options)
   config.update_from_flattened_dict({
-      'steps': STEPS, 'batch': BATCH, 'log_every': 1, 'save_every': SAVE_EVERY, 'mesh.data': 2, 'mesh.tensor': 2, 'seed': 5})
+      'steps': STEPS, 'optim.warmup': 0, 'batch': BATCH, 'log_every': 1, 'save_every': SAVE_EVERY,
+      'mesh.data': 2, 'mesh.tensor': 2, 'seed': 5})
   return config
 
 
@@ -92,7 +93,7 @@ def run(options, workdir):
   signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background without it
   place = job.make_placement(options)
   workdir_lib.save_run_facts(workdir, options)
-  batches = inputs.batches(options, Numbered(blows.at if blows.kind == 'unreadable' else -1), place)
+  batches = sources.batches(options, Numbered(blows.at if blows.kind == 'unreadable' else -1), place)
   notes = pathlib.Path(workdir) / 'rows'
   notes.mkdir(parents=True, exist_ok=True)
   name = notes / f'{time.time()}-{jax.process_index()}-of-{jax.process_count()}.jsonl'

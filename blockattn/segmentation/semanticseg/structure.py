@@ -7,6 +7,7 @@ are too short are joined to the next, and works that are too long become several
 import pathlib
 from collections.abc import Callable, Iterator
 
+from blockattn.errors import UserError
 from blockattn.segmentation.semanticseg import schema, structure_code, structure_cuts, structure_talk, structure_text
 from blockattn.segmentation.semanticseg.structure_cuts import NoStructure, Options
 
@@ -51,7 +52,7 @@ def _works(text, suffix, options):
     return [structure_code.code(text, structure_code.LANGUAGES[suffix])]
   if suffix == '.mbox':
     return structure_talk.threads(text)
-  raise ValueError(f'no builder reads {suffix or "a name without ending"}; there are {", ".join(sorted(SUFFIXES))}')
+  raise UserError(f'no builder reads {suffix or "a name without ending"}; there are {", ".join(sorted(SUFFIXES))}')
 
 
 def read_text(path: pathlib.Path) -> str:
