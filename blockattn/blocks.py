@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blockattn.errors import UserError
+
 POSITION_SCHEMES = ('sequential', 'local')
 DROP_MODES = ('lift', 'isolate', 'merge', 'remove')
 
@@ -79,10 +81,10 @@ def from_lengths(rows: Sequence[Sequence[Sequence[int]]], length: int, *, shared
     for d, blocks in enumerate(docs, start=1):
       for i, size in enumerate(blocks):
         if size < 1:
-          raise ValueError(f'row {b}, document {d}: block {i} has {size} tokens; drop empty blocks first')
+          raise UserError(f'row {b}, document {d}: block {i} has {size} tokens; drop empty blocks first')
         stop = start + size
         if stop > length:
-          raise ValueError(f'row {b} holds {sum(map(sum, docs))} tokens, but T is {length}')
+          raise UserError(f'row {b} holds {sum(map(sum, docs))} tokens, but T is {length}')
         ints['doc'][b, start:stop] = d
         ints['block'][b, start:stop] = i
         flags['reader'][b, start:stop] = i == len(blocks) - 1
@@ -128,7 +130,7 @@ def with_positions(layout: BlockLayout, scheme: str) -> BlockLayout:
   reader after the one before. Removed tokens and padding take no position (theirs is 0).
   """
   if scheme not in POSITION_SCHEMES:
-    raise ValueError(f'positions={scheme!r}; choose one of {", ".join(POSITION_SCHEMES)}')
+    raise UserError(f'positions={scheme!r}; choose one of {", ".join(POSITION_SCHEMES)}')
   valid = layout.doc != 0
   if scheme == 'sequential':
     position = _rank(valid, layout.doc)
@@ -200,7 +202,7 @@ def drop_blocks(layout: BlockLayout, key, *, rate: float, mode: str, positions: 
     positions: scheme for numbering the tokens of the new layout.
   """
   if mode not in DROP_MODES:
-    raise ValueError(f'block dropout mode {mode!r}; choose one of {", ".join(DROP_MODES)}')
+    raise UserError(f'block dropout mode {mode!r}; choose one of {", ".join(DROP_MODES)}')
   doc, block = jnp.asarray(layout.doc), jnp.asarray(layout.block)
   coins = _coin_per_block(layout, key, rate)
   dropped = coins & (doc != 0) & ~jnp.asarray(layout.reader) & ~jnp.asarray(layout.shared)
@@ -246,9 +248,9 @@ class BlockOptions:
 
   def __post_init__(self):
     if self.positions not in POSITION_SCHEMES:
-      raise ValueError(f'positions={self.positions!r}; choose one of {", ".join(POSITION_SCHEMES)}')
+      raise UserError(f'positions={self.positions!r}; choose one of {", ".join(POSITION_SCHEMES)}')
     if self.max_blocks < 1 or min(self.sink_ids, default=0) < 0:
-      raise ValueError(f'max_blocks={self.max_blocks}, sink_ids={self.sink_ids}: blocks are counted from 1, ids from 0')
+      raise UserError(f'max_blocks={self.max_blocks}, sink_ids={self.sink_ids}: blocks are counted from 1, ids from 0')
 
 
 def block_mode(tokens, layout: BlockLayout, options: BlockOptions):

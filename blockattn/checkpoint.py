@@ -26,6 +26,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from blockattn import disk, metrics, tree
+from blockattn.errors import UserError
 
 ARRAYS = ('params', 'opt_state')
 ITEMS = (*ARRAYS, 'data', 'meta')
@@ -35,11 +36,11 @@ _REMOVALS = 20                    # tries to remove such a part
 _READERS, _PIECE = 8, 1 << 22     # threads that read files to check them, and bytes that each reads at a time
 
 
-class NotSaved(RuntimeError):
+class NotSaved(UserError):
   """A step could not be written; the steps before it stand."""
 
 
-class Damaged(ValueError):
+class Damaged(UserError):
   """Files of a step are not what was written."""
 
 
@@ -307,7 +308,7 @@ def _known(path: pathlib.Path) -> dict[str, list[int]]:
     try:
       facts = disk.read_json(file, {str: [int]})
       if any(len(fact) != 2 for fact in facts.values()):
-        raise ValueError(f'{file} lists other things than sizes and checksums')
+        raise UserError(f'{file} lists other things than sizes and checksums')
     except ValueError as error:
       raise Damaged(_what_to_do(path, str(error))) from None
     known |= facts
@@ -402,8 +403,8 @@ def _check_shapes(folder, stored, wanted):
   stored, wanted = ({name: tuple(leaf.shape) for name, leaf in tree.named_leaves(t)} for t in (stored, wanted))
   for name in sorted(stored.keys() | wanted.keys()):
     if stored.get(name) != wanted.get(name):
-      raise ValueError(f'{folder} holds another model: {name} is {stored.get(name, "absent")} there, and '
-                       f'{wanted.get(name, "absent")} in the model that was asked for')
+      raise UserError(f'{folder} holds another model: {name} is {stored.get(name, "absent")} there, and '
+                      f'{wanted.get(name, "absent")} in the model that was asked for')
 
 
 def steps(folder) -> list[int]:

@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
+from blockattn.errors import UserError
+
 NUMBER = (int, float)
 _MOST = 2**1023   # a larger whole number is no float
 _REMOTE = re.compile(r'(?:[\w.-]+=)?(?!https?:)[a-z][a-z0-9+.-]+://\S+')
@@ -28,8 +30,8 @@ def check_local(texts: Iterable[str]):
   """
   for text in texts:
     if any(map(_REMOTE.fullmatch, text.split(','))):
-      raise ValueError(f'{text}: only paths of this machine are read and written; mount the bucket (gcsfuse, mount-s3) and '
-                       'give the path below the mount, or copy the files here first (gcloud storage cp, aws s3 cp)')
+      raise UserError(f'{text}: only paths of this machine are read and written; mount the bucket (gcsfuse, mount-s3) and '
+                      'give the path below the mount, or copy the files here first (gcloud storage cp, aws s3 cp)')
 
 
 # Writing.
@@ -74,7 +76,7 @@ def read_text(path: str | os.PathLike) -> str:
   try:
     return pathlib.Path(path).read_text(encoding='utf-8')
   except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is no UTF-8 text: {error}') from error
+    raise UserError(f'{path} is no UTF-8 text: {error}') from error
 
 
 def read_tokenizer(path: str | os.PathLike) -> Any:
@@ -89,8 +91,8 @@ def read_tokenizer(path: str | os.PathLike) -> Any:
     return tokenizers.Tokenizer.from_file(str(path))
   except Exception as error:   # of no other class
     read_json(path)   # says what is wrong, if it is no JSON
-    raise ValueError(f'{path} is no tokenizer that tokenizers {tokenizers.__version__} reads ({error}); save it again with '
-                     'save_pretrained') from error
+    raise UserError(f'{path} is no tokenizer that tokenizers {tokenizers.__version__} reads ({error}); save it again with '
+                    'save_pretrained') from error
 
 
 def parse_json(text: str | bytes, place: str, form: Any = dict) -> Any:
@@ -98,7 +100,7 @@ def parse_json(text: str | bytes, place: str, form: Any = dict) -> Any:
   try:
     value = json.loads(text)
   except (ValueError, RecursionError) as error:   # nested too deep, or a number of too many digits
-    raise ValueError(f'{place} is no valid JSON: {error}') from error
+    raise UserError(f'{place} is no valid JSON: {error}') from error
   check_form(value, form, place)
   return value
 
@@ -119,7 +121,7 @@ def check_form(value: Any, form: Any, place: str):
       form = dict.fromkeys(value, form[str])
     if missing := [key for key in form if key not in value]:
       there = ', '.join(map(repr, value)) or 'no keys'
-      raise ValueError(f'{place} lacks {", ".join(map(repr, missing))}; it has {there:.200}')
+      raise UserError(f'{place} lacks {", ".join(map(repr, missing))}; it has {there:.200}')
     for key, inner in form.items():
       check_form(value[key], inner, f'{place}: {key!r}')
   elif isinstance(form, list):
@@ -127,7 +129,7 @@ def check_form(value: Any, form: Any, place: str):
     for i, item in enumerate(value):
       check_form(item, form[0], f'{place}[{i}]')
   elif not _is_a(value, form):
-    raise ValueError(f'{place} is {_shown(value)}, not {_named(form)}')
+    raise UserError(f'{place} is {_shown(value)}, not {_named(form)}')
 
 
 def is_number(value: Any) -> bool:

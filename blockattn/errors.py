@@ -1,22 +1,26 @@
 """What a user is told of what he can mend: one line that names the key or the file, and the remedy.
 
-What he gives is refused with a ValueError (a missing file: FileNotFoundError) whose text is that line; `line_of` tells such
+What he gives is refused with a UserError (a missing file: FileNotFoundError) whose text is that line; `line_of` tells such
 errors from faults of ours, whose traceback is needed.
 """
 
 import contextlib
 import errno
-import linecache
 import math
 import numbers
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 EXIT_MEND = 2          # the user can mend it; the same command would fail again
 EXIT_INTERRUPTED = 130   # Ctrl-C, as shells have it
 
+_NAMED = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError, TimeoutError)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class UserError(ValueError):
+  """What the user gave, or what lies around him, is not what it has to be. The text is one line that names it and says
+  what to do; a traceback would add nothing."""
 
 
 def check_number(name: str, value: Any, low: float | None = None, high: float | None = None, *, above: float | None = None,
@@ -37,37 +41,24 @@ def check_number(name: str, value: Any, low: float | None = None, high: float | 
   bounds = [(bound, words, holds) for bound, words, holds in bounds if bound is not None]
   if not (isinstance(value, numbers.Real) and math.isfinite(value) and all(holds(value, b) for b, _, holds in bounds)):
     words = ' '.join(['give a number', *(words.format(bound) for bound, words, _ in bounds)])
-    raise ValueError(f'{name}={value}; {words}{hint}')
+    raise UserError(f'{name}={value}; {words}{hint}')
 
 
 def check_choice(name: str, value: Any, known: Iterable[str]):
   """Raises ValueError if the value of `name`, as the user writes it, is not one of those that are known."""
   if value not in (known := tuple(known)):
-    raise ValueError(f'{name}={value!r}; choose one of {", ".join(known)}')
+    raise UserError(f'{name}={value!r}; choose one of {", ".join(known)}')
 
 
 def line_of(error: BaseException) -> str | None:
   """The line that tells a user what to mend; None of an error that is none of his."""
-  kinds = (ValueError, KeyError, OSError, FloatingPointError, RuntimeError)
-  if isinstance(error, kinds) and _is_raised_by_us(error):
-    return str(error.args[0] if isinstance(error, KeyError) else error)
+  if isinstance(error, UserError) or type(error) in _NAMED and error.errno is None:   # without a number: raised by us
+    return str(error)
   if isinstance(error, OSError) and error.errno in _FULL:
     return f'{error}: make room there, then start the same command again to go on from the newest checkpoint'
   if isinstance(error, OSError) and error.filename is not None:
     return f'{error.filename}: {error.strerror}; repair it, or name another path'
   return None
-
-
-def _is_raised_by_us(error) -> bool:
-  """Whether a line of this package raised the error on purpose: its text says what to do, and a traceback adds nothing."""
-  at = error.__traceback__
-  while at is not None and at.tb_next is not None:
-    at = at.tb_next
-  if at is None:
-    return False
-  file, package = at.tb_frame.f_code.co_filename, pathlib.Path(__file__).resolve().parent
-  line = linecache.getline(file, at.tb_lineno).strip()
-  return pathlib.Path(file).resolve().is_relative_to(package) and line.startswith('raise ')
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from blockattn.errors import UserError
+
 WEIGHT_FORMS = ('relu', 'exp', 'none')
 GAP_SOURCES = ('student', 'teacher')
 POSITION_BINS = 8      # of the KL by position: the last is the second half of a row, the one before it the quarter before
@@ -35,9 +37,9 @@ class TokenWeights:
 
   def __post_init__(self):
     if self.form not in WEIGHT_FORMS:
-      raise ValueError(f'token weight form {self.form!r}; choose one of {", ".join(WEIGHT_FORMS)}')
+      raise UserError(f'token weight form {self.form!r}; choose one of {", ".join(WEIGHT_FORMS)}')
     if self.source not in GAP_SOURCES:
-      raise ValueError(f'token weight source {self.source!r}; choose one of {", ".join(GAP_SOURCES)}')
+      raise UserError(f'token weight source {self.source!r}; choose one of {", ".join(GAP_SOURCES)}')
 
 
 def token_weight(gap, weights: TokenWeights):

@@ -15,6 +15,7 @@ from flax.linen import spmd
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from blockattn import tree
+from blockattn.errors import UserError
 
 _DEVICE_COUNT_FLAG = 'xla_force_host_platform_device_count'
 AXES = ('data', 'fsdp', 'tensor', 'context')
@@ -58,16 +59,16 @@ def mesh_sizes(shape: dict[str, int], devices: int) -> tuple[int, ...]:
   """The size of every axis, in order, over so many devices; arguments and errors as of `make_mesh`."""
   unknown = set(shape) - set(AXES)
   if unknown:
-    raise ValueError(f'mesh: unknown axes {sorted(unknown)}; the axes are {", ".join(AXES)}')
+    raise UserError(f'mesh: unknown axes {sorted(unknown)}; the axes are {", ".join(AXES)}')
   sizes = [shape[axis] if axis in shape else 1 for axis in AXES]
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise ValueError(f'mesh {_describe(sizes)}: sizes are 1 or more, and at most one of them is -1, all that is left')
+    raise UserError(f'mesh {_describe(sizes)}: sizes are 1 or more, and at most one of them is -1, all that is left')
   if -1 in sizes:
     known = math.prod(s for s in sizes if s != -1)
     sizes = [max(1, devices // known) if s == -1 else s for s in sizes]
   if math.prod(sizes) != devices:
-    raise ValueError(f'mesh {_describe(sizes)} needs {math.prod(sizes)} devices, here are {devices}; '
-                     'change config.mesh (one axis may be -1: all that is left)')
+    raise UserError(f'mesh {_describe(sizes)} needs {math.prod(sizes)} devices, here are {devices}; '
+                    'change config.mesh (one axis may be -1: all that is left)')
   return tuple(sizes)
 
 
@@ -105,11 +106,11 @@ class Placement:
     names = [name for name, _ in self.rules]
     for name, rule in self.rules:
       if names.count(name) > 1:
-        raise ValueError(f'config.rules: the logical axis {name!r} has {names.count(name)} rules; keep one')
+        raise UserError(f'config.rules: the logical axis {name!r} has {names.count(name)} rules; keep one')
       for axis in _mesh_axes(rule):
         if axis not in self.mesh.shape:
-          raise ValueError(f'config.rules: {name!r} is mapped to {axis!r}, which is no axis of the mesh; '
-                           + tree.did_you_mean(axis, self.mesh.shape))
+          raise UserError(f'config.rules: {name!r} is mapped to {axis!r}, which is no axis of the mesh; '
+                          + tree.did_you_mean(axis, self.mesh.shape))
 
   @property
   def platform(self) -> str:
@@ -125,10 +126,10 @@ class Placement:
     known = dict(self.rules)
     for axis in axes:
       if axis is not None and axis not in known:
-        raise ValueError(f'no rule for the logical axis {axis!r}; rules name {", ".join(known)}')
+        raise UserError(f'no rule for the logical axis {axis!r}; rules name {", ".join(known)}')
     wanted = [m for axis in axes if axis is not None for m in _mesh_axes(known[axis])]
     if len(wanted) != len(set(wanted)):
-      raise ValueError(f'rules place two of the axes {tuple(axes)} on the same mesh axis: {wanted}')
+      raise UserError(f'rules place two of the axes {tuple(axes)} on the same mesh axis: {wanted}')
     return spmd.logical_to_mesh_axes(tuple(axes), self.rules)
 
   def sharding(self, axes) -> NamedSharding:
@@ -146,8 +147,8 @@ class Placement:
     """Raises ValueError, naming the parameter, if an axis cannot be cut evenly."""
     for size, axis in zip(shape, axes, strict=True):
       if axis is not None and size % self.size(axis):
-        raise ValueError(f'{name}: axis {axis!r} of size {size} cannot be cut into {self.size(axis)} parts; change '
-                         f'config.mesh, or map {axis!r} to None in config.rules')
+        raise UserError(f'{name}: axis {axis!r} of size {size} cannot be cut into {self.size(axis)} parts; change '
+                        f'config.mesh, or map {axis!r} to None in config.rules')
 
   def constrain(self, x, *axes):
     """Tells the compiler where an intermediate array lives."""

@@ -21,6 +21,7 @@ import rich.console
 import rich.progress
 
 from blockattn import disk
+from blockattn.errors import UserError
 
 FILE_NAME = 'metrics.jsonl'
 RESERVED = ('step', 'time')
@@ -147,7 +148,7 @@ def _parse(line: str, place: str) -> dict[str, Any]:
     entry = {name: math.nan if value in (None, 'NaN', 'Infinity', '-Infinity') else value for name, value in entry.items()}
     disk.check_form(entry, {str: disk.NUMBER}, place)
   except ValueError as error:
-    raise ValueError(f'{error}; repair or delete the line') from error
+    raise UserError(f'{error}; repair or delete the line') from error
   return entry
 
 
@@ -155,7 +156,7 @@ def _as_floats(scalars: Mapping[str, float]) -> dict[str, float]:
   values = {}
   for name, value in scalars.items():
     if name in RESERVED:
-      raise ValueError(f'a metric must not be called {name!r}: the line has a field of that name')
+      raise UserError(f'a metric must not be called {name!r}: the line has a field of that name')
     try:
       values[name] = float(value)
     except (TypeError, ValueError) as e:

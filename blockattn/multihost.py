@@ -31,6 +31,7 @@ from jax._src import distributed  # its client is JAX's only door to the key-val
 from jax.experimental import multihost_utils
 
 from blockattn import errors
+from blockattn.errors import UserError
 
 EXIT_LOST = 76   # a device or another process was lost: nothing is wrong with the run, start it again
 
@@ -81,14 +82,14 @@ def read_place(text: str, environ: Mapping[str, str] = os.environ) -> Place | No
   if text != 'auto':
     parts = text.split(',')
     if len(parts) != 3:
-      raise ValueError(f"--multihost={text}: give 'auto', or ADDRESS:PORT,N,I: where process 0 is reached, the number of "
-                       'processes, and the number of this one, from 0')
+      raise UserError(f"--multihost={text}: give 'auto', or ADDRESS:PORT,N,I: where process 0 is reached, the number of "
+                      'processes, and the number of this one, from 0')
     return _place(f'--multihost={text}', *parts)
   own = [environ[name] for name in (COORDINATOR, COUNT, INDEX) if name in environ]
   if len(own) == 3:
     return _place(f'{COORDINATOR}={own[0]}, {COUNT}={own[1]}, {INDEX}={own[2]}', *own)
   if own:
-    raise ValueError(f'--multihost=auto: of {COORDINATOR}, {COUNT} and {INDEX} only some are set; set all, or none')
+    raise UserError(f'--multihost=auto: of {COORDINATOR}, {COUNT} and {INDEX} only some are set; set all, or none')
   if all(name in environ for name in SKYPILOT):
     nodes, count, index = (environ[name] for name in SKYPILOT)
     return _place(', '.join(f'{name}={environ[name]}' for name in SKYPILOT), f'{nodes.split()[0]}:{PORT}', count, index)
@@ -100,11 +101,11 @@ def _place(said, address, count, index) -> Place:
   try:
     place = Place(address.strip(), int(count), int(index))
   except ValueError:
-    raise ValueError(f'{said}: the number of processes and the number of this one are integers') from None
+    raise UserError(f'{said}: the number of processes and the number of this one are integers') from None
   if not (colon and host and port.isdecimal() and 0 < int(port) < 65536):
-    raise ValueError(f'{said}: the address of process 0 is HOST:PORT, as 10.0.0.2:{PORT}, with a port from 1 to 65535')
+    raise UserError(f'{said}: the address of process 0 is HOST:PORT, as 10.0.0.2:{PORT}, with a port from 1 to 65535')
   if not 0 <= place.index < place.count:
-    raise ValueError(f'{said}: processes have the numbers 0 to {place.count - 1}')
+    raise UserError(f'{said}: processes have the numbers 0 to {place.count - 1}')
   return place
 
 
@@ -112,8 +113,8 @@ def check_alone(environ: Mapping[str, str] = os.environ):
   """Raises ValueError if this process was started as one of several: each of them would train alone, in one folder."""
   for name in (COUNT, 'SKYPILOT_NUM_NODES', 'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE'):
     if name in environ and environ[name].isdigit() and int(environ[name]) > 1:
-      raise ValueError(f'{environ[name]} processes were started ({name}), each of which would train alone in the same '
-                       f'workdir: add --multihost=auto; or unset {name} if this is the only one')
+      raise UserError(f'{environ[name]} processes were started ({name}), each of which would train alone in the same '
+                      f'workdir: add --multihost=auto; or unset {name} if this is the only one')
 
 
 @contextlib.contextmanager
@@ -156,9 +157,9 @@ def _start(place: Place | None):
   except ValueError as error:
     if place is not None:
       raise
-    raise ValueError(f'--multihost=auto: JAX finds no cluster here ({error}); it knows TPU pods, Slurm (under srun), '
-                     f'Kubernetes and Open MPI. Elsewhere set {COORDINATOR}=HOST:PORT, {COUNT} and {INDEX}, or give '
-                     '--multihost=HOST:PORT,N,I') from error
+    raise UserError(f'--multihost=auto: JAX finds no cluster here ({error}); it knows TPU pods, Slurm (under srun), '
+                    f'Kubernetes and Open MPI. Elsewhere set {COORDINATOR}=HOST:PORT, {COUNT} and {INDEX}, or give '
+                    '--multihost=HOST:PORT,N,I') from error
 
 
 def _is_loopback(address: str) -> bool:
@@ -340,8 +341,8 @@ def check_equal(what: str, facts: Mapping[str, Any]):
   else:
     verdict = client.blocking_key_value_get(key, (AGREE_S + 60) * 1000)
   if verdict:
-    raise ValueError(f'the {count} processes of this run differ in {verdict}; start all of them with the same command, '
-                     'checkout and hardware')
+    raise UserError(f'the {count} processes of this run differ in {verdict}; start all of them with the same command, '
+                    'checkout and hardware')
 
 
 def _differences(said: Sequence[Mapping]) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import optax
 
 from blockattn import errors, options, tree
+from blockattn.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class OptimConfig:
     errors.check_number('config.optim.eps', self.eps, above=0)
     errors.check_number('config.optim.final_lr', self.final_lr, 0, 1)
     if self.mu_dtype not in ('', 'float32', 'bfloat16'):
-      raise ValueError(f'config.optim.mu_dtype={self.mu_dtype!r}; choose float32 or bfloat16, or leave it empty')
+      raise UserError(f'config.optim.mu_dtype={self.mu_dtype!r}; choose float32 or bfloat16, or leave it empty')
 
 
 def learning_rate(config: OptimConfig):

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blockattn import tree
+from blockattn.errors import UserError
 
 
 def not_a_key(**default) -> Any:
@@ -81,10 +82,10 @@ def read(cls: type, config: Mapping[str, Any], where: str = 'config', /, **given
   known = keys(cls)
   for name in config:
     if name not in known:
-      raise ValueError(f'{where}.{name} is not read by this trainer; {tree.did_you_mean(name, known)}')
+      raise UserError(f'{where}.{name} is not read by this trainer; {tree.did_you_mean(name, known)}')
   for name in known:
     if name not in config:
-      raise ValueError(f'{where}.{name} is missing; make the config with configs.common.base')
+      raise UserError(f'{where}.{name} is missing; make the config with configs.common.base')
   values = {name: given[name] for name in cls.__dataclass_fields__ if name not in known and name in given}
   for name, kind in known.items():
     inner = dataclasses.is_dataclass(kind)

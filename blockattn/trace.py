@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from blockattn.errors import UserError
+
 
 def parse_steps(text: str, last: int) -> tuple[int, int] | None:
   """'10:15' -> (10, 15), the steps 10 to 14: the first one included, the end not, as in a Python slice. '' -> None.
@@ -29,11 +31,11 @@ def parse_steps(text: str, last: int) -> tuple[int, int] | None:
     return None
   match = re.fullmatch(r'(\d+):(\d+)', text.strip())
   if not match:
-    raise ValueError(f'profile={text!r}: give the first step and the one to stop before, such as 10:15')
+    raise UserError(f'profile={text!r}: give the first step and the one to stop before, such as 10:15')
   start, stop = int(match[1]), int(match[2])
   if not 1 <= start < stop <= last + 1:
-    raise ValueError(f'profile={text!r}: the run has the steps 1 to {last}; give FIRST:END with 1 <= FIRST < END <= '
-                     f'{last + 1} (the step END is not traced any more)')
+    raise UserError(f'profile={text!r}: the run has the steps 1 to {last}; give FIRST:END with 1 <= FIRST < END <= '
+                    f'{last + 1} (the step END is not traced any more)')
   return start, stop
 
 

@@ -7,6 +7,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from blockattn import options, tree
+from blockattn.errors import UserError
 
 
 def parse_arg(arg, **defaults):
@@ -19,14 +20,14 @@ def parse_arg(arg, **defaults):
   for part in filter(None, (arg or '').split(',')):
     name, equals, value = part.partition('=')
     if name not in defaults:
-      raise ValueError(f'config argument {name!r}: {tree.did_you_mean(name, defaults)}')
+      raise UserError(f'config argument {name!r}: {tree.did_you_mean(name, defaults)}')
     kind = type(defaults[name])
     try:
       values[name] = _BOOLS[value.lower()] if kind is bool else kind(value)
     except (KeyError, ValueError):
-      raise ValueError(f'config argument {part!r}: {name} takes {kind.__name__}') from None
+      raise UserError(f'config argument {part!r}: {name} takes {kind.__name__}') from None
     if kind is not bool and not equals:
-      raise ValueError(f'config argument {name!r} needs a value: {name}=...')
+      raise UserError(f'config argument {name!r} needs a value: {name}=...')
   return ml_collections.ConfigDict(values)
 
 

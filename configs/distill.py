@@ -24,6 +24,7 @@ The batch of 64 rows gives each of 64 devices one; a step is 2M tokens at ctx=32
 """
 
 from blockattn import blocks, tree
+from blockattn.errors import UserError
 from configs import common
 
 HUB = {
@@ -55,7 +56,7 @@ def sweep(add, arg='sinks'):
   }
   arg = arg or 'sinks'
   if arg not in points:
-    raise ValueError(f'sweep argument {arg!r}: {tree.did_you_mean(arg, points)}')
+    raise UserError(f'sweep argument {arg!r}: {tree.did_you_mean(arg, points)}')
   for point in points[arg]:
     add(point)
 
@@ -71,7 +72,7 @@ def prompts(config, model, ctx):
 def published(config, model, ctx):
   """Sets what every training of a published model shares, and returns the config."""
   if model not in HUB:
-    raise ValueError(f'config argument model={model!r}: {tree.did_you_mean(model, HUB)}')
+    raise UserError(f'config argument model={model!r}: {tree.did_you_mean(model, HUB)}')
   config.steps = 500
   config.save_every = 100
   config.batch = 64

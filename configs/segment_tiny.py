@@ -22,6 +22,7 @@ characters of text.
 import os
 import pathlib
 
+from blockattn.errors import UserError
 from configs import common
 
 SEGMENTER = pathlib.Path(__file__).resolve().parents[1] / 'blockattn' / 'assets' / 'tiny_segmenter'
@@ -30,7 +31,7 @@ SEGMENTER = pathlib.Path(__file__).resolve().parents[1] / 'blockattn' / 'assets'
 def get_config(arg=''):
   arg = common.parse_arg(arg, steps=0, stage=1)
   if arg.stage not in (1, 2, 3):
-    raise ValueError(f'config argument stage={arg.stage}: there are 1, 2 and 3')
+    raise UserError(f'config argument stage={arg.stage}: there are 1, 2 and 3')
   config = common.base('segment')
   data = os.path.join(os.environ.get('BLOCKATTN_DATA', 'data'), 'seg')
   config.steps = arg.steps or {1: 1600, 2: 600, 3: 500}[arg.stage]

@@ -15,6 +15,7 @@ import pathlib
 
 import blockattn
 from blockattn import blocks
+from blockattn.errors import UserError
 from configs import common
 
 TEACHER = pathlib.Path(blockattn.__file__).parent / 'assets' / 'tiny_teacher'
@@ -53,7 +54,7 @@ def get_config(arg=''):
 
 def sweep(add, arg=''):
   if arg not in ('', 'sinks', 'dropout'):
-    raise ValueError(f"sweep argument {arg!r}; choose 'sinks' or 'dropout'")
+    raise UserError(f"sweep argument {arg!r}; choose 'sinks' or 'dropout'")
   if arg == 'dropout':
     add({'distill.drop_rate': 0.0})
     for mode in blocks.DROP_MODES:

@@ -42,6 +42,7 @@ from typing import Any
 import yaml
 
 from blockattn import disk, options as options_lib
+from blockattn.errors import UserError
 from blockattn.train import command, job, loop, workdir as workdir_lib
 from tools import arguments
 
@@ -93,18 +94,18 @@ def read_points(path: str, arg: str = '') -> list[dict[str, Any]]:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not hasattr(module, 'sweep'):
-    raise ValueError(f"{file} has no sweep; write `def sweep(add):` beside get_config, with add({{'blocks.sinks': 4}}) for "
-                     'every point')
+    raise UserError(f"{file} has no sweep; write `def sweep(add):` beside get_config, with add({{'blocks.sinks': 4}}) for "
+                    'every point')
   points = []
   takes_arg = len(inspect.signature(module.sweep).parameters) > 1
   if arg and not takes_arg:
-    raise ValueError(f'--points {arg}: the sweep of {file} takes no argument; write `def sweep(add, arg):`')
+    raise UserError(f'--points {arg}: the sweep of {file} takes no argument; write `def sweep(add, arg):`')
   module.sweep(_adder(points), *([arg] if takes_arg else []))
   if not points:
-    raise ValueError(f'{file}: its sweep{f" with the argument {arg!r}" if arg else ""} adds no point')
+    raise UserError(f'{file}: its sweep{f" with the argument {arg!r}" if arg else ""} adds no point')
   for point in points:
     if points.count(point) > 1:
-      raise ValueError(f'{file}: its sweep adds {point_name(point)} twice')
+      raise UserError(f'{file}: its sweep adds {point_name(point)} twice')
   return points
 
 
@@ -160,7 +161,7 @@ def _checked(path, workdir, changes, common) -> Point:
   for arg in common:
     key = arg.lstrip('-').removeprefix('config.').partition('=')[0]
     if key in changes:
-      raise ValueError(f'{arg}: the sweep sets {key} itself')
+      raise UserError(f'{arg}: the sweep sets {key} itself')
   args = [f'--config={path}', *common, *(f'--config.{key}={value_text(value)}' for key, value in changes.items())]
   try:
     config = parse(args)
@@ -170,7 +171,7 @@ def _checked(path, workdir, changes, common) -> Point:
     command.check_local(options)
     step = workdir_lib.newest_step(workdir / name, options_lib.as_json(options))
   except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(f'point {name}: {error.args[0] if error.args else error}') from error
+    raise UserError(f'point {name}: {error.args[0] if error.args else error}') from error
   words = ('-m', f'blockattn.train.{trainer}', *args, f'--workdir={workdir / name}')
   return Point(name, workdir / name, changes, words, config.steps, step)
 
@@ -190,7 +191,7 @@ def _check_meant(config, path, common, changes):
   meant.update_from_flattened_dict(dict(changes))   # raises at a value of another type
   wrong = workdir_lib.differing_keys(meant.to_dict(), config.to_dict())
   if wrong:
-    raise ValueError(f'{", ".join(wrong)}: the command line cannot say this value; change it in get_config, by an argument')
+    raise UserError(f'{", ".join(wrong)}: the command line cannot say this value; change it in get_config, by an argument')
 
 
 # Running.
@@ -320,7 +321,7 @@ def jobset(file: pathlib.Path, point: Point) -> str:
   try:
     documents = [d for d in yaml.safe_load_all(disk.read_text(file)) if d]
   except yaml.YAMLError as error:
-    raise ValueError(f'{file} is no YAML: {" ".join(str(error).split())}') from error
+    raise UserError(f'{file} is no YAML: {" ".join(str(error).split())}') from error
   sets = [d for d in documents if isinstance(d, dict) and d.get('kind') == 'JobSet']
   try:
     [one] = sets
@@ -328,7 +329,7 @@ def jobset(file: pathlib.Path, point: Point) -> str:
     [container] = one['spec']['replicatedJobs'][0]['template']['spec']['template']['spec']['containers']
     container['args'] = [*point.command, '--multihost=auto']
   except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-    raise ValueError(f'{file}: expected one JobSet with a name, whose first replicated job has one container') from error
+    raise UserError(f'{file}: expected one JobSet with a name, whose first replicated job has one container') from error
   return yaml.safe_dump_all(documents, sort_keys=False)
 
 

@@ -21,6 +21,7 @@ import rich.console
 import rich.progress
 
 from blockattn.data import text as text_lib
+from blockattn.errors import UserError
 from blockattn.segmentation import markers
 from blockattn.segmentation.semanticseg import annotate, completions
 from tools import arguments
@@ -59,9 +60,9 @@ def _arguments(argv):
 
 def _options(args):
   if args.concurrency < 1:
-    raise ValueError(f'--concurrency {args.concurrency}: at least one document at a time')
+    raise UserError(f'--concurrency {args.concurrency}: at least one document at a time')
   if not isinstance(args.body, dict) or {'model', 'messages', 'stream', 'n'} & set(args.body):
-    raise ValueError('--body: give a JSON object without "model", "messages", "stream" and "n"')
+    raise UserError('--body: give a JSON object without "model", "messages", "stream" and "n"')
   told = pathlib.Path(args.instructions).read_text(encoding='utf-8') if args.instructions else annotate.INSTRUCTIONS
   return annotate.Options(args.window, args.overlap, args.asks, told)
 

@@ -26,6 +26,7 @@ import tempfile
 import ml_collections
 from jax.experimental import topologies
 
+from blockattn.errors import UserError
 from blockattn.train import job
 from tools import aot
 
@@ -38,7 +39,7 @@ def devices_of(topology: str) -> int:
   """
   kind, _, shape = topology.partition(':')
   if kind not in aot.TPUS or not re.fullmatch(r'\d+(x\d+){1,2}', shape):
-    raise ValueError(f'--aot={topology}: give a TPU slice such as {" or ".join(aot.TPUS.values())}')
+    raise UserError(f'--aot={topology}: give a TPU slice such as {" or ".join(aot.TPUS.values())}')
   return math.prod(map(int, shape.split('x')))
 
 
@@ -54,7 +55,7 @@ def compile_for(topology: str, config) -> dict:
   """
   devices_of(topology)
   if (missing := aot.missing_compiler(topology.partition(':')[0])) is not None:
-    raise ValueError(missing)
+    raise UserError(missing)
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'config.json'
     path.write_text(config.to_json_best_effort())

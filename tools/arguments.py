@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 
 from blockattn import disk
+from blockattn.errors import UserError
 
 # Names of arguments, in any tool, that say where to write; all others may be read.
 OUTPUTS = ('out', 'output', 'html', 'json', 'plot', 'cache')
@@ -44,10 +45,10 @@ def check_outputs(values: dict):
   for output in outputs.values():
     for place in read:
       if _same(output, place) or values.get('overwrite') and _same(output, *_above(place)):
-        raise ValueError(f'{output}: is read, and would be replaced by what is written; choose another name')
+        raise UserError(f'{output}: is read, and would be replaced by what is written; choose another name')
   for (a, first), (b, second) in itertools.combinations(outputs.items(), 2):
     if os.path.realpath(os.path.expanduser(first)) == os.path.realpath(os.path.expanduser(second)):
-      raise ValueError(f'--{a} and --{b} both are {first}: choose another name for one of them')
+      raise UserError(f'--{a} and --{b} both are {first}: choose another name for one of them')
 
 
 def _paths(value) -> list[str]:

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blockattn import blocks
+from blockattn.errors import UserError
 from blockattn.kernels import api
 from tools import arguments, bench_gpu, bench_overhead, bench_segment, bench_step, bench_ttft
 
@@ -257,7 +258,7 @@ def check_output(name: str, call: Callable, expected: np.ndarray) -> float:
   """The largest difference from our output; an error where it is more than rounding."""
   error = float(np.abs(np.asarray(call()) - expected).max())
   if not error < 1e-4:
-    raise ValueError(f'{name} computes something else than ours: largest difference {error}')
+    raise UserError(f'{name} computes something else than ours: largest difference {error}')
   return error
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from blockattn import disk
+from blockattn.errors import UserError
 from blockattn.segmentation import granularity, markers, measures as cuts, splitters
 from blockattn.segmentation.semanticseg import hints as hints_lib, schema
 
@@ -50,7 +51,7 @@ def load(folders: Sequence[pathlib.Path], split: str, limit: int | None, hints: 
   """
   paths = [file.path for file in schema.find(folders) if file.split == split]
   if not paths:
-    raise ValueError(f'{", ".join(map(str, folders))}: no file {split}_*.jsonl or .jsonl.gz here')
+    raise UserError(f'{", ".join(map(str, folders))}: no file {split}_*.jsonl or .jsonl.gz here')
   by_category = collections.defaultdict(list)
   for document in schema.read(paths, strict=True):
     by_category[document.category].append(document)
@@ -123,7 +124,7 @@ def without(ways: dict[str, splitters.Baseline], names: Sequence[str]) -> dict[s
   """
   unknown = sorted(set(names) - set(ways))
   if unknown:
-    raise ValueError(f'no way to cut is called {", ".join(map(repr, unknown))}; there are {", ".join(ways)}')
+    raise UserError(f'no way to cut is called {", ".join(map(repr, unknown))}; there are {", ".join(ways)}')
   return {name: way for name, way in ways.items() if name not in names}
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import tokenizers
 
 from blockattn import blocks as blocks_lib, metrics
+from blockattn.errors import UserError
 from blockattn.hf import convert
 from blockattn.inference import cache as cache_lib, generate
 from blockattn.kernels import api
@@ -166,7 +167,7 @@ def check(model: Model, prompt: Prompt) -> float:
   cached = model.engine(prompt).logits(generate.Request(prompt.blocks, max_new=1))
   off = float(np.abs(cached - masked).max() / masked.std())
   if off > (1e-3 if model.compute.dtype == 'float32' else 0.2):
-    raise ValueError(f'logits over cached blocks are {off:.2g} standard deviations off those of the masked forward pass')
+    raise UserError(f'logits over cached blocks are {off:.2g} standard deviations off those of the masked forward pass')
   return off
 
 

@@ -29,6 +29,7 @@ import rich.console
 import rich.table
 
 from blockattn import checkpoint, disk, metrics, options as options_lib
+from blockattn.errors import UserError
 from blockattn.evals import answers
 from tools import arguments, report
 
@@ -55,8 +56,8 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, measure: str | None = No
   ours, theirs = _rows(a), _rows(b)
   common = [name for name in ours if name in theirs]
   if not common:
-    raise ValueError(f'{a} and {b} have no item in common, first {next(iter(ours))!r} and {next(iter(theirs))!r}; compare '
-                     'runs of one benchmark')
+    raise UserError(f'{a} and {b} have no item in common, first {next(iter(ours))!r} and {next(iter(theirs))!r}; compare '
+                    'runs of one benchmark')
   pairs = {}
   for name in common:
     pairs.setdefault(ours[name]['task'], []).append((ours[name], theirs[name]))
@@ -85,7 +86,7 @@ def _task(task, pairs, measure):
   for pair in pairs:
     for row in pair:
       if name not in row['scores']:
-        raise ValueError(f'{row["id"]}: no measure {name!r}; there are {", ".join(row["scores"])}')
+        raise UserError(f'{row["id"]}: no measure {name!r}; there are {", ".join(row["scores"])}')
   scores = [(one['scores'][name], other['scores'][name]) for one, other in pairs]
   differences = [y - x for x, y in scores]
   sampled = answers.sampled_means([{'scores': {name: d}} for d in differences], task)

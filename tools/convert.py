@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from blockattn import checkpoint, disk, mesh, options as options_lib, tree
 from blockattn.data import encode
+from blockattn.errors import UserError
 from blockattn.hf import card as card_lib, config, convert, files, names
 from blockattn.models import lora, spec, transformer
 from tools import arguments
@@ -105,8 +106,8 @@ def load_run(workdir: str | os.PathLike, dtype: str, place: mesh.Placement, step
     raise FileNotFoundError(f'{workdir} holds a LoRA student, to be merged with the model that it started from: {error}'
                             ) from error
   if base_cfg != dataclasses.replace(cfg, learned_sinks=0):
-    raise ValueError(f'{workdir} holds a LoRA student of another model than {source or meta["source"]}: {base_cfg} there, '
-                     f'{cfg} in the checkpoint')
+    raise UserError(f'{workdir} holds a LoRA student of another model than {source or meta["source"]}: {base_cfg} there, '
+                    f'{cfg} in the checkpoint')
   weights = convert.weights_facts(base)
   convert.check_same_weights(meta.get('source_weights'), weights, f'the LoRA student in {workdir}', source or meta['source'],
                              'name the folder that has them with --source of tools.convert')

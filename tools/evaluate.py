@@ -38,6 +38,7 @@ import rich.table
 
 from blockattn import checkpoint, disk, mesh, metrics
 from blockattn.data import encode, text as text_lib
+from blockattn.errors import UserError
 from blockattn.evals import answers, gap
 from blockattn.hf import config as hf_config, convert as hf_convert, files as hf_files
 from blockattn.inference import cache as cache_lib
@@ -134,8 +135,8 @@ def load_pair(model, teacher, modes: Sequence[str], compute: transformer.Compute
   ours = tokenizer.get_vocab()
   other = [text for text, i in teacher_tokenizer.get_vocab().items() if text not in ours or ours[text] != i]
   if other:
-    raise ValueError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
-                     f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
+    raise UserError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
+                    f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
   subjects = {TEACHER: teacher_subject}
   if 'block' in modes:
     options = dataclasses.replace(student.options, sink_ids=())
@@ -156,7 +157,7 @@ def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bo
   lines = text_lib.read_examples(files, report=report, strict=strict, chat=chat, tokenizer=tokenizer)
   examples = list(itertools.islice(lines, limit))
   if not examples:
-    raise ValueError(f'{", ".join(map(str, files))}: no example to evaluate\n{report.summary()}')
+    raise UserError(f'{", ".join(map(str, files))}: no example to evaluate\n{report.summary()}')
   docs = [encode.fit(parts)[0] for parts in encode.Encoder(tokenizer).parts(examples)]
   report.docs = len(docs)
   return docs, examples, report
@@ -291,7 +292,7 @@ def run(options, console, err) -> dict:
   """The command, options as from the command line. Returns the summary."""
   modes = options.modes.split(',')
   if not set(modes) <= set(gap.MODES):
-    raise ValueError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
+    raise UserError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
   split = PAGES.get(options.data[0]) if len(options.data) == 1 else None
   files = None if split else text_lib.find_files(options.data)   # before models are loaded
   attention = api.choose(options.impl, jax.devices()[0])

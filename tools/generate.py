@@ -35,6 +35,7 @@ import rich.table
 import blockattn
 from blockattn import tree
 from blockattn.data import encode, text as text_lib
+from blockattn.errors import UserError
 from blockattn.hf import files
 from blockattn.inference import cache as cache_lib, generate
 from blockattn.kernels import api
@@ -71,9 +72,9 @@ def read_texts(files: Sequence[str]) -> list[str]:
     try:
       texts.append(raw.decode('utf-8'))
     except UnicodeDecodeError as error:
-      raise ValueError(f'{file}: no UTF-8 text (byte {error.start})') from error
+      raise UserError(f'{file}: no UTF-8 text (byte {error.start})') from error
     if not texts[-1]:
-      raise ValueError(f'{file}: the file is empty')
+      raise UserError(f'{file}: the file is empty')
     if not texts[-1].endswith(('\n', '\r')):
       texts[-1] = text_lib.PLAIN.untitled.format(text=texts[-1])
   return texts
@@ -100,7 +101,7 @@ def asked(blocks: Sequence[str], question: str, tokenizer, chat: bool) -> text_l
   try:
     question.encode()
   except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character
-    raise ValueError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
+    raise UserError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
   template = text_lib.CHAT if chat else text_lib.PLAIN
   example = text_lib.Example(tuple(blocks), template.question.format(question=question), response='', id=question)
   return text_lib.wrap_in_turn(example, tokenizer) if chat else example
@@ -202,12 +203,12 @@ def run(options, stream, console) -> None:
   """The command, options as from the command line."""
   lines = [file for file in options.files if file.endswith(text_lib.SUFFIXES)]
   if lines and len(lines) < len(options.files):
-    raise ValueError('give either JSON lines or text files')
+    raise UserError('give either JSON lines or text files')
   if options.target_tokens and options.segmenter is None:
-    raise ValueError(f'--target-tokens {options.target_tokens} is the length of the blocks that --segmenter cuts; give that '
-                     'too')
+    raise UserError(f'--target-tokens {options.target_tokens} is the length of the blocks that --segmenter cuts; give that '
+                    'too')
   if '-' in options.files and options.question is None:
-    raise ValueError('standard input cannot be a text and the questions; give --question')
+    raise UserError('standard input cannot be a text and the questions; give --question')
   pages = options.files == [_PAGES]
   examples = texts = None
   if lines:
@@ -227,7 +228,7 @@ def run(options, stream, console) -> None:
     examples = list(itertools.islice(found, 1 if options.question or options.interactive else options.limit))
   if examples is not None:
     if not examples:
-      raise ValueError(f'{", ".join(options.files)}: no example')
+      raise UserError(f'{", ".join(options.files)}: no example')
     blocks = examples[0].blocks
   else:
     cut = None if options.segmenter is None else cutting(options.segmenter, options.target_tokens, tokenizer)
@@ -235,7 +236,7 @@ def run(options, stream, console) -> None:
   with _store(options) as store:
     devices = jax.local_devices()
     if not 1 <= options.devices <= len(devices):
-      raise ValueError(f'--devices {options.devices}: there are {len(devices)} here')
+      raise UserError(f'--devices {options.devices}: there are {len(devices)} here')
     engine = generate.Engine(subject.params, subject.cfg, compute, subject.options, tokenizer,
                              stop_ids=files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id),
                              device_tokens=options.device_tokens, store=store, devices=devices[:options.devices])

@@ -19,6 +19,7 @@ import time
 
 from blockattn import hf
 from blockattn.data import encode, text as text_lib
+from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, files as hf_files
 from tools import arguments, evaluate, generate
 
@@ -44,14 +45,14 @@ def examples(files, question: str | None, tokenizer, *, chat: bool, limit: int |
   """
   lines = [file for file in files if file.endswith(text_lib.SUFFIXES)]
   if lines and (question is not None or len(lines) < len(files)):
-    raise ValueError('JSON lines bring their own questions: give either them, or text files and --question')
+    raise UserError('JSON lines bring their own questions: give either them, or text files and --question')
   if lines:
     found = list(itertools.islice(text_lib.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer), limit))
     if not found:
-      raise ValueError(f'{", ".join(lines)}: no example')
+      raise UserError(f'{", ".join(lines)}: no example')
     return found
   if question is None:
-    raise ValueError('text files need a --question')
+    raise UserError('text files need a --question')
   return [generate.asked(generate.read_texts(files), question, tokenizer, chat)]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
+from blockattn.errors import UserError
 from tools import arguments
 
 _ARCHITECTURE, _PRE_TOKENIZERS = 'llama', ('smollm',)
@@ -51,8 +52,8 @@ def _write(path, folder):
   said = lambda key, default=None: reader.fields[key].contents() if key in reader.fields else default
   name, pre = said('general.architecture'), said('tokenizer.ggml.pre')
   if name != _ARCHITECTURE or pre not in _PRE_TOKENIZERS:
-    raise ValueError(f'{path}: architecture {name!r} with pre-tokenizer {pre!r}; only {_ARCHITECTURE} with '
-                     f'{" or ".join(_PRE_TOKENIZERS)} is read, convert others with their own tools')
+    raise UserError(f'{path}: architecture {name!r} with pre-tokenizer {pre!r}; only {_ARCHITECTURE} with '
+                    f'{" or ".join(_PRE_TOKENIZERS)} is read, convert others with their own tools')
   of = lambda key: said(f'llama.{key}')
   heads, kv_heads, width = of('attention.head_count'), of('attention.head_count_kv'), of('embedding_length')
   tensors = {}

@@ -22,6 +22,7 @@ import rich.table
 
 from blockattn import options as options_lib
 from blockattn.data import encode, packing, pipeline, text as text_lib
+from blockattn.errors import UserError
 from blockattn.train import command, sources
 from configs import common
 from tools import arguments, evaluate
@@ -70,7 +71,7 @@ def read_data(args, more):
   missing = {'files': not data.files, '--tokenizer': not (data.tokenizer or config.model.source),
              '--length': not (args.config or args.length)}
   if any(missing.values()):
-    raise ValueError(f'give {", ".join(name for name, lacks in missing.items() if lacks)}, or a --config that says so')
+    raise UserError(f'give {", ".join(name for name, lacks in missing.items() if lacks)}, or a --config that says so')
   return options_lib.read(sources.PromptData, data, 'config.data'), config.model.source
 
 

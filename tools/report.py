@@ -28,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from blockattn import disk, metrics
+from blockattn.errors import UserError
 from tools import arguments, charts
 
 REFERENCE = 'teacher_full'
@@ -349,7 +350,7 @@ def mask_part(workdir: pathlib.Path) -> str:
     return ''
   lengths, mask = layout['lengths'], _mask_rows(layout['mask'], path)
   if not all(n > 0 for n in lengths) or sum(lengths) > len(mask):
-    raise ValueError(f'{path}: lengths must be positive and sum to at most the {len(mask)} rows of the mask')
+    raise UserError(f'{path}: lengths must be positive and sum to at most the {len(mask)} rows of the mask')
   factor = math.ceil(len(mask) / MAX_CELLS)
   scaled = f' One cell stands for {factor} × {factor} tokens.' if factor > 1 else ''
   caption = ('Each row is a token that reads, each column a token that is read; a cell has the colour of the block '
@@ -369,9 +370,9 @@ def _mask_rows(mask: Any, path: pathlib.Path) -> list[str]:
   rows = [''.join(line.split()) for line in lines]
   for i, row in enumerate(rows):
     if len(row) != len(rows) or set(row) - {'1', '.'}:
-      raise ValueError(f"{path}: mask row {i} must be {len(rows)} characters '1' or '.', as there are {len(rows)} rows")
+      raise UserError(f"{path}: mask row {i} must be {len(rows)} characters '1' or '.', as there are {len(rows)} rows")
   if not rows:
-    raise ValueError(f'{path}: the mask has no rows')
+    raise UserError(f'{path}: the mask has no rows')
   return rows
 
 

@@ -37,6 +37,7 @@ import rich.progress
 
 import blockattn
 from blockattn.data import encode
+from blockattn.errors import UserError
 from blockattn.segmentation import granularity
 from tools import arguments, segment_page
 
@@ -156,13 +157,13 @@ def parse_line(line: bytes, place: str, text_key: str) -> Text:
   try:
     record = json.loads(line.removeprefix(b'\xef\xbb\xbf'))
   except (ValueError, RecursionError) as error:
-    raise ValueError(f'not a JSON line ({str(error)[:100]})') from error
+    raise UserError(f'not a JSON line ({str(error)[:100]})') from error
   if not isinstance(record, dict):
-    raise ValueError(f'an object is needed, not {type(record).__name__}')
+    raise UserError(f'an object is needed, not {type(record).__name__}')
   if text_key not in record:
-    raise ValueError(f'lacks {text_key!r}, it has {", ".join(map(repr, list(record)[:8])) or "no keys"}; see --text-key')
+    raise UserError(f'lacks {text_key!r}, it has {", ".join(map(repr, list(record)[:8])) or "no keys"}; see --text-key')
   if not isinstance(record[text_key], str):
-    raise ValueError(f'{text_key!r} is {type(record[text_key]).__name__}, not a string')
+    raise UserError(f'{text_key!r} is {type(record[text_key]).__name__}, not a string')
   name = record['id'] if 'id' in record else None
   return Text(name if isinstance(name, str | int) else place, record[text_key], len(line))
 
@@ -196,13 +197,13 @@ def finished_lines(out: str) -> dict[str, str]:
           break   # a stopped run was writing it; what has the name --out was whole
         try:
           if not whole:
-            raise ValueError('no line end')
+            raise UserError('no line end')
           record = json.loads(line)
           done[json.dumps(record['id'])] = line
           record['blocks']
         except (ValueError, KeyError, TypeError) as error:
-          raise ValueError(f'{path}:{number}: not a line of this tool; --resume continues its own output only, '
-                           'name another --out') from error
+          raise UserError(f'{path}:{number}: not a line of this tool; --resume continues its own output only, '
+                          'name another --out') from error
   return done
 
 

@@ -63,6 +63,7 @@ from absl import flags
 from jax.extend.core import Var
 
 from blockattn import mesh as mesh_lib, metrics, options as options_lib, tree
+from blockattn.errors import UserError
 from blockattn.models import spec as spec_lib, transformer
 from blockattn.train import command, job
 from tools import aot_step, arguments, show_step
@@ -353,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     config, rest = command.read_config(argv)
     rest = values(['tools.show', *rest])[1:]
     if rest:
-      raise ValueError(f'unexpected arguments {rest}')
+      raise UserError(f'unexpected arguments {rest}')
     path, overrides, _ = command.take_files(argv)
     arguments.check_outputs({'json': out.value, 'config': path.partition(':')[0], 'overrides': overrides})
     if mesh.value is not None:
@@ -398,9 +399,9 @@ def parse_mesh(text: str) -> dict[str, int]:
   for part in text.split(','):
     axis, _, size = part.strip().partition('=')
     if axis not in mesh_lib.AXES:
-      raise ValueError(f'--mesh={text}: no axis {axis!r}; {tree.did_you_mean(axis, mesh_lib.AXES)}')
+      raise UserError(f'--mesh={text}: no axis {axis!r}; {tree.did_you_mean(axis, mesh_lib.AXES)}')
     if axis in sizes or not (size.isdigit() and int(size) or size == '-1'):
-      raise ValueError(f'--mesh={text}: give every axis once, as {axis}=SIZE, a number from 1 (or one -1 with --devices)')
+      raise UserError(f'--mesh={text}: give every axis once, as {axis}=SIZE, a number from 1 (or one -1 with --devices)')
     sizes[axis] = int(size)
   return dict.fromkeys(mesh_lib.AXES, 1) | sizes
 
@@ -412,7 +413,7 @@ def mesh_devices(mesh: str | None, config, topology: str | None) -> int:
   if mesh is None:
     return 1
   if -1 in dict(config.mesh).values():
-    raise ValueError(f'--mesh={mesh} has a -1, all devices that are left: say how many there are, --devices=N')
+    raise UserError(f'--mesh={mesh} has a -1, all devices that are left: say how many there are, --devices=N')
   return math.prod(dict(config.mesh).values())
 
 

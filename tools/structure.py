@@ -15,6 +15,7 @@ import sys
 
 import rich.console
 
+from blockattn.errors import UserError
 from blockattn.segmentation.semanticseg import schema, structure
 from tools import arguments
 
@@ -42,9 +43,9 @@ def _arguments(argv):
 
 def _options(args):
   if not re.fullmatch('[a-z0-9_]+', args.category):
-    raise ValueError(f'--category {args.category!r}: use a-z, 0-9 and _ only')
+    raise UserError(f'--category {args.category!r}: use a-z, 0-9 and _ only')
   if not args.license.strip():
-    raise ValueError('--license is empty; a document without a licence is not to be passed on')
+    raise UserError('--license is empty; a document without a licence is not to be passed on')
   return structure.Options(args.average, args.shortest, args.longest, args.smallest)
 
 

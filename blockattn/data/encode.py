@@ -24,6 +24,7 @@ import numpy as np
 
 from blockattn import blocks as blocks_lib, disk, errors
 from blockattn.data import text as text_lib
+from blockattn.errors import UserError
 
 # What a tokenizer is made of, beside tokenizer.json.
 TOKENIZER_FILES = ('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
@@ -83,7 +84,7 @@ def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
   with _naming_files(name) if local else errors.hub(name):
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
   if not tokenizer.is_fast:
-    raise ValueError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
+    raise UserError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
   text_lib.set_template_args(tokenizer, template_args)
   return tokenizer
 
@@ -99,8 +100,8 @@ def _naming_files(folder):
         disk.read_json(path)
     disk.read_tokenizer(os.path.join(folder, 'tokenizer.json'))
     said = ' '.join(f'{type(error).__name__}: {error}'.split())
-    raise ValueError(f'{folder}: transformers cannot make a tokenizer of its files ({said:.300}); save them again with '
-                     'save_pretrained') from error
+    raise UserError(f'{folder}: transformers cannot make a tokenizer of its files ({said:.300}); save them again with '
+                    'save_pretrained') from error
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, rows: int, tokenizer: Any, where: str):
@@ -117,8 +118,8 @@ def check_ids(ids: Sequence[int] | np.ndarray, rows: int, tokenizer: Any, where:
   if len(wrong):
     first = int(wrong[0])
     text = getattr(tokenizer, 'backend_tokenizer', tokenizer).id_to_token(first) if 0 <= first < 1 << 32 else None
-    raise ValueError(f'{where}: token {text!r} has the id {first}, and the model has {rows} rows (vocab_size): they do '
-                     'not belong together; take the tokenizer of this model (in training config.data.tokenizer)')
+    raise UserError(f'{where}: token {text!r} has the id {first}, and the model has {rows} rows (vocab_size): they do '
+                    'not belong together; take the tokenizer of this model (in training config.data.tokenizer)')
 
 
 def check_tokenizer(tokenizer: Any, vocab: int, where: str, sinks: int = 0):
@@ -176,9 +177,9 @@ class Encoder:
   def __init__(self, tokenizer: Any, *, bos: str = 'auto'):
     import tokenizers  # not needed by those who only want the types above
     if bos not in BOS:
-      raise ValueError(f'bos={bos!r}; choose one of {", ".join(BOS)}')
+      raise UserError(f'bos={bos!r}; choose one of {", ".join(BOS)}')
     if tokenizer.eos_token_id is None:
-      raise ValueError(f'{tokenizer.name_or_path}: no end-of-text token; set eos_token in tokenizer_config.json')
+      raise UserError(f'{tokenizer.name_or_path}: no end-of-text token; set eos_token in tokenizer_config.json')
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {'padding': None, 'truncation': None}
     state = json.dumps(state)
     self.eos = tokenizer.eos_token_id
@@ -198,11 +199,11 @@ class Encoder:
   def _check(self):
     probe = 'a\n\n b "c" <d>.'
     if self._plain.decode(self._encode_plain([probe])[0], skip_special_tokens=False) != probe:
-      raise ValueError('this tokenizer does not give a text back as it was; use a byte-level one, as Qwen3 and Llama 3')
+      raise UserError('this tokenizer does not give a text back as it was; use a byte-level one, as Qwen3 and Llama 3')
     for text, tokens in zip(self._special, self._encode_plain(list(self._special)), strict=True):
       if self._special[text] in tokens:
-        raise ValueError(f'this tokenizer cannot write the special token {text!r} as plain text; '
-                         'documents that hold these characters would end or begin turns')
+        raise UserError(f'this tokenizer cannot write the special token {text!r} as plain text; '
+                        'documents that hold these characters would end or begin turns')
 
   def _encode_plain(self, texts):
     return [e.ids for e in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
@@ -265,7 +266,7 @@ def recut(parts: EncodedParts, size: int) -> EncodedParts:
   holds nothing but tokens of spare ones.
   """
   if size < 1:
-    raise ValueError(f'blocks of {size} tokens: the size must be at least 1')
+    raise UserError(f'blocks of {size} tokens: the size must be at least 1')
   owner = [i for i, tokens in enumerate(parts.blocks) for _ in tokens]
   tokens = [token for block in parts.blocks for token in block]
   cuts = range(0, len(tokens), size)
@@ -290,7 +291,7 @@ def fit(parts: EncodedParts, *, length: int | None = None, max_blocks: int | Non
     (the document, 'cut' or ''), or (None, 'too long' or 'too many blocks').
   """
   if too_long not in TOO_LONG:
-    raise ValueError(f'too_long={too_long!r}; choose one of {", ".join(TOO_LONG)}')
+    raise UserError(f'too_long={too_long!r}; choose one of {", ".join(TOO_LONG)}')
   kept = [i for i, tokens in enumerate(parts.blocks) if tokens]   # a normaliser may leave nothing of a block
   whole = len(kept)
   room = float('inf') if length is None else length - len(parts.header) - len(parts.prompt) - len(parts.response)

@@ -10,6 +10,7 @@ import numpy as np
 
 from blockattn import blocks as blocks_lib
 from blockattn.data import encode
+from blockattn.errors import UserError
 
 
 def plan_rows(sizes: Sequence[int], counts: Sequence[int], *, length: int, max_blocks: int,
@@ -35,8 +36,8 @@ def plan_rows(sizes: Sequence[int], counts: Sequence[int], *, length: int, max_b
   big = np.flatnonzero((sizes > length) | (counts > max_blocks))
   if big.size:
     i = big[0]
-    raise ValueError(f'document {i} has {sizes[i]} tokens in {counts[i]} blocks; a row holds {length} tokens in '
-                     f'{max_blocks} blocks: leave it out with encode.fit, or make rows longer')
+    raise UserError(f'document {i} has {sizes[i]} tokens in {counts[i]} blocks; a row holds {length} tokens in '
+                    f'{max_blocks} blocks: leave it out with encode.fit, or make rows longer')
   rows, opened = [], []                                  # opened: row numbers, oldest first
   room, places = np.zeros(0, np.int64), np.zeros(0, np.int64)
   for doc, (size, count) in enumerate(zip(sizes.tolist(), counts.tolist(), strict=True)):
@@ -81,7 +82,7 @@ def pack_row(docs: Sequence[encode.EncodedDoc], length: int, *, shared_first: bo
   """
   total = sum(len(doc.tokens) for doc in docs)
   if total > length:
-    raise ValueError(f'{len(docs)} documents of {total} tokens in all do not fit into a row of {length}')
+    raise UserError(f'{len(docs)} documents of {total} tokens in all do not fit into a row of {length}')
   ints = {name: np.zeros(length, np.int32) for name in ('tokens', 'targets', 'doc', 'block', 'position')}
   flags = {name: np.zeros(length, bool) for name in ('loss', 'text', 'gold', 'reader', 'hidden', 'shared', 'sink')}
   start = 0

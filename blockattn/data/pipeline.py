@@ -32,6 +32,7 @@ import numpy as np
 
 from blockattn import locks
 from blockattn.data import encode, packing, stdlib, text as text_lib
+from blockattn.errors import UserError
 
 REMAINDERS = ('drop', 'pad')
 _FORMAT = 2            # of the cache; part of every key
@@ -44,11 +45,11 @@ _SHOWN = 3             # names in an error
 _log = logging.getLogger(__name__)
 
 
-class DataChanged(ValueError):
+class DataChanged(UserError):
   """The data is not that of the checkpoint that a run goes on from."""
 
 
-class UnreadableRow(ValueError):
+class UnreadableRow(UserError):
   """A row of a source cannot be made; says where it comes from."""
 
 
@@ -92,13 +93,13 @@ class DocStore:
     meta = json.loads((folder / 'meta.json').read_text())
     for name, size in meta['bytes'].items():
       if (folder / f'{name}.npy').stat().st_size != size:
-        raise ValueError(f'{folder}/{name}.npy is cut off or changed')
+        raise UserError(f'{folder}/{name}.npy is cut off or changed')
     self.report = text_lib.Report.from_json(meta['report'])
     # The same bytes may since have got another name.
     self.report.listed = [dataclasses.replace(bad, file=file) for bad in self.report.listed]
     self._arrays = {name: np.load(folder / f'{name}.npy', mmap_mode='r' if meta['docs'] else None) for name in _ARRAYS}
     if any(len(self._arrays[name]) != meta['docs'] for name in ('ends', 'block_ends', 'answers')):
-      raise ValueError(f'{folder}: its arrays disagree')
+      raise UserError(f'{folder}: its arrays disagree')
 
   def __len__(self):
     return len(self._arrays['ends'])
@@ -288,7 +289,7 @@ class FileRows:
     self.report = sum((store.report for store in self.stores), text_lib.Report())
     self.sizes = np.concatenate([store.sizes for store in self.stores])
     if not len(self.sizes):
-      raise ValueError(f'{", ".join(self.files)}: no document to train on\n{self.report.summary()}')
+      raise UserError(f'{", ".join(self.files)}: no document to train on\n{self.report.summary()}')
     self._starts = np.cumsum([0, *map(len, self.stores)])
     counts = np.concatenate([store.counts for store in self.stores])
     self.plan = packing.plan_rows(self.sizes, counts, length=options.length, max_blocks=options.max_blocks,
@@ -359,9 +360,9 @@ class PageRows:
     fitting = [doc for doc in docs if len(doc.tokens) <= self.length and len(doc.lengths) <= self.max_blocks]
     if not fitting:
       shortest = min(docs, key=lambda doc: len(doc.tokens))
-      raise ValueError(f'no page fits into a row of {self.length} tokens and {self.max_blocks} blocks: the shortest of '
-                       f'{len(docs)} has {len(shortest.tokens)} tokens in {len(shortest.lengths)} blocks; make rows '
-                       'longer, or pages shorter (PageStyle.members, doc_chars)')
+      raise UserError(f'no page fits into a row of {self.length} tokens and {self.max_blocks} blocks: the shortest of '
+                      f'{len(docs)} has {len(shortest.tokens)} tokens in {len(shortest.lengths)} blocks; make rows '
+                      'longer, or pages shorter (PageStyle.members, doc_chars)')
     by_tokens = self.length / np.mean([len(doc.tokens) for doc in fitting])
     by_blocks = self.max_blocks / np.mean([len(doc.lengths) for doc in fitting])
     return int(1.2 * min(by_tokens, by_blocks) * len(docs) / len(fitting)) + 2
@@ -431,10 +432,10 @@ class Mixture:
 
   def __post_init__(self):
     if len(self.sources) != len(self.weights) or not self.sources or min(self.weights) <= 0:
-      raise ValueError(f'{len(self.sources)} sources with weights {self.weights}: give every source a positive weight, '
-                       'and leave out those that are not wanted')
+      raise UserError(f'{len(self.sources)} sources with weights {self.weights}: give every source a positive weight, '
+                      'and leave out those that are not wanted')
     if len({source.length for source in self.sources}) > 1:
-      raise ValueError(f'sources of rows of different lengths {[s.length for s in self.sources]}; use one length')
+      raise UserError(f'sources of rows of different lengths {[s.length for s in self.sources]}; use one length')
 
   @property
   def length(self) -> int:
@@ -476,13 +477,13 @@ class Batches(Iterator):
     """
     step = state['next_step'] if isinstance(state, dict) and 'next_step' in state else None
     if type(step) is not int or step < 0 or state.keys() - {'next_step', 'source'}:
-      raise ValueError(f"the state of the data is {{'next_step': an integer from 0}}, not {state!r}")
+      raise UserError(f"the state of the data is {{'next_step': an integer from 0}}, not {state!r}")
     if 'source' in state:   # a checkpoint of before there were fingerprints says nothing
       _check_same(state['source'], self.fingerprint)
     try:
       self._iterator.set_state({'next_index': step})
     except IndexError as error:
-      raise ValueError(f'step {step} is behind the last batch; train for more epochs') from error
+      raise UserError(f'step {step} is behind the last batch; train for more epochs') from error
     self._step = step
 
   def close(self):
@@ -526,18 +527,18 @@ def batches(source: Any, *, batch: int, seed: int, rows: Sequence[int] | None = 
     ValueError: the arguments do not go together.
   """
   if remainder not in REMAINDERS:
-    raise ValueError(f'remainder={remainder!r}; choose one of {", ".join(REMAINDERS)}')
+    raise UserError(f'remainder={remainder!r}; choose one of {", ".join(REMAINDERS)}')
   own = range(batch) if rows is None else tuple(rows)
   if batch < 1 or not own or sorted({*own}) != [*own] or own[0] < 0 or own[-1] >= batch:
-    raise ValueError(f'rows {own} of a batch of {batch}: give some of its rows, each once, ascending')
+    raise UserError(f'rows {own} of a batch of {batch}: give some of its rows, each once, ascending')
   stream = _stream(source, seed, epochs, shuffle)
   if epochs is None:
     steps = np.iinfo(np.int64).max // batch
   else:
     steps = len(stream) // batch if remainder == 'drop' else -(-len(stream) // batch)
   if steps == 0:
-    raise ValueError(f'{len(stream)} rows are less than one batch of {batch}: use a smaller batch, more epochs, or '
-                     "remainder='pad'")
+    raise UserError(f'{len(stream)} rows are less than one batch of {batch}: use a smaller batch, more epochs, or '
+                    "remainder='pad'")
   padding = functools.partial(packing.pack_row, (), source.length)
 
   def step_batch(step):
@@ -577,13 +578,13 @@ def _stream(source, seed, epochs, shuffle):
   """The rows of all epochs, in order, as a grain dataset."""
   if isinstance(source, Mixture):
     if epochs is not None:
-      raise ValueError('a mixture has no epochs: leave epochs None and bound the steps')
+      raise UserError('a mixture has no epochs: leave epochs None and bound the steps')
     # Seeds far apart: grain shuffles epoch e with seed + e, and two sources must not share an order.
     seeds = np.random.SeedSequence(seed).generate_state(len(source.sources))
     parts = [_stream(part, int(s), None, shuffle) for part, s in zip(source.sources, seeds, strict=True)]
     return grain.MapDataset.mix(parts, list(source.weights))
   if len(source) == 0:
-    raise ValueError('the source has no rows')
+    raise UserError('the source has no rows')
   rows = grain.MapDataset.source(_Readable(source))
   if shuffle:
     rows = rows.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))

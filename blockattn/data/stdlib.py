@@ -35,6 +35,7 @@ import warnings
 import numpy as np
 
 from blockattn import errors
+from blockattn.errors import UserError
 
 # Tests, tools with a user interface of their own, generated tables: little prose, or prose that repeats itself.
 _SKIPPED = frozenset({'test', 'tests', 'idlelib', 'idle_test', 'site-packages', 'lib2to3', 'turtledemo', 'pydoc_data',
@@ -89,7 +90,7 @@ class PageStyle:
     for name in ('members', 'questions'):
       pair = getattr(self, name)
       if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
-        raise ValueError(f'config.data.pages.{name}={pair}; give two numbers, the fewest and the most: 2,4')
+        raise UserError(f'config.data.pages.{name}={pair}; give two numbers, the fewest and the most: 2,4')
       errors.check_number(f'config.data.pages.{name}', pair[0], 1)
       errors.check_number(f'config.data.pages.{name}', pair[1], pair[0])
     errors.check_number('config.data.pages.renamed', self.renamed, 0, 1)
@@ -184,7 +185,7 @@ def split_of(container):
 def split_containers(containers, split):
   """The containers of a split, in order, as a tuple."""
   if split not in SPLITS:
-    raise ValueError(f'split {split!r}; choose one of {", ".join(SPLITS)}')
+    raise UserError(f'split {split!r}; choose one of {", ".join(SPLITS)}')
   return tuple(c for c in containers if split_of(c) == split)
 
 
@@ -243,8 +244,8 @@ def _choose(rng, containers, style):
         members.append(member)
     if len(members) >= style.members[0]:
       return container, members
-  raise ValueError(f'{len(containers)} containers do not give a page of {style.members[0]} members that can be told '
-                   'apart; ask for fewer (PageStyle.members), keep more words together (split_words) or read more source')
+  raise UserError(f'{len(containers)} containers do not give a page of {style.members[0]} members that can be told '
+                  'apart; ask for fewer (PageStyle.members), keep more words together (split_words) or read more source')
 
 
 def _blocks(container, members, style):

@@ -27,6 +27,7 @@ from safetensors import numpy as safetensors_numpy
 
 from blockattn import metrics
 from blockattn.data import pipeline
+from blockattn.errors import UserError
 
 META = 'meta.json'
 
@@ -91,9 +92,9 @@ class TaughtRows:
     self._at = {row: i for i, row in enumerate(itertools.chain.from_iterable(parts.values()))}
     missing = np.setdiff1d(needed, np.fromiter(self._at, np.int64, len(self._at)))
     if missing.size:
-      raise ValueError(f'{folder} lacks {missing.size} of {len(needed)} rows that the training will read, first row '
-                       f'{missing[0]}: run blockattn.train.teach with this config and --workdir={folder}; it goes on where '
-                       'it stopped')
+      raise UserError(f'{folder} lacks {missing.size} of {len(needed)} rows that the training will read, first row '
+                      f'{missing[0]}: run blockattn.train.teach with this config and --workdir={folder}; it goes on where '
+                      'it stopped')
     self._records = grain.sources.ArrayRecordDataSource([os.fspath(file) for file in parts]) if parts else ()
 
   def __len__(self):
@@ -112,11 +113,11 @@ class TaughtRows:
     try:
       stored = safetensors_numpy.load(self._records[self._at[int(number)]])
     except safetensors.SafetensorError as error:
-      raise ValueError(f'{self._folder}: row {number} cannot be read ({error}); delete the part that holds it and run '
-                       'blockattn.train.teach again') from error
+      raise UserError(f'{self._folder}: row {number} cannot be read ({error}); delete the part that holds it and run '
+                      'blockattn.train.teach again') from error
     if int(stored['print'][0]) != row_print(row):
-      raise ValueError(f'{self._folder}: row {number} was written for other tokens: the data or the tokenizer is not the '
-                       'one that blockattn.train.teach saw; run it again into a new folder')
+      raise UserError(f'{self._folder}: row {number} was written for other tokens: the data or the tokenizer is not the '
+                      'one that blockattn.train.teach saw; run it again into a new folder')
     return row | {'teacher': spread(stored, row['text'])}
 
 

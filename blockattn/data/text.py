@@ -39,6 +39,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from blockattn.errors import UserError
+
 SUFFIXES = ('.jsonl', '.jsonl.gz')
 ROLES = ('system', 'user', 'assistant', 'tool')
 LISTED = 100           # malformed lines a report lists; the rest are counted only
@@ -130,8 +132,8 @@ class QuestionTemplate:
       try:
         getattr(self, field.name).format(title='', text='', question='', answer='')
       except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f'question template {field.name!r}: {error!r}; use {{title}}, {{text}}, {{question}} or '
-                         '{answer}, and double any other brace') from error
+        raise UserError(f'question template {field.name!r}: {error!r}; use {{title}}, {{text}}, {{question}} or '
+                        '{answer}, and double any other brace') from error
 
 
 PLAIN = QuestionTemplate()
@@ -150,7 +152,7 @@ class BadLine:
     return f'{self.file}:{self.line}: {self.reason}' + (f': {self.detail}' if self.detail else '')
 
 
-class BadLineError(ValueError):
+class BadLineError(UserError):
   """The first malformed line of a strict reading; its message is 'file:line: reason: detail'."""
 
   def __init__(self, bad: BadLine):
@@ -237,7 +239,7 @@ def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path]) -> l
     files.update(dict.fromkeys(found))
   for file in files:
     if not file.endswith(SUFFIXES):
-      raise ValueError(f'{file}: not a JSON lines file; its name must end in {" or ".join(SUFFIXES)}')
+      raise UserError(f'{file}: not a JSON lines file; its name must end in {" or ".join(SUFFIXES)}')
   return list(files)
 
 
@@ -291,7 +293,7 @@ def numbered_lines(file: str, progress: Callable[[str, int], None] | None = None
         if line.strip():
           yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-      raise ValueError(f'{file}: its compressed data is damaged or cut off ({error}); fetch the file again') from error
+      raise UserError(f'{file}: its compressed data is damaged or cut off ({error}); fetch the file again') from error
 
 
 def parse_line(line: bytes | str, *, where: str, chat: bool = False, template: QuestionTemplate = PLAIN,
@@ -438,9 +440,9 @@ def wants_chat(wanted: bool | None, tokenizer: Any) -> bool:
 
 def _need_chat_template(tokenizer, what):
   if tokenizer is None or not tokenizer.chat_template:
-    raise ValueError(f'{what} needs a tokenizer with a chat template; use the tokenizer of an instruction-tuned model, '
-                     'put a chat_template.jinja into its folder, or do without (--config.data.chat=false, --no-chat; lines '
-                     'with "passages" or "blocks")')
+    raise UserError(f'{what} needs a tokenizer with a chat template; use the tokenizer of an instruction-tuned model, '
+                    'put a chat_template.jinja into its folder, or do without (--config.data.chat=false, --no-chat; lines '
+                    'with "passages" or "blocks")')
 
 
 def set_template_args(tokenizer: Any, said: str = '') -> None:
@@ -457,15 +459,15 @@ def set_template_args(tokenizer: Any, said: str = '') -> None:
   for part in filter(None, said.split(',')):
     name, equals, value = part.partition('=')
     if not equals or not name.isidentifier():
-      raise ValueError(f'template arguments {said!r}: write NAME=VALUE,..., such as enable_thinking=true')
+      raise UserError(f'template arguments {said!r}: write NAME=VALUE,..., such as enable_thinking=true')
     given[name] = _value(value)
   templates = tokenizer.chat_template
   knows = lambda name: any(re.search(rf'\b{name}\b', t) for t in
                            (templates.values() if isinstance(templates, Mapping) else [templates or '']))
   for name in given:
     if not knows(name):
-      raise ValueError(f'template argument {name!r}: the chat template of {tokenizer.name_or_path or "this tokenizer"} does '
-                       'not know it; leave it out')
+      raise UserError(f'template argument {name!r}: the chat template of {tokenizer.name_or_path or "this tokenizer"} does '
+                      'not know it; leave it out')
   values = {name: value for name, value in TEMPLATE_ARGS.items() if knows(name)} | given
   head = ''.join(f'{{%- set {name} = {json.dumps(value)} -%}}' for name, value in sorted(values.items()))
   with_head = lambda t: _fixed_date(t) + head + t

@@ -27,6 +27,7 @@ import numpy as np
 
 from blockattn import disk, metrics
 from blockattn.data import text
+from blockattn.errors import UserError
 
 RUN, PREDICTIONS, SUMMARY = 'run.json', 'predictions.jsonl', 'summary.json'
 RESAMPLES = 2000
@@ -140,7 +141,7 @@ def _prompts(items, prompt, fits):
   found, too_long, seen = [], [], set()
   for item in items:
     if item.id in seen:
-      raise ValueError(f'two items have the id {item.id!r}; ids name the answers of a run and must differ')
+      raise UserError(f'two items have the id {item.id!r}; ids name the answers of a run and must differ')
     seen.add(item.id)
     blocks = prompt(item.example)
     lengths = tuple(map(len, blocks))
@@ -151,7 +152,7 @@ def _prompts(items, prompt, fits):
     asked = repr((lengths, item.max_new, item.stop)).encode() + tokens.tobytes()
     found.append(_Prompt(item, tokens, lengths, hashlib.sha256(asked).hexdigest()[:16]))
   if not found:
-    raise ValueError(f'nothing to answer: of {len(seen)} items {len(too_long)} are too long for the model or --max-length')
+    raise UserError(f'nothing to answer: of {len(seen)} items {len(too_long)} are too long for the model or --max-length')
   return found, too_long
 
 
@@ -196,22 +197,22 @@ def resume(out: pathlib.Path, facts: Mapping[str, Any], keys: Mapping[Any, str],
   facts = json.loads(json.dumps(facts))   # tuples are lists in a file
   if not (out / RUN).exists():
     if (out / file).exists():
-      raise ValueError(f'{out / file}: there is no {RUN} beside it that says whose answers these are; name '
-                       'another folder')
+      raise UserError(f'{out / file}: there is no {RUN} beside it that says whose answers these are; name '
+                      'another folder')
     out.mkdir(parents=True, exist_ok=True)
     metrics.write_json(out / RUN, facts)
   said = disk.read_json(out / RUN)
   differs = [f'{key} was {_said(said, key)} and is {_said(facts, key)}' for key in sorted({*said, *facts})
              if (key in said, key in facts) != (True, True) or said[key] != facts[key]]
   if differs:
-    raise ValueError(f'{out / RUN}: the answers there come from another run: {"; ".join(differs)}; name another folder, '
-                     'or delete this one')
+    raise UserError(f'{out / RUN}: the answers there come from another run: {"; ".join(differs)}; name another folder, '
+                    'or delete this one')
   _drop_half_line(out / file)
   rows = {row[by]: row for row in _read_rows(out / file, form)}
   other = [name for name, row in rows.items() if name in keys and row['key'] != keys[name]]
   if other:
-    raise ValueError(f'{out / file}: {len(other)} items, first {other[0]!r}, were asked with another prompt than '
-                     'now; the data or how they are cut have changed, name another folder or delete this one')
+    raise UserError(f'{out / file}: {len(other)} items, first {other[0]!r}, were asked with another prompt than '
+                    'now; the data or how they are cut have changed, name another folder or delete this one')
   return rows
 
 
@@ -252,9 +253,9 @@ def _read_rows(path, form):
       try:
         rows.append(disk.parse_json(line, f'{path}:{number}', form))
         if not rows[-1].get('scores', True):
-          raise ValueError(f'{path}:{number} has no scores')
+          raise UserError(f'{path}:{number} has no scores')
       except ValueError as error:
-        raise ValueError(f'{error}; delete the line, and it will be answered again') from error
+        raise UserError(f'{error}; delete the line, and it will be answered again') from error
   return rows
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from blockattn import blocks, losses
 from blockattn.data import encode, packing, text
+from blockattn.errors import UserError
 from blockattn.evals import answers, scores
 from blockattn.hf import files
 from blockattn.models import decode, transformer
@@ -52,7 +53,7 @@ class Subject:
 
   def __post_init__(self):
     if self.mode not in MODES:
-      raise ValueError(f'evaluation mode {self.mode!r}; choose one of {", ".join(MODES)}')
+      raise UserError(f'evaluation mode {self.mode!r}; choose one of {", ".join(MODES)}')
 
 
 def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc],
@@ -84,9 +85,9 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
       or the folder holds another run.
   """
   if len(docs) != len(examples):
-    raise ValueError(f'{len(docs)} documents but {len(examples)} examples')
+    raise UserError(f'{len(docs)} documents but {len(examples)} examples')
   if not docs:
-    raise ValueError('nothing to evaluate: no document was left')
+    raise UserError('nothing to evaluate: no document was left')
   check_positions(subjects, docs, examples, max_new)
   for name, subject in subjects.items():
     for doc, example in zip(docs, examples, strict=True):
@@ -121,9 +122,9 @@ def check_positions(subjects: Mapping[str, Subject], docs: Sequence[encode.Encod
     needs = [max(len(doc.tokens), doc.answer[0] + max_new) + sinks * (len(doc.lengths) - 1) for doc in docs]
     long = [i for i, need in enumerate(needs) if need > most]
     if long:
-      raise ValueError(f'{len(long)} of {len(docs)} documents are too long for {name}: {examples[long[0]].id} takes '
-                       f'{needs[long[0]]} positions, sinks and answer included, and the model has {most} '
-                       '(max_position_embeddings); leave them out, or take a model with more')
+      raise UserError(f'{len(long)} of {len(docs)} documents are too long for {name}: {examples[long[0]].id} takes '
+                      f'{needs[long[0]]} positions, sinks and answer included, and the model has {most} '
+                      '(max_position_embeddings); leave them out, or take a model with more')
 
 
 def _key(doc) -> str:

@@ -34,6 +34,7 @@ from typing import Any
 
 from blockattn import disk
 from blockattn.data import text
+from blockattn.errors import UserError
 from blockattn.evals import answers, scores
 
 FILES = ('locomo10.json', 'locomo10.json.gz')
@@ -82,9 +83,9 @@ def read_conversations(path: str | os.PathLike) -> list[Conversation]:
     data = file.read_bytes()
     samples = disk.parse_json(gzip.decompress(data) if file.name.endswith('.gz') else data, str(file), object)
   except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-    raise ValueError(f'{file}: no JSON, or cut off ({error}); fetch the file again') from error
+    raise UserError(f'{file}: no JSON, or cut off ({error}); fetch the file again') from error
   if not isinstance(samples, list) or not samples:
-    raise ValueError(f'{file}: a list of conversations is needed, as in the published {FILES[0]}')
+    raise UserError(f'{file}: a list of conversations is needed, as in the published {FILES[0]}')
   return [_conversation(sample, f'{file}, conversation {i}') for i, sample in enumerate(samples)]
 
 
@@ -101,7 +102,7 @@ def _conversation(sample, where):
       _check(question, f'{where}, question {i}')
     return Conversation(name, (said['speaker_a'], said['speaker_b']), dates, sessions, tuple(asked))
   except (KeyError, TypeError, AttributeError) as error:
-    raise ValueError(f'{where}: not of the published form ({type(error).__name__}: {error})') from error
+    raise UserError(f'{where}: not of the published form ({type(error).__name__}: {error})') from error
 
 
 def _turn(turn):
@@ -111,9 +112,9 @@ def _turn(turn):
 
 def _check(question, where):
   if question['category'] not in CATEGORIES:
-    raise ValueError(f'{where}: category {question["category"]!r}, where 1 to 5 are known')
+    raise UserError(f'{where}: category {question["category"]!r}, where 1 to 5 are known')
   if not isinstance(question['question'], str) or not {'answer', 'adversarial_answer'} & set(question):
-    raise ValueError(f'{where}: lacks a question, or both "answer" and "adversarial_answer"')
+    raise UserError(f'{where}: lacks a question, or both "answer" and "adversarial_answer"')
 
 
 def make_items(conversations: Sequence[Conversation], tokenizer: Any, *, chat: bool, tasks: Sequence[str] | None = None,
@@ -134,7 +135,7 @@ def make_items(conversations: Sequence[Conversation], tokenizer: Any, *, chat: b
   """
   unknown = sorted(set(tasks or ()) - set(CATEGORIES.values()))
   if unknown:
-    raise ValueError(f'LoCoMo has no category {", ".join(unknown)}; it has {", ".join(CATEGORIES.values())}')
+    raise UserError(f'LoCoMo has no category {", ".join(unknown)}; it has {", ".join(CATEGORIES.values())}')
   items, taken = [], dict.fromkeys(CATEGORIES.values(), 0)
   for conversation in conversations:
     for number, question in enumerate(conversation.questions):

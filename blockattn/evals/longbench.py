@@ -32,6 +32,7 @@ from typing import Any
 
 from blockattn import errors
 from blockattn.data import text
+from blockattn.errors import UserError
 from blockattn.evals import answers, longbench_scores as scores
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'longbench'
@@ -99,7 +100,7 @@ def task_of(name: str) -> Task:
     ValueError: there is none; the message lists them.
   """
   if name not in TASKS and name not in EVEN_TASKS:
-    raise ValueError(f'LongBench has no task {name!r}; it has {", ".join(TASKS)}; LongBench-E has {", ".join(EVEN_TASKS)}')
+    raise UserError(f'LongBench has no task {name!r}; it has {", ".join(TASKS)}; LongBench-E has {", ".join(EVEN_TASKS)}')
   return TASKS[name.removesuffix(EVEN)]
 
 
@@ -161,7 +162,7 @@ def _zipped_lines(archive, task):
           if line.strip():
             yield (f'{archive}/{names[0]}', number), line
   except zipfile.BadZipFile as error:
-    raise ValueError(f'{archive}: no zip file, or a damaged one ({error}); fetch it again') from error
+    raise UserError(f'{archive}: no zip file, or a damaged one ({error}); fetch it again') from error
 
 
 def _download(name):
@@ -237,7 +238,7 @@ def truncate(prompt: Prompt, tokenizer: Any, most: int) -> Prompt:
     return prompt
   half = int(most / 2)
   if half < 1:
-    raise ValueError(f'--max-length {most}: a truncated prompt keeps half of that at each end; give at least 2')
+    raise UserError(f'--max-length {most}: a truncated prompt keeps half of that at each end; give at least 2')
   # Tokens around the text have empty spans.
   head = max(stop for _, stop in spans[:half])
   tail = min((start for start, stop in spans[-half:] if stop > start), default=len(whole))

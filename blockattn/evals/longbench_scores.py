@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from blockattn.errors import UserError
 from blockattn.evals import scores
 
 # Punctuation of Chinese texts that is taken off a word, beside that of ASCII.
@@ -135,7 +136,7 @@ def retrieval_zh(prediction: str, answer: str, classes: Sequence[str] | None = N
 def _number(answer, pattern):
   match = re.search(pattern, answer)
   if match is None:
-    raise ValueError(f'the accepted answer {answer!r} is not of the form {pattern}; the data are not of this task')
+    raise UserError(f'the accepted answer {answer!r} is not of the form {pattern}; the data are not of this task')
   return match[1]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from blockattn.data import text
+from blockattn.errors import UserError
 from blockattn.evals import answers, scores
 
 STOP = ('\n',)   # without a chat template a model goes on with questions of its own
@@ -45,11 +46,11 @@ def read_items(files: Sequence[str], tokenizer: Any, *, chat: bool, max_new: int
   for file in files:
     task = task_of(file)
     if task in found:
-      raise ValueError(f'{found[task]} and {file} have the same name, which is that of their task; rename one')
+      raise UserError(f'{found[task]} and {file} have the same name, which is that of their task; rename one')
     found[task] = file
   unknown = sorted(set(tasks or ()) - set(found))
   if unknown:
-    raise ValueError(f'no task {", ".join(unknown)} here; there are {", ".join(found)}')
+    raise UserError(f'no task {", ".join(unknown)} here; there are {", ".join(found)}')
   report, items = text.Report(), []
   for task, file in found.items():
     if tasks is None or task in tasks:

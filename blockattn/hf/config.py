@@ -11,6 +11,7 @@ import pathlib
 
 from blockattn import disk, errors
 from blockattn.blocks import BlockOptions
+from blockattn.errors import UserError
 from blockattn.hf import files
 from blockattn.models.transformer import Llama3Rope, ModelConfig
 
@@ -58,7 +59,7 @@ def read(folder: os.PathLike | str) -> ModelConfig:
   where = str(pathlib.Path(folder) / files.META)
   sinks = _require(meta, 'learned_sinks', int, where)
   if not 0 <= sinks < cfg.vocab:
-    raise ValueError(f'{where}: learned_sinks is {sinks}, of {cfg.vocab} rows of the embedding')
+    raise UserError(f'{where}: learned_sinks is {sinks}, of {cfg.vocab} rows of the embedding')
   return dataclasses.replace(cfg, vocab=cfg.vocab - sinks, learned_sinks=sinks)
 
 
@@ -84,10 +85,10 @@ def block_options(meta: dict, where: str = files.META) -> BlockOptions:
   try:
     options = BlockOptions(tuple(said['sink_ids']), said['positions'], said['max_blocks'])
   except ValueError as error:
-    raise ValueError(f'{where}: "blocks": {error}') from error
+    raise UserError(f'{where}: "blocks": {error}') from error
   if options.sink_ids and said.get('sinks_stand') != SINKS_STAND:
-    raise ValueError(f'{where}: this student was trained with sinks in front of every block but the first; now they '
-                     'stand in front of every block. Train it again, or read it with the version of blockattn that made it')
+    raise UserError(f'{where}: this student was trained with sinks in front of every block but the first; now they '
+                    'stand in front of every block. Train it again, or read it with the version of blockattn that made it')
   return options
 
 
@@ -139,14 +140,14 @@ def _named(where, **fields):
   try:
     return ModelConfig(**fields)
   except ValueError as error:
-    raise ValueError(f'{where}: {error}') from error
+    raise UserError(f'{where}: {error}') from error
 
 
 def check_language_model(cfg: ModelConfig, name: os.PathLike | str):
   """Raises ValueError of a segmenter, or another model that gives classes instead of next tokens."""
   if cfg.labels:
-    raise ValueError(f'{name} is a segmenter ({architecture(cfg)}): it cuts texts, see tools.segment and --segmenter, and '
-                     f'predicts no tokens; name a model of {ARCHITECTURES[cfg.family]}')
+    raise UserError(f'{name} is a segmenter ({architecture(cfg)}): it cuts texts, see tools.segment and --segmenter, and '
+                    f'predicts no tokens; name a model of {ARCHITECTURES[cfg.family]}')
 
 
 def _labels(raw, family, where):
@@ -198,12 +199,12 @@ def check_exportable(cfg: ModelConfig):
   """Raises ValueError, naming the field, if the family's Hugging Face class cannot express the architecture."""
   family = cfg.family
   if cfg.qk_norm != (family == 'qwen3'):
-    raise ValueError(f'qk_norm={cfg.qk_norm} does not exist in {ARCHITECTURES[family]}; export it as '
-                     f"family={'llama' if family == 'qwen3' else 'qwen3'!r}")
+    raise UserError(f'qk_norm={cfg.qk_norm} does not exist in {ARCHITECTURES[family]}; export it as '
+                    f"family={'llama' if family == 'qwen3' else 'qwen3'!r}")
   if family == 'qwen3' and cfg.mlp_bias:
-    raise ValueError("mlp_bias=True does not exist in Qwen3ForCausalLM; supported by family='llama' only")
+    raise UserError("mlp_bias=True does not exist in Qwen3ForCausalLM; supported by family='llama' only")
   if family == 'llama' and cfg.width % cfg.heads:
-    raise ValueError(f'LlamaForCausalLM refuses width {cfg.width} that is no multiple of heads {cfg.heads}')
+    raise UserError(f'LlamaForCausalLM refuses width {cfg.width} that is no multiple of heads {cfg.heads}')
 
 
 def _check_harmless(raw, where):
@@ -223,11 +224,11 @@ def _rope(raw, where):
     thetas['rope_theta'] = _require(raw, 'rope_theta', float, where)
   scalings = {key: scaling for key, (_, scaling) in said.items()}
   if len(set(thetas.values())) > 1 or len(set(scalings.values())) > 1:
-    raise ValueError(f'{where}: the rotary keys contradict each other: theta {thetas}, scaling {scalings}; keep one')
+    raise UserError(f'{where}: the rotary keys contradict each other: theta {thetas}, scaling {scalings}; keep one')
   if not thetas and raw['model_type'] == 'llama':
     thetas['rope_theta'] = LLAMA_THETA
   if not thetas:
-    raise ValueError(f'{where}: key rope_theta is missing (or rope_parameters with a rope_theta)')
+    raise UserError(f'{where}: key rope_theta is missing (or rope_parameters with a rope_theta)')
   errors.check_number(f'{where}: rope_theta', min(thetas.values()), above=0)
   return next(iter(thetas.values())), next(iter(scalings.values()), None)
 
@@ -235,7 +236,7 @@ def _rope(raw, where):
 def _rope_dict(rope, where):
   """(theta or None, Llama3Rope or None) of one `rope_parameters` or `rope_scaling` value."""
   if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-    raise ValueError(f'{where}={rope!r} is not supported; supported is one flat set of rotary keys for all layers')
+    raise UserError(f'{where}={rope!r} is not supported; supported is one flat set of rotary keys for all layers')
   theta = None if rope.get('rope_theta') is None else _require(rope, 'rope_theta', float, where)
   kind = rope.get('rope_type') or rope.get('type') or 'default'
   if kind not in ('default', 'llama3'):
@@ -246,14 +247,14 @@ def _rope_dict(rope, where):
   own = set(LLAMA3_KEYS) if kind == 'llama3' else set()
   unknown = set(rope) - own - {'rope_type', 'type', 'rope_theta', 'partial_rotary_factor'}
   if unknown:
-    raise ValueError(f'{where}: keys {sorted(unknown)} are not supported with rope_type {kind!r}')
+    raise UserError(f'{where}: keys {sorted(unknown)} are not supported with rope_type {kind!r}')
   if kind == 'default':
     return theta, None
   numbers = {field: _require(rope, key, float, where) for key, field in LLAMA3_KEYS.items()}
   for key, field in LLAMA3_KEYS.items():
     errors.check_number(f'{where}: {key}', numbers[field], above=0)
   if not numbers['original_length'].is_integer():
-    raise ValueError(f'{where}: original_max_position_embeddings={numbers["original_length"]} is no whole number')
+    raise UserError(f'{where}: original_max_position_embeddings={numbers["original_length"]} is no whole number')
   return theta, Llama3Rope(**numbers | {'original_length': int(numbers['original_length'])})
 
 
@@ -269,11 +270,11 @@ def _rope_to_dict(cfg):
 
 def _require(raw, key, kind, where):
   if raw.get(key) is None:
-    raise ValueError(f'{where}: key {key} is missing')
+    raise UserError(f'{where}: key {key} is missing')
   value = raw[key]
   accepted = (int, float) if kind is float else kind
   if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-    raise ValueError(f'{where}: {key}={value!r} should be of type {kind.__name__}')
+    raise UserError(f'{where}: {key}={value!r} should be of type {kind.__name__}')
   return kind(value)
 
 

@@ -20,6 +20,7 @@ from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
 from blockattn import tree
+from blockattn.errors import UserError
 from blockattn.hf import config, files, names
 from blockattn.models import spec as spec_lib, transformer
 from blockattn.models.transformer import ModelConfig
@@ -138,12 +139,12 @@ def verify(folder: pathlib.Path, cfg: ModelConfig, dtype: str):
   """Reads the headers of a written folder again; raises ValueError unless it is this architecture in this dtype."""
   read_back = config.read(folder)
   if read_back != cfg:
-    raise ValueError(f'{folder}: config.json reads back as {read_back}, not as {cfg}')
+    raise UserError(f'{folder}: config.json reads back as {read_back}, not as {cfg}')
   stored = files.stored_tensors(folder)
   _check_stored(names.slots(cfg), stored, folder)
   for key, at in stored.items():
     if at.dtype != DTYPES[dtype]:
-      raise ValueError(f'{at.file}: {key} is {at.dtype}, expected {DTYPES[dtype]}')
+      raise UserError(f'{at.file}: {key} is {at.dtype}, expected {DTYPES[dtype]}')
 
 
 # Which weights they were: a path says it only as long as nobody writes there.
@@ -168,13 +169,13 @@ def check_same_weights(said: dict | None, now: dict | None, what: str, source: o
   """
   if said and now and said['fingerprint'] != now['fingerprint']:
     old, new = (f'{facts["fingerprint"][:12]}, read as {facts["dtype"]}' for facts in (said, now))
-    raise ValueError(f'{what} was made from other weights than lie in {source} now (fingerprint {old}; now {new}): put the '
-                     f'old ones back, or {remedy}')
+    raise UserError(f'{what} was made from other weights than lie in {source} now (fingerprint {old}; now {new}): put the '
+                    f'old ones back, or {remedy}')
 
 
 def _check_dtype(dtype):
   if dtype not in DTYPES:
-    raise ValueError(f'dtype={dtype!r}; choose one of {", ".join(DTYPES)}')
+    raise UserError(f'dtype={dtype!r}; choose one of {", ".join(DTYPES)}')
 
 
 # Reading.
@@ -184,16 +185,16 @@ def _check_stored(slots, stored, folder):
   """Every expected tensor is there, with its shape, and nothing else is."""
   unmapped = [key for key in stored if key not in slots]
   if unmapped:
-    raise ValueError(f'{stored[unmapped[0]].file}: {len(unmapped)} tensors have no place in this architecture, first '
-                     f'{unmapped[0]}; {tree.did_you_mean(unmapped[0], slots)}')
+    raise UserError(f'{stored[unmapped[0]].file}: {len(unmapped)} tensors have no place in this architecture, first '
+                    f'{unmapped[0]}; {tree.did_you_mean(unmapped[0], slots)}')
   missing = [key for key in slots if key not in stored]
   if missing:
-    raise ValueError(f'{folder}: {len(missing)} tensors are missing, first {missing[0]}')
+    raise UserError(f'{folder}: {len(missing)} tensors are missing, first {missing[0]}')
   for key, at in stored.items():
     if at.shape != slots[key].hf_shape:
-      raise ValueError(f'{at.file}: {key} has shape {at.shape}, config.json implies {slots[key].hf_shape}')
+      raise UserError(f'{at.file}: {key} has shape {at.shape}, config.json implies {slots[key].hf_shape}')
     if at.dtype not in READABLE:
-      raise ValueError(f'{at.file}: {key} is {at.dtype}; supported are {", ".join(READABLE)}')
+      raise UserError(f'{at.file}: {key} is {at.dtype}; supported are {", ".join(READABLE)}')
 
 
 def _check_tied_head(cfg, stored):
@@ -202,8 +203,8 @@ def _check_tied_head(cfg, stored):
     return
   head, embed = (_bits(stored[key].file, key) for key in (names.HEAD, names.EMBED))
   if not np.array_equal(head, embed):
-    raise ValueError(f'{stored[names.HEAD].file}: {names.HEAD} differs from {names.EMBED}, though config.json says '
-                     'tie_word_embeddings=true; set it to false if the head was trained, or delete the tensor')
+    raise UserError(f'{stored[names.HEAD].file}: {names.HEAD} differs from {names.EMBED}, though config.json says '
+                    'tie_word_embeddings=true; set it to false if the head was trained, or delete the tensor')
 
 
 def _check_finite(flat, slots, stored, dtype):
@@ -213,8 +214,8 @@ def _check_finite(flat, slots, stored, dtype):
     with files.open_tensors(stored[key].file) as tensors:
       whole = np.isfinite(tensors.get_tensor(key).astype(jnp.dtype(dtype)).astype(np.float32)).all()
     if not whole:
-      raise ValueError(f'{stored[key].file}: {key} holds NaN or infinity, read as {dtype}: the file is damaged, or the '
-                       'training went wrong; get the weights again, or take an earlier checkpoint')
+      raise UserError(f'{stored[key].file}: {key} holds NaN or infinity, read as {dtype}: the file is damaged, or the '
+                      'training went wrong; get the weights again, or take an earlier checkpoint')
 
 
 def _bits(file, key):
@@ -253,8 +254,8 @@ def _split_sinks(kind, host, cfg, folder):
   if kind == 'embed':
     return {'embed': rows, 'sinks': sinks}
   if np.any(sinks):
-    raise ValueError(f'{folder}: {names.HEAD} has trained rows for the learned sinks, which the model never predicts; '
-                     f'set the rows from {cfg.vocab} on to zero')
+    raise UserError(f'{folder}: {names.HEAD} has trained rows for the learned sinks, which the model never predicts; '
+                    f'set the rows from {cfg.vocab} on to zero')
   return {'head': rows}
 
 
@@ -273,10 +274,10 @@ def _check_params(params, cfg):
   flat = dict(tree.named_leaves(params))
   expected = {name: spec.shape for name, spec in tree.named_leaves(transformer.spec(cfg))}
   if set(flat) != set(expected):
-    raise ValueError(f'parameters and architecture differ: {sorted(set(flat) ^ set(expected))} stand on one side only')
+    raise UserError(f'parameters and architecture differ: {sorted(set(flat) ^ set(expected))} stand on one side only')
   for name, value in flat.items():
     if tuple(value.shape) != expected[name]:
-      raise ValueError(f'parameter {name} has shape {tuple(value.shape)}, the architecture says {expected[name]}')
+      raise UserError(f'parameter {name} has shape {tuple(value.shape)}, the architecture says {expected[name]}')
   return flat
 
 
@@ -284,7 +285,7 @@ def _check_meta(meta, cfg):
   own = {'learned_sinks': cfg.learned_sinks, 'vocab': cfg.vocab}
   for key, value in own.items():
     if key in meta and meta[key] != value:
-      raise ValueError(f'meta says {key}={meta[key]!r}, the architecture {value!r}')
+      raise UserError(f'meta says {key}={meta[key]!r}, the architecture {value!r}')
   json.dumps(meta)   # a TypeError here names the value that is no JSON, before anything is written
   return {**own, **meta}
 

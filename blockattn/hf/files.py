@@ -16,6 +16,7 @@ import tokenizers
 
 from blockattn import blocks, errors
 from blockattn.disk import check_form, read_json, read_tokenizer
+from blockattn.errors import UserError
 
 META = 'blockattn.json'
 SINGLE = 'model.safetensors'
@@ -67,12 +68,12 @@ def check_kind(folder: pathlib.Path):
     return
   if (folder / ADAPTER).exists():
     base = read_json(folder / ADAPTER).get('base_model_name_or_path')
-    raise ValueError(f'{folder} holds an adapter of PEFT ({ADAPTER}), no model; merge it with its base, {base}, first '
-                     '(peft: PeftModel.from_pretrained, merge_and_unload, save_pretrained)')
+    raise UserError(f'{folder} holds an adapter of PEFT ({ADAPTER}), no model; merge it with its base, {base}, first '
+                    '(peft: PeftModel.from_pretrained, merge_and_unload, save_pretrained)')
   quantized = sorted(path.name for path in folder.glob('*.gguf'))
   if quantized:
-    raise ValueError(f'{folder} holds only GGUF ({quantized[0]}); name the folder of the weights that it was made of, or '
-                     'convert it to safetensors first (transformers: from_pretrained with gguf_file, save_pretrained)')
+    raise UserError(f'{folder} holds only GGUF ({quantized[0]}); name the folder of the weights that it was made of, or '
+                    'convert it to safetensors first (transformers: from_pretrained with gguf_file, save_pretrained)')
 
 
 def write_json(path: pathlib.Path, value: dict):
@@ -93,14 +94,14 @@ def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:
     with open_tensors(file) as tensors:
       for key in tensors.keys():
         if key in found:
-          raise ValueError(f'{key} stands twice: in {found[key].file} and in {file}')
+          raise UserError(f'{key} stands twice: in {found[key].file} and in {file}')
         if placed and placed.get(key) != file:
-          raise ValueError(f'{file} holds {key}, which {INDEX} places in {placed.get(key)}')
+          raise UserError(f'{file} holds {key}, which {INDEX} places in {placed.get(key)}')
         part = tensors.get_slice(key)
         found[key] = Stored(file, tuple(part.get_shape()), part.get_dtype())
   for key in placed:
     if key not in found:
-      raise ValueError(f'{placed[key]} does not hold {key}, though {INDEX} says so')
+      raise UserError(f'{placed[key]} does not hold {key}, though {INDEX} says so')
   return found
 
 
@@ -110,22 +111,22 @@ def _placement(folder):
   if (folder / INDEX).exists():
     weight_map = read_json(folder / INDEX).get('weight_map')
     if not isinstance(weight_map, dict):
-      raise ValueError(f'{folder / INDEX} has no weight_map')
+      raise UserError(f'{folder / INDEX} has no weight_map')
     there = {path.name for path in folder.glob('*.safetensors')}   # whatever it calls its shards, beside it
     missing, stray = set(weight_map.values()) - there, names - set(weight_map.values())
     if missing:
       raise FileNotFoundError(f'{folder}: {sorted(missing)[0]} is missing, though {INDEX} names it')
     if stray:
-      raise ValueError(f'{folder / sorted(stray)[0]} is not named by {INDEX}; remove one of the two')
+      raise UserError(f'{folder / sorted(stray)[0]} is not named by {INDEX}; remove one of the two')
     return {key: folder / file for key, file in weight_map.items()}
   if names == {SINGLE}:
     return {}
   if names:
-    raise ValueError(f'{folder} holds {", ".join(sorted(names))} but no {INDEX}; which belong together is not known')
+    raise UserError(f'{folder} holds {", ".join(sorted(names))} but no {INDEX}; which belong together is not known')
   pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
   if pickles:
-    raise ValueError(f'{folder} holds only pickled weights ({pickles[0]}), which run code when they are opened and are '
-                     'not read here; convert them to safetensors first (transformers: save_pretrained)')
+    raise UserError(f'{folder} holds only pickled weights ({pickles[0]}), which run code when they are opened and are '
+                    'not read here; convert them to safetensors first (transformers: save_pretrained)')
   raise FileNotFoundError(f'{folder} holds no {SINGLE} and no {INDEX}')
 
 
@@ -135,7 +136,7 @@ def open_tensors(file: pathlib.Path):
   try:
     tensors = safetensors.safe_open(file, framework='np')
   except (safetensors.SafetensorError, OSError) as e:
-    raise ValueError(f'{file} is no readable safetensors file: {e}') from e
+    raise UserError(f'{file} is no readable safetensors file: {e}') from e
   with tensors:
     yield tensors
 
@@ -292,8 +293,8 @@ def add_sink_tokens(folder: pathlib.Path, vocab: int, count: int):
   fillers = {i: f'<|reserved_{i}|>' for i in range(known, vocab)}
   if any(tokenizer.token_to_id(text) != i for i, text in sinks.items()):
     if known > vocab:
-      raise ValueError(f'{path} has {known} tokens, but the model only {vocab} embedding rows, so that learned sinks '
-                       f'cannot have the ids from {vocab} on; use the tokenizer that the model was trained with')
+      raise UserError(f'{path} has {known} tokens, but the model only {vocab} embedding rows, so that learned sinks '
+                      f'cannot have the ids from {vocab} on; use the tokenizer that the model was trained with')
     _add_special_tokens(tokenizer, path, fillers | sinks)
     _declare_tokens(folder, fillers | sinks)
   _suppress(folder, [*fillers, *sinks])
@@ -303,8 +304,8 @@ def _add_special_tokens(tokenizer, path, texts):
   tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in texts.values()])
   for i, text in texts.items():
     if tokenizer.token_to_id(text) != i:
-      raise ValueError(f'{path} gives {text} the id {tokenizer.token_to_id(text)} instead of {i}: its ids have gaps, '
-                       'or it has such a token already; use the tokenizer that the model was trained with')
+      raise UserError(f'{path} gives {text} the id {tokenizer.token_to_id(text)} instead of {i}: its ids have gaps, '
+                      'or it has such a token already; use the tokenizer that the model was trained with')
   tokenizer.save(str(path))
 
 

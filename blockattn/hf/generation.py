@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from blockattn.blocks import BlockLayout, BlockOptions
+from blockattn.errors import UserError
 from blockattn.hf import config
 
 try:
@@ -87,7 +88,7 @@ def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, shared: bo
     ValueError: no prompt, or an empty block.
   """
   if not prompts:
-    raise ValueError('no prompt to read')
+    raise UserError('no prompt to read')
   placed = [_place(prompt, options, shared) for prompt in prompts]
   length = max(sum(len(block.tokens) for block in row) for row in placed)
   rows = [_left_padded(_facts(row, shared), length) for row in placed]
@@ -100,9 +101,9 @@ def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, shared: bo
 def _place(prompt: Prompt, options: BlockOptions, shared: bool) -> list[_Placed]:
   for i, tokens in enumerate(prompt):
     if not len(tokens):
-      raise ValueError(f'block {i} of {len(prompt)} has no tokens; drop empty blocks first')
+      raise UserError(f'block {i} of {len(prompt)} has no tokens; drop empty blocks first')
   if not prompt:
-    raise ValueError('a prompt without blocks; its last one, the question, is needed')
+    raise UserError('a prompt without blocks; its last one, the question, is needed')
   blocks = [(*options.sink_ids, *tokens) for tokens in prompt]
   starts = _starts([len(tokens) for tokens in blocks], options.positions, shared)
   return [_Placed(tokens, len(options.sink_ids), start) for tokens, start in zip(blocks, starts, strict=True)]
@@ -174,9 +175,9 @@ def prefill_blocks(model, prompt: Prompt, options: BlockOptions, *, cache: Mutab
   """
   _check_model(model)
   if shared and options.positions != 'local':
-    raise ValueError(f"a shared prefix needs positions='local', not {options.positions!r}: otherwise the distance "
-                     'between prefix and block depends on the blocks between them, so that no state can be used twice; '
-                     'read such prompts in one masked pass (block_attention)')
+    raise UserError(f"a shared prefix needs positions='local', not {options.positions!r}: otherwise the distance "
+                    'between prefix and block depends on the blocks between them, so that no state can be used twice; '
+                    'read such prompts in one masked pass (block_attention)')
   *context, _ = _place(prompt, options, shared)
   cache = {} if cache is None else cache
   decoder, states, prefix = model.get_decoder(), [], None
@@ -203,8 +204,8 @@ def _check_one_answer(model, generate_kwargs):
   for name in ('num_beams', 'num_return_sequences'):
     value = generate_kwargs.get(name) or getattr(given, name)
     if value not in (None, 1):
-      raise ValueError(f'{name}={value}: over cached blocks there is one answer at a time; set it to 1, or generate '
-                       'under block_attention')
+      raise UserError(f'{name}={value}: over cached blocks there is one answer at a time; set it to 1, or generate '
+                      'under block_attention')
 
 
 def _state_key(tokens, before):
@@ -320,8 +321,8 @@ class _LayoutMask:
     layout = self._layout(config, batch_size)
     start, length = int(q_offset), layout.doc.shape[1]
     if start < length and not (start == 0 and q_length >= length):
-      raise ValueError(f'a pass over tokens {start} to {start + q_length} does not fit the layout of {length} tokens; '
-                       'read the whole prompt of block_inputs at once (without prefill_chunk_size), then go on')
+      raise UserError(f'a pass over tokens {start} to {start + q_length} does not fit the layout of {length} tokens; '
+                      'read the whole prompt of block_inputs at once (without prefill_chunk_size), then go on')
     if start == 0 and attention_mask is not None:
       self._check_padding(attention_mask, layout)
     queries = torch.arange(start, start + q_length, device=device)
@@ -331,12 +332,12 @@ class _LayoutMask:
 
   def _layout(self, config, batch):
     if id(config) not in self.layouts:
-      raise ValueError(f'attention {NAME!r} has no layout; run the model under `with block_attention(model, layout)`, '
-                       "or, for plain full attention, model.set_attn_implementation('sdpa')")
+      raise UserError(f'attention {NAME!r} has no layout; run the model under `with block_attention(model, layout)`, '
+                      "or, for plain full attention, model.set_attn_implementation('sdpa')")
     layout = self.layouts[id(config)]
     rows = layout.doc.shape[0]
     if batch % rows:
-      raise ValueError(f'a batch of {batch} under a layout of {rows} rows; make the layout from these prompts')
+      raise UserError(f'a batch of {batch} under a layout of {rows} rows; make the layout from these prompts')
     # Beams and several answers: transformers repeats every row in place.
     return jax.tree.map(lambda x: x.repeat_interleave(batch // rows, 0), layout)
 
@@ -344,8 +345,8 @@ class _LayoutMask:
   def _check_padding(attention_mask, layout):
     given = attention_mask[:, :layout.doc.shape[1]].bool().cpu()
     if not torch.equal(given, (layout.doc != 0).cpu()):
-      raise ValueError('attention_mask and layout disagree about padding; pass all of **block_inputs(...).tensors(), '
-                       'since generate takes pad tokens inside of a prompt for padding where attention_mask is missing')
+      raise UserError('attention_mask and layout disagree about padding; pass all of **block_inputs(...).tensors(), '
+                      'since generate takes pad tokens inside of a prompt for padding where attention_mask is missing')
 
   def check_positions(self, config, position_ids, mask):
     """Raises ValueError if a pass that starts with the layout has other positions than the layout.
@@ -359,7 +360,7 @@ class _LayoutMask:
       return
     layout, given = self._layout(config, mask.shape[0]), position_ids[:, :length].cpu()
     if not torch.all((given == layout.position.cpu()) | (layout.doc.cpu() == 0)):
-      raise ValueError('position_ids are not those of the layout; pass all of **block_inputs(...).tensors()')
+      raise UserError('position_ids are not those of the layout; pass all of **block_inputs(...).tensors()')
 
 
 def may_attend(layout: BlockLayout, queries, keys):

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from blockattn import tree
+from blockattn.errors import UserError
 from blockattn.models import transformer
 from blockattn.models.transformer import ModelConfig
 
@@ -99,7 +100,7 @@ def slots(cfg: ModelConfig) -> dict[str, Slot]:
   rows = [row for row in TABLE if row[1] in shapes]
   unmapped = set(shapes) - {row[1] for row in rows} - {'sinks'}
   if unmapped:
-    raise ValueError(f'parameters without a Hugging Face name: {sorted(unmapped)}; add them to hf/names.py TABLE')
+    raise UserError(f'parameters without a Hugging Face name: {sorted(unmapped)}; add them to hf/names.py TABLE')
   top = [_slot(row, None, shapes, cfg) for row in rows if not row[1].startswith('layers/')]
   layers = [_slot(row, layer, shapes, cfg)
             for layer in range(cfg.layers) for row in rows if row[1].startswith('layers/')]

@@ -30,6 +30,7 @@ import safetensors
 import safetensors.numpy
 
 from blockattn import tree
+from blockattn.errors import UserError
 
 FORMAT = 'blockattn-state-1'
 QUANTIZE = ('none', 'int8')
@@ -162,9 +163,9 @@ class Store:
   def __init__(self, memory_bytes: int = 4 << 30, folder: str | os.PathLike | None = None, disk_bytes: int = 64 << 30,
                quantize: str = 'none'):
     if quantize not in QUANTIZE:
-      raise ValueError(f'quantize={quantize!r}; choose one of {", ".join(QUANTIZE)}')
+      raise UserError(f'quantize={quantize!r}; choose one of {", ".join(QUANTIZE)}')
     if memory_bytes < 0 or disk_bytes < 0:
-      raise ValueError(f'memory_bytes={memory_bytes}, disk_bytes={disk_bytes}: give bounds from 0 on')
+      raise UserError(f'memory_bytes={memory_bytes}, disk_bytes={disk_bytes}: give bounds from 0 on')
     self.quantize, self.counts = quantize, Counts()
     self._memory_bytes, self._held = memory_bytes, 0
     self._memory: collections.OrderedDict[str, State] = collections.OrderedDict()
@@ -339,10 +340,10 @@ def _load(path, shape) -> State:
     arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}
     said = tensors.metadata() or {}
   if said.get('format') != FORMAT or said.get('checksum') != _checksum(arrays):
-    raise ValueError(f'{path}: not what was written')
+    raise UserError(f'{path}: not what was written')
   state = _state_of(arrays)
   if state is None or shape not in (None, state.k.shape):
-    raise ValueError(f'{path}: a state of another form')
+    raise UserError(f'{path}: a state of another form')
   return state
 
 

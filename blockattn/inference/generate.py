@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from blockattn import blocks as blocks_lib, trace
 from blockattn.data import encode
+from blockattn.errors import UserError
 from blockattn.inference import cache as cache_lib, pool as pool_lib, sampling as sampling_lib
 from blockattn.models import decode, transformer
 
@@ -202,13 +203,13 @@ class Engine:
   def _check_size(self, plan):
     most = plan.start + len(plan.question) + plan.request.max_new
     if most > self._cfg.max_positions:
-      raise ValueError(f'request {plan.number}: the prompt and its answer take {most} positions, the model has '
-                       f'{self._cfg.max_positions}; shorten the prompt or max_new')
+      raise UserError(f'request {plan.number}: the prompt and its answer take {most} positions, the model has '
+                      f'{self._cfg.max_positions}; shorten the prompt or max_new')
     pages, room = self._pages([plan]), self._pool.pages * self._pool.devices
     if pages > room or max([self._pool.pages_of(len(p.tokens)) for p in plan.places], default=0) > self._pool.pages:
       page = self._pool.page
-      raise ValueError(f'request {plan.number}: its context takes {pages * page} tokens of device memory, in whole pages, '
-                       f'there is room for {room * page} on {self._pool.devices} devices; give more device_tokens')
+      raise UserError(f'request {plan.number}: its context takes {pages * page} tokens of device memory, in whole pages, '
+                      f'there is room for {room * page} on {self._pool.devices} devices; give more device_tokens')
 
   def _pages(self, plans) -> int:
     """Pages of the blocks of these requests, each counted once, a shared prefix once on every device."""
@@ -408,26 +409,26 @@ def _home(size, load, room) -> int:
   """The device for a new block: of those with room the one with the least to read."""
   able = [device for device, free in enumerate(room) if free >= size]
   if not able:
-    raise ValueError('the blocks of a batch cannot be laid out over the devices; give more device_tokens')
+    raise UserError('the blocks of a batch cannot be laid out over the devices; give more device_tokens')
   return min(able, key=load.__getitem__)
 
 
 def _check(number, request, options, cfg, tokenizer):
   where = f'request {number}: '
   if not request.prompt or not all(len(tokens) for tokens in request.prompt):
-    raise ValueError(where + 'a prompt is a list of blocks, none of them empty, the question last')
+    raise UserError(where + 'a prompt is a list of blocks, none of them empty, the question last')
   encode.check_ids([token for tokens in request.prompt for token in tokens], cfg.vocab, tokenizer, f'request {number}')
   if request.max_new < 1:
-    raise ValueError(where + f'max_new={request.max_new}; an answer has at least one token')
+    raise UserError(where + f'max_new={request.max_new}; an answer has at least one token')
   if any(not stop for stop in request.stop):
-    raise ValueError(where + 'an empty stop text would end every answer at once')
+    raise UserError(where + 'an empty stop text would end every answer at once')
   if not 0 <= request.temperature < math.inf or request.top_k < 0 or not 0 < request.top_p <= 1:
-    raise ValueError(where + f'temperature={request.temperature}, top_k={request.top_k}, top_p={request.top_p}: give a '
-                     'finite temperature and a top_k from 0 on, a top_p above 0 and up to 1')
+    raise UserError(where + f'temperature={request.temperature}, top_k={request.top_k}, top_p={request.top_p}: give a '
+                    'finite temperature and a top_k from 0 on, a top_p above 0 and up to 1')
   if request.shared and len(request.prompt) > 2 and options.positions != 'local':
-    raise ValueError(where + 'with a shared prefix and sequential positions a block lies at another distance from the '
-                     'prefix in every prompt, so its state cannot be cached; use a model of positions "local", or give '
-                     'the prefix as an ordinary block')
+    raise UserError(where + 'with a shared prefix and sequential positions a block lies at another distance from the '
+                    'prefix in every prompt, so its state cannot be cached; use a model of positions "local", or give '
+                    'the prefix as an ordinary block')
 
 
 def _sampling(requests, rows) -> sampling_lib.Sampling | None:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from blockattn import blocks
+from blockattn.errors import UserError
 from blockattn.models import decode
 
 AXIS = 'context'
@@ -43,7 +44,7 @@ class Pool:
   def __init__(self, cfg, dtype: str, mesh: Mesh, tokens: int, page: int = PAGE):
     self.page, self.pages, self.mesh = page, tokens // (page * mesh.size), mesh
     if self.pages < 1:
-      raise ValueError(f'room for {tokens} tokens is not a page of {page} tokens on each of {mesh.size} devices; give more')
+      raise UserError(f'room for {tokens} tokens is not a page of {page} tokens on each of {mesh.size} devices; give more')
     shape = (cfg.layers, mesh.size * self.pages, page, cfg.kv_heads, cfg.head_dim)
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=NamedSharding(mesh, PartitionSpec(None, AXIS)))
     self.k, self.v = zeros(), zeros()

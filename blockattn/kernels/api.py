@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from blockattn import blocks
+from blockattn.errors import UserError
 from blockattn.kernels import context_parallel as divided, gpu, reference, schedule, tiles as tile_sizes, tpu, xla
 
 IMPLS = ('reference', 'xla', 'tpu', 'gpu')
@@ -25,9 +26,9 @@ def resolve(impl: str, platform: str) -> str:
   if impl == 'auto':
     return _FASTEST.get(platform, 'xla')
   if impl not in IMPLS:
-    raise ValueError(f'attention impl {impl!r} does not exist; use one of {", ".join(("auto",) + IMPLS)}')
+    raise UserError(f'attention impl {impl!r} does not exist; use one of {", ".join(("auto",) + IMPLS)}')
   if _HOME.get(impl, platform) != platform:
-    raise ValueError(f'attention impl {impl!r} does not run on {platform}; use impl="auto" or impl="xla"')
+    raise UserError(f'attention impl {impl!r} does not run on {platform}; use impl="auto" or impl="xla"')
   return impl
 
 
@@ -49,7 +50,7 @@ def choose(impl: str, device) -> Choice:
   chosen = resolve(impl, device.platform)
   lacking = gpu.lacks(device) if device.platform == 'gpu' else None
   if chosen == 'gpu' and lacking:
-    raise ValueError(f'{lacking}; use impl="auto" or impl="xla"')
+    raise UserError(f'{lacking}; use impl="auto" or impl="xla"')
   if impl != 'auto':
     return Choice(chosen, 'as asked')
   if device.platform != 'gpu':
@@ -142,7 +143,7 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
     platform = platform or jax.default_backend()
     impl = resolve(impl, platform)
     if impl == 'reference':
-      raise ValueError(f'attention impl {impl!r} cannot divide the sequence over {context_axes}; use impl="xla"')
+      raise UserError(f'attention impl {impl!r} cannot divide the sequence over {context_axes}; use impl="xla"')
     own = None if tiles is None else _tiles(tiles, impl, platform, q_BTNH)
     attend = jax.named_scope('block_attention')(functools.partial(
         divided.attention, _MODULES[impl].attention, axes=context_axes, others=batch_axes, sent=sent,
@@ -155,30 +156,30 @@ def block_attention_on_mesh(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout, 
 def _check_divides(mesh, axes, what, size):
   missing = [axis for axis in axes if axis not in mesh.shape]
   if missing:
-    raise ValueError(f'mesh axis {missing[0]!r} does not exist; the mesh has {", ".join(mesh.shape)}')
+    raise UserError(f'mesh axis {missing[0]!r} does not exist; the mesh has {", ".join(mesh.shape)}')
   ways = 1
   for axis in axes:
     ways *= mesh.shape[axis]
   if size % ways:
-    raise ValueError(f'{size} {what} cannot be divided over mesh axes {axes} of {ways} devices; '
-                     'use smaller axes or leave them out')
+    raise UserError(f'{size} {what} cannot be divided over mesh axes {axes} of {ways} devices; '
+                    'use smaller axes or leave them out')
 
 
 def check_arguments(q_BTNH, k_BSKH, v_BSKH, layout: blocks.BlockLayout) -> None:
   """Raises ValueError, saying what to change, where shapes or dtypes do not fit together."""
   shapes = f'q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}'
   if not q_BTNH.ndim == k_BSKH.ndim == v_BSKH.ndim == 4:
-    raise ValueError(f'{shapes}: queries must be [B, T, N, H], keys and values [B, T, K, H]')
+    raise UserError(f'{shapes}: queries must be [B, T, N, H], keys and values [B, T, K, H]')
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
   if k_BSKH.shape != v_BSKH.shape or k_BSKH.shape != (B, T, K, H):
-    raise ValueError(f'{shapes}: keys and values must be [B={B}, T={T}, K, H={H}] as the queries are')
+    raise UserError(f'{shapes}: keys and values must be [B={B}, T={T}, K, H={H}] as the queries are')
   if K == 0 or N % K:
-    raise ValueError(f'{N} query heads cannot share {K} key/value heads; N must be a multiple of K')
+    raise UserError(f'{N} query heads cannot share {K} key/value heads; N must be a multiple of K')
   if not q_BTNH.dtype == k_BSKH.dtype == v_BSKH.dtype:
-    raise ValueError(f'dtypes differ: q {q_BTNH.dtype}, k {k_BSKH.dtype}, v {v_BSKH.dtype}; cast them to one')
+    raise UserError(f'dtypes differ: q {q_BTNH.dtype}, k {k_BSKH.dtype}, v {v_BSKH.dtype}; cast them to one')
   for name in ('doc', 'block', 'reader', 'hidden', 'shared'):
     shape = getattr(layout, name).shape
     if shape != (B, T):
-      raise ValueError(f'layout.{name} has shape {shape}, but the queries want [B={B}, T={T}]; '
-                       'pad the layout and the tokens alike')
+      raise UserError(f'layout.{name} has shape {shape}, but the queries want [B={B}, T={T}]; '
+                      'pad the layout and the tokens alike')

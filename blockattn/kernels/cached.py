@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from blockattn.errors import UserError
 from blockattn.kernels.reference import MASKED, precision
 
 
@@ -35,8 +36,8 @@ def attend_cached(q_BTNH, k_BSKH, v_BSKH, visible_BS, *, splits: int = 1, chunk:
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
   if k_BSKH.shape != (B, S, K, H) or v_BSKH.shape != k_BSKH.shape or visible_BS.shape != (B, S) or K == 0 or N % K:
-    raise ValueError(f'q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}, visible {visible_BS.shape}: they must be '
-                     '[B, T, N, H], [B, S, K, H] twice and [B, S], N a multiple of K')
+    raise UserError(f'q {q_BTNH.shape}, k {k_BSKH.shape}, v {v_BSKH.shape}, visible {visible_BS.shape}: they must be '
+                    '[B, T, N, H], [B, S, K, H] twice and [B, S], N a multiple of K')
   chunk = min(chunk, -(-S // splits))
   pad = -S % (splits * chunk)
   cut = lambda x: jnp.moveaxis(jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)).reshape(

@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from blockattn.errors import UserError
 from blockattn.kernels import cached as append, schedule
 from blockattn.kernels.reference import MASKED
 from blockattn.kernels.tiles import Tiles
@@ -58,12 +59,12 @@ def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, cut=N
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   lacking = lacks(jax.devices()[0]) if interpret is None and jax.default_backend() == 'gpu' else None
   if lacking:
-    raise ValueError(f'{lacking}; use impl="xla"')
+    raise UserError(f'{lacking}; use impl="xla"')
   if q_BTNH.dtype not in DTYPES or H not in HEAD_DIMS:
-    raise ValueError(f'{q_BTNH.dtype} with head_dim {H}: the GPU kernels take bfloat16 and float16 and head_dim '
-                     f'{" or ".join(map(str, HEAD_DIMS))}; use impl="xla"')
+    raise UserError(f'{q_BTNH.dtype} with head_dim {H}: the GPU kernels take bfloat16 and float16 and head_dim '
+                    f'{" or ".join(map(str, HEAD_DIMS))}; use impl="xla"')
   if tiles.query != _COMPUTE * _ROWS or tiles.key % _ROWS:
-    raise ValueError(f'tiles {tuple(tiles)}: the GPU kernels take {_COMPUTE * _ROWS} queries by a multiple of {_ROWS} keys')
+    raise UserError(f'tiles {tuple(tiles)}: the GPU kernels take {_COMPUTE * _ROWS} queries by a multiple of {_ROWS} keys')
   q, k, v, marks = schedule.whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks, Tiles(tiles.query, max(tiles)))
   cut = _cut(*q.shape[:3], k.shape[1]) if cut is None else cut
   how = _How(tiles.key, cut, interpret)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from blockattn import blocks
+from blockattn.errors import UserError
 from blockattn.kernels.tiles import Tiles
 
 MARKS = 2   # of a token, on either side
@@ -134,9 +135,9 @@ def clamp_tiles(tiles: Tiles, length: int, multiple: int = 8) -> Tiles:
   """
   small, large = min(tiles), max(tiles)
   if small < 1 or large % small:
-    raise ValueError(f'tiles {tuple(tiles)}: sizes must be positive and one must divide the other, as in (128, 256)')
+    raise UserError(f'tiles {tuple(tiles)}: sizes must be positive and one must divide the other, as in (128, 256)')
   if small % multiple:
-    raise ValueError(f'tiles {tuple(tiles)}: here sizes must be multiples of {multiple}')
+    raise UserError(f'tiles {tuple(tiles)}: here sizes must be multiples of {multiple}')
   small = min(small, _round_up(length, multiple))
   large = min(_round_up(large, small), _round_up(length, small))
   return Tiles(small, large) if tiles.query <= tiles.key else Tiles(large, small)
@@ -265,8 +266,8 @@ def whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks: Marks, tiles: Tiles):
   if marks.first_query is not None:
     length, row = q_BTNH.shape[1], k_BSKH.shape[1]
     if length % tiles.query or row % tiles.key:
-      raise ValueError(f'{length} queries, {row} keys: the queries of a part of a row must be a multiple of the query tile '
-                       f'{tiles.query}, and its keys of the key tile {tiles.key}; choose tiles that divide them')
+      raise UserError(f'{length} queries, {row} keys: the queries of a part of a row must be a multiple of the query tile '
+                      f'{tiles.query}, and its keys of the key tile {tiles.key}; choose tiles that divide them')
     return q_BTNH, k_BSKH, v_BSKH, marks.replace(first_query=jnp.asarray(marks.first_query, jnp.int32))
   q, k, v = (pad_tokens(x, tiles, axis=1) for x in (q_BTNH, k_BSKH, v_BSKH))
   return q, k, v, Marks(pad_tokens(marks.query, tiles, 2, NO_QUERY), pad_tokens(marks.key, tiles, 2, NO_KEY))

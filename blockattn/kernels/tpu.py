@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from blockattn.errors import UserError
 from blockattn.kernels import schedule
 from blockattn.kernels.reference import MASKED, precision
 from blockattn.kernels.tiles import Tiles
@@ -50,7 +51,7 @@ def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, inter
   """
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   if H > _LANES and H % _LANES:
-    raise ValueError(f'head_dim {H}: on a TPU it must be at most {_LANES} or a multiple of it; use impl="xla"')
+    raise UserError(f'head_dim {H}: on a TPU it must be at most {_LANES} or a multiple of it; use impl="xla"')
   tiles = schedule.clamp_tiles(tiles, T, multiple=8 if interpret else _LANES)
   *arrays, marks = schedule.whole_tiles(q_BTNH, k_BSKH, v_BSKH, marks, tiles)
   work = schedule.list_work(marks, tiles)
@@ -63,8 +64,8 @@ def attention(q_BTNH, k_BSKH, v_BSKH, marks: schedule.Marks, tiles: Tiles, inter
 def _check_list(visits, tiles, shape):
   room = _LIST_BYTES // 8
   if visits > room:
-    raise ValueError(f'tiles {tuple(tiles)} make up to {visits} visits possible in {shape[0]} rows of {shape[1]} tokens; '
-                     f'the scalar memory of a TPU core holds {room}. Use larger tiles or fewer rows per device')
+    raise UserError(f'tiles {tuple(tiles)} make up to {visits} visits possible in {shape[0]} rows of {shape[1]} tokens; '
+                    f'the scalar memory of a TPU core holds {room}. Use larger tiles or fewer rows per device')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from blockattn import errors, tree
+from blockattn.errors import UserError
 from blockattn.models import transformer, weights
 from blockattn.models.spec import ParamSpec
 
@@ -35,7 +36,7 @@ class LoraOptions:
     unknown = [name for name in self.targets if name not in weights.CONTRACTED]
     if unknown or not self.targets:
       hint = tree.did_you_mean(unknown[0], weights.CONTRACTED) if unknown else 'name at least one'
-      raise ValueError(f'config.lora.targets={self.targets}: {hint}')
+      raise UserError(f'config.lora.targets={self.targets}: {hint}')
 
   @property
   def factor(self) -> float:

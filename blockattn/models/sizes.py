@@ -3,6 +3,7 @@
 import dataclasses
 
 from blockattn import tree
+from blockattn.errors import UserError
 from blockattn.models.transformer import Llama3Rope, ModelConfig
 
 
@@ -29,7 +30,7 @@ SIZES = {
 
 
 def get(name: str, **overrides) -> ModelConfig:
-  """The named size, with fields replaced. Raises KeyError naming the nearest size."""
+  """The named size, with fields replaced. Raises ValueError naming the nearest size."""
   if name not in SIZES:
-    raise KeyError(f'no model size {name!r}; {tree.did_you_mean(name, SIZES)}')
+    raise UserError(f'no model size {name!r}; {tree.did_you_mean(name, SIZES)}')
   return dataclasses.replace(SIZES[name], **overrides)

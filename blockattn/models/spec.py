@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from blockattn import mesh as mesh_lib, tree
+from blockattn.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ParamSpec:
 
   def __post_init__(self):
     if len(self.shape) != len(self.axes):
-      raise ValueError(f'shape {self.shape} and axes {self.axes} differ in length')
+      raise UserError(f'shape {self.shape} and axes {self.axes} differ in length')
 
 
 def _is_spec(x):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from blockattn import errors, mesh as mesh_lib, options
+from blockattn.errors import UserError
 from blockattn.kernels import api
 from blockattn.models import weights as weights_lib
 from blockattn.models.spec import ParamSpec
@@ -52,11 +53,11 @@ class ModelConfig:
 
   def __post_init__(self):
     if self.family not in ('qwen3', 'llama'):
-      raise ValueError(f'model family {self.family!r}; choose qwen3 or llama')
+      raise UserError(f'model family {self.family!r}; choose qwen3 or llama')
     if self.heads % self.kv_heads:
-      raise ValueError(f'{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly')
+      raise UserError(f'{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly')
     if self.head_dim % 2:
-      raise ValueError(f'head_dim {self.head_dim} is odd; rotary positions need pairs')
+      raise UserError(f'head_dim {self.head_dim} is odd; rotary positions need pairs')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Compute:
     for size in self.tiles or ():
       errors.check_number('config.compute.tiles', size, 1)
     if len(self.tiles or (0, 0)) != 2:
-      raise ValueError(f'config.compute.tiles={self.tiles}; give two numbers, of a query tile and of a key tile: 128,128')
+      raise UserError(f'config.compute.tiles={self.tiles}; give two numbers, of a query tile and of a key tile: 128,128')
 
   @property
   def row_parts(self) -> int:

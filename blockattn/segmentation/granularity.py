@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import regex
 
+from blockattn.errors import UserError
+
 # What a cut costs, in nats, at a place that is no candidate: they are used only where the bounds leave no other way.
 SPACE_COST = 1e4    # behind white space
 INSIDE_COST = 1e6   # between any two characters
@@ -75,22 +77,22 @@ class Granularity:
 
   def __post_init__(self):
     if self.threshold is not None and not 0 <= self.threshold <= 1:
-      raise ValueError(f'threshold={self.threshold}: a probability from 0 to 1 is needed')
+      raise UserError(f'threshold={self.threshold}: a probability from 0 to 1 is needed')
     if self.depth < 0:
-      raise ValueError(f'depth={self.depth}: use 0 or more')
+      raise UserError(f'depth={self.depth}: use 0 or more')
     if self.depth and self.target is not None:
-      raise ValueError(f'depth={self.depth} and target={self.target}: choose one of the two')
+      raise UserError(f'depth={self.depth} and target={self.target}: choose one of the two')
     for name in ('target', 'minimum', 'maximum'):
       value = getattr(self, name)
       if value is not None and value < 1:
-        raise ValueError(f'{name}={value}: a length of at least 1 is needed')
+        raise UserError(f'{name}={value}: a length of at least 1 is needed')
     if not (math.isfinite(self.weight) and self.weight >= 0):
-      raise ValueError(f'weight={self.weight}: a finite number of at least 0 is needed')
+      raise UserError(f'weight={self.weight}: a finite number of at least 0 is needed')
     named = [(name, getattr(self, name)) for name in ('minimum', 'target', 'maximum')]
     named = [(name, value) for name, value in named if value is not None]
     if [value for _, value in named] != sorted(value for _, value in named):
-      raise ValueError(', '.join(f'{name}={value}' for name, value in named)
-                       + ': needed are minimum <= target <= maximum')
+      raise UserError(', '.join(f'{name}={value}' for name, value in named)
+                      + ': needed are minimum <= target <= maximum')
 
   @property
   def log_odds(self) -> float:
@@ -287,8 +289,8 @@ def _torn(text, cuts, maximum, token_ends) -> np.ndarray:
     first, stop = np.searchsorted(offsets, [a, b], side='left')
     first += first < len(offsets) and offsets[first] == a
     if first == stop:
-      raise ValueError(f'blocks of at most {maximum} tokens cannot hold {text[a:b]!r}, which has {count}: ask for a maximum '
-                       f'of at least {count}')
+      raise UserError(f'blocks of at most {maximum} tokens cannot hold {text[a:b]!r}, which has {count}: ask for a maximum '
+                      f'of at least {count}')
     middle = (a + b) / 2
     near = np.flatnonzero((np.abs(offsets[first:stop] - middle) <= (b - a) / 6) & (gains[first:stop] >= -SPACE_COST))
     among = near if len(near) else np.arange(stop - first)
@@ -300,16 +302,16 @@ def _torn(text, cuts, maximum, token_ends) -> np.ndarray:
 def _check(text, candidates, log_odds, lengths):
   m = len(candidates)
   if candidates.shape != (m,) or log_odds.shape != (m,) or lengths.shape != (m + 1,):
-    raise ValueError(f'candidates {candidates.shape}, log_odds {log_odds.shape}, lengths {lengths.shape}: expected '
-                     '[m], [m] and [m + 1]')
+    raise UserError(f'candidates {candidates.shape}, log_odds {log_odds.shape}, lengths {lengths.shape}: expected '
+                    '[m], [m] and [m + 1]')
   steps = np.diff(candidates, prepend=0, append=len(text))
   if m and steps.min() < 1:
-    raise ValueError(f'candidates must be strictly increasing and inside the text of {len(text)} characters; '
-                     f'see number {int(np.argmin(steps))}')
+    raise UserError(f'candidates must be strictly increasing and inside the text of {len(text)} characters; '
+                    f'see number {int(np.argmin(steps))}')
   if np.isnan(log_odds).any():
-    raise ValueError(f'log_odds: number {int(np.argmax(np.isnan(log_odds)))} is not a number')
+    raise UserError(f'log_odds: number {int(np.argmax(np.isnan(log_odds)))} is not a number')
   if np.diff(lengths, prepend=0).min() < 0:
-    raise ValueError('lengths must not decrease: they count the text up to each candidate, then all of it')
+    raise UserError('lengths must not decrease: they count the text up to each candidate, then all of it')
 
 
 def to_blocks(cuts: Sequence[int], length: int) -> list[tuple[int, int]]:
@@ -550,7 +552,7 @@ def _inner_places(text, forced, gaps, token_ends) -> Places:
   start, _, low, high = gaps[gap].T
   if token_ends is None:
     if (gaps[:, 1] - gaps[:, 0] != gaps[:, 3] - gaps[:, 2]).any():
-      raise ValueError('lengths are not characters; bounds then need token_ends, to count inside a wide gap')
+      raise UserError('lengths are not characters; bounds then need token_ends, to count inside a wide gap')
     return Places(offsets, low + offsets - start, gains)
   ends, first = _ends_in_text(text, gaps, token_ends)
   done = np.searchsorted(ends, offsets, side='right')

@@ -28,6 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from blockattn import errors, options as options_lib
+from blockattn.errors import UserError
 
 STYLES = ('text', 'token', 'none', 'pooled')
 CUT_TOKEN = '<|cut|>'
@@ -91,16 +92,16 @@ class ReadOptions:
     for name, least in (('head', 1), ('tail', 1), ('inner', 0), ('middle', 0), ('ahead', 1)):
       errors.check_number(f'config.segment.read.{name}', getattr(self, name), least)
     if self.middle and self.style != 'pooled':
-      raise ValueError(f'middle={self.middle} with marker style {self.style!r}; only pooled units have a middle')
+      raise UserError(f'middle={self.middle} with marker style {self.style!r}; only pooled units have a middle')
     if self.ahead > 1 and self.style != 'pooled':
-      raise ValueError(f'ahead={self.ahead} with marker style {self.style!r}; a decision is read at the next marker '
-                       '(ahead=1), or, in the pooled style, some units later')
+      raise UserError(f'ahead={self.ahead} with marker style {self.style!r}; a decision is read at the next marker '
+                      '(ahead=1), or, in the pooled style, some units later')
     if self.cohesion and self.style != 'pooled':
-      raise ValueError(f'cohesion with marker style {self.style!r}; only pooled units are read with it')
+      raise UserError(f'cohesion with marker style {self.style!r}; only pooled units are read with it')
     try:
       re.compile(self.separators)
     except re.error as error:
-      raise ValueError(f'separators={self.separators!r} is no regular expression: {error}') from error
+      raise UserError(f'separators={self.separators!r} is no regular expression: {error}') from error
 
   @property
   def longest(self) -> int:
@@ -177,7 +178,7 @@ class Reader:
     self._gaps = [tokenizer.token_to_id(token) for token in GAP_TOKENS]
     self._cut = tokenizer.token_to_id(CUT_TOKEN)
     if options.style == 'token' and self._cut is None:
-      raise ValueError(f'the tokenizer has no token {CUT_TOKEN}: add it, or use the marker style text or none')
+      raise UserError(f'the tokenizer has no token {CUT_TOKEN}: add it, or use the marker style text or none')
     self._marker_ends = np.zeros(1, np.int64)   # tokens of the first n markers
 
   def fingerprint(self) -> str:
@@ -230,8 +231,8 @@ class Reader:
     cost = np.cumsum(sizes) + self._marker_ends[2:len(sizes) + 2] + self.options.ahead - 1
     count = int(np.searchsorted(cost, room, side='right'))
     if count == 0:
-      raise ValueError(f'a window of {room} tokens is too short for a unit of {units.sizes[first]}: make windows longer, '
-                       'or units shorter')
+      raise UserError(f'a window of {room} tokens is too short for a unit of {units.sizes[first]}: make windows longer, '
+                      'or units shorter')
     return first + count
 
   def read(self, units: Units, first: int, stop: int, ended: bool = True) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from blockattn.errors import UserError
+
 MEASURES = ('precision', 'recall', 'f1', 'near_precision', 'near_recall', 'near_f1', 'pk', 'window_diff', 'similarity')
 
 
@@ -91,8 +93,8 @@ def measure(gold: Sequence[int], predicted: Sequence[int], candidates: np.ndarra
 def _offsets(name: str, cuts: Sequence[int]) -> np.ndarray:
   cuts = np.asarray(cuts, np.int64)
   if (np.diff(cuts) <= 0).any():
-    raise ValueError(f'{name} cuts do not increase strictly: {cuts[:-1][np.diff(cuts) <= 0][:3]} is followed by '
-                     'the same or a smaller offset; sort them and drop doubles')
+    raise UserError(f'{name} cuts do not increase strictly: {cuts[:-1][np.diff(cuts) <= 0][:3]} is followed by '
+                    'the same or a smaller offset; sort them and drop doubles')
   return cuts
 
 
@@ -176,7 +178,7 @@ def summary(documents: Iterable[Measured]) -> dict[str, float]:
   """
   documents = list(documents)
   if not documents:
-    raise ValueError('a category without documents has no measures; leave it out')
+    raise UserError('a category without documents has no measures; leave it out')
   exact, near = sum((d.exact for d in documents), Pairs()), sum((d.near for d in documents), Pairs())
   means = {name: _mean([getattr(d, name) for d in documents]) for name in ('pk', 'window_diff', 'similarity')}
   return {'documents': len(documents), 'gold': exact.gold, 'predicted': exact.predicted,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from blockattn import blocks
+from blockattn.errors import UserError
 from blockattn.models import spec as spec_lib, transformer
 from blockattn.models.transformer import Compute, ModelConfig
 
@@ -34,7 +35,7 @@ def spec(cfg: ModelConfig):
     ValueError: the architecture is not a segmenter's.
   """
   if cfg.labels != LABELS:
-    raise ValueError(f'a model with {cfg.labels} classes is no segmenter, which has {LABELS}: cut and no cut')
+    raise UserError(f'a model with {cfg.labels} classes is no segmenter, which has {LABELS}: cut and no cut')
   return transformer.spec(cfg)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import markdown_it
 import numpy as np
 
+from blockattn.errors import UserError
 from blockattn.segmentation.semanticseg import structure_cuts
 
 # Characters of a section, and of one that is joined to the next: what builders of documents from structure go by, too.
@@ -157,7 +158,7 @@ class Shift:
   def __post_init__(self):
     for name, shape in _SHAPES.items():
       if np.shape(getattr(self, name)) != shape:
-        raise ValueError(f'outline: {name} must be numbers of shape {shape}, not {np.shape(getattr(self, name))}')
+        raise UserError(f'outline: {name} must be numbers of shape {shape}, not {np.shape(getattr(self, name))}')
 
   def apply(self, text: str, places: np.ndarray, log_odds: np.ndarray) -> np.ndarray:
     """The log-odds of places in a text, float32 [n], with those of headings raised."""
@@ -184,7 +185,7 @@ def fit(found: Sequence[Levels], log_odds: Sequence[np.ndarray], cut: Sequence[n
   """
   rows = np.concatenate([_indices(f) for f in found])
   if not len(rows):
-    raise ValueError('no headings in these texts')
+    raise UserError('no headings in these texts')
   start = np.concatenate([odds[f.place] for f, odds in zip(found, log_odds, strict=True)]).astype(np.float64)
   label = np.concatenate([c[f.place] for f, c in zip(found, cut, strict=True)]).astype(np.float64)
   used, columns = np.unique(rows, return_inverse=True)   # a number that no heading asks for stays 0

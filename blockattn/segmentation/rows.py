@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from blockattn import blocks as blocks_lib, errors, options as options_lib
+from blockattn.errors import UserError
 from blockattn.segmentation import markers, variation
 from blockattn.segmentation.model import IGNORED
 from blockattn.segmentation.semanticseg import hints
@@ -186,12 +187,12 @@ class DrawnRows:
     for number, document in enumerate(self._documents):
       self._by_category[document.category].append(number)
     if not self._documents:
-      raise ValueError('no documents to train on')
+      raise UserError('no documents to train on')
     self._least = 3 * reader.options.longest + reader.options.ahead   # positions that a text is begun in
     if options.length <= self._least:
-      raise ValueError(f'config.data.length={options.length} is too short: three units of up to config.segment.read.head + '
-                       f'tail = {reader.options.longest - 1} tokens have to fit; give more than {self._least}, or a smaller '
-                       'config.segment.read.head and tail')
+      raise UserError(f'config.data.length={options.length} is too short: three units of up to config.segment.read.head + '
+                      f'tail = {reader.options.longest - 1} tokens have to fit; give more than {self._least}, or a smaller '
+                      'config.segment.read.head and tail')
     self.length, self._reader, self._options, self._seed, self._rows = options.length, reader, options, seed, rows
     self._coded = {}
     self.categories = sorted(self._by_category)

@@ -19,6 +19,7 @@ import numpy as np
 
 from blockattn import blocks, disk, mesh as mesh_lib
 from blockattn.data import encode, packing
+from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import transformer
 from blockattn.models.transformer import Compute
@@ -77,12 +78,12 @@ class Options:
 
   def __post_init__(self):
     if not 0 <= self.overlap <= 0.75:
-      raise ValueError(f'overlap={self.overlap}; give a share of the window from 0 to 0.75')
+      raise UserError(f'overlap={self.overlap}; give a share of the window from 0 to 0.75')
     if math.isnan(self.threshold):
-      raise ValueError('threshold=nan; give log-odds')
+      raise UserError('threshold=nan; give log-odds')
     if self.length < 2 * self.read.longest + 4 * self.read.ahead:
-      raise ValueError(f'length={self.length}: a window must have room for two units of {self.read.longest} tokens; make '
-                       'windows longer, or units shorter (head, tail)')
+      raise UserError(f'length={self.length}: a window must have room for two units of {self.read.longest} tokens; make '
+                      'windows longer, or units shorter (head, tail)')
 
 
 def options_of(folder: pathlib.Path, **overrides) -> Options:
@@ -104,7 +105,7 @@ def options_of(folder: pathlib.Path, **overrides) -> Options:
       own = {'outline': outline_lib.Shift(**said['outline'])} | own
     return Options(markers.ReadOptions(style=said['markers'], **read), **own)
   except (TypeError, ValueError) as error:
-    raise ValueError(f'{place}: {error}') from error
+    raise UserError(f'{place}: {error}') from error
 
 
 class Segmenter:
@@ -123,8 +124,8 @@ class Segmenter:
                dtype: str = 'float32', batch_tokens: int = 8192):
     segmenter.spec(cfg)   # raises unless it is one
     if cfg.unit_tokens != options.read.unit_tokens:
-      raise ValueError(f'the model reads {cfg.unit_tokens} tokens at a position, the options {options.read.unit_tokens}: '
-                       f'{files.META} (markers, head, tail) and config.json (unit_tokens) do not belong together')
+      raise UserError(f'the model reads {cfg.unit_tokens} tokens at a position, the options {options.read.unit_tokens}: '
+                      f'{files.META} (markers, head, tail) and config.json (unit_tokens) do not belong together')
     encode.check_tokenizer(tokenizer, cfg.vocab, 'segmenter')
     self.cfg, self.options = cfg, options
     self.reader = markers.Reader(tokenizer, options.read)
@@ -155,8 +156,8 @@ class Segmenter:
       raise FileNotFoundError(f'{folder} holds no tokenizer.json')
     cfg = hf_config.read(folder)
     if cfg.labels != segmenter.LABELS:
-      raise ValueError(f'{folder}/config.json is of {hf_config.architecture(cfg)}; a segmenter is a token-classification '
-                       'model with two classes')
+      raise UserError(f'{folder}/config.json is of {hf_config.architecture(cfg)}; a segmenter is a token-classification '
+                      'model with two classes')
     options = options_of(folder, **overrides)
     place = place or mesh_lib.Placement(mesh_lib.make_mesh({'data': -1}))
     cfg, params = convert.load(folder, dtype, mesh=place.mesh, rules=place.rules)

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from blockattn.errors import UserError
 from blockattn.segmentation import markers, outline
 
 Cutter = Callable[[str], list[int]]
@@ -129,7 +130,7 @@ def starts(pieces: Sequence[str], text: str) -> list[int]:
   for piece in pieces:
     start = text.find(piece, end)
     if start < 0 or text[end:start].strip():
-      raise ValueError(f'the piece {piece[:40]!r} does not follow character {end}: the splitter changed the text')
+      raise UserError(f'the piece {piece[:40]!r} does not follow character {end}: the splitter changed the text')
     found.append(start)
     end = start + len(piece)
   return found

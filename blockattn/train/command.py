@@ -19,6 +19,7 @@ import jax
 from flax import traverse_util
 
 from blockattn import checkpoint, disk, errors, multihost, options as options_lib, tree
+from blockattn.errors import UserError
 from blockattn.kernels import api
 from blockattn.train import job, workdir as workdir_lib
 
@@ -48,7 +49,7 @@ def main(options_type: type, run):
     config, rest = read_config(argv)
     args = _parser().parse_args(rest)
     if not args.workdir:
-      raise ValueError('--workdir is empty: name the folder of the run, for its checkpoints, metrics and config')
+      raise UserError('--workdir is empty: name the folder of the run, for its checkpoints, metrics and config')
     if args.profile is not None:
       config.profile = args.profile
 
@@ -148,7 +149,7 @@ def read_config(argv: Sequence[str]) -> tuple[Any, list[str]]:
   disk.check_local(argv)
   path, files, argv = take_files(argv)
   if path is None:
-    raise ValueError('--config is missing: give --config FILE[:ARG], such as configs/tiny.py')
+    raise UserError('--config is missing: give --config FILE[:ARG], such as configs/tiny.py')
   overrides, rest = _take_overrides(argv, _load([f'--config={path}']))
   config = _load([f'--config={path}', *overrides])
   said = [match[2] for match in map(_OVERRIDE.match, overrides)]
@@ -171,7 +172,7 @@ def take_files(argv: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
       continue
     value = next(given, None) if match[2] is None else match[2]
     if not value:
-      raise ValueError(f'{arg}: a file is missing behind it')
+      raise UserError(f'{arg}: a file is missing behind it')
     path, files = (value, files) if match[1] == 'config' else (path, [*files, value])
   return path, files, rest
 
@@ -192,7 +193,7 @@ def _take_overrides(argv, config) -> tuple[list[str], list[str]]:
     elif text is None:
       text = next(given, None)
     if text is None:
-      raise ValueError(f'{arg} lacks its value: {arg}=...')
+      raise UserError(f'{arg} lacks its value: {arg}=...')
     if kind is tuple:
       lists[key] = lists.get(key, ()) + read_list(text, texts=key.endswith('files'))
     else:
@@ -237,11 +238,11 @@ def _load(args):
   except flags.Error as error:   # also of a get_config that raised, with its traceback as text
     text = str(error).strip()
     if 'Traceback' not in text:
-      raise ValueError(f'--{" ".join(text.removeprefix("flag ").removeprefix("--").split())}') from None
+      raise UserError(f'--{" ".join(text.removeprefix("flag ").removeprefix("--").split())}') from None
     kind, _, said = text.splitlines()[-1].partition(': ')
-    if kind != 'ValueError':
+    if kind.rpartition('.')[2] not in ('ValueError', 'UserError'):
       raise   # no text for the user: all of it is needed
-    raise ValueError(said) from None
+    raise UserError(said) from None
   if not isinstance(flag.value, ConfigDict):
     raise FileNotFoundError(f'{values["config"].config_filename}: no such config file')
   return flag.value
@@ -254,7 +255,7 @@ def _check_key(name, config: dict, said: str):
     return
   same = [key for key in known if key.rsplit('.')[-1] == name.rsplit('.')[-1]]   # the right key of the wrong section
   hint = f'did you mean {same[0]!r}?' if len(same) == 1 else tree.did_you_mean(name, known)
-  raise ValueError(f'{said}: no such key; {hint}')
+  raise UserError(f'{said}: no such key; {hint}')
 
 
 def read_overrides(path: str, config) -> dict[str, Any]:
@@ -272,9 +273,9 @@ def read_overrides(path: str, config) -> dict[str, Any]:
     text = file.read_text(encoding='utf-8')
     values = json.loads(text) if text.lstrip().startswith('{') else yaml.safe_load(text)
   except (ValueError, RecursionError, yaml.YAMLError) as error:
-    raise ValueError(f'{path}: neither YAML nor JSON: {" ".join(str(error).split())}') from error
+    raise UserError(f'{path}: neither YAML nor JSON: {" ".join(str(error).split())}') from error
   if not isinstance(values, dict):
-    raise ValueError(f'{path}: give keys and values, as in `optim: {{lr: 0.001}}` or `optim.lr: 0.001`')
+    raise UserError(f'{path}: give keys and values, as in `optim: {{lr: 0.001}}` or `optim.lr: 0.001`')
   now = traverse_util.flatten_dict(known, keep_empty_nodes=True, sep='.')
   values = {key: _tuples(value) for key, value in options_lib.flat(values).items()}
   for key, value in values.items():
@@ -296,7 +297,7 @@ def _like(kind, value, said):
     with contextlib.suppress(TypeError, ValueError):   # YAML reads 1e-4 as a text
       return float(value)
   if type(value) is not kind:
-    raise ValueError(f'{said}={value!r}; this key takes {kind.__name__}')
+    raise UserError(f'{said}={value!r}; this key takes {kind.__name__}')
   return value
 
 

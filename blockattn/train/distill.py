@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from blockattn import blocks, errors, losses, mesh as mesh_lib, optim, options as options_lib
 from blockattn.data import teacher_logits
+from blockattn.errors import UserError
 from blockattn.hf import convert
 from blockattn.models import flops, lora, spec, transformer, weights
 from blockattn.train import command, job, loop, sources, workdir as workdir_lib
@@ -92,7 +93,7 @@ class Options(job.PromptOptions):
   def __post_init__(self):
     super().__post_init__()
     if not self.model.source:
-      raise ValueError('config.model.source is empty: distillation needs a trained teacher, a Hugging Face folder or name')
+      raise UserError('config.model.source is empty: distillation needs a trained teacher, a Hugging Face folder or name')
 
 
 def read(config) -> Options:
@@ -244,8 +245,8 @@ def teacher_placement(options: Options, placement: mesh_lib.Placement) -> mesh_l
   other = mesh_lib.Placement(placement.mesh, tuple(rules.items()))
   for axis in ('batch', 'tokens'):
     if other.mesh_axes(axis) != placement.mesh_axes(axis):
-      raise ValueError(f'config.teacher.rules places {axis!r} on {other.mesh_axes(axis)}, config.rules on '
-                       f'{placement.mesh_axes(axis)}: teacher and student read the same batch, so both must be the same')
+      raise UserError(f'config.teacher.rules places {axis!r} on {other.mesh_axes(axis)}, config.rules on '
+                      f'{placement.mesh_axes(axis)}: teacher and student read the same batch, so both must be the same')
   return other
 
 
@@ -328,8 +329,8 @@ def check_teacher_logits(folder, found: dict, wanted: dict):
   """Raises ValueError, naming the first fact in which a folder of stored logits is not what is wanted."""
   for name, value in wanted.items():
     if found[name] != value:
-      raise ValueError(f'{folder} was written for {name}={found[name]!r}, this config says {value!r}; use another folder, '
-                       'or the config that it was written for')
+      raise UserError(f'{folder} was written for {name}={found[name]!r}, this config says {value!r}; use another folder, '
+                      'or the config that it was written for')
 
 
 def check_teacher_weights(folder, options: Options, facts: dict):

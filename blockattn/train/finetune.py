@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from blockattn import blocks, errors, losses, optim, options as options_lib
+from blockattn.errors import UserError
 from blockattn.models import flops, lora, transformer
 from blockattn.train import command, job, loop, sources, workdir as workdir_lib
 
@@ -38,7 +39,7 @@ class FinetuneOptions:
     for name in ('text_weight', 'prompt_weight', 'answer_weight'):
       errors.check_number(f'config.finetune.{name}', getattr(self, name), 0)
     if self.text_weight + self.prompt_weight + self.answer_weight <= 0:
-      raise ValueError('all token weights of finetune are 0: there is nothing to learn')
+      raise UserError('all token weights of finetune are 0: there is nothing to learn')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

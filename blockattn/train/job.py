@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from blockattn import blocks, errors, mesh as mesh_lib, optim, options as options_lib, trace, tree
 from blockattn.data import encode, packing
+from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.kernels import api, tiles
 from blockattn.models import flops, lora, sizes, spec as spec_lib, transformer
@@ -156,7 +157,7 @@ class Options:
     errors.check_choice('config.compute.impl', self.compute.impl, ('auto', *api.IMPLS))
     trace.parse_steps(self.profile, self.steps)
     if self.wandb and importlib.util.find_spec('wandb') is None:
-      raise ValueError(f'config.wandb={self.wandb!r} needs Weights & Biases: pip install "blockattn[log]"')
+      raise UserError(f'config.wandb={self.wandb!r} needs Weights & Biases: pip install "blockattn[log]"')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ class PromptOptions(Options):
     super().__post_init__()
     errors.check_number('config.chunk', self.chunk, 1)
     if self.lora.rank and not self.model.source:
-      raise ValueError(f'config.lora.rank={self.lora.rank} trains a difference to a model: config.model.source names none')
+      raise UserError(f'config.lora.rank={self.lora.rank} trains a difference to a model: config.model.source names none')
 
 
 # The section by which a config is told, and the module of blockattn.train that reads it.
@@ -192,8 +193,8 @@ def trainer_of(config) -> str:
   """
   found = [name for name in TRAINERS if name in config]
   if len(found) != 1:
-    raise ValueError(f'the config has keys of {", ".join(found) or "no trainer"}; a config is for one of '
-                     f'{", ".join(TRAINERS)}: make it with configs.common.base')
+    raise UserError(f'the config has keys of {", ".join(found) or "no trainer"}; a config is for one of '
+                    f'{", ".join(TRAINERS)}: make it with configs.common.base')
   return found[0]
 
 
@@ -205,7 +206,7 @@ def read(cls: type, config) -> Any:
   """
   for name in TRAINERS:
     if name in options_lib.keys(cls) and name not in config:
-      raise ValueError(f'the config has no keys config.{name}; it is for blockattn.train.{trainer_of(config)}')
+      raise UserError(f'the config has no keys config.{name}; it is for blockattn.train.{trainer_of(config)}')
   shared = {name: config[name] for name in ('steps', 'accumulate', 'seed', 'chunk') if name in config}
   return options_lib.read(cls, config, length=config['data']['length'], **shared)
 
@@ -315,11 +316,11 @@ def architecture(model: ModelOptions) -> transformer.ModelConfig:
   known = {field.name: field for field in dataclasses.fields(transformer.ModelConfig)}
   for name in model.fields:
     if name not in known:
-      raise ValueError(f'config.model.fields.{name}: no such field; {tree.did_you_mean(name, known)}')
+      raise UserError(f'config.model.fields.{name}: no such field; {tree.did_you_mean(name, known)}')
   missing = [name for name, field in known.items() if field.default is dataclasses.MISSING and name not in model.fields]
   if missing and not model.size:
-    raise ValueError(f'config.model.fields lacks {", ".join(missing)}; give them, or a config.model.size to start from, '
-                     'or a config.model.source')
+    raise UserError(f'config.model.fields lacks {", ".join(missing)}; give them, or a config.model.size to start from, '
+                    'or a config.model.source')
   return sizes.get(model.size, **model.fields) if model.size else transformer.ModelConfig(**model.fields)
 
 
@@ -339,8 +340,8 @@ def architecture_here(model: ModelOptions) -> transformer.ModelConfig:
     return hf_config.read(folder)
   if model.size or model.fields:
     return architecture(model)
-  raise ValueError(f'config.model.source={model.source!r} is no folder here, and nothing is downloaded: set '
-                   'config.model.size to the name of its architecture in blockattn/models/sizes.py')
+  raise UserError(f'config.model.source={model.source!r} is no folder here, and nothing is downloaded: set '
+                  'config.model.size to the name of its architecture in blockattn/models/sizes.py')
 
 
 def block_options(options: PromptOptions, cfg, sink: int) -> tuple[transformer.ModelConfig, blocks.BlockOptions]:
@@ -412,17 +413,17 @@ def check_batch(options: Options, placement, platform: str, padded: int | None =
   for what, length in (('config.data.length', options.data.length),
                        ('config.data.length + config.blocks.sinks * config.data.max_blocks', padded)):
     if ways > 1 and length is not None and length % step:
-      raise ValueError(f'{what} = {length} must be a multiple of {step}: {ways} devices (config.mesh) share a row, each '
-                       f'whole tiles of at least {step // ways} tokens')
+      raise UserError(f'{what} = {length} must be a multiple of {step}: {ways} devices (config.mesh) share a row, each '
+                      f'whole tiles of at least {step // ways} tokens')
   check_batch_divides(options, placement)
 
 
 def check_batch_divides(options: Options, placement):
   """The last of `check_batch`."""
   if next_batch(options, placement) != options.batch:
-    raise ValueError(f'config.batch={options.batch} must be a multiple of {_rows_at_a_time(options, placement)}: '
-                     f'{placement.size("batch")} devices share the rows, in config.accumulate={options.accumulate} slices; '
-                     'change one of them, or put devices on the tensor or the context axis (config.mesh)')
+    raise UserError(f'config.batch={options.batch} must be a multiple of {_rows_at_a_time(options, placement)}: '
+                    f'{placement.size("batch")} devices share the rows, in config.accumulate={options.accumulate} slices; '
+                    'change one of them, or put devices on the tensor or the context axis (config.mesh)')
 
 
 def next_batch(options: Options, placement) -> int:
@@ -468,8 +469,8 @@ def sink_of(b: BlockModeOptions, tokenizer) -> int:
         print(f'config.blocks.sink_text: {candidate!r}, which is one token of this tokenizer')
       return ids[0]
   if b.sinks:
-    raise ValueError(f'config.blocks.sink_text={b.sink_text!r} is {len(ids)} tokens of this tokenizer; a sink is one token: '
-                     'leave it empty to have one chosen')
+    raise UserError(f'config.blocks.sink_text={b.sink_text!r} is {len(ids)} tokens of this tokenizer; a sink is one token: '
+                    'leave it empty to have one chosen')
   return 0
 
 
@@ -484,9 +485,9 @@ def load_model(options: Options, placement, dtype: str | None = None):
   """
   model, cfg = options.model, model_config(options.model)
   if options.data.length > cfg.max_positions and not cfg.unit_tokens:   # of a unit a position is no token
-    raise ValueError(f'config.data.length={options.data.length}: documents may be as long, and the model has '
-                     f'{cfg.max_positions} positions (max_position_embeddings of its config.json); give a smaller length, '
-                     'or a model with more')
+    raise UserError(f'config.data.length={options.data.length}: documents may be as long, and the model has '
+                    f'{cfg.max_positions} positions (max_position_embeddings of its config.json); give a smaller length, '
+                    'or a model with more')
   if model.source:
     return convert.load(model.source, dtype or model.dtype, mesh=placement.mesh, rules=placement.rules)
   return cfg, init_params(transformer.spec(cfg), placement, options.seed, dtype or model.dtype)

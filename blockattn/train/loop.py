@@ -17,6 +17,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from blockattn import checkpoint, errors, metrics, multihost, trace
+from blockattn.errors import UserError
 from blockattn.hf import convert
 from blockattn.models import flops as flops_lib
 
@@ -31,7 +32,7 @@ class TrainState:
   opt_state: Any
 
 
-class NotFinite(FloatingPointError):
+class NotFinite(errors.UserError, FloatingPointError):
   """The loss or the gradient of a step is NaN or infinite."""
 
 
@@ -135,7 +136,7 @@ def accumulate(sums_and_grads, params, batch, parts: int):
     return sums_and_grads(params, batch, 0)
   rows = jax.tree.leaves(batch)[0].shape[0]
   if rows % parts:
-    raise ValueError(f'a batch of {rows} rows cannot be cut into accumulate={parts} equal parts')
+    raise UserError(f'a batch of {rows} rows cannot be cut into accumulate={parts} equal parts')
   # Interleaved slices: every device keeps its own rows in every slice.
   slices = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0), batch)
   shapes = jax.eval_shape(sums_and_grads, params, jax.tree.map(lambda x: x[0], slices), 0)

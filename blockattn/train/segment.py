@@ -18,6 +18,7 @@ import numpy as np
 
 from blockattn import disk, errors, optim
 from blockattn.data import encode
+from blockattn.errors import UserError
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
 from blockattn.models import flops, spec
 from blockattn.segmentation import markers, model as segmenter, rows as segment_pipeline
@@ -201,8 +202,8 @@ def load_model(options: Options, placement):
   if reading.cohesion and cfg.unit_tokens == reading.own_tokens:
     cfg, params = _with_cohesion(cfg, params, P)
   if cfg.unit_tokens != P:
-    raise ValueError(f'{options.model.source} reads {cfg.unit_tokens} tokens at a position, config.segment.read (style, '
-                     f'head, tail) says {P}; make them agree')
+    raise UserError(f'{options.model.source} reads {cfg.unit_tokens} tokens at a position, config.segment.read (style, '
+                    f'head, tail) says {P}; make them agree')
   if cfg.labels == segmenter.LABELS:
     return cfg, params
   cfg = segmenter.architecture(cfg)
@@ -262,7 +263,7 @@ def run(options: Options, workdir):
 
 def read_documents(options: Options) -> list[schema.Document]:
   if not options.data.files:
-    raise ValueError('config.data.files is empty: give SemanticSeg files, e.g. --config.data.files="DATA/train_*.jsonl.gz"')
+    raise UserError('config.data.files is empty: give SemanticSeg files, e.g. --config.data.files="DATA/train_*.jsonl.gz"')
   return list(schema.read(list(options.data.files), strict=options.data.strict))
 
 

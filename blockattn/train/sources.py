@@ -7,6 +7,7 @@ import numpy as np
 
 from blockattn import errors, mesh as mesh_lib
 from blockattn.data import encode, pipeline, stdlib, text as text_lib
+from blockattn.errors import UserError
 from blockattn.segmentation import cutter as segment_cutter, granularity
 
 KINDS = ('files', 'pages')
@@ -85,8 +86,8 @@ class PromptData(DataOptions):
     errors.check_number('config.data.max_blocks', self.max_blocks, 1, 2 ** 24)
     errors.check_number('config.data.block_tokens', self.block_tokens, 0)
     if self.segmenter and self.block_tokens:
-      raise ValueError(f'config.data.block_tokens={self.block_tokens} and config.data.segmenter={self.segmenter!r} both '
-                       'say where blocks end; leave one of them out')
+      raise UserError(f'config.data.block_tokens={self.block_tokens} and config.data.segmenter={self.segmenter!r} both '
+                      'say where blocks end; leave one of them out')
     if self.segmenter:
       fineness(self.segment)   # which refuses bounds that contradict each other
 
@@ -117,7 +118,7 @@ def load_rows(data: PromptData, tokenizer):
   if data.kind == 'pages':
     return page_rows(data, tokenizer, split='train')
   if not data.files:
-    raise ValueError('config.data.files is empty: give JSON lines files, e.g. --config.data.files=train.jsonl,more/')
+    raise UserError('config.data.files is empty: give JSON lines files, e.g. --config.data.files=train.jsonl,more/')
   source = pipeline.FileRows(list(data.files), tokenizer, file_options(data, tokenizer), data.cache, strict=data.strict,
                              cutter=load_cutter(data, tokenizer))
   if jax.process_index() == 0 and source.report.docs < source.report.lines:
@@ -167,6 +168,6 @@ def own_rows(placement: mesh_lib.Placement, batch: int) -> list[int]:
     held.setdefault(device.process_index, set()).update(range(batch)[part])
   distinct = {frozenset(rows) for rows in held.values()}
   if sum(map(len, distinct)) > batch:
-    raise ValueError('config.mesh lets some processes share a part of their rows only: the devices of a process, '
-                     f'{jax.local_device_count()} here, must divide tensor * context, or be a multiple of it')
+    raise UserError('config.mesh lets some processes share a part of their rows only: the devices of a process, '
+                    f'{jax.local_device_count()} here, must divide tensor * context, or be a multiple of it')
   return sorted(held[jax.process_index()])

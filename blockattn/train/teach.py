@@ -18,6 +18,7 @@ import numpy as np
 
 from blockattn import losses, metrics
 from blockattn.data import teacher_logits
+from blockattn.errors import UserError
 from blockattn.train import command, distill, job, sources
 
 PART_ROWS = 256
@@ -45,7 +46,7 @@ def run(options: distill.Options, workdir):
     print(f'going on: {total - missing} of {total} rows are in {folder}')
   cfg, params = job.load_language_model(options, placement)
   if options.teacher.top_k >= cfg.vocab:
-    raise ValueError(f'config.teacher.top_k={options.teacher.top_k}: the vocabulary has {cfg.vocab} tokens; keep fewer')
+    raise UserError(f'config.teacher.top_k={options.teacher.top_k}: the vocabulary has {cfg.vocab} tokens; keep fewer')
   _claim(folder, options, facts, job.source_weights(options, params))
   teacher = distill.teacher_from(params, cfg, options.teacher, teacher_placement)
   del params

@@ -8,6 +8,7 @@ import sys
 import jax
 
 from blockattn import checkpoint, disk, locks, metrics, options as options_lib
+from blockattn.errors import UserError
 from blockattn.kernels import api
 
 # Keys that do not change what is learned, but for the last bits of its sums; with a dot, all that stand below.
@@ -31,8 +32,8 @@ def only_run_in(workdir):
     try:
       stack.enter_context(locks.held(workdir / 'run.lock'))
     except locks.Held as other:
-      raise ValueError(f'{workdir}: another run is at work here ({other}). Wait for its end, end it, or use another '
-                       '--workdir') from None
+      raise UserError(f'{workdir}: another run is at work here ({other}). Wait for its end, end it, or use another '
+                      '--workdir') from None
     yield
 
 
@@ -74,8 +75,8 @@ def newest_step(workdir: pathlib.Path, config: dict) -> int | None:
   if step is None or not path.exists():
     return None
   if changed := differing_keys(disk.read_json(path), config):
-    raise ValueError(f'{workdir} holds a run with another config: {", ".join(changed)} differ. '
-                     'Use a new --workdir, or the old values')
+    raise UserError(f'{workdir} holds a run with another config: {", ".join(changed)} differ. '
+                    'Use a new --workdir, or the old values')
   return step
 
 

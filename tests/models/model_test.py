@@ -341,7 +341,7 @@ def test_no_size_is_left_out():
 
 def test_sizes_by_name():
   assert sizes.get('qwen3_4b', layers=2).layers == 2
-  with pytest.raises(KeyError, match="no model size 'qwen3_0.6b'; did you mean 'qwen3_0_6b'?"):
+  with pytest.raises(ValueError, match="no model size 'qwen3_0.6b'; did you mean 'qwen3_0_6b'?"):
     sizes.get('qwen3_0.6b')
-  with pytest.raises(KeyError, match='known: llama31_8b, llama32_1b'):
+  with pytest.raises(ValueError, match='known: llama31_8b, llama32_1b'):
     sizes.get('zebra')

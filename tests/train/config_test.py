@@ -302,3 +302,13 @@ def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):
   with pytest.raises(SystemExit, match='130'):
     command.main(distill.Options, None)
   assert capsys.readouterr().err.startswith('Ctrl-C: ended; the same command starts again')
+
+
+def test_only_what_is_raised_for_the_user_is_one_line():
+  """A ValueError or a message without a number that other code raises keeps its traceback."""
+  def failing(error):
+    raise error
+
+  for error, line in ((errors.UserError('mend it'), 'mend it'), (FileNotFoundError('name another'), 'name another'),
+                      (ValueError('of ours'), None), (OSError('of a library'), None), (KeyError('x'), None)):
+    assert errors.line_of(raised(lambda error=error: failing(error))) == line

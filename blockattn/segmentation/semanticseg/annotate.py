@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from blockattn.data import text as text_lib
+from blockattn.errors import UserError
 from blockattn.segmentation.semanticseg import completions, schema
 
 INSTRUCTIONS = '''\
@@ -54,12 +55,12 @@ class Options:
 
   def __post_init__(self):
     if self.asks < 1 or not 0 <= self.overlap < self.window:
-      raise ValueError(f'asks={self.asks}, window={self.window}, overlap={self.overlap}: at least one ask, and windows '
-                       'that are longer than what they share')
+      raise UserError(f'asks={self.asks}, window={self.window}, overlap={self.overlap}: at least one ask, and windows '
+                      'that are longer than what they share')
     try:
       self.instructions.format(example='')
     except (KeyError, IndexError, ValueError) as error:
-      raise ValueError(f'instructions: {error!r}; use {{example}}, and double any other brace') from error
+      raise UserError(f'instructions: {error!r}; use {{example}}, and double any other brace') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,7 +378,7 @@ class Output:
     """
     self.path = pathlib.Path(path)
     if self.path.suffix != '.jsonl':
-      raise ValueError(f'{path}: rows are appended to a .jsonl file; choose a name that ends so')
+      raise UserError(f'{path}: rows are appended to a .jsonl file; choose a name that ends so')
     self.path.parent.mkdir(parents=True, exist_ok=True)
     self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -402,8 +403,8 @@ class Output:
       ValueError: it holds one of that id with another text.
     """
     if document.id in self.finished and self.finished[document.id] != _digest(document.text):
-      raise ValueError(f'{self.path}: {document.id!r} has another text there; give the document another id, remove the '
-                       'line, or write to a new file')
+      raise UserError(f'{self.path}: {document.id!r} has another text there; give the document another id, remove the '
+                      'line, or write to a new file')
     return document.id in self.finished
 
   def add(self, document: schema.Document):
@@ -417,7 +418,7 @@ class Output:
     try:
       fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise ValueError(f'{self.path}: another process writes to it; wait for it, or choose another file') from error
+      raise UserError(f'{self.path}: another process writes to it; wait for it, or choose another file') from error
 
   def _repair(self):
     data = self.path.read_bytes()
@@ -430,8 +431,8 @@ class Output:
     except text_lib.Malformed:
       # Only what is the beginning of a row of ours is taken away: the file may be somebody's only copy of something else.
       if not _begins_row(data[start:]):
-        raise ValueError(f'{self.path}: its last line is none that this tool began to write; choose another '
-                         '--output') from None
+        raise UserError(f'{self.path}: its last line is none that this tool began to write; choose another '
+                        '--output') from None
       os.ftruncate(self.file, start)
     os.fsync(self.file)
 
@@ -442,8 +443,8 @@ class Output:
       try:
         document = schema.parse(line)
       except text_lib.Malformed as error:
-        raise ValueError(f'{text_lib.BadLine(str(self.path), number, error.reason, error.detail)}; correct or remove the '
-                         'line') from error
+        raise UserError(f'{text_lib.BadLine(str(self.path), number, error.reason, error.detail)}; correct or remove the '
+                        'line') from error
       finished[document.id] = _digest(document.text)
     return finished
 

@@ -31,6 +31,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from blockattn.data import text as text_lib
+from blockattn.errors import UserError
 from blockattn.segmentation.semanticseg import schema
 
 try:
@@ -124,7 +125,7 @@ class SemanticSeg(tfds.core.GeneratorBasedBuilder):
     # TFDS fails on a split without a record.
     filled = [split for split in self._summaries if next(self._read(split, Summary()), None)]
     if not filled:
-      raise ValueError(f'{config.name}: not one good document in ' + ', '.join(f.path for f in config.files))
+      raise UserError(f'{config.name}: not one good document in ' + ', '.join(f.path for f in config.files))
     return {split: self._generate_examples(split) for split in filled}
 
   def _generate_examples(self, split):
@@ -268,7 +269,7 @@ def configs(files: Sequence[schema.File], *, dropped: Iterable[tuple[str, str]] 
   """
   categories = sorted({file.category for file in files})
   if not files or ALL in categories:
-    raise ValueError(f'a category {ALL!r}: rename its files, the name is for the whole' if files else 'no files')
+    raise UserError(f'a category {ALL!r}: rename its files, the name is for the whole' if files else 'no files')
   hashes = {file: _hash_file(file.path) for file in files}
   result = []
   for name in (*categories, ALL):
@@ -385,7 +386,7 @@ def open_split(out: str | os.PathLike, name: str, split: str) -> DocumentSource:
   """
   builder = _open(out, name)
   if split.split('[')[0] not in builder.info.splits:
-    raise ValueError(f'{name}: no split {split!r}; there are {", ".join(builder.info.splits)}')
+    raise UserError(f'{name}: no split {split!r}; there are {", ".join(builder.info.splits)}')
   return DocumentSource(builder.as_data_source(split=split))
 
 

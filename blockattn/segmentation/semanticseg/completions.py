@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 
 import httpx
 
+from blockattn.errors import UserError
+
 _LARGEST = 8 << 20   # bytes of a reply; indices need a few hundred
 _LATER = frozenset({408, 409, 425, 429})    # and all from 500
 _REFUSED = frozenset({301, 302, 307, 308, 401, 403, 404})   # URL, key, permission or model: no other request does better
@@ -71,7 +73,7 @@ class Limits:
 
   def __post_init__(self):
     if self.timeout <= 0 or self.attempts < 1 or self.backoff < 0 or self.longest_wait < 0:
-      raise ValueError(f'{self}: timeout must be positive, attempts at least 1, the waits not negative')
+      raise UserError(f'{self}: timeout must be positive, attempts at least 1, the waits not negative')
 
 
 class Completions:
@@ -92,11 +94,11 @@ class Completions:
     try:
       url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
-      raise ValueError(f'base URL {shown!r}: {redacted(str(error))}') from None
+      raise UserError(f'base URL {shown!r}: {redacted(str(error))}') from None
     if url.scheme not in ('http', 'https') or not url.host:
-      raise ValueError(f'base URL {shown!r}: it must start with http:// or https:// and name a host')
+      raise UserError(f'base URL {shown!r}: it must start with http:// or https:// and name a host')
     if not key.isascii() or not key.isprintable() or ' ' in key:
-      raise ValueError('the key holds white space, or characters that are not ASCII; it must be the key alone')
+      raise UserError('the key holds white space, or characters that are not ASCII; it must be the key alone')
     self.url = base_url.rstrip('/') + '/chat/completions'
     self._secrets = [secret for secret in (key, url.password, url.userinfo.decode()) if secret]
     self.body = {'model': model, **(body or {})}

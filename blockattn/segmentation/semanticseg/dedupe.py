@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from blockattn.errors import UserError
 from blockattn.segmentation.semanticseg import schema
 
 THRESHOLD = 0.8
@@ -98,7 +99,7 @@ def find(documents: Documents, *, threshold: float = THRESHOLD) -> list[Pair]:
     ImportError: datasketch is not installed.
   """
   if not 0.5 < threshold <= 1:
-    raise ValueError(f'threshold {threshold}: give a similarity above 0.5, at most 1')
+    raise UserError(f'threshold {threshold}: give a similarity above 0.5, at most 1')
   first, same, candidates = _candidates(documents())
   places = set(itertools.chain.from_iterable(candidates))
   shingles = {place: shingles_of(words_of(document.text)) for split, document in documents()

@@ -28,6 +28,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from blockattn.errors import UserError
+
 Spans = list[tuple[int, int]]   # (start, stop) in characters, to be deleted
 
 TEXT = ('blank', 'heading', 'label', 'number', 'question')
@@ -129,7 +131,7 @@ def kinds_of(category: str) -> tuple[str, ...]:
 def without(blocks: Sequence[str], category: str, kinds: Sequence[str]) -> tuple[str, ...]:
   """The blocks after one pass that deletes the hints of the given kinds, as they are seen with all hints in place."""
   if not all(blocks):
-    raise ValueError(f'block {list(map(bool, blocks)).index(False)} of {len(blocks)} is empty; leave it out')
+    raise UserError(f'block {list(map(bool, blocks)).index(False)} of {len(blocks)} is empty; leave it out')
   if not kinds:
     return tuple(blocks)
   text = ''.join(blocks)

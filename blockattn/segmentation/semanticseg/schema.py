@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from blockattn import disk
 from blockattn.data import text as text_lib
+from blockattn.errors import UserError
 
 SPLITS = ('train', 'validation', 'test')
 KEYS = ('id', 'category', 'source', 'license', 'blocks')
@@ -73,8 +74,8 @@ def name_of(path: str | os.PathLike) -> File:
   """
   match = _NAME.fullmatch(os.path.basename(path))
   if match is None:
-    raise ValueError(f'{path}: the name must be {{split}}_{{category}}.jsonl or .jsonl.gz, the split one of '
-                     f'{", ".join(SPLITS)}, the category of a-z, 0-9 and _')
+    raise UserError(f'{path}: the name must be {{split}}_{{category}}.jsonl or .jsonl.gz, the split one of '
+                    f'{", ".join(SPLITS)}, the category of a-z, 0-9 and _')
   return File(os.fspath(path), *match.groups())
 
 
@@ -90,7 +91,7 @@ def find(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
   found = {file.category for file in files}
   missing = sorted(set(categories or ()) - found)
   if missing:
-    raise ValueError(f'no files of {", ".join(missing)} here; there are {", ".join(sorted(found))}')
+    raise UserError(f'no files of {", ".join(missing)} here; there are {", ".join(sorted(found))}')
   kept = [file for file in files if not categories or file.category in categories]
   return sorted(kept, key=lambda file: (file.category, SPLITS.index(file.split), file.path))
 
@@ -172,7 +173,7 @@ def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
   """
   path = pathlib.Path(path)
   if not path.name.endswith(text_lib.SUFFIXES):
-    raise ValueError(f'{path}: the name must end in {" or ".join(text_lib.SUFFIXES)}')
+    raise UserError(f'{path}: the name must end in {" or ".join(text_lib.SUFFIXES)}')
   path.parent.mkdir(parents=True, exist_ok=True)
   with disk.replacing(path) as raw:
     return _write_lines(raw, documents, compressed=path.name.endswith('.gz'))

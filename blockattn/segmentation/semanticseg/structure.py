@@ -7,6 +7,7 @@ the text; then sections that are too short are joined to the next, and works tha
 import pathlib
 from collections.abc import Callable, Iterator
 
+from blockattn.errors import UserError
 from blockattn.segmentation.semanticseg import schema, structure_code, structure_cuts, structure_talk, structure_text
 from blockattn.segmentation.semanticseg.structure_cuts import NoStructure, Options
 
@@ -54,7 +55,7 @@ def _works(text, suffix, options):
     return structure_talk.threads(text)
   other = {'python': structure_code.python, 'transcript': structure_talk.transcript, 'message': structure_talk.message}
   if form not in other:
-    raise ValueError(f'no builder reads {suffix or "a name without ending"}; there are {", ".join(sorted(FORMS))}')
+    raise UserError(f'no builder reads {suffix or "a name without ending"}; there are {", ".join(sorted(FORMS))}')
   return [other[form](text)]
 
 

@@ -5,6 +5,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
+from blockattn.errors import UserError
+
 LINE_END = re.compile(r'\r\n|\n|\r')
 
 
@@ -36,7 +38,7 @@ class Options:
 
   def __post_init__(self):
     if not 0 <= self.shortest <= self.longest or not 0 <= self.smallest <= self.longest or self.average < 0:
-      raise ValueError(f'{self}: shortest and smallest must lie between 0 and longest, average must not be negative')
+      raise UserError(f'{self}: shortest and smallest must lie between 0 and longest, average must not be negative')
 
 
 DEFAULT = Options()
