@@ -28,7 +28,8 @@ ROWS, BATCH, WIDTH = 44, 4, 1 << 16   # rows of the source, of a batch; paramete
 def get_config():
   config = common.section(job.Options)
   config.update_from_flattened_dict({
-      'steps': STEPS, 'batch': BATCH, 'log_every': 1, 'save_every': SAVE_EVERY, 'mesh.data': 2, 'mesh.tensor': 2, 'seed': 5})
+      'steps': STEPS, 'optim.warmup': 0, 'batch': BATCH, 'log_every': 1, 'save_every': SAVE_EVERY,
+      'mesh.data': 2, 'mesh.tensor': 2, 'seed': 5})
   return config
 
 
