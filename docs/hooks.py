@@ -1,8 +1,13 @@
 """What mkdocs calls when it builds the pages: the config reference is made of the keys and their comments."""
 
 import html
+import importlib
 
+from flax import traverse_util
 from mkdocs.structure.files import File
+
+from blockattn import options
+from blockattn.train import command
 
 TRAINERS = {'distill': 'Block distillation', 'finetune': 'Fine-tuning', 'segment': 'The segmenter'}
 _HEAD = """# Config reference
@@ -30,15 +35,9 @@ def reference() -> str:
 
 def trainer_keys(trainer: str) -> dict[str, tuple[str, str]]:
   """{dotted key: (default, meaning)} of a trainer's config, in order."""
-  from flax import traverse_util
-
-  from blockattn.train import command
-  values = traverse_util.flatten_dict(command._defaults(trainer).to_dict(), keep_empty_nodes=True, sep='.')
-  said = command.comments(command._COMMON)
-  known = [key for key in values if key in said or key.rpartition('.')[0] in said]
-  order = list(said)
-  known.sort(key=lambda key: order.index(key if key in said else key.rpartition('.')[0]))
-  return {key: (command._shown(values[key]), said.get(key, '')) for key in known}
+  kind = importlib.import_module(f'blockattn.train.{trainer}').Options
+  values = traverse_util.flatten_dict(options.defaults(kind), keep_empty_nodes=True, sep='.')
+  return {key: (command.shown(values[key]), said) for key, said in options.all_docs(kind).items() if key in values}
 
 
 def _tables(keys) -> str:

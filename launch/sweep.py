@@ -19,7 +19,7 @@ command goes on with what is left. A point that fails is reported and does not s
 WORKDIR/POINT/log.txt; slurm submits launch/slurm.sbatch once per point that is not queued yet; jobset applies
 launch/jobset.yaml, or the file of --jobset, once per point, with its name and its command.
 
-The exit code is 0; 1 if a point failed or could not be submitted; 2 if the config, its sweep or a workdir is no good;
+The exit code is 0; 1 if a point failed or could not be submitted; 2 if the config, its sweep or a workdir is refused;
 75 if SIGTERM came and the point under way was saved.
 """
 

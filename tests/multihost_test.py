@@ -192,6 +192,6 @@ def test_what_all_agree_on_passes(monkeypatch):
   monkeypatch.setattr(multihost, '_end_all', lambda code, text: (_ for _ in ()).throw(RuntimeError(f'ended with {code}')))
   with pytest.raises(SystemExit, match='75'), multihost.failing_ends_all(agreed=(SystemExit,)):
     raise SystemExit(75)
-  for mine in (SystemExit('error: no file'), SystemExit(1), FileNotFoundError('x')):
-    with pytest.raises(RuntimeError, match='ended with 1'), multihost.failing_ends_all(agreed=(SystemExit,)):
+  for mine, code in ((SystemExit('error: no file'), 1), (SystemExit(1), 1), (FileNotFoundError('x'), 2)):
+    with pytest.raises(RuntimeError, match=f'ended with {code}'), multihost.failing_ends_all(agreed=(SystemExit,)):
       raise mine

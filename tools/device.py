@@ -18,7 +18,7 @@ The parts, the most valuable first:
   train      a real model distilled as long as there is time, and evaluated before and after
 
 --toy does all of it at sizes that a CPU manages in a minute. The exit code is 0 if every part is done, else 1; 2 if the
-arguments are no good.
+arguments are refused.
 """
 
 import argparse

@@ -108,7 +108,7 @@ def received_bytes(options: job.Options, made: job.Job) -> dict[str, float]:
   place, cfg, compute = made.placement, made.cfg, options.compute
   local, kept = jnp.dtype(compute.dtype).itemsize, jnp.dtype(options.model.dtype).itemsize
   rows = options.batch / place.size('batch') / options.accumulate
-  passes = [_Pass(place, view.tokens, min(local, kept), 1, divided=view.near and compute.far_queries != 0)
+  passes = [_Pass(place, view.tokens, min(local, kept), 1, context_parallel=view.near and compute.far_queries != 0)
             for view in made.views]
   if made.teacher:
     sizes = [jnp.dtype(dtype).itemsize for dtype in (made.teacher.dtype, made.teacher.compute_dtype)]
@@ -124,7 +124,7 @@ def received_bytes(options: job.Options, made: job.Job) -> dict[str, float]:
     tensor, context = one.place.size('mlp'), one.place.size('tokens')
     activations += cfg.layers * state * cfg.width * 2 * 2 * _part(tensor) * (forwards + one.backward)
     shared, heads = (n / one.place.size('kv_heads') * cfg.head_dim for n in (cfg.kv_heads, cfg.heads))
-    if one.divided and context > 2:
+    if one.context_parallel and context > 2:
       sent = rows * context_parallel.most_sent(one.tokens // context, one.tokens, compute.far_queries)
       read = state * 2 * shared + sent * 2 * heads * _part(context) * (local + 4)
     else:

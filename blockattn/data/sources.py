@@ -104,7 +104,7 @@ class PageRows:
   """
 
   def __init__(self, containers: Sequence[stdlib.Container], style: stdlib.PageStyle, tokenizer: Any, *, length: int,
-               max_blocks: int = 384, block_tokens: int = 0, shared_first: bool = False, cutter: Cutter | None = None,
+               max_blocks: int, block_tokens: int = 0, shared_first: bool = False, cutter: Cutter | None = None,
                cut_share: float = 0.0):
     self._cutter, self._cut_share = cutter, cut_share if cutter else 0.0
     self.length, self.max_blocks, self.shared_first = length, max_blocks, shared_first

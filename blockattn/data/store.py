@@ -47,7 +47,7 @@ class FileOptions:
     window: see `packing.plan_rows`.
   """
   length: int
-  max_blocks: int = 384
+  max_blocks: int
   too_long: str = 'drop'
   chat: bool = False
   template: prompts.QuestionTemplate | None = None

@@ -316,7 +316,7 @@ def help_text(argv: Sequence[str], options_type: type) -> str:
   lines = [_parser().format_help(), f'keys of {path or "a config"}, each given as --config.KEY=VALUE; lists with commas:']
   for group, keys in groups.items():
     lines += ['', f'  {group or "the run"}{f": {said[group]}" if said.get(group) else ""}']
-    lines += [_described(f'{key}={_shown(values[key])}', said.get(key, '')) for key in keys]
+    lines += [_described(f'{key}={shown(values[key])}', said.get(key, '')) for key in keys]
   return '\n'.join(lines)
 
 
@@ -326,7 +326,7 @@ def _described(pair: str, said: str) -> str:
   return f'    {pair}'.ljust(49) + text[49:] if len(pair) <= 44 else f'    {pair}\n{text}'.rstrip()
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
   if value is traverse_util.empty_node:
     return '{}'
   if isinstance(value, tuple) and not any(isinstance(part, tuple) for part in value):

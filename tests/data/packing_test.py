@@ -58,7 +58,7 @@ def test_rows_have_the_layout_of_their_lengths(shared_first):
   shapes = [(3, 2, 4), (5,), (1, 1)]
   row = packing.pack_row(make_docs(shapes), 20, shared_first=shared_first)
   expected = blocks_lib.from_lengths([shapes], 20, shared_first=shared_first)
-  for name in ('doc', 'block', 'position', 'reader', 'hidden', 'shared', 'sink'):
+  for name in ('doc', 'block', 'position', 'reader', 'hidden', 'shared'):
     got, want = getattr(row['layout'], name), getattr(expected, name)[0]
     assert got.dtype == want.dtype and np.array_equal(got, want), name
 

@@ -9,6 +9,8 @@ from blockattn.data import json_lines, prompts, sources, stdlib, store
 
 OPTIONS = store.FileOptions(data_cases.LENGTH, max_blocks=12)
 
+STYLE = stdlib.PageStyle(renamed=0.0, split_words=0)
+
 
 @pytest.fixture(scope='module')
 def tokenizer():
@@ -32,7 +34,7 @@ def containers(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def pages(containers, tokenizer):
-  return sources.PageRows(containers, stdlib.PageStyle(), tokenizer, length=900, max_blocks=20)
+  return sources.PageRows(containers, STYLE, tokenizer, length=900, max_blocks=20)
 
 
 def test_rows_of_files_hold_every_document_once(files):
@@ -56,7 +58,7 @@ def test_documents_are_the_examples_in_order(files, folder, tokenizer):
 
 
 def test_pages_are_a_function_of_their_number(pages, containers, tokenizer):
-  again = sources.PageRows(containers, stdlib.PageStyle(), tokenizer, length=900, max_blocks=20)
+  again = sources.PageRows(containers, STYLE, tokenizer, length=900, max_blocks=20)
   data_cases.assert_same([again[i] for i in (9, 2)], [pages[i] for i in (9, 2)])
   assert len({pages[i]['tokens'].tobytes() for i in range(20)}) == 20
   row = pages[5]
@@ -68,9 +70,9 @@ def test_pages_are_a_function_of_their_number(pages, containers, tokenizer):
 
 
 def test_pages_that_cannot_fit(containers, tokenizer):
-  for bounds in ({'length': 50}, {'length': 900, 'max_blocks': 2}):
+  for bounds in ({'length': 50, 'max_blocks': 384}, {'length': 900, 'max_blocks': 2}):
     with pytest.raises(ValueError, match='no page fits into a row of .* make rows longer, or pages shorter'):
-      sources.PageRows(containers, stdlib.PageStyle(), tokenizer, **bounds)
+      sources.PageRows(containers, STYLE, tokenizer, **bounds)
 
 
 def test_no_document_left(tmp_path, tokenizer):
@@ -90,7 +92,7 @@ def test_strict_reading_stops(folder, tokenizer, tmp_path):
 
 
 def test_what_pages_are_made_of(pages, containers, tokenizer):
-  same = sources.PageRows(containers, stdlib.PageStyle(), tokenizer, length=900, max_blocks=20)
+  same = sources.PageRows(containers, STYLE, tokenizer, length=900, max_blocks=20)
   assert same.fingerprint() == pages.fingerprint()
-  fewer = sources.PageRows(containers[:3], stdlib.PageStyle(), tokenizer, length=900, max_blocks=20)
+  fewer = sources.PageRows(containers[:3], STYLE, tokenizer, length=900, max_blocks=20)
   assert fewer.fingerprint().keys() == pages.fingerprint().keys() and fewer.fingerprint() != pages.fingerprint()

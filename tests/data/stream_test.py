@@ -13,6 +13,8 @@ from blockattn.data import sources, stdlib, store, stream
 
 OPTIONS = store.FileOptions(data_cases.LENGTH, max_blocks=12)
 
+STYLE = stdlib.PageStyle(renamed=0.0, split_words=0)
+
 
 @pytest.fixture(scope='module')
 def tokenizer():
@@ -36,7 +38,7 @@ def containers(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def pages(containers, tokenizer):
-  return sources.PageRows(containers, stdlib.PageStyle(), tokenizer, length=900, max_blocks=20)
+  return sources.PageRows(containers, STYLE, tokenizer, length=900, max_blocks=20)
 
 
 @pytest.fixture(params=['files', 'pages'])

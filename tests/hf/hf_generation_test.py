@@ -468,9 +468,9 @@ def test_another_architecture_is_refused():
 
 
 def test_prompts_without_tokens_are_refused():
-  with pytest.raises(ValueError, match='block 1 of 3 has no tokens'):
+  with pytest.raises(ValueError, match='none of them empty, the question last; got .1, 0, 1. tokens'):
     hf.block_inputs([[[1], [], [2]]], MODES['plain'])
-  with pytest.raises(ValueError, match='without blocks'):
+  with pytest.raises(ValueError, match='none of them empty, the question last; got .. tokens'):
     hf.block_inputs([[]], MODES['plain'])
   with pytest.raises(ValueError, match='no prompt'):
     hf.block_inputs([], MODES['plain'])

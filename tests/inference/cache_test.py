@@ -23,7 +23,7 @@ from blockattn.models import spec, transformer
 CFG = hf_cases.MODELS['qwen3_tied']
 SHAPE = (2, 5, 2, 4)   # L, n, K, H
 BYTES = 2 * 4 * int(np.prod(SHAPE))
-SCRIPT = pathlib.Path(__file__)
+FOLDERS = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1] / 'support')]   # of this module
 
 
 def state(seed, dtype='float32', tokens=5):
@@ -212,7 +212,7 @@ def test_nonsense_is_refused(tmp_path):
 def test_a_full_disk_costs_one_warning(tmp_path):
   code = f'''
     import resource, sys, warnings
-    sys.path.insert(0, {str(SCRIPT.parent)!r})
+    sys.path[:0] = {FOLDERS!r}
     import cache_test
     from blockattn.inference import cache
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))   # of every file: writing on fails with an OSError
@@ -247,7 +247,7 @@ def hammer(folder, seconds):
 
 
 def test_processes_that_share_a_folder_never_see_half_a_block(tmp_path):
-  code = f'import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n'
+  code = f'import sys; sys.path[:0] = {FOLDERS!r}\n'
   code += f'import cache_test; cache_test.hammer({str(tmp_path)!r}, 3)'
   workers = [subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
   for worker in workers:

@@ -162,7 +162,7 @@ def jobset_documents():
 
 
 def jobset_schema():
-  kept = json.loads(gzip.decompress((ROOT / 'tests' / 'jobset_schema.json.gz').read_bytes()))
+  kept = json.loads(gzip.decompress((ROOT / 'tests/support/jobset_schema.json.gz').read_bytes()))
   assert kept['licence'].startswith('Apache-2.0') and 'kubernetes-sigs/jobset' in kept['source'] and kept['changes']
   return kept['schema']
 

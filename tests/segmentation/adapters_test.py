@@ -85,7 +85,7 @@ def _document():
 def test_a_pipeline_of_two_processes():
   pytest.importorskip('llama_index.core')
   code = ('from llama_index.core.ingestion import IngestionPipeline\nfrom llama_index.core.schema import Document\n'
-          'from blockattn.inference import adapters\n'
+          'from blockattn.segmentation import adapters\n'
           'if __name__ == "__main__":\n'
           '  pipeline = IngestionPipeline(transformations=[adapters.llama_index_parser(target_tokens=20)])\n'
           '  nodes = pipeline.run(documents=[Document(text="A line.\\n" * 40)] * 2, num_workers=2)\n'

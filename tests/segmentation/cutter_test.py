@@ -63,8 +63,9 @@ def test_files_are_cut_once_for_each_cutter(tmp_path):
 def test_a_share_of_the_pages_is_cut():
   members = tuple(stdlib.Member(f'member{i}', '()', 'Text.', f'Returns the number {i} of a thing.') for i in range(4))
   containers = (stdlib.Container('class', 'Thing', 'pkg.Thing', 'Doc.', 'Holds a thing.', members),) * 2
-  rows = lambda share, cutter: sources.PageRows(containers, stdlib.PageStyle(), data_cases.tiny_tokenizer(), length=2048,
-                                                 cutter=cutter, cut_share=share)
+  rows = lambda share, cutter: sources.PageRows(containers, stdlib.PageStyle(renamed=0.0, split_words=0),
+                                                data_cases.tiny_tokenizer(), length=2048, max_blocks=384, cutter=cutter,
+                                                cut_share=share)
   plain, some = rows(0.0, EveryFive()), rows(0.5, EveryFive())
   count = 20 * some.pages_per_row
   cut = [some.is_cut(i) for i in range(count)]

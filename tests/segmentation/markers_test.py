@@ -177,7 +177,8 @@ def test_token_ends_are_offsets_of_the_text():
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'style': 'words'}, 'choose one of'), ({'head': 0}, 'at least'), ({'style': 'none', 'ahead': 2}, 'next marker'),
+    ({'style': 'words'}, 'choose one of'), ({'head': 0}, 'head=0; give a number from 1'),
+    ({'style': 'none', 'ahead': 2}, 'next marker'),
     ({'style': 'token', 'cohesion': True}, 'only pooled'),
 ])
 def test_bad_options_are_refused(options, message):

@@ -198,7 +198,7 @@ def test_the_bench_tunes_on_validation_and_measures_on_test(folder):
 
 def test_options_are_chosen_by_f1_by_pk_and_by_number_of_cuts():
   way = splitters.Baseline('', splitters.fixed_characters, ({'size': 1}, {'size': 2}, {'size': 3}))
-  found = lambda f1, pk, predicted: dict.fromkeys(bench_segment.cuts.MEASURES, f1) | {
+  found = lambda f1, pk, predicted: dict.fromkeys(bench_segment.measures.MEASURES, f1) | {
       'pk': pk, 'gold': 10, 'predicted': predicted}
   results = {0: {'a': found(0.9, 0.5, 40), 'b': found(0.1, 0.5, 40)},
              1: {'a': found(0.8, 0.1, 25), 'b': found(0.8, 0.6, 25)},

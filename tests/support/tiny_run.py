@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from blockattn.train import command, job, loop, sources, workdir as workdir_lib
+from blockattn.train import command, inputs, job, loop, workdir as workdir_lib
 from configs import common
 
 STEPS, SAVE_EVERY = 16, 4
@@ -93,7 +93,7 @@ def run(options, workdir):
   signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background without it
   place = job.make_placement(options)
   workdir_lib.save_run_facts(workdir, options)
-  batches = sources.batches(options, Numbered(blows.at if blows.kind == 'unreadable' else -1), place)
+  batches = inputs.batches(options, Numbered(blows.at if blows.kind == 'unreadable' else -1), place)
   notes = pathlib.Path(workdir) / 'rows'
   notes.mkdir(parents=True, exist_ok=True)
   name = notes / f'{time.time()}-{jax.process_index()}-of-{jax.process_count()}.jsonl'
@@ -120,7 +120,7 @@ def run(options, workdir):
   params = jax.make_array_from_callback((WIDTH,), place.sharding(('vocab',)), lambda part: values[part])
   loop.run(step, loop.init_state({'w': params}, optimizer), batches, loop.LoopConfig(
       steps=options.steps, log_every=options.log_every, save_every=options.save_every, keep=options.keep,
-      tokens_per_step=options.batch * options.data.length), workdir, put_batch=put_batch, meta={}, watch=seen)
+      tokens_per_step=options.batch * options.data.length, label='tiny'), workdir, put_batch=put_batch, meta={}, watch=seen)
   if seen is not None:
     print(json.dumps({'rss': seen.rss, 'compiled': seen.compiled}))
 

@@ -5,7 +5,7 @@ import os
 import data_cases
 import pytest
 
-from blockattn.train import setup
+from blockattn.train import finetune, inputs
 from launch import sweep
 from tools import prepare
 
@@ -52,7 +52,7 @@ def test_prepare_reads_what_the_training_will(folder, arguments, tmp_path, capsy
 from configs import common
 
 def get_config(arg=''):
-  config = common.base()
+  config = common.base('finetune')
   config.data.tokenizer = {arguments[1]!r}
   config.data.length, config.data.max_blocks, config.data.cache = {LENGTH}, 9, {str(tmp_path / 'cache')!r}
   return config
@@ -61,7 +61,8 @@ def get_config(arg=''):
   assert prepare.main([*files, f'--config={tmp_path}/own.py', '--config.data.too_long=cut']) == 0
   config = sweep.parse([f'--config={tmp_path}/own.py', '--config.data.too_long=cut'])
   config.data.files = tuple(files)
-  source = setup.rows(config, setup.tokenizer(config))
+  data = finetune.read(config).data
+  source = inputs.load_rows(data, inputs.load_tokenizer(data, ''))
   assert not source.stores[0].built and source.options.chat   # the tokenizer has a template
   assert prepare.main([*files, '--length', '9']) == 2 and prepare.main(['--tokenizer', arguments[1]]) == 2
   err = capsys.readouterr().err

@@ -449,8 +449,6 @@ def test_a_batch_that_the_devices_cannot_share(changes, how, message):
     (lambda o: job.architecture(o.model), {}, 'config.model.fields lacks family, vocab, width, .* or a config.model.size'),
     (lambda o: job.load_model(o, None), {'data__length': 40961, 'model__size': 'qwen3_0_6b'},
      r'config.data.length=40961: .* the model has 40960 positions .max_position_embeddings'),
-    (lambda o: job.load_language_model(o, None), {'model__size': 'qwen3_0_6b', 'model__fields': {'labels': 2}},
-     r'config.model is a segmenter .Qwen3ForTokenClassification.: .* name a model of Qwen3ForCausalLM'),
     (lambda o: job.load_language_model(o, None), {'model__source': str(segmenter.EMBEDDED)},
      r'assets/tiny_segmenter is a segmenter .*ForTokenClassification.: .* name a model of .*ForCausalLM'),
     (job.make_placement, {'rules': (('batch', 'dat'),)}, "'batch' is mapped to 'dat', .*mean 'data'")])
