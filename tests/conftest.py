@@ -6,7 +6,7 @@ import pathlib
 import jax
 import pytest
 
-ON_DEVICE = os.environ.get('BLOCKATTN_TEST_DEVICE', '') not in ('', '0')
+ON_DEVICE, SLOW = (os.environ.get(name, '') not in ('', '0') for name in ('BLOCKATTN_TEST_DEVICE', 'BLOCKATTN_SLOW'))
 
 # All of these take effect only before the first computation, hence at import.
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
@@ -28,10 +28,12 @@ def data_folder() -> pathlib.Path | None:
 
 
 def pytest_collection_modifyitems(items):
-  """Skips tests marked `device` on a machine without one, and tests marked `data` without the documents."""
+  """Skips tests marked `device` on a machine without one, `data` without the documents, and `slow` unless asked for."""
   for item in items:
     if item.get_closest_marker('device') and not ON_DEVICE:
       item.add_marker(pytest.mark.skip(reason='needs an accelerator: set BLOCKATTN_TEST_DEVICE=1'))
+    if item.get_closest_marker('slow') and not SLOW:
+      item.add_marker(pytest.mark.skip(reason='takes a minute or more: set BLOCKATTN_SLOW=1'))
     if item.get_closest_marker('data') and data_folder() is None:
       item.add_marker(pytest.mark.skip(reason='needs real documents: set BLOCKATTN_DATA to their folder'))
 

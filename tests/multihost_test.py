@@ -21,6 +21,7 @@ def trainer(folder, workdir, *overrides, when=None, sign=None):
   return [*command, f'--config={folder}/config.py', f'--workdir={workdir}', *overrides]
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_stopped_and_one_that_goes_on_train_as_one_does(folder):
   measured = '--config.peak_tflops=0.001', '--config.profile=4:6'
   single = run_cases.start(folder, folder / 'single', overrides=measured[:1])

@@ -10,6 +10,8 @@ import run_cases
 
 from tools import demo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):

@@ -83,6 +83,7 @@ def test_wrong_arguments_are_refused(arguments, says, capsys):
   assert ended.value.code == 2 and says in ' '.join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_the_rehearsal(tmp_path):
   """Every part at toy sizes."""
   done = subprocess.run([sys.executable, '-m', 'tools.device', str(tmp_path), '--toy', '--budget', '1200', '--parts',

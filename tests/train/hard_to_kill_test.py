@@ -82,6 +82,7 @@ def assert_ends_alike(folder, workdir):
   np.testing.assert_allclose(losses, run_cases.losses(folder / 'straight')[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_of_four_is_killed_and_two_go_on(folder):
   """No row is read twice or never, on half of the hosts, and the losses are those of the undisturbed run."""
   workdir = folder / 'killed'
@@ -119,6 +120,7 @@ def test_what_goes_wrong_ends_both_with_one_line(folder, blow, line):
   assert newest(workdir) in (None, SAVE_EVERY) and not left_over(workdir)
 
 
+@pytest.mark.slow
 def test_two_in_one_workdir_a_full_disk_and_a_damaged_checkpoint(folder):
   """One run, which all of this befalls, ends as if nothing had happened."""
   workdir = folder / 'battered'
@@ -169,6 +171,7 @@ def flip(file):
   file.write_bytes(data)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(folder, tmp_path):
   """A real one, where we may make it."""
   disk = tmp_path / 'disk'
@@ -192,6 +195,7 @@ def test_a_disk_that_is_full(folder, tmp_path):
     subprocess.run(['umount', '-l', disk], check=True)
 
 
+@pytest.mark.slow
 def test_thousands_of_steps_leave_nothing_behind(folder):
   """Neither memory nor compiled programs: 5000 steps of a run that has warmed up in 1000, in which it saved once."""
   code, output = alone(folder, folder / 'long', 'watch', '--config.steps=6000', '--config.save_every=500',

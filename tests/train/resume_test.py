@@ -29,6 +29,7 @@ def straight(folder):
   return folder / 'straight'
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_terminated_ends_as_if_nothing_had_happened(folder, straight):
   workdir = folder / 'stopped'
   result = interrupt(folder, workdir, 'save:18', signal.SIGKILL)
