@@ -27,7 +27,6 @@ TEXT = [
     'segeval>=2.0.11',
     'semchunk>=4.1',
 ]
-REPORT = ['matplotlib>=3.9']   # curves and masks of a run's page
 SEMANTICSEG = [
     'datasketch>=2.0',
     'importlib_resources',   # which tensorflow-datasets does not ask for
@@ -67,6 +66,7 @@ setuptools.setup(
         'httpx',            # what transformers downloads with
         f'jax{JAX}',
         'jinja2',   # chat templates; transformers does not ask for it
+        'matplotlib>=3.9',  # curves and masks of a run's page, which the demo makes
         'markdown-it-py',   # what rich reads Markdown with
         'ml-collections>=1.1',
         'ml_dtypes',
@@ -83,7 +83,7 @@ setuptools.setup(
     extras_require={
         'beam': ['apache-beam>=2.77'],   # for corpora that one process is too slow for; heavy, and it pins protobuf
         'cloud': ['kubernetes'],   # JAX asks it who belongs to a JobSet of GPU nodes
-        'dev': TEST + EVAL + TEXT + SEMANTICSEG + REPORT + DOCS + ['pyright[nodejs]>=1.1.400', 'ruff>=0.9'],
+        'dev': TEST + EVAL + TEXT + SEMANTICSEG + DOCS + ['pyright[nodejs]>=1.1.400', 'ruff>=0.9'],
         'docs': DOCS,
         'eval': EVAL,
         'gpu': ['jax[cuda13]>=0.10,<0.12'],   # the compiler of 0.12.0 spills registers in every GPU kernel of width 128
@@ -96,7 +96,6 @@ setuptools.setup(
             'nvidia-cuda-nvcc>=13,<14', 'nvidia-cuda-runtime>=13,<14', 'nvidia-nvjitlink>=13,<14', 'nvidia-nvvm>=13,<14',
         ],
         'log': ['wandb'],
-        'report': REPORT,
         'semanticseg': SEMANTICSEG,
         'test': TEST,
         'text': TEXT,

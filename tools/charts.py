@@ -34,12 +34,12 @@ _LARGEST = 1e300   # beyond it the span of an axis overflows
 def check_installed():
   """
   Raises:
-    ValueError: matplotlib is absent; says which extra has it.
+    ValueError: matplotlib is absent, as on machines that were given what a training needs and no more.
   """
   try:
     import matplotlib.figure  # noqa: F401
   except ModuleNotFoundError:
-    raise UserError('pages with charts need matplotlib: pip install "blockattn[report]"') from None
+    raise UserError('pages with charts need matplotlib: python -m pip install matplotlib') from None
 
 
 def draw(width: int, height: int, paint, **margins) -> str:

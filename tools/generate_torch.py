@@ -32,7 +32,10 @@ def load(name, dtype: str, template_args: str | None = None, chat: bool | None =
   meta = hf_config.read_meta(folder)
   options = hf_config.block_options(meta, where=str(folder / hf_files.META))
   tokenizer, chat = loading.prompts_of(meta, folder, template_args, chat)
-  import torch
+  try:
+    import torch
+  except ModuleNotFoundError:
+    raise UserError('students run in transformers with torch: python -m pip install "blockattn[torch]"') from None
   import transformers
   model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
   device = 'cuda' if torch.cuda.is_available() else 'cpu'

@@ -206,7 +206,7 @@ def check_free(folder: pathlib.Path, overwrite: bool):
   if folder.is_file():
     raise FileExistsError(f'{folder} is a file; name a new folder')
   if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-    raise FileExistsError(f'{folder} is not empty; name a new folder, or say overwrite to replace it')
+    raise FileExistsError(f'{folder} is not empty; name a new folder, or replace it with --overwrite (overwrite=True)')
   if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in _OURS):
     raise FileExistsError(f'{folder} holds neither {" nor ".join(_OURS)}, so that it is no model or run to be replaced; '
                           'name a new folder')

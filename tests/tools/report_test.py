@@ -260,5 +260,5 @@ def test_nothing_to_report(tmp_path):
 
 def test_a_missing_library_is_named(run, monkeypatch):
   monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-  with pytest.raises(ValueError, match=r'need matplotlib: pip install "blockattn\[report\]"'):
+  with pytest.raises(ValueError, match='need matplotlib: python -m pip install matplotlib'):
     report.render(run)
