@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     run(options, compare.make_console())
   except (OSError, ValueError, ImportError) as error:
-    compare.make_console(stderr=True).print(f'agree: {error}')
+    compare.make_console(stderr=True).print(f'agree: {arguments.line_of(error)}')
     return 2
   return 0
 

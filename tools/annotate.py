@@ -143,7 +143,7 @@ def main(argv=None) -> int:
     err.print('annotate: interrupted; the same command goes on')
     return 130
   except (OSError, ValueError, completions.Failed, completions.Refused) as error:
-    err.print(f'annotate: {error}')
+    err.print(f'annotate: {arguments.line_of(error)}')
     return 2
 
 

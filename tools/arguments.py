@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import rich.console
 
-from blockattn import disk
+from blockattn import disk, errors
 from blockattn.errors import UserError
 
 # Names of arguments, in any tool, that say where to write; all others may be read.
@@ -83,3 +83,8 @@ def _above(place) -> Iterable[str]:
 def _same(output, *places) -> bool:
   output = os.path.expanduser(output)
   return os.path.exists(output) and any(os.path.samefile(output, place) for place in places)
+
+
+def line_of(error: BaseException) -> str:
+  """What a command says of an error that ends it: with the name of the file, where the system has one."""
+  return errors.line_of(error) or str(error)

@@ -205,7 +205,7 @@ def main(argv=None) -> int:
     _quieten_tfds()
     run(args, console)
   except (OSError, ValueError, ImportError) as error:
-    print(f'build_semanticseg: {error}', file=sys.stderr)
+    print(f'build_semanticseg: {arguments.line_of(error)}', file=sys.stderr)
     return 2
   return 0
 

@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
       metrics.write_json(pathlib.Path(options.json), result)
   except (OSError, ValueError) as error:
-    make_console(stderr=True).print(f'compare: {error}')
+    make_console(stderr=True).print(f'compare: {arguments.line_of(error)}')
     return 2
   (print_sweep if options.sweep else print_comparison)(result, make_console())
   return 0

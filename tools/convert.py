@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     with jax.default_device(jax.local_devices(backend='cpu')[0]):   # nothing is computed: leave accelerators alone
       command(**options)
   except (ValueError, OSError) as e:
-    print(f'error: {e}', file=sys.stderr)
+    print(f'error: {arguments.line_of(e)}', file=sys.stderr)
     return 2
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
   print(f'wrote {options["out"]}; peak memory {peak / 2**30:.2f} GiB')

@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     err.print(str(error))
     return 1
   except (OSError, ValueError) as error:
-    err.print(f'evaluate: {error}')
+    err.print(f'evaluate: {arguments.line_of(error)}')
     return 2
   except KeyboardInterrupt:
     err.print('evaluate: stopped; ' + (f'what is done stands in {options.out}, start the same command again to go on'

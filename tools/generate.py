@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     console.print(str(error))
     return 1
   except (OSError, ValueError) as error:
-    console.print(f'generate: {error}')
+    console.print(f'generate: {arguments.line_of(error)}')
     return 2
   except KeyboardInterrupt:
     with contextlib.suppress(OSError):

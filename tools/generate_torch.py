@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
   try:
     return 0 if run(_arguments(argv)) else 1
   except (OSError, ValueError, ImportError) as error:
-    print(f'generate_torch: {error}', file=sys.stderr)
+    print(f'generate_torch: {arguments.line_of(error)}', file=sys.stderr)
     return 2
 
 

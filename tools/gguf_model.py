@@ -111,7 +111,7 @@ def main(argv=None) -> int:
   try:
     print(to_hf(options.file, options.folder))
   except (ImportError, OSError, ValueError) as error:
-    print(f'gguf_model: {error}', file=sys.stderr)
+    print(f'gguf_model: {arguments.line_of(error)}', file=sys.stderr)
     return 2
   return 0
 

@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None, make_answerer=answerer) -> int:
     err.print(str(error))
     return 1
   except (OSError, ValueError, ImportError) as error:
-    err.print(f'judge: {error}')
+    err.print(f'judge: {arguments.line_of(error)}')
     return 2
   except KeyboardInterrupt:
     err.print(f'judge: stopped; what is answered stands in {options.out}, start the same command again to go on')

@@ -150,7 +150,7 @@ def main(argv=None) -> int:
     err.print(str(error))
     return 1
   except (OSError, ValueError) as error:
-    err.print(f'prepare: {error}')
+    err.print(f'prepare: {arguments.line_of(error)}')
     return 2
   return 0
 

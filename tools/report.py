@@ -395,8 +395,8 @@ def main():
   parser.add_argument('workdir', help='folder of a run')
   try:
     print(render(parser.parse_args().workdir))
-  except (FileNotFoundError, ValueError) as e:
-    parser.exit(1, f'{e}\n')
+  except (OSError, ValueError) as error:
+    parser.exit(2, f'report: {arguments.line_of(error)}\n')
 
 
 if __name__ == '__main__':

@@ -332,7 +332,7 @@ def main(argv=None, model=None) -> int:
                                         else ''))
     return 130
   except (OSError, ValueError) as error:
-    console.print(f'segment: {printable(str(error))}')
+    console.print(f'segment: {printable(arguments.line_of(error))}')
     return 2
   console.print(f'segment: {tally}')
   return 1 if tally.skipped else 0

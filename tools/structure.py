@@ -82,7 +82,7 @@ def main(argv=None) -> int:
   try:
     counts = build(args, lambda path, error: skipped[error.reason].append((path, error)))
   except (OSError, ValueError, ImportError) as error:
-    err.print(f'structure: {error}')
+    err.print(f'structure: {arguments.line_of(error)}')
     return 2
   out.print(f'{counts["documents"]} documents of {counts["files"]} files, {counts["blocks"]} blocks, '
             f'{counts["characters"]:,} characters: {args.output}')

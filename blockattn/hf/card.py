@@ -73,7 +73,7 @@ def text(cfg: ModelConfig, meta: Mapping[str, Any], origin: pathlib.Path | None 
   said = {'architecture': config.architecture(cfg), 'trained by': meta.get('kind'), 'step': meta.get('step'),
           'began as': _hub_name(source) or pathlib.Path(source).name or None}   # a path of this machine says nothing
   parts = [f'---\n{head}---\n', f'# {title or ("Segmenter" if is_segmenter else "Block attention model")}\n', _list(said),
-           '## Use\n\nWith `blockattn` installed, FOLDER being where this file is.\n'
+           '## Use\n\nWith `blockattn` installed (`tools` stand in its checkout), FOLDER being where this file is.\n'
            f'{_SEGMENTER if is_segmenter else _ENGINE}']
   if not is_segmenter:
     parts.append(f'## Blocks\n\n{_blocks(cfg, meta.get("blocks"))}')
