@@ -4,6 +4,7 @@ What he gives is refused with a UserError (a missing file: FileNotFoundError) wh
 errors from faults of ours, whose traceback is needed.
 """
 
+import argparse
 import contextlib
 import errno
 import math
@@ -21,6 +22,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class UserError(ValueError):
   """What the user gave, or what lies around him, is not what it has to be. The text is one line that names it and says
   what to do; a traceback would add nothing."""
+
+
+class Parser(argparse.ArgumentParser):
+  """argparse's, whose refusals are one line, too."""
+
+  def error(self, message):
+    self.exit(EXIT_MEND, f'error: {" ".join(message.split())}; {self.prog} --help lists what it takes\n')
 
 
 def check_number(name: str, value: Any, low: float | None = None, high: float | None = None, *, above: float | None = None,

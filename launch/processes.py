@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from blockattn import multihost
+from blockattn import errors, multihost
 
 PATIENCE_S = 10.0
 _TRAINERS = 'blockattn.train.'
@@ -85,9 +85,9 @@ def send(started: Sequence[subprocess.Popen], sign: int):
 
 
 def _arguments(argv: Sequence[str]):
-  parser = argparse.ArgumentParser(prog='python -m launch.processes', description=__doc__, allow_abbrev=False,
-                                   usage='%(prog)s [--processes N] [--devices M] COMMAND',
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = errors.Parser(prog='python -m launch.processes', description=__doc__, allow_abbrev=False,
+                         usage='%(prog)s [--processes N] [--devices M] COMMAND',
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--processes', type=int, default=1, metavar='N', help='how many (default: 1)')
   parser.add_argument('--devices', type=int, default=1, metavar='M', help='simulated CPU devices of each (default: 1)')
   own = own_arguments(argv)

@@ -1,6 +1,5 @@
 """The command lines of the tools."""
 
-import argparse
 import glob
 import itertools
 import os
@@ -16,8 +15,8 @@ from blockattn.errors import UserError
 OUTPUTS = ('out', 'output', 'html', 'json', 'plot', 'cache')
 
 
-class Parser(argparse.ArgumentParser):
-  """argparse's, which refuses paths on other machines (gs://...), whatever argument they are given to, and outputs that
+class Parser(errors.Parser):
+  """One that refuses paths on other machines (gs://...), whatever argument they are given to, and outputs that
   are read too, or written twice."""
 
   def parse_known_args(self, args=None, namespace=None):

@@ -71,7 +71,7 @@ def main(options_type: type, run):
 
 def _parser() -> argparse.ArgumentParser:
   main_spec = getattr(sys.modules['__main__'], '__spec__', None)
-  parser = argparse.ArgumentParser(
+  parser = errors.Parser(
       prog=f'python -m {main_spec.name}' if main_spec else None, add_help=False, allow_abbrev=False,
       usage='%(prog)s --config FILE[:ARG] --workdir DIR [--overrides FILE] [--config.KEY=VALUE ...]')
   add = parser.add_argument
