@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,9 +37,24 @@ RULES = (
 )
 
 
-def as_rules(rules: Iterable[Sequence[Any]]) -> tuple:
-  """A rules table, as a config or JSON holds it, with tuples for lists."""
-  return tuple((name, tuple(rule) if isinstance(rule, (list, tuple)) else rule) for name, rule in rules)
+def check_rules(key: str, rules: Sequence[Any]) -> None:
+  """Raises ValueError, naming the key, if rules are no pairs of a logical axis and what it is mapped to, each axis once."""
+  for rule in rules:
+    if not _is_rule(rule):
+      raise UserError(f"{key}: {rule!r} is no rule; give pairs such as ('mlp', 'tensor'), ('batch', ('data', 'fsdp')) or "
+                      "('mlp', None)")
+  names = [name for name, _ in rules]
+  for name in names:
+    if names.count(name) > 1:
+      raise UserError(f'{key}: the logical axis {name!r} has {names.count(name)} rules; keep one')
+
+
+def _is_rule(rule):
+  if not isinstance(rule, tuple) or len(rule) != 2:
+    return False
+  name, axes = rule
+  axes = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+  return all(isinstance(text, str) for text in (name, *axes))
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -105,10 +120,8 @@ class Placement:
   rules: tuple = RULES
 
   def __post_init__(self):
-    names = [name for name, _ in self.rules]
+    check_rules('config.rules', self.rules)
     for name, rule in self.rules:
-      if names.count(name) > 1:
-        raise UserError(f'config.rules: the logical axis {name!r} has {names.count(name)} rules; keep one')
       for axis in _mesh_axes(rule):
         if axis not in self.mesh.shape:
           raise UserError(f'config.rules: {name!r} is mapped to {axis!r}, which is no axis of the mesh; '

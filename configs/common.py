@@ -1,13 +1,13 @@
 """What every config shares. A config file's `get_config(arg)` starts from `base(trainer)`."""
 
 import dataclasses
-import importlib
 
 import ml_collections
 from ml_collections import config_dict
 
 from blockattn import options, tree
 from blockattn.errors import UserError
+from blockattn.train import job
 
 
 def parse_arg(arg, **defaults):
@@ -37,7 +37,7 @@ _BOOLS = {'': True, '1': True, 'true': True, '0': False, 'false': False}
 def base(trainer):
   """The keys that a trainer reads, one of job.TRAINERS, with the defaults of its `Options`: what `python -m
   blockattn.train.TRAINER --help` lists. Locked: a config file that sets a key which does not exist is an error."""
-  return section(importlib.import_module(f'blockattn.train.{trainer}').Options).lock()
+  return section(job.module(trainer).Options).lock()
 
 
 def section(cls):

@@ -1,13 +1,12 @@
 """What mkdocs calls when it builds the pages: the config reference is made of the keys and their comments."""
 
 import html
-import importlib
 
 from flax import traverse_util
 from mkdocs.structure.files import File
 
 from blockattn import options
-from blockattn.train import command
+from blockattn.train import command, job
 
 TRAINERS = {'distill': 'Block distillation', 'finetune': 'Fine-tuning', 'segment': 'The segmenter'}
 _HEAD = """# Config reference
@@ -35,7 +34,7 @@ def reference() -> str:
 
 def trainer_keys(trainer: str) -> dict[str, tuple[str, str]]:
   """{dotted key: (default, meaning)} of a trainer's config, in order."""
-  kind = importlib.import_module(f'blockattn.train.{trainer}').Options
+  kind = job.module(trainer).Options
   values = traverse_util.flatten_dict(options.defaults(kind), keep_empty_nodes=True, sep='.')
   return {key: (command.shown(values[key]), said) for key, said in options.all_docs(kind).items() if key in values}
 

@@ -167,7 +167,7 @@ def _checked(path, workdir, changes, common) -> Point:
     config = parse(args)
     _check_meant(config, path, common, changes)
     trainer = job.trainer_of(config)
-    options = importlib.import_module(f'blockattn.train.{trainer}').read(config)
+    options = job.module(trainer).read(config)
     command.check_local(options)
     step = workdir_lib.newest_step(workdir / name, options_lib.as_json(options))
   except (ValueError, KeyError, TypeError) as error:

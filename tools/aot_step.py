@@ -13,7 +13,6 @@ The compiler counts, per device:
 and refuses a program that does not fit into a device's memory; then its message is the error.
 """
 
-import importlib
 import json
 import math
 import os
@@ -72,7 +71,7 @@ def compile_for(topology: str, config) -> dict:
 
 
 def _compile(topology, config):
-  trainer = importlib.import_module(f'blockattn.train.{job.trainer_of(config)}')
+  trainer = job.module(job.trainer_of(config))
   options, devices = trainer.read(config), topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   made = trainer.build(options, job.make_placement(options, devices), job.architecture_here(options.model), platform='tpu')
   memory = made.step.lower(made.state, made.frozen, made.batch).compile().memory_analysis()

@@ -21,8 +21,8 @@ def prepare(args):
   config.data.segmenter = ''   # it would be another model at work
   config.steps, config.log_every, config.batch = args.steps + WARM_UP, args.log_every, args.batch
   options = finetune.read(config)
-  placement, tokenizer = job.make_placement(options), job.load_tokenizer(options)
-  cfg, params = job.load_language_model(options, placement)
+  placement, cfg = job.make_placement(options), job.model_config(options.model)
+  tokenizer, params = job.load_tokenizer(options, cfg), job.load_language_model(options, placement, cfg)
   made = finetune.build(options, placement, cfg, platform=placement.platform, sink=job.sink_of(options.blocks, tokenizer))
   copy = jax.jit(lambda params: jax.tree.map(lambda p: p + 0, params))   # a step uses its state up
   return (options, made, lambda: loop.init_state(copy(params), made.optimizer), inputs.load_rows(options.data, tokenizer))

@@ -83,7 +83,8 @@ def make_subjects(options, cfg, student, finetuned, form):
   first = jax.local_devices()[0]
   one = mesh.Placement(mesh.make_mesh({}, [first]))
   compute = job.compute_of(options.compute, None, one.platform)
-  teacher_cfg, teacher = job.load_language_model(options, one)
+  teacher_cfg = job.model_config(options.model)
+  teacher = job.load_language_model(options, one, teacher_cfg)
   student, finetuned = jax.device_put((student, finetuned), first)
   plain = dataclasses.replace(form, sink_ids=())
   subject = lambda params, cfg, mode, form: gap.Subject(params, cfg, compute, mode, form)

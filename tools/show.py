@@ -49,7 +49,6 @@ let --aot count.
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import pathlib
@@ -102,7 +101,7 @@ def describe(config, devices: int, device: str | None = None, **assumed) -> dict
 
 def build(config, devices: int, platform: str) -> tuple[job.Options, job.Job]:
   """What a config would run, on devices that need not exist."""
-  trainer = importlib.import_module(f'blockattn.train.{job.trainer_of(config)}')
+  trainer = job.module(job.trainer_of(config))
   options = trainer.read(config)
   return options, trainer.build(options, job.abstract_placement(options, devices), job.architecture_here(options.model),
                                 platform=platform)
@@ -379,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def round_batch_up(config, devices: int) -> str:
   """Makes config.batch one that the devices can share, so that there is something to show. Returns what was wrong."""
-  options = importlib.import_module(f'blockattn.train.{job.trainer_of(config)}').read(config)
+  options = job.module(job.trainer_of(config)).read(config)
   placement = job.abstract_placement(options, devices)
   try:
     job.check_batch_divides(options, placement)

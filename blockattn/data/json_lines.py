@@ -12,9 +12,11 @@ import json
 import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from blockattn.errors import UserError
+
+T = TypeVar('T')
 
 SUFFIXES = ('.jsonl', '.jsonl.gz')
 LISTED = 100   # malformed lines a report lists; the rest are counted only
@@ -136,6 +138,30 @@ def numbered_lines(file: str, progress: Callable[[str, int], None] | None = None
           yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
       raise UserError(f'{file}: its compressed data is damaged or cut off ({error}); fetch the file again') from error
+
+
+def parsed_lines(file: str, parse: Callable[[int, bytes], T], report: Report, *, strict: bool = False,
+                 progress: Callable[[str, int], None] | None = None) -> Iterator[tuple[int, T]]:
+  """(number, what `parse(number, line)` makes of it) of every line that is not blank, those that it refuses with Malformed
+  left out.
+
+  Args:
+    report: counts lines, examples and malformed lines as they are read.
+    strict: raise BadLineError at the first malformed line instead of counting it.
+    progress: see `numbered_lines`.
+  """
+  for number, line in numbered_lines(file, progress):
+    report.lines += 1
+    try:
+      found = parse(number, line)
+    except Malformed as error:
+      bad = BadLine(file, number, error.reason, error.detail)
+      if strict:
+        raise BadLineError(bad) from error
+      report.add_bad(bad)
+      continue
+    report.examples += 1
+    yield number, found
 
 
 def load_object(line: bytes | str) -> dict:

@@ -78,17 +78,9 @@ def read_examples(files: str | pathlib.Path | Sequence[str | pathlib.Path], *, r
   template = template or (CHAT if chat else PLAIN)
   report = json_lines.Report() if report is None else report
   for file in json_lines.find_files(files):
-    for number, line in json_lines.numbered_lines(file, progress):
-      report.lines += 1
-      try:
-        example = parse_line(line, where=f'{file}:{number}', chat=chat, template=template, tokenizer=tokenizer)
-      except Malformed as error:
-        bad = json_lines.BadLine(file, number, error.reason, error.detail)
-        if strict:
-          raise json_lines.BadLineError(bad) from error
-        report.add_bad(bad)
-        continue
-      report.examples += 1
+    parse = lambda number, line, file=file: parse_line(line, where=f'{file}:{number}', chat=chat, template=template,
+                                                       tokenizer=tokenizer)
+    for _, example in json_lines.parsed_lines(file, parse, report, strict=strict, progress=progress):
       yield example
 
 

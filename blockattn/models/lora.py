@@ -36,7 +36,7 @@ class LoraOptions:
     errors.check_number('config.lora.alpha', self.alpha, above=0)
     unknown = [name for name in self.targets if name not in weights.CONTRACTED]
     if unknown or not self.targets:
-      hint = tree.did_you_mean(unknown[0], weights.CONTRACTED) if unknown else 'name at least one'
+      hint = tree.did_you_mean(str(unknown[0]), weights.CONTRACTED) if unknown else 'name at least one'
       raise UserError(f'config.lora.targets={self.targets}: {hint}')
 
   @property

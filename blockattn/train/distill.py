@@ -78,6 +78,7 @@ class TeacherOptions:
     errors.check_choice('config.teacher.dtype', self.dtype, (*job.DTYPES, 'int8'))
     errors.check_choice('config.teacher.compute_dtype', self.compute_dtype, job.DTYPES)
     errors.check_number('config.teacher.top_k', self.top_k, 1)
+    mesh_lib.check_rules('config.teacher.rules', self.rules)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -352,11 +353,12 @@ def run(options: Options, workdir):
   checkpoints hold them."""
   placement = job.make_placement(options)
   workdir_lib.save_run_facts(workdir, options)
-  tokenizer = job.load_tokenizer(options)
+  cfg = job.model_config(options.model)
+  tokenizer = job.load_tokenizer(options, cfg)
   sink = job.sink_of(options.blocks, tokenizer)
-  made = build(options, placement, job.model_config(options.model), platform=placement.platform, sink=sink)
+  made = build(options, placement, cfg, platform=placement.platform, sink=sink)
   source = with_teacher_logits(options, inputs.load_rows(options.data, tokenizer))
-  cfg, params = job.load_language_model(options, placement)
+  params = job.load_language_model(options, placement, cfg)
   meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}
   teacher = None
   if options.teacher.logits:

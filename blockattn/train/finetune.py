@@ -136,11 +136,12 @@ def run(options: Options, workdir):
   """Trains; returns (ModelConfig, params, BlockOptions); of LoRA, the trained params alone."""
   placement = job.make_placement(options)
   workdir_lib.save_run_facts(workdir, options)
-  tokenizer = job.load_tokenizer(options)
+  cfg = job.model_config(options.model)
+  tokenizer = job.load_tokenizer(options, cfg)
   sink = job.sink_of(options.blocks, tokenizer)
-  made = build(options, placement, job.model_config(options.model), platform=placement.platform, sink=sink)
+  made = build(options, placement, cfg, platform=placement.platform, sink=sink)
   source = inputs.load_rows(options.data, tokenizer)
-  _, params = job.load_language_model(options, placement)
+  params = job.load_language_model(options, placement, cfg)
   meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}
   params, base = job.student_params(options, made.cfg, params, sink, placement)
   params = job.train(made, options, params, job.Frozen(base=base), source, workdir, meta)

@@ -8,6 +8,7 @@ placing parameters, is done by the functions below `Loading`.
 import dataclasses
 import importlib.util
 import pathlib
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -195,6 +196,11 @@ def trainer_of(config) -> str:
     raise UserError(f'the config has keys of {", ".join(found) or "no trainer"}; a config is for one of '
                     f'{", ".join(TRAINERS)}: make it with configs.common.base')
   return found[0]
+
+
+def module(trainer: str) -> types.ModuleType:
+  """The module of one of TRAINERS, which has `Options`, `read`, `build` and `run`."""
+  return importlib.import_module(f'{__package__}.{trainer}')
 
 
 def read(cls: type, config) -> Any:
@@ -444,13 +450,13 @@ def use_cpu_cores(options: Options) -> None:
     mesh_lib.use_cpu_cores(max(1, options.batch // options.accumulate))
 
 
-def load_tokenizer(options: PromptOptions):
-  """The tokenizer of the data, once it is known that the model has a row for each of its tokens.
+def load_tokenizer(options: PromptOptions, cfg: transformer.ModelConfig):
+  """The tokenizer of the data, once it is known that the model `cfg` has a row for each of its tokens.
 
   Raises:
     ValueError: it has not; names the first of them.
   """
-  cfg, loaded = model_config(options.model), inputs.load_tokenizer(options.data, options.model.source)
+  loaded = inputs.load_tokenizer(options.data, options.model.source)
   encode.check_tokenizer(loaded, cfg.vocab, str(loaded.name_or_path), cfg.learned_sinks)
   return loaded
 
@@ -474,29 +480,30 @@ def sink_of(b: BlockModeOptions, tokenizer) -> int:
   return 0
 
 
-def load_model(options: Options, placement, dtype: str | None = None):
-  """The model that training starts from: model.source, or random values if that is empty.
+def load_model(options: Options, placement, cfg: transformer.ModelConfig):
+  """The parameters that training starts from: those of model.source, or random values if that is empty; in model.dtype,
+  placed by the rules.
 
-  Returns:
-    (ModelConfig, params) with params in `dtype`, by default model.dtype, placed by the rules.
+  Args:
+    cfg: from `model_config`.
 
   Raises:
     ValueError: a document may be longer than the model has positions for: it would train on some it was not made for.
   """
-  model, cfg = options.model, model_config(options.model)
+  model = options.model
   if options.data.length > cfg.max_positions and not classifier.position_shape(cfg):   # of a unit a position is no token
     raise UserError(f'config.data.length={options.data.length}: documents may be as long, and the model has '
                     f'{cfg.max_positions} positions (max_position_embeddings of its config.json); give a smaller length, '
                     'or a model with more')
   if model.source:
-    return convert.load(model.source, dtype or model.dtype, mesh=placement.mesh, rules=placement.rules)
-  return cfg, init_params(classifier.spec(cfg), placement, options.seed, dtype or model.dtype)
+    return convert.load(model.source, model.dtype, mesh=placement.mesh, rules=placement.rules)[1]
+  return init_params(classifier.spec(cfg), placement, options.seed, model.dtype)
 
 
-def load_language_model(options: PromptOptions, placement, dtype: str | None = None):
+def load_language_model(options: PromptOptions, placement, cfg: transformer.ModelConfig):
   """`load_model`; raises ValueError, too, if it is a segmenter."""
-  hf_config.check_language_model(model_config(options.model), options.model.source or 'config.model')
-  return load_model(options, placement, dtype)
+  hf_config.check_language_model(cfg, options.model.source or 'config.model')
+  return load_model(options, placement, cfg)
 
 
 def init_params(specs, placement, seed: int, dtype: str):

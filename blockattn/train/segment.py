@@ -166,9 +166,9 @@ class Watch:
     return best_threshold(np.concatenate(odds), np.concatenate(labels), np.array(names))
 
 
-def make_reader(options: Options, folder) -> markers.Reader:
+def make_reader(options: Options, folder, vocab: int) -> markers.Reader:
   tokenizer = disk.read_tokenizer(pathlib.Path(folder) / 'tokenizer.json')
-  encode.check_tokenizer(tokenizer, job.model_config(options.model).vocab, str(folder))
+  encode.check_tokenizer(tokenizer, vocab, str(folder))
   return markers.Reader(tokenizer, options.segment.read)
 
 
@@ -187,8 +187,9 @@ def read_validation(options: Options, reader) -> Validation:
   return Validation(rows + bare_rows, names + [name + '*' for name in bare_names])
 
 
-def load_model(options: Options, placement):
-  """(ModelConfig, params) of options.model: a segmenter as it is, a language model with a new head, or random values.
+def load_model(options: Options, placement, cfg):
+  """(ModelConfig, params) of options.model, which is a `cfg`: a segmenter as it is, a language model with a new head, or
+  random values.
 
   Raises:
     ValueError: the model at model.source reads units otherwise than segment.read says.
@@ -196,9 +197,9 @@ def load_model(options: Options, placement):
   reading = options.segment.read
   P = reading.unit_tokens
   if not options.model.source:
-    cfg = model.architecture(job.architecture(options.model), P)
+    cfg = model.architecture(cfg, P)
     return cfg, job.init_params(classifier.spec(cfg), placement, options.seed, options.model.dtype)
-  cfg, params = job.load_model(options, placement)
+  params = job.load_model(options, placement, cfg)
   known = model.is_segmenter(cfg)
   if known and reading.cohesion and cfg.unit_tokens == reading.own_tokens:
     cfg, params = _with_cohesion(cfg, params, P)
@@ -245,14 +246,15 @@ def run(options: Options, workdir):
   """Trains; returns (ModelConfig, params)."""
   placement = job.make_placement(options)
   workdir_lib.save_run_facts(workdir, options)
-  made = build(options, placement, job.model_config(options.model), platform=placement.platform)
+  cfg = job.model_config(options.model)
+  made = build(options, placement, cfg, platform=placement.platform)
   source = files.locate(options.data.tokenizer or options.model.source)
-  reader = make_reader(options, source)
+  reader = make_reader(options, source, cfg.vocab)
   documents = read_documents(options)
   _report_moved(documents)
   rows = labelled.DrawnRows(documents, reader, options.segment.draw, options.seed)
   validation = read_validation(options, reader)
-  cfg, params = load_model(options, placement)
+  cfg, params = load_model(options, placement, cfg)
   best, compute = pathlib.Path(workdir) / 'best', job.compute_of(options.compute, placement, placement.platform)
   predict = jax.jit(lambda params, batch: model.log_odds(model.apply(
       params, batch['tokens'], batch['layout'], cfg, compute)), out_shardings=placement.replicated())

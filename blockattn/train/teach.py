@@ -33,7 +33,8 @@ def run(options: distill.Options, workdir):
   teacher_placement, facts = distill.teacher_placement(options, placement), distill.teacher_facts(options)
   job.check_batch(options, placement, placement.platform)
   _check_claim(folder, facts)
-  source = inputs.load_rows(options.data, job.load_tokenizer(options))
+  cfg = job.model_config(options.model)
+  source = inputs.load_rows(options.data, job.load_tokenizer(options, cfg))
   needed = inputs.needed_rows(options, source)
   done = {row for rows in teacher_logits.written_rows(folder).values() for row in rows}
   total, missing = len(needed), sum(int(number) not in done for number in needed)
@@ -44,7 +45,7 @@ def run(options: distill.Options, workdir):
     return
   if first and missing < total:
     print(f'going on: {total - missing} of {total} rows are in {folder}')
-  cfg, params = job.load_language_model(options, placement)
+  params = job.load_language_model(options, placement, cfg)
   if options.teacher.top_k >= cfg.vocab:
     raise UserError(f'config.teacher.top_k={options.teacher.top_k}: the vocabulary has {cfg.vocab} tokens; keep fewer')
   _claim(folder, options, facts, job.source_weights(options, params))

@@ -7,20 +7,12 @@ import time
 import data_cases
 import numpy as np
 import pytest
+import source_cases
+from source_cases import OPTIONS
 
 from blockattn.data import encode, prompts, sources, store
 
-OPTIONS = store.FileOptions(data_cases.LENGTH, max_blocks=12)
-
-
-@pytest.fixture(scope='module')
-def tokenizer():
-  return data_cases.tiny_tokenizer()
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  return data_cases.write_folder(tmp_path_factory.mktemp('files'))
+tokenizer, folder = source_cases.tokenizer, source_cases.folder
 
 
 @pytest.fixture

@@ -8,37 +8,13 @@ import data_cases
 import jax
 import numpy as np
 import pytest
+import source_cases
+from source_cases import OPTIONS
 
-from blockattn.data import sources, stdlib, store, stream
+from blockattn.data import sources, stream
 
-OPTIONS = store.FileOptions(data_cases.LENGTH, max_blocks=12)
-
-STYLE = stdlib.PageStyle(renamed=0.0, split_words=0)
-
-
-@pytest.fixture(scope='module')
-def tokenizer():
-  return data_cases.tiny_tokenizer()
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  return data_cases.write_folder(tmp_path_factory.mktemp('files'))
-
-
-@pytest.fixture(scope='module')
-def files(folder, tokenizer, tmp_path_factory):
-  return sources.FileRows(str(folder), tokenizer, OPTIONS, tmp_path_factory.mktemp('cache'))
-
-
-@pytest.fixture(scope='module')
-def containers(tmp_path_factory):
-  return data_cases.containers(tmp_path_factory.mktemp('library'))
-
-
-@pytest.fixture(scope='module')
-def pages(containers, tokenizer):
-  return sources.PageRows(containers, STYLE, tokenizer, length=900, max_blocks=20)
+tokenizer, folder, files = source_cases.tokenizer, source_cases.folder, source_cases.files
+containers, pages = source_cases.containers, source_cases.pages
 
 
 @pytest.fixture(params=['files', 'pages'])

@@ -90,7 +90,7 @@ def test_a_stopped_writing_goes_on(folder, written, tmp_path, monkeypatch):
   monkeypatch.setattr(taught, 'write_part', lambda out, name, records: (calls.append(name), write(out, name, records)))
   teach.run(distill.read(config), tmp_path / 'x')
   options = distill.read(config)
-  source = inputs.load_rows(options.data, job.load_tokenizer(options))
+  source = inputs.load_rows(options.data, job.load_tokenizer(options, job.model_config(options.model)))
   assert 'part-00000-0000' not in calls and 'part-00002-0000' in calls
   written = [row for rows in taught.written_rows(tmp_path / 'x').values() for row in rows]
   assert sorted(written) == inputs.needed_rows(options, source).tolist()

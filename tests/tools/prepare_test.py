@@ -4,22 +4,14 @@ import os
 
 import data_cases
 import pytest
+import source_cases
 
 from blockattn.train import finetune, inputs
 from launch import sweep
 from tools import prepare
 
 LENGTH = data_cases.LENGTH
-
-
-@pytest.fixture(scope='module')
-def tokenizer():
-  return data_cases.tiny_tokenizer()
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  return data_cases.write_folder(tmp_path_factory.mktemp('files'))
+tokenizer, folder = source_cases.tokenizer, source_cases.folder
 
 
 @pytest.fixture(scope='module')

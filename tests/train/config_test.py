@@ -1,5 +1,6 @@
 """Every shipped config, its arguments, and what a slip on the command line says."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -8,6 +9,7 @@ import re
 import types
 
 import pytest
+from flax import traverse_util
 
 from blockattn import errors, mesh, options
 from blockattn.data import encode
@@ -312,3 +314,22 @@ def test_only_what_is_raised_for_the_user_is_one_line():
   for error, line in ((errors.UserError('mend it'), 'mend it'), (FileNotFoundError('name another'), 'name another'),
                       (ValueError('of ours'), None), (OSError('of a library'), None), (KeyError('x'), None)):
     assert errors.line_of(raised(lambda error=error: failing(error))) == line
+
+
+ODD = {int: (-1, 0, 1, 2 ** 31, 2 ** 70), float: (-1.0, 0.0, math.nan, math.inf, 1e300), str: ('', 'x', '../y', 'a,b'),
+       tuple: ((), ('x',), (1,), (1, 2), (2, 1), (-1, 2), (0.5, 2), ('batch', 'data'), (('embed',),), ((1, 2),),
+               (('embed', 'x', 'y'),), (('embed', 1),)),
+       type(None): (-1, 0, 1, True, (1,), (0, 0), ('a',)), bool: (True, False)}
+
+
+@pytest.mark.parametrize('trainer', TRAINERS)
+def test_a_value_is_taken_or_refused_in_one_line(trainer):
+  """Of every key."""
+  for key, now in traverse_util.flatten_dict(common.base(trainer).to_dict(), sep='.').items():
+    for value in ODD[type(now)]:
+      config = common.base(trainer)
+      config.update_from_flattened_dict({'model.source': 'folder', 'optim.warmup': 0})
+      with contextlib.suppress(TypeError):   # another type than the config's
+        config.update_from_flattened_dict({key: value})
+      with contextlib.suppress(errors.UserError):
+        job.abstract_placement(TRAINERS[trainer].read(config), devices=1)

@@ -447,9 +447,9 @@ def test_a_batch_that_the_devices_cannot_share(changes, how, message):
 @pytest.mark.parametrize('call, changes, message', [
     (lambda o: inputs.load_rows(o.data, None), {}, 'config.data.files is empty: give JSON lines files'),
     (lambda o: job.architecture(o.model), {}, 'config.model.fields lacks family, vocab, width, .* or a config.model.size'),
-    (lambda o: job.load_model(o, None), {'data__length': 40961, 'model__size': 'qwen3_0_6b'},
+    (lambda o: job.load_model(o, None, job.model_config(o.model)), {'data__length': 40961, 'model__size': 'qwen3_0_6b'},
      r'config.data.length=40961: .* the model has 40960 positions .max_position_embeddings'),
-    (lambda o: job.load_language_model(o, None), {'model__source': str(segmenter.EMBEDDED)},
+    (lambda o: job.load_language_model(o, None, job.model_config(o.model)), {'model__source': str(segmenter.EMBEDDED)},
      r'assets/tiny_segmenter is a segmenter .*ForTokenClassification.: .* name a model of .*ForCausalLM'),
     (job.make_placement, {'rules': (('batch', 'dat'),)}, "'batch' is mapped to 'dat', .*mean 'data'")])
 def test_a_mistake_that_is_found_with_the_model(call, changes, message):
@@ -495,9 +495,10 @@ def test_the_tokenizer_is_one_of_the_model(tmp_path):
   folder = hf_cases.write_tokenizer(tmp_path / 'words', 48)
   fields = {'family': 'llama', 'width': 8, 'layers': 1, 'heads': 1, 'kv_heads': 1, 'head_dim': 8, 'mlp': 8}
   options = lambda vocab: read(data__tokenizer=str(folder), model__fields=fields | {'vocab': vocab})
-  assert len(job.load_tokenizer(options(48))) == 48
+  load = lambda o: job.load_tokenizer(o, job.model_config(o.model))
+  assert len(load(options(48))) == 48
   with pytest.raises(ValueError, match=r"words: token 'word47' has the id 47, and the model has 47 rows .*data.tokenizer"):
-    job.load_tokenizer(options(47))
+    load(options(47))
 
 
 def test_a_sink_that_is_no_token():

@@ -13,6 +13,7 @@ name says), 'duplicate id' (within a split).
 """
 
 import dataclasses
+import functools
 import gzip
 import io
 import itertools
@@ -122,22 +123,18 @@ def read_numbered(paths: str | pathlib.Path | Sequence[str | pathlib.Path], repo
   for file in json_lines.find_files(paths):
     match = _NAME.fullmatch(os.path.basename(file))
     split, category = match.groups() if match else ('', None)
-    ids = seen.setdefault(split, {})
-    for number, line in json_lines.numbered_lines(file):
-      report.lines += 1
-      try:
-        document = parse(line)
-        if category not in (None, document.category):
-          raise json_lines.Malformed('other category', f'{document.category!r} in a file of {category!r}')
-        check_new(document, ids.setdefault(document.id, (file, number)), (file, number))
-      except json_lines.Malformed as error:
-        bad = json_lines.BadLine(file, number, error.reason, error.detail)
-        if strict:
-          raise json_lines.BadLineError(bad) from error
-        report.add_bad(bad)
-        continue
-      report.examples += 1
+    parse_here = functools.partial(_parse_in, file, category, seen.setdefault(split, {}))
+    for number, document in json_lines.parsed_lines(file, parse_here, report, strict=strict):
       yield file, number, document
+
+
+def _parse_in(file, category, ids, number, line) -> Document:
+  """`parse`, of a line of a file whose name says its category; `ids` are those of its split, with where they stand."""
+  document = parse(line)
+  if category not in (None, document.category):
+    raise json_lines.Malformed('other category', f'{document.category!r} in a file of {category!r}')
+  check_new(document, ids.setdefault(document.id, (file, number)), (file, number))
+  return document
 
 
 def check_new(document: Document, first: tuple[str, int], here: tuple[str, int]):
