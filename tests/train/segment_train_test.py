@@ -225,12 +225,13 @@ def test_a_segmenter_starts_to_read_cohesion_as_it_was(tmp_path):
   config = config_of(tmp_path, steps=3)
   options, plain = segment.read(config), reader()
   place = job.make_placement(options)
-  before, params = segment.load_model(options, place)
+  before, params = segment.load_model(options, place, job.model_config(options.model))
   convert.save(params, before, tmp_path / 'model', source=tmp_path / 'tokenizer', meta={}, card='', dtype='float32')
   config.model.source = str(tmp_path / 'model')
   config.segment.read.cohesion = True
   with_it = reader(cohesion=True)
-  cfg, params = segment.load_model(segment.read(config), place)
+  again = segment.read(config)
+  cfg, params = segment.load_model(again, place, job.model_config(again.model))
   P = plain.options.unit_tokens
   assert (before.unit_tokens, cfg.unit_tokens) == (P, P + len(markers.COHESION)) and not np.any(params['units'][P:])
   units = with_it.units(['One two.\n', 'Three two.\n', 'Four.\n'])
