@@ -66,6 +66,7 @@ def test_blocks_join_to_the_text(case, want):
 
 @few
 @hypothesis.given(scored(), BOUNDS, st.none() | st.integers(0, 12))
+@hypothesis.example(('\ud83d\ude00\u200d', np.array([], np.int64), np.array([], np.float32), np.array([3])), (1, 1), None)
 def test_bounds_hold_on_any_text(case, bounds, wish):
   text = case[0]
   want = Granularity(minimum=bounds[0], maximum=bounds[1],
@@ -78,8 +79,8 @@ def test_bounds_hold_on_any_text(case, bounds, wish):
   if text and some_chain(text, minimum, maximum):
     assert minimum <= sizes.min() and sizes.max() <= maximum
   elif text:
-    longest = max(len(match[0]) for match in regex.finditer(r'\X', text))
-    assert sizes.max() <= max(maximum, longest, 2)   # only what cannot be divided is longer
+    whole = np.diff(sorted({*range(len(text) + 1)} - inside_characters(text)))
+    assert sizes.max() <= max(maximum, whole.max())   # only what cannot be divided is longer
 
 
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
