@@ -19,6 +19,7 @@ def prepare(args):
   """Block fine-tuning of the tiny teacher on pages of the standard library: (options, its job, make a state, source)."""
   config = tiny.get_config('baseline')
   config.data.segmenter = ''   # it would be another model at work
+  config.optim.warmup = 0   # which may be longer than the few steps here
   config.steps, config.log_every, config.batch = args.steps + WARM_UP, args.log_every, args.batch
   options = finetune.read(config)
   placement, cfg = job.make_placement(options), job.model_config(options.model)

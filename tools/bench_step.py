@@ -12,6 +12,7 @@ import numpy as np
 
 from blockattn import losses, mesh, optim
 from blockattn.data import encode, packing
+from blockattn.errors import UserError
 from blockattn.models import flops, lora, spec, transformer
 from blockattn.train import distill, finetune, inputs, job, loop
 
@@ -24,6 +25,9 @@ LORA = 'distillation, LoRA student of rank 16'
 
 
 def model(width: int, layers: int, vocab: int) -> transformer.ModelConfig:
+  """Raises ValueError if the width is not made of heads of 64."""
+  if width < 64 or width % 64:
+    raise UserError(f'--width {width}: heads are 64 wide; give a multiple of 64')
   return transformer.ModelConfig('qwen3', vocab=vocab, width=width, layers=layers, heads=width // 64,
                                  kv_heads=max(1, width // 256), head_dim=64, mlp=3 * width, qk_norm=True, tied=True)
 
