@@ -22,6 +22,9 @@ Head = tuple[Array, Array]   # (x_BTD, head_VD)
 
 WEIGHT_FORMS = ('relu', 'exp', 'none')
 GAP_SOURCES = ('student', 'teacher')
+WEIGHTED = ('both', 'kl', 'ce')
+WEIGHT_MEANS = ('batch', 'document')
+DIVERGENCES = ('forward', 'reverse', 'jsd')
 POSITION_BINS = 8      # of the KL by position: the last is the second half of a row, the one before it the quarter before
 # The least probability that a student's rest of the vocabulary is taken to have: float32's rounding of a sum of K of its
 # probabilities, below which the difference from 1 is noise and its logarithm anything.
@@ -37,17 +40,21 @@ class TokenWeights:
     source: whose block-mode probability: the 'student' as it is now, or the frozen 'teacher' under the block mask.
     floor: of 'relu'.
     cap: of the gap, in nats.
+    on: what they count of: 'both' divergence and cross-entropy, or one of them, 'kl' or 'ce', beside the other unweighted.
+    mean: over what a mean is weighted: the 'batch'; or each 'document', whose share of the loss is then that of its
+      tokens. With 'exp', this is a softmax of the capped gaps over the document.
   """
   form: str = 'relu'
   source: str = 'student'
   floor: float = 0.1
   cap: float = 5.0
+  on: str = 'both'
+  mean: str = 'batch'
 
   def __post_init__(self):
-    if self.form not in WEIGHT_FORMS:
-      raise UserError(f'token weight form {self.form!r}; choose one of {", ".join(WEIGHT_FORMS)}')
-    if self.source not in GAP_SOURCES:
-      raise UserError(f'token weight source {self.source!r}; choose one of {", ".join(GAP_SOURCES)}')
+    for name, choices in (('form', WEIGHT_FORMS), ('source', GAP_SOURCES), ('on', WEIGHTED), ('mean', WEIGHT_MEANS)):
+      if getattr(self, name) not in choices:
+        raise UserError(f'token weight {name} {getattr(self, name)!r}; choose one of {", ".join(choices)}')
 
 
 def token_weight(gap: Array, weights: TokenWeights) -> Array:
@@ -60,17 +67,22 @@ def token_weight(gap: Array, weights: TokenWeights) -> Array:
   return jnp.ones_like(gap)
 
 
-def forward_kl(teacher_logits: Array, student_logits: Array, temperature: float) -> Array:
-  """KL(p_teacher || p_student) of each token, both at `temperature`, in nats: [..., V] -> [...]."""
-  log_p = jax.nn.log_softmax(teacher_logits / temperature)
-  log_q = jax.nn.log_softmax(student_logits / temperature)
-  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+def divergence(teacher_logits: Array, student_logits: Array, temperature: float, kind: str = 'forward') -> Array:
+  """How far the student's distribution p_S is from the teacher's p_T, both at `temperature`: [..., V] -> [...], nats.
+
+  Args:
+    kind: 'forward': KL(p_T || p_S). 'reverse': KL(p_S || p_T), which lets a student leave out what the teacher also says.
+      'jsd': the Jensen-Shannon divergence, the mean of both to their mixture; log 2 at most (arXiv 2306.13649).
+  """
+  log_p, log_q = (jax.nn.log_softmax(x / temperature) for x in (teacher_logits, student_logits))
+  return _divergence(kind, jnp.exp(log_p), log_p, log_q)
 
 
-def forward_kl_of_top(top_log_p: Array, top_ids: Array, student_logits: Array, temperature: float) -> Array:
-  """A lower bound on `forward_kl` from a teacher's K likeliest tokens: all others count as one token, "the rest".
+def divergence_of_top(top_log_p: Array, top_ids: Array, student_logits: Array, temperature: float,
+                      kind: str = 'forward') -> Array:
+  """A lower bound on `divergence` from a teacher's K likeliest tokens: all others count as one token, "the rest".
 
-  Joining outcomes can only lower a KL divergence (data-processing inequality); it is exact where the student spreads the
+  Joining outcomes can only lower such a divergence (data-processing inequality); it is exact where the student spreads the
   rest over tokens as the teacher does. The bound holds to float32's rounding, about 1e-6 nats, and needs log-probabilities
   of that precision: those of float16 are another teacher's, some 1e-4 nats away.
 
@@ -83,10 +95,22 @@ def forward_kl_of_top(top_log_p: Array, top_ids: Array, student_logits: Array, t
     [...], nats.
   """
   log_q = jnp.take_along_axis(jax.nn.log_softmax(student_logits / temperature), top_ids, axis=-1)
+  with_rest = lambda x, rest: jnp.concatenate([x, rest[..., None]], axis=-1)
+  log_rest = lambda rest: jnp.log(jnp.maximum(rest, _LEAST_REST))
   p = jnp.exp(top_log_p)
   p_rest = jnp.maximum(1 - jnp.sum(p, axis=-1), 0)
-  q_rest = jnp.maximum(1 - jnp.sum(jnp.exp(log_q), axis=-1), _LEAST_REST)
-  return jnp.sum(p * (top_log_p - log_q), axis=-1) + jax.scipy.special.xlogy(p_rest, p_rest) - p_rest * jnp.log(q_rest)
+  return _divergence(kind, with_rest(p, p_rest), with_rest(top_log_p, log_rest(p_rest)),
+                     with_rest(log_q, log_rest(1 - jnp.sum(jnp.exp(log_q), axis=-1))))
+
+
+def _divergence(kind, p, log_p, log_q):
+  """Over the last axis; p is exp(log_p), or 0 where log_p is a stand-in."""
+  if kind == 'forward':
+    return jnp.sum(p * (log_p - log_q), axis=-1)
+  if kind == 'reverse':
+    return jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+  log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
+  return 0.5 * jnp.sum(p * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m), axis=-1)
 
 
 def log_prob(logits: Array, targets: Array) -> Array:
@@ -182,74 +206,113 @@ class _Token(NamedTuple):
   """What the loss knows of each token beside hidden states."""
   target: Array
   position: Array
+  document: Array | None
   stored: StoredTeacher | None
 
 
 def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, targets: Array, position: Array, mask: Array, *,
-                      weights: TokenWeights, temperature: float, ce_weight: float, chunk: int,
-                      parts: int = 1) -> dict[str, Array]:
+                      weights: TokenWeights, temperature: float, ce_weight: float, chunk: int, kind: str = 'forward',
+                      document: Array | None = None, parts: int = 1) -> dict[str, Array]:
   """The distillation loss as sums: loss = sums['loss'] / sums['weight'].
 
-  loss = sum_t m_t w_t [ temperature^2 KL(p_T || p_S)_t + ce_weight * CE_t ] / sum_t m_t w_t. The weights carry no gradient.
-  The KL's gradient shrinks as 1 / temperature^2, so the factor (Hinton et al., arXiv 1503.02531) keeps it as large as
-  it is at temperature 1, and ce_weight means the same at every temperature.
+  loss = sum_t m_t w_t [ temperature^2 D(p_T, p_S)_t + ce_weight * CE_t ] / sum_t m_t w_t, with D the KL divergence or
+  another one. The weights carry no gradient. D's gradient shrinks as 1 / temperature^2, so the factor (Hinton et al.,
+  arXiv 1503.02531) keeps it as large as it is at temperature 1, and ce_weight means the same at every temperature.
+
+  Where the weights count of one of both only, the other has weight 1 and the sum is divided by the number of loss tokens.
+  Where they are means of documents, w is divided by its mean over the document's loss tokens first.
 
   Args:
     teacher: at work, or what was stored of it (offline distillation).
     targets: int32 [B, T], the token that each position predicts.
     position: int32 [B, T], in its document.
     mask: bool [B, T], the loss tokens m.
+    kind: of D, see `divergence`.
+    document: int32 [B, T] below T + 1, the document of each token in its row; needed for weights.mean='document' only.
     parts: see `sum_over_tokens`.
 
   Returns:
-    {'loss', 'weight', 'weight_sq', 'at_floor', 'at_cap', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'}: float32 scalars, each
-    a sum over the loss tokens, `kl` and the rest unweighted, `at_floor` and `at_cap` the tokens whose gap is outside of
-    0 ... cap; 'kl_at', 'tokens_at' [POSITION_BINS]: sums over the tokens of each bin, see `position_bin`.
+    {'loss', 'weight', 'weight_sum', 'weight_sq', 'at_floor', 'at_cap', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'}: float32
+    scalars, each a sum over the loss tokens, `weight_sum` and `weight_sq` of w as it is before any division, `kl` (always
+    the forward one) and the rest unweighted, `at_floor` and `at_cap` the tokens whose gap is outside of 0 ... cap; 'kl_at',
+    'tokens_at' [POSITION_BINS]: sums over the tokens of each bin, see `position_bin`.
   """
-  length = mask.shape[1]
+  length, by_document = mask.shape[1], weights.mean == 'document'
 
   def chunk_sums(heads, states, token, mask):
     m = mask.astype(jnp.float32)
     logits = heads[0](states[0].x_BTD)
     if token.stored is None:
-      kl, log_q, log_p, blocked = _against(logits, states[1]._replace(head=heads[1]), token.target, temperature)
+      found = _against(logits, states[1]._replace(head=heads[1]), token.target, temperature, kind)
     else:
-      kl, log_q, log_p, blocked = _against_stored(logits, token.stored, token.target, temperature)
-    gap = jax.lax.stop_gradient(log_p - (blocked if weights.source == 'teacher' else log_q))
+      found = _against_stored(logits, token.stored, token.target, temperature, kind)
+    blocked = found.blocked_log_p if weights.source == 'teacher' else found.log_q
+    gap = jax.lax.stop_gradient(found.log_p - blocked)
     w = m * token_weight(gap, weights)
+    terms = {'kl': temperature ** 2 * found.divergence, 'ce': -ce_weight * found.log_q}
+    nothing = jnp.zeros_like(m)
+    weighted = sum((x for name, x in terms.items() if weights.on in (name, 'both')), nothing)
+    plain = sum((m * x for name, x in terms.items() if weights.on not in (name, 'both')), nothing)
     at = m[..., None] * jax.nn.one_hot(position_bin(token.position, length), POSITION_BINS)
-    return {'loss': jnp.sum(w * (temperature ** 2 * kl - ce_weight * log_q)),
-            'weight': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
+    sums = {'loss': jnp.sum(plain + (nothing if by_document else w * weighted)),
+            'weight_sum': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
             'at_floor': jnp.sum(m, where=gap <= 0), 'at_cap': jnp.sum(m, where=gap >= weights.cap),
-            'tokens': jnp.sum(m), 'kl': jnp.sum(m * kl), 'ce': -jnp.sum(m * log_q),
-            'teacher_ce': -jnp.sum(m * log_p), 'gap': jnp.sum(m * gap),
-            'kl_at': jnp.sum(kl[..., None] * at, axis=(0, 1)), 'tokens_at': jnp.sum(at, axis=(0, 1))}
+            'tokens': jnp.sum(m), 'kl': jnp.sum(m * found.kl), 'ce': -jnp.sum(m * found.log_q),
+            'teacher_ce': -jnp.sum(m * found.log_p), 'gap': jnp.sum(m * gap),
+            'kl_at': jnp.sum(found.kl[..., None] * at, axis=(0, 1)), 'tokens_at': jnp.sum(at, axis=(0, 1))}
+    if by_document:
+      rows = jnp.arange(m.shape[0])[:, None]
+      of = lambda x: jnp.zeros((m.shape[0], length + 1)).at[rows, token.document].add(x)
+      sums['documents'] = {'weighted': of(w * weighted), 'weight': of(w), 'tokens': of(m)}
+    return sums
 
   stored, models = (teacher, (student,)) if isinstance(teacher, StoredTeacher) else (None, (student, teacher))
   heads = tuple(model.head for model in models)
   states = tuple(model._replace(head=None) for model in models)
-  return sum_over_tokens(chunk_sums, heads, states, _Token(targets, position, stored), mask, chunk, parts)
+  token = _Token(targets, position, document if by_document else None, stored)
+  sums = sum_over_tokens(chunk_sums, heads, states, token, mask, chunk, parts)
+  if by_document:
+    sums['loss'] += _sum_of_document_means(**jax.tree.map(lambda x: x.reshape(-1, parts, length + 1).sum(axis=1),
+                                                          sums.pop('documents')))
+  return sums | {'weight': sums['weight_sum' if weights.on == 'both' and not by_document else 'tokens']}
 
 
-def _against(logits, teacher: Reading, target, temperature) -> tuple[Array, Array, Array, Array]:
-  """(KL from the teacher, log p(target) of the student, of the teacher, and of the teacher under the block mask if it has
-  read so, else of the student)."""
+def _sum_of_document_means(weighted, weight, tokens):
+  """Each document's weighted mean, times its tokens, summed; of sums over its tokens [B, documents]."""
+  return jnp.sum(tokens * weighted / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny))
+
+
+class _Found(NamedTuple):
+  """Of each token: the divergence asked for, the KL, and log p(target) of the student, of the teacher with full attention,
+  and of the teacher under the block mask (of the student, if the teacher has not read so)."""
+  divergence: Array
+  kl: Array
+  log_q: Array
+  log_p: Array
+  blocked_log_p: Array
+
+
+def _against(logits, teacher: Reading, target, temperature, kind) -> _Found:
   full = jax.lax.stop_gradient(teacher.head(teacher.x_BTD))
   student, full = common_vocabulary(logits, full)
   log_q = blocked = log_prob(student, target)
   if teacher.blocked_BTD is not None:
     blocked = log_prob(common_vocabulary(teacher.head(teacher.blocked_BTD), full)[0], target)
-  return forward_kl(full, student, temperature), log_q, log_prob(full, target), blocked
+  kl = divergence(full, student, temperature)
+  other = kl if kind == 'forward' else divergence(full, student, temperature, kind)
+  return _Found(other, kl, log_q, log_prob(full, target), blocked)
 
 
-def _against_stored(logits, stored: StoredTeacher, target, temperature) -> tuple[Array, Array, Array, Array]:
-  """The same of a stored teacher."""
-  kl = forward_kl_of_top(stored.log_p, stored.ids, logits, temperature)
-  return kl, log_prob(logits, target), stored.target_log_p, stored.blocked_log_p
+def _against_stored(logits, stored: StoredTeacher, target, temperature, kind) -> _Found:
+  of = functools.partial(divergence_of_top, stored.log_p, stored.ids, logits, temperature)
+  kl = of()
+  return _Found(kl if kind == 'forward' else of(kind), kl, log_prob(logits, target), stored.target_log_p,
+                stored.blocked_log_p)
 
 
 def distillation_loss(student: Head, teacher: Head, targets: Array, mask: Array, *, weights: TokenWeights | None = None,
-                      temperature: float = 1.0, ce_weight: float = 0.0, chunk: int = 128) -> Array:
+                      temperature: float = 1.0, ce_weight: float = 0.0, kind: str = 'forward', document: Array | None = None,
+                      chunk: int = 128) -> Array:
   """The loss of block distillation, for any two models: `distillation_sums` of a batch, as one number.
 
   Args:
@@ -258,7 +321,7 @@ def distillation_loss(student: Head, teacher: Head, targets: Array, mask: Array,
     targets: int32 [B, T], the token that each position predicts.
     mask: bool [B, T], the tokens that count; without one the loss is 0.
     weights: of tokens, by the student's own gap to the teacher; None: the default ones.
-    temperature, ce_weight: see `distillation_sums`.
+    temperature, ce_weight, kind, document: see `distillation_sums`.
     chunk: tokens of a row whose logits exist at a time.
 
   Returns:
@@ -270,7 +333,8 @@ def distillation_loss(student: Head, teacher: Head, targets: Array, mask: Array,
                     'under the block mask too, call distillation_sums')
   reading = lambda x_BTD, head_VD: Reading(jax.tree_util.Partial(transformer.by_head, head_VD), x_BTD)
   sums = distillation_sums(reading(*student), jax.lax.stop_gradient(reading(*teacher)), targets, jnp.zeros_like(targets),
-                           mask, weights=weights, temperature=temperature, ce_weight=ce_weight, chunk=chunk)
+                           mask, weights=weights, temperature=temperature, ce_weight=ce_weight, kind=kind,
+                           document=document, chunk=chunk)
   return sums['loss'] / jnp.maximum(sums['weight'], jnp.finfo(jnp.float32).tiny)
 
 

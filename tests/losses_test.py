@@ -15,7 +15,9 @@ B, T, D, V = 2, 12, 6, 11
 CHUNKS = (4, 5, 64)   # dividing T, not dividing it, more than there is
 WEIGHTS = {'relu': losses.TokenWeights(cap=0.7), 'relu_teacher': losses.TokenWeights(source='teacher', floor=0.3),
            'exp': losses.TokenWeights('exp', cap=0.5), 'exp_teacher': losses.TokenWeights('exp', 'teacher'),
-           'none': losses.TokenWeights('none')}
+           'none': losses.TokenWeights('none'), 'on_ce': losses.TokenWeights(on='ce'),
+           'on_kl_of_documents': losses.TokenWeights(on='kl', mean='document'),
+           'softmax_of_documents': losses.TokenWeights('exp', 'teacher', cap=0.5, mean='document')}
 
 
 def draw(*shape, seed=0, scale=1.0):
@@ -30,6 +32,7 @@ def case(student_vocab=V + 3, teacher_vocab=V):
   return heads, hidden, targets
 
 
+DOCUMENTS = np.array([[1] * 5 + [2] * 4 + [0] * 3, [1] * 9 + [2] * 3], np.int32)
 POSITIONS = np.random.default_rng(8).integers(T, size=(B, T), dtype=np.int32)
 MASKS = {'all': np.ones((B, T), bool), 'none': np.zeros((B, T), bool), 'one': np.arange(B * T).reshape(B, T) == 15,
          'some': np.random.default_rng(7).random((B, T)) < 0.4,
@@ -41,23 +44,22 @@ def by(head):
   return jax.tree_util.Partial(transformer.by_head, head)
 
 
-@functools.partial(jax.jit, static_argnames=('form', 'source', 'chunk'))
-def _chunked(heads, hidden, targets, mask, floor, cap, temperature, ce_weight, *, form, source, chunk):
+@functools.partial(jax.jit, static_argnames=('weights', 'kind', 'chunk'))
+def _chunked(heads, hidden, targets, mask, temperature, ce_weight, *, weights, kind, chunk):
   def loss(heads, hidden):
     student = losses.Reading(by(heads['student']), hidden['student'])
     teacher = losses.Reading(by(heads['teacher']), hidden['teacher'], hidden.get('teacher_block'))
     sums = losses.distillation_sums(student, teacher, targets, POSITIONS, mask, chunk=chunk, temperature=temperature,
-                                    weights=losses.TokenWeights(form, source, floor, cap), ce_weight=ce_weight)
+                                    weights=weights, ce_weight=ce_weight, kind=kind, document=DOCUMENTS)
     return sums['loss'], sums
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(heads, hidden)
 
 
-def chunked(heads, hidden, targets, mask, weights, temperature=1.0, ce_weight=0.3, chunk=5):
-  """((loss, sums), gradients with respect to heads and hidden); compiled once per form, source and chunk."""
+def chunked(heads, hidden, targets, mask, weights, temperature=1.0, ce_weight=0.3, chunk=5, kind='forward'):
+  """((loss, sums), gradients with respect to heads and hidden); compiled once per weights, kind and chunk."""
   if weights.source == 'student':
     hidden = {name: x for name, x in hidden.items() if name != 'teacher_block'}
-  return _chunked(heads, hidden, targets, mask, weights.floor, weights.cap, temperature, ce_weight, form=weights.form,
-                  source=weights.source, chunk=chunk)
+  return _chunked(heads, hidden, targets, mask, temperature, ce_weight, weights=weights, kind=kind, chunk=chunk)
 
 
 def log_softmax(logits):
@@ -66,11 +68,19 @@ def log_softmax(logits):
   return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight):
+def naive_divergence(kind, p, q):
+  """Of log-probabilities [V]."""
+  kl = lambda a, b: float(np.sum(np.exp(a) * (a - b)))
+  middle = np.log((np.exp(p) + np.exp(q)) / 2)
+  return {'forward': kl(p, q), 'reverse': kl(q, p), 'jsd': (kl(p, middle) + kl(q, middle)) / 2}[kind]
+
+
+def naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight, kind='forward'):
   """The sums by the formula, in float64, token by token."""
   vocab = min(len(heads['student']), len(heads['teacher']))
-  sums = dict.fromkeys(('loss', 'weight', 'weight_sq', 'at_floor', 'at_cap', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'), 0.0)
+  sums = dict.fromkeys(('weight_sum', 'weight_sq', 'at_floor', 'at_cap', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'), 0.0)
   sums |= {'kl_at': np.zeros(losses.POSITION_BINS), 'tokens_at': np.zeros(losses.POSITION_BINS)}
+  found = []   # (document, w, divergence, cross-entropy)
   for at in zip(*np.nonzero(mask), strict=True):
     logits = {name: heads[name.split('_')[0]][:vocab].astype(np.float64) @ x_BTD[at] for name, x_BTD in hidden.items()}
     student, teacher = logits['student'], logits['teacher']
@@ -80,51 +90,71 @@ def naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight):
     gap = log_softmax(teacher)[x] - log_softmax(blocked)[x]
     w = {'relu': weights.floor + min(max(gap, 0), weights.cap), 'exp': np.exp(min(gap, weights.cap)),
          'none': 1.0}[weights.form]
-    kl, ce = float(np.sum(np.exp(p) * (p - q))), -log_softmax(student)[x]
-    for name, value in {'loss': w * (temperature ** 2 * kl + ce_weight * ce), 'weight': w, 'weight_sq': w * w, 'tokens': 1.0,
-                        'kl': kl, 'at_floor': gap <= 0, 'at_cap': gap >= weights.cap, 'ce': ce,
-                        'teacher_ce': -log_softmax(teacher)[x], 'gap': gap}.items():
+    kl, ce = naive_divergence('forward', p, q), -log_softmax(student)[x]
+    found.append(((at[0], DOCUMENTS[at]), w, temperature ** 2 * naive_divergence(kind, p, q), ce_weight * ce))
+    for name, value in {'weight_sum': w, 'weight_sq': w * w, 'tokens': 1.0, 'kl': kl, 'at_floor': gap <= 0,
+                        'at_cap': gap >= weights.cap, 'ce': ce, 'teacher_ce': -log_softmax(teacher)[x], 'gap': gap}.items():
       sums[name] += value
     at_bin = next(i for i in range(7, -1, -1) if i == 0 or POSITIONS[at] >= T * 2.0 ** (i - 8))
     sums['kl_at'][at_bin] += kl
     sums['tokens_at'][at_bin] += 1
-  return sums
+  return sums | naive_loss(found, weights, sums)
 
 
-@pytest.mark.parametrize('weights', WEIGHTS.values(), ids=WEIGHTS)
-def test_distillation_is_the_formula(weights):
+def naive_loss(found, weights, sums):
+  if weights.mean == 'document':
+    means = {document: np.mean([w for other, w, *_ in found if other == document]) for document, *_ in found}
+    found = [(document, w / means[document], *terms) for document, w, *terms in found]
+  loss = sum((w if weights.on != 'ce' else 1) * kl + (w if weights.on != 'kl' else 1) * ce for _, w, kl, ce in found)
+  whole = weights.on == 'both' and weights.mean == 'batch'
+  return {'loss': loss, 'weight': sums['weight_sum'] if whole else sums['tokens']}
+
+
+@pytest.mark.parametrize('weights, kind', [*((w, 'forward') for w in WEIGHTS.values()),
+                                           (WEIGHTS['relu'], 'reverse'), (WEIGHTS['relu'], 'jsd')],
+                         ids=[*WEIGHTS, 'reverse', 'jsd'])
+def test_distillation_is_the_formula(weights, kind):
   heads, hidden, targets = case()
   for (name, mask), (temperature, ce_weight) in itertools.product(MASKS.items(), [(1.0, 0.0), (2.5, 0.3)]):
-    (_, sums), _ = chunked(heads, hidden, targets, mask, weights, temperature, ce_weight)
-    expected = naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight)
+    (_, sums), _ = chunked(heads, hidden, targets, mask, weights, temperature, ce_weight, kind=kind)
+    expected = naive_sums(heads, hidden, targets, mask, weights, temperature, ce_weight, kind)
     assert sums.keys() == expected.keys()
     for key in sums:
       np.testing.assert_allclose(sums[key], expected[key], rtol=2e-5, atol=1e-5, err_msg=f'{name}: {key}')
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames='kind')
 @functools.partial(jax.grad, argnums=(0, 1))
-def dense_gradients(student_head, x_BTD, fixed, targets, weight, temperature, ce_weight):
-  """Gradients of the loss with all logits at once and the weights as given, constants."""
+def dense_gradients(student_head, x_BTD, fixed, targets, weight, temperature, ce_weight, kind):
+  """Gradients of the loss with all logits at once and the weights (of the divergence, of the cross-entropy) constant."""
   student, teacher = x_BTD @ student_head[:V].T, fixed
   p, q = (jax.nn.log_softmax(x / temperature) for x in (teacher, student))
-  kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+  m = jnp.log((jnp.exp(p) + jnp.exp(q)) / 2)
+  kl = lambda a, b: jnp.sum(jnp.exp(a) * (a - b), axis=-1)
+  found = {'forward': lambda: kl(p, q), 'reverse': lambda: kl(q, p), 'jsd': lambda: (kl(p, m) + kl(q, m)) / 2}[kind]()
   ce = -jnp.take_along_axis(jax.nn.log_softmax(student), targets[..., None], axis=-1)[..., 0]
-  return jnp.sum(weight * (temperature ** 2 * kl + ce_weight * ce))
+  return jnp.sum(weight[0] * temperature ** 2 * found + weight[1] * ce_weight * ce)
 
 
-@pytest.mark.parametrize('weights', WEIGHTS.values(), ids=WEIGHTS)
-def test_weights_and_teacher_carry_no_gradient(weights):
+@pytest.mark.parametrize('weights, kind', [*((w, 'forward') for w in WEIGHTS.values()),
+                                           (WEIGHTS['relu'], 'reverse'), (WEIGHTS['relu'], 'jsd')],
+                         ids=[*WEIGHTS, 'reverse', 'jsd'])
+def test_weights_and_teacher_carry_no_gradient(weights, kind):
   heads, hidden, targets = case()
   mask, temperature, ce_weight = MASKS['some'], 1.7, 0.3
-  _, grads = chunked(heads, hidden, targets, mask, weights, temperature, ce_weight)
+  _, grads = chunked(heads, hidden, targets, mask, weights, temperature, ce_weight, kind=kind)
 
   log_p = {name: log_softmax(hidden[name] @ heads[name.split('_')[0]][:V].T) for name in hidden}
   picked = {name: np.take_along_axis(x, targets[..., None], axis=-1)[..., 0] for name, x in log_p.items()}
   gap = picked['teacher'] - picked['teacher_block' if weights.source == 'teacher' else 'student']
   weight = mask * np.asarray(losses.token_weight(jnp.asarray(gap, jnp.float32), weights))
+  if weights.mean == 'document':
+    for row, document in {(row, DOCUMENTS[row, t]) for row, t in zip(*np.nonzero(mask))}:
+      there = mask[row] & (DOCUMENTS[row] == document)
+      weight[row, there] /= weight[row, there].mean()
+  weight = [weight if weights.on in (name, 'both') else mask.astype(np.float32) for name in ('kl', 'ce')]
   expected = dense_gradients(heads['student'], hidden['student'], hidden['teacher'] @ heads['teacher'].T, targets,
-                             weight, temperature, ce_weight)
+                             weight, temperature, ce_weight, kind)
   np.testing.assert_allclose(grads[0]['student'], expected[0], rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(grads[1]['student'], expected[1], rtol=1e-4, atol=1e-5)
   assert not np.any(grads[1]['student'][~mask])
@@ -181,14 +211,15 @@ def test_chunks_without_a_loss_token_are_not_computed():
     calls.clear()
 
 
-@pytest.mark.parametrize('weights', WEIGHTS.values(), ids=WEIGHTS)
-def test_normalised_weights_have_mean_one(weights):
+@pytest.mark.parametrize('name', [name for name, w in WEIGHTS.items() if w.on == 'both' or w.mean == 'document'])
+def test_normalised_weights_have_mean_one(name):
   """Where KL + CE of every token is the same, their weighted mean is that number, whatever the weights."""
   heads, hidden, targets = case()
+  weights = WEIGHTS[name]
   hidden['student'] = np.zeros((B, T, D), np.float32)   # every token has the same probability
   (_, sums), _ = chunked(heads, hidden, targets, MASKS['some'], weights, 1.0, 1e6)
   np.testing.assert_allclose(sums['loss'] / sums['weight'], 1e6 * np.log(V), rtol=1e-4)
-  mean, mean_square = sums['weight'] / sums['tokens'], sums['weight_sq'] / sums['tokens']
+  mean, mean_square = sums['weight_sum'] / sums['tokens'], sums['weight_sq'] / sums['tokens']
   assert mean > 0 and (mean_square > 1.01 * mean ** 2) == (weights.form != 'none')
 
 
@@ -203,12 +234,12 @@ def test_weight_forms(form, expected):
 def test_kl():
   logits = 4 * draw(50, V)
   for temperature in (0.5, 1.0, 3.0):
-    assert np.all(losses.forward_kl(logits, logits + 7.0, temperature) <= 1e-5)   # a constant changes no probability
-    kl = losses.forward_kl(logits, logits[::-1], temperature)
+    assert np.all(losses.divergence(logits, logits + 7.0, temperature) <= 1e-5)   # a constant changes no probability
+    kl = losses.divergence(logits, logits[::-1], temperature)
     assert np.all(kl >= 0) and np.all(np.isfinite(kl))
-  np.testing.assert_array_equal(losses.forward_kl(logits, logits, 1.0), 0)
+  np.testing.assert_array_equal(losses.divergence(logits, logits, 1.0), 0)
   # Two outcomes by hand: p = (3/4, 1/4), q = (1/2, 1/2).
-  kl = losses.forward_kl(jnp.log(jnp.asarray([3.0, 1.0])), jnp.zeros(2), 1.0)
+  kl = losses.divergence(jnp.log(jnp.asarray([3.0, 1.0])), jnp.zeros(2), 1.0)
   np.testing.assert_allclose(kl, 0.75 * np.log(1.5) + 0.25 * np.log(0.5), rtol=1e-6)
 
 
@@ -226,8 +257,8 @@ def temporary_bytes(length, vocab, width, chunk):
   rows = lambda dtype: jax.ShapeDtypeStruct((1, length), dtype)
   heads = {'student': f32(vocab, width), 'teacher': f32(vocab, width)}
   hidden = {'student': f32(1, length, width), 'teacher': f32(1, length, width)}
-  lowered = _chunked.lower(heads, hidden, rows(jnp.int32), rows(jnp.bool_), 0.1, 5.0, 1.0, 0.0, form='relu',
-                           source='student', chunk=chunk)
+  lowered = _chunked.lower(heads, hidden, rows(jnp.int32), rows(jnp.bool_), 1.0, 0.0, weights=losses.TokenWeights(),
+                           kind='forward', chunk=chunk)
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
@@ -240,7 +271,7 @@ def test_logits_of_a_row_never_exist():
   assert large - small < min(of_row / 2, length // chunk * of_heads / 4)
 
 
-@pytest.mark.parametrize('kwargs', [{'form': 'rleu'}, {'source': 'nobody'}])
+@pytest.mark.parametrize('kwargs', [{'form': 'rleu'}, {'source': 'nobody'}, {'on': 'lk'}, {'mean': 'row'}])
 def test_unknown_weights_are_refused(kwargs):
   (value,) = kwargs.values()
   with pytest.raises(ValueError, match=f"token weight {next(iter(kwargs))} '{value}'; choose one of"):
@@ -250,13 +281,13 @@ def test_unknown_weights_are_refused(kwargs):
 def test_the_top_of_a_teacher_gives_a_lower_bound_that_grows_to_the_whole():
   heads, hidden, _ = case(V, V)
   teacher, student = (hidden[name] @ heads[name].T for name in ('teacher', 'student'))
-  whole = losses.forward_kl(teacher, student, 2.0)
+  whole = losses.divergence(teacher, student, 2.0)
   log_p = log_softmax(teacher / 2.0)
   order = np.argsort(-log_p, axis=-1)
   before = np.zeros((B, T))
   for k in (1, 2, 5, V // 2, V - 1):
     ids = order[..., :k]
-    got = losses.forward_kl_of_top(np.take_along_axis(log_p, ids, -1).astype(np.float32), ids, student, 2.0)
+    got = losses.divergence_of_top(np.take_along_axis(log_p, ids, -1).astype(np.float32), ids, student, 2.0)
     p = np.exp(np.take_along_axis(log_p, ids, -1))
     log_q = np.take_along_axis(log_softmax(student / 2.0), ids, -1)
     rest, q_rest = 1 - p.sum(-1), 1 - np.exp(log_q).sum(-1)
@@ -286,7 +317,7 @@ def test_the_top_of_a_teacher_is_finite_where_nothing_is_left():
   sure[0, 2] = 1e4
   ids = np.array([[2, 1]])
   for log_p in ([[0.0, -1e4]], [[np.log(0.6), np.log(0.4)]], [[0.0, 0.0]]):
-    value, grad = jax.value_and_grad(lambda x, log_p=log_p: losses.forward_kl_of_top(
+    value, grad = jax.value_and_grad(lambda x, log_p=log_p: losses.divergence_of_top(
         jnp.array(log_p, jnp.float32), ids, x, 1.0).sum())(jnp.asarray(sure))
     assert np.isfinite(value) and np.all(np.isfinite(grad)), log_p
 

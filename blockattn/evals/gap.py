@@ -292,7 +292,7 @@ def _gap_sums(heads, hidden, rows):
   def sums(heads, states, per_token, mask):
     student, teacher = losses.common_vocabulary(*map(transformer.project, states, heads))
     ce = -losses.log_prob(student, per_token['target'])
-    kl = losses.forward_kl(teacher, student, 1.0)
+    kl = losses.divergence(teacher, student, 1.0)
     in_bin = mask.astype(jnp.float32)[..., None] * jax.nn.one_hot(per_token['bin'], len(BINS))
     return jnp.einsum('nbt,btk->bnk', jnp.stack([jnp.ones_like(ce), ce, kl]), in_bin)
 

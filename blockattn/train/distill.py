@@ -31,8 +31,9 @@ class DistillOptions:
     drop_rate: block dropout, per context block
     drop_mode: lift, isolate, merge, remove: see blocks.drop_blocks
     loss_over: readers: all tokens of reading blocks, lifted ones included; text: all text tokens; answer
-    temperature: of both distributions in the KL, which counts temperature^2 times
-    ce_weight: of cross-entropy on the data, beside the KL
+    divergence: from the teacher's distribution: forward, reverse (both KL), jsd: see losses.divergence
+    temperature: of both distributions in the divergence, which counts temperature^2 times
+    ce_weight: of cross-entropy on the data, beside the divergence
     weights: how much a token counts, see losses.TokenWeights
     chunk: tokens per row whose logits exist at a time.
     accumulate: slices that a batch is computed in.
@@ -41,6 +42,7 @@ class DistillOptions:
   drop_rate: float = 0.2
   drop_mode: str = 'lift'
   loss_over: str = 'readers'
+  divergence: str = 'forward'
   temperature: float = 1.0
   ce_weight: float = 0.0
   weights: losses.TokenWeights = losses.TokenWeights()
@@ -51,6 +53,10 @@ class DistillOptions:
   def __post_init__(self):
     errors.check_choice('config.distill.drop_mode', self.drop_mode, blocks.DROP_MODES)
     errors.check_choice('config.distill.loss_over', self.loss_over, LOSS_OVER)
+    errors.check_choice('config.distill.divergence', self.divergence, losses.DIVERGENCES)
+    if self.weights.on == 'ce' and not self.ce_weight:
+      raise UserError("config.distill.weights.on='ce' weights the cross-entropy, which config.distill.ce_weight=0.0 leaves "
+                      'out; give it a weight above 0')
     errors.check_number('config.distill.drop_rate', self.drop_rate, 0, 1)
     errors.check_number('config.distill.temperature', self.temperature, above=0)
     errors.check_number('config.distill.ce_weight', self.ce_weight, 0)
@@ -181,7 +187,7 @@ def loss_sums(params, frozen: job.Frozen, batch, key, models: Models, options: D
     return losses.distillation_sums(losses.Reading(models.student.head(student), x_student), teacher,
                                     batch['targets'], position, mask, weights=options.weights,
                                     temperature=options.temperature, ce_weight=options.ce_weight, chunk=options.chunk,
-                                    parts=models.row_parts)
+                                    kind=options.divergence, document=batch['layout'].doc, parts=models.row_parts)
 
 
 @jax.named_scope('teacher')
@@ -202,7 +208,7 @@ def make_step(models: Models, options: DistillOptions, optimizer, learning_rate)
 
 def _measure(sums):
   tokens = jnp.maximum(sums['tokens'], 1)
-  mean_weight = sums['weight'] / tokens
+  mean_weight = sums['weight_sum'] / tokens
   spread = jnp.sqrt(jnp.maximum(sums['weight_sq'] / tokens - mean_weight ** 2, 0)) / jnp.maximum(mean_weight, 1e-9)
   # A bin that no token of the batch falls into has no KL.
   kl_at = jnp.where(sums['tokens_at'] > 0, sums['kl_at'] / jnp.maximum(sums['tokens_at'], 1), jnp.nan)

@@ -148,10 +148,10 @@ def bias_sums(teacher, batch, *, model: distill.Model, vocab, options, positions
     m = mask.astype(jnp.float32)
     full, block = map(head, states)
     log_p, ids = jax.lax.top_k(jax.nn.log_softmax(full / options.temperature), max(sizes))
-    sums = {'tokens': jnp.sum(m), 'kl': jnp.sum(m * losses.forward_kl(full, block, options.temperature))}
+    sums = {'tokens': jnp.sum(m), 'kl': jnp.sum(m * losses.divergence(full, block, options.temperature))}
     for k in sizes:
       rest = 1 - jnp.sum(jnp.exp(log_p[..., :k]), axis=-1)
-      kl = losses.forward_kl_of_top(log_p[..., :k], ids[..., :k], block, options.temperature)
+      kl = losses.divergence_of_top(log_p[..., :k], ids[..., :k], block, options.temperature)
       sums |= {f'kl_{k}': jnp.sum(m * kl), f'rest_{k}': jnp.sum(m * rest)}
     return sums
 

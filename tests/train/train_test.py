@@ -251,7 +251,7 @@ def test_every_choice_gives_a_loss_and_gradients(mode):
     grads, sums = jax.jit(jax.grad(loss, has_aux=True))(student)
   assert all(np.isfinite(value).all() for value in sums.values()) and sums['kl'] > 0 and sums['tokens'] > 0
   if options.weights.form == 'none':
-    assert sums['weight'] == sums['tokens'] == sums['weight_sq']
+    assert sums['weight'] == sums['tokens'] == sums['weight_sum'] == sums['weight_sq']
   for name, grad in tree.named_leaves(grads):
     assert np.isfinite(grad).all() and np.any(grad), name
   rows = np.abs(grads['embed']).max(axis=1) > 0
