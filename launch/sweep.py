@@ -166,14 +166,13 @@ def _checked(path, workdir, changes, common) -> Point:
   try:
     config = parse(args)
     _check_meant(config, path, common, changes)
-    trainer = job.trainer_of(config)
-    options = job.module(trainer).read(config)
+    options = job.options_of(config)
     command.check_local(options)
     step = workdir_lib.newest_step(workdir / name, options_lib.as_json(options))
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'point {name}: {error.args[0] if error.args else error}') from error
-  words = ('-m', f'blockattn.train.{trainer}', *args, f'--workdir={workdir / name}')
-  return Point(name, workdir / name, changes, words, config.steps, step)
+  words = ('-m', type(options).__module__, *args, f'--workdir={workdir / name}')
+  return Point(name, workdir / name, changes, words, options.steps, step)
 
 
 def parse(args: Sequence[str]):

@@ -23,8 +23,10 @@ import subprocess
 import sys
 import tempfile
 
+from blockattn.errors import UserError
 from tools import arguments
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 TPUS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
 GPUS = ('h200',)
 BODIES = ('partial', 'full')   # of the TPU kernels; 'peer' stands for splash attention
@@ -113,20 +115,19 @@ def _splash(options, sizes):
   return splash.splash_attention_kernel.make_splash_mha(heads, head_shards=1, q_seq_shards=1, block_sizes=tiles)
 
 
-def _run_child(arguments, body):
-  """(what the child printed as JSON, its whole output, what it dumped) of one compilation."""
-  with tempfile.TemporaryDirectory() as dump:
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'MOSAIC_GPU_DUMP_PTXAS': '1',
-                                'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}   # several compilations at once
-    if body != 'both':
-      environment['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true'
-    done = subprocess.run([sys.executable, '-m', 'tools.aot', *arguments, '--child', body], capture_output=True, text=True,
-                          env=environment)
-    output = done.stdout + done.stderr
-    if done.returncode:
-      raise RuntimeError(f'the compilation failed:\n{output[-3000:]}')
-    report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"tiles"')))
-    return report, output, _schedules(pathlib.Path(dump))
+def run_child(*command: str, **environ: str) -> tuple[dict, str]:
+  """(the last JSON object that a module with arguments prints, its whole output); it compiles in a process of its own.
+
+  Raises:
+    RuntimeError: it fails; the message ends with what the compiler said.
+  """
+  environ = os.environ | {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1',
+                          'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'} | environ   # several compilations at once
+  done = subprocess.run([sys.executable, '-m', *command], capture_output=True, text=True, env=environ, cwd=ROOT)
+  output, found = done.stdout + done.stderr, [line for line in done.stdout.splitlines() if line.startswith('{"')]
+  if done.returncode or not found:
+    raise RuntimeError(f'the compilation failed:\n{output[-3000:]}')
+  return json.loads(found[-1]), output
 
 
 _KERNEL = re.compile(r'block_attention_(?:forward|dq|dkv)|splash_\w+')
@@ -172,26 +173,27 @@ def compile_for(target: str, arguments: list[str], bodies: tuple[str, ...] = BOD
     return result
   kernels = {}
   for body in bodies:
-    for kernel, figures in _run_child([target, *arguments], body)[2].items():
-      kernels.setdefault(kernel, {})[body] = figures
+    with tempfile.TemporaryDirectory() as dump:
+      run_child('tools.aot', target, *arguments, '--child', body,
+                LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true')
+      for kernel, figures in _schedules(pathlib.Path(dump)).items():
+        kernels.setdefault(kernel, {})[body] = figures
   return result | {'kernels': kernels}
 
 
 def compile_once(target: str, arguments: list[str]) -> dict:
   """The same, but of TPU kernels nothing is said about their bodies."""
-  report, output, _ = _run_child([target, *arguments], 'both')
+  report, output = run_child('tools.aot', target, *arguments, '--child', 'both', MOSAIC_GPU_DUMP_PTXAS='1')
   return {'target': target} | report | {'kernels': _ptxas(output)}
 
 
 def _arguments(argv):
   numbers = lambda count: lambda text: _numbers(text, count)
-  parser = arguments.Parser(prog='python -m tools.aot', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.aot', description=__doc__)
   parser.add_argument('targets', nargs='+', choices=[*TPUS, *GPUS])
   parser.add_argument('--shape', type=numbers(3), default=(32, 8, 128), metavar='N,K,H',
                       help='query heads, key/value heads, width; the default is that of Qwen3-4B and Llama-3.1-8B')
-  parser.add_argument('--length', type=int, default=8192, help='tokens of a row (default %(default)s)')
-  parser.add_argument('--rows', type=int, default=1, help='rows of the batch (default %(default)s)')
+  arguments.add_numbers(parser, length=(8192, 'tokens of a row'), rows=(1, 'rows of the batch'))
   parser.add_argument('--dtype', default='bfloat16', help='(default %(default)s)')
   parser.add_argument('--tiles', type=numbers(2), metavar='QUERY,KEY', help='default: those of kernels/tiles.py')
   parser.add_argument('--forward', action='store_true', help='the forward kernel only')
@@ -215,22 +217,20 @@ def _forwarded(options):
   return given + (['--tiles', join(options.tiles)] if options.tiles else []) + (['--forward'] if options.forward else [])
 
 
+def run(options) -> None:
+  for target in options.targets:
+    if (missing := missing_compiler(target)) is not None:
+      raise UserError(missing)
+    result = compile_for(target, _forwarded(options), (*BODIES, 'peer') if options.peer else BODIES)
+    print(json.dumps(result) if options.json else _text(result))
+
+
 def main(argv=None) -> int:
   options = _arguments(argv)
   if options.child:
     _compile(options, options.child)
     return 0
-  for target in options.targets:
-    if (missing := missing_compiler(target)) is not None:
-      print(f'error: {missing}', file=sys.stderr)
-      return 2
-    try:
-      result = compile_for(target, _forwarded(options), (*BODIES, 'peer') if options.peer else BODIES)
-    except RuntimeError as error:
-      print(f'error: {target}: {error}', file=sys.stderr)
-      return 1
-    print(json.dumps(result) if options.json else _text(result))
-  return 0
+  return arguments.run('aot', lambda: run(options), mendable=(RuntimeError,))
 
 
 def _text(result):

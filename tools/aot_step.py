@@ -15,14 +15,10 @@ and refuses a program that does not fit into a device's memory; then its message
 
 import json
 import math
-import os
-import pathlib
+import pickle
 import re
-import subprocess
 import sys
-import tempfile
 
-import ml_collections
 from jax.experimental import topologies
 
 from blockattn.errors import UserError
@@ -42,7 +38,7 @@ def devices_of(topology: str) -> int:
   return math.prod(map(int, shape.split('x')))
 
 
-def compile_for(topology: str, config) -> dict:
+def compile_for(topology: str, options: job.Options) -> dict:
   """Compiles the step in a process of its own.
 
   Returns:
@@ -55,37 +51,23 @@ def compile_for(topology: str, config) -> dict:
   devices_of(topology)
   if (missing := aot.missing_compiler(topology.partition(':')[0])) is not None:
     raise UserError(missing)
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / 'config.json'
-    path.write_text(config.to_json_best_effort())
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-    done = subprocess.run([sys.executable, '-m', 'tools.aot_step', topology, str(path)], capture_output=True, text=True,
-                          env=environment, cwd=pathlib.Path(__file__).resolve().parents[1])
-  found = [line for line in done.stdout.splitlines() if line.startswith('{"memory"')]
-  if done.returncode or not found:
-    raise RuntimeError(f'--aot={topology}: the step does not compile:\n{(done.stdout + done.stderr)[-3000:]}')
-  return {'topology': topology} | json.loads(found[-1])
+  found, _ = aot.run_child('tools.aot_step', topology, pickle.dumps(options).hex())
+  return {'topology': topology} | found
 
 
 # In the child process.
 
 
-def _compile(topology, config):
-  trainer = job.module(job.trainer_of(config))
-  options, devices = trainer.read(config), topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  made = trainer.build(options, job.make_placement(options, devices), job.architecture_here(options.model), platform='tpu')
+def _compile(topology, options):
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  made = job.module_of(options).build(options, job.make_placement(options, devices), job.architecture_here(options.model),
+                                      platform='tpu')
   memory = made.step.lower(made.state, made.frozen, made.batch).compile().memory_analysis()
   held, passing = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   new = memory.output_size_in_bytes - memory.alias_size_in_bytes
   total = held + passing + new + memory.generated_code_size_in_bytes
-  print(json.dumps({'memory': {'arguments': held, 'temporaries': passing, 'total': total},
-                    'device': devices[0].device_kind}))
-
-
-def main(argv=None):
-  topology, path = sys.argv[1:] if argv is None else argv
-  _compile(topology, ml_collections.ConfigDict(json.loads(pathlib.Path(path).read_text())))
+  return {'memory': {'arguments': held, 'temporaries': passing, 'total': total}, 'device': devices[0].device_kind}
 
 
 if __name__ == '__main__':
-  main()
+  print(json.dumps(_compile(sys.argv[1], pickle.loads(bytes.fromhex(sys.argv[2])))))
