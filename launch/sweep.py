@@ -188,7 +188,7 @@ def _check_meant(config, path, common, changes):
   """The command line must give what the sweep says: it turns texts into values in its own way."""
   meant = parse([f'--config={path}', *common])
   meant.update_from_flattened_dict(dict(changes))   # raises at a value of another type
-  wrong = workdir_lib.differing_keys(meant.to_dict(), config.to_dict())
+  wrong = workdir_lib.differing(meant.to_dict(), config.to_dict())
   if wrong:
     raise UserError(f'{", ".join(wrong)}: the command line cannot say this value; change it in get_config, by an argument')
 

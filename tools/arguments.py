@@ -76,6 +76,17 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
                       '(default: as in training; enable_thinking=false where the template knows it)')
 
 
+def compute_of(options, console: rich.console.Console):
+  """transformer.Compute of --dtype and --impl; the implementation of attention that this is here is said."""
+  import jax  # those who compute have loaded it already
+
+  from blockattn.kernels import api
+  from blockattn.models import transformer
+  attention = api.choose(options.impl, jax.devices()[0])
+  console.print(str(attention))
+  return transformer.Compute(dtype=options.dtype, impl=attention.impl)
+
+
 def run(name: str, command: Callable[[], int | None], *, stopped: str = '',
         mendable: tuple[type[Exception], ...] = ()) -> int:
   """The exit status of a command: what it returns, or what becomes of the errors that it ends with, each a line.

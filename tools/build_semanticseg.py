@@ -27,7 +27,7 @@ import pathlib
 import sys
 import time
 
-import rich.table
+import absl.logging
 
 from blockattn import disk
 from blockattn.data import encode, json_lines
@@ -38,8 +38,7 @@ COMMANDS = {'structure': 'tools.structure', 'annotate': 'tools.annotate'}
 
 
 def _arguments(argv):
-  parser = arguments.Parser(prog='tools.build_semanticseg', description=__doc__.split('\n\n')[0],
-                            epilog=f'Other commands: {", ".join(COMMANDS)} (see their --help).')
+  parser = arguments.Parser(prog='python -m tools.build_semanticseg', description=__doc__)
   parser.add_argument('folders', nargs='+', metavar='FOLDER', help='folders, files or globs')
   parser.add_argument('--out', required=True, help='folder of the dataset')
   parser.add_argument('--categories', nargs='+', help='build only these, and not `all`')
@@ -79,13 +78,6 @@ def _write(path, text):
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   disk.write_text(path, text)
-
-
-def _quieten_tfds():
-  """TFDS tells every step, through the log and with bars of its own."""
-  import absl.logging
-  absl.logging.set_verbosity(absl.logging.ERROR)
-  _builder().tfds.disable_progress_bar()
 
 
 def _builder():
@@ -149,8 +141,7 @@ def _report(configs, out, duplicates):
 
 def _print_statistics(values, console):
   columns = ('category', 'split', 'documents', 'characters', 'tokens', 'blocks', '5%', '50%', '95%', '2k-32k tokens')
-  table = rich.table.Table(*(rich.table.Column(c, justify='left' if i < 2 else 'right') for i, c in enumerate(columns)),
-                           title='Documents and blocks (5%, 50%, 95%: characters of a block)')
+  table = arguments.table(*columns, left=2, title='Documents and blocks (5%, 50%, 95%: characters of a block)')
   number = lambda value: '-' if value is None else f'{value:,}'
   for category, splits in values.items():
     for split, row in splits.items():
@@ -175,9 +166,12 @@ def _print_duplicates(duplicates, dropping, console):
   console.print(f'  {len(duplicates["dropped"])} training documents {verb}')
 
 
-def run(args, console) -> None:
+def run(args) -> None:
   """Builds, measures and reports."""
-  builder = _builder()
+  builder, console = _builder(), arguments.console()
+  # TFDS tells every step, through the log and with bars of its own.
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  builder.tfds.disable_progress_bar()
   files = schema.find(args.folders)
   schema.find(args.folders, args.categories)   # raises for an unknown category
   duplicates = None if args.skip_duplicates else find_duplicates(files, args.out, args.similarity)
@@ -196,18 +190,12 @@ def run(args, console) -> None:
 
 
 def main(argv=None) -> int:
+  """The command line. Returns the exit status."""
   argv = sys.argv[1:] if argv is None else argv
   if argv and argv[0] in COMMANDS:
     return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
   args = _arguments(argv)
-  console = arguments.consoles()[0]
-  try:
-    _quieten_tfds()
-    run(args, console)
-  except (OSError, ValueError, ImportError) as error:
-    print(f'build_semanticseg: {arguments.line_of(error)}', file=sys.stderr)
-    return 2
-  return 0
+  return arguments.run('build_semanticseg', lambda: run(args))
 
 
 if __name__ == '__main__':

@@ -16,12 +16,12 @@ comes from a file of the workdir and is left out where the file is absent:
   meta.json, bias.json   of blockattn.train.teach: whose logits were stored and how, and what the kept ones hold of the KL
 """
 
-import argparse
 import json
 import math
 import os
 import pathlib
 import re
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -389,15 +389,13 @@ PARTS = {'summary': summary_part, 'curves': curves_part, 'mask': mask_part, 'seg
          'examples': examples_part, 'bias': bias_part, 'configs': config_part}   # of report.html
 
 
-def main():
-  parser = arguments.Parser(prog='python -m tools.report', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+  """The command line. Returns the exit status."""
+  parser = arguments.Parser(prog='python -m tools.report', description=__doc__)
   parser.add_argument('workdir', help='folder of a run')
-  try:
-    print(render(parser.parse_args().workdir))
-  except (OSError, ValueError) as error:
-    parser.exit(2, f'report: {arguments.line_of(error)}\n')
+  options = parser.parse_args(argv)
+  return arguments.run('report', lambda: print(render(options.workdir)))
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

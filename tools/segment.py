@@ -19,7 +19,6 @@ and --max are kept by every block (with --depth, see there), if need be by cuts 
 The exit code is 0; 1 if some of the input could not be read and was skipped; 2 if an argument or the model must be mended.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import glob
@@ -64,8 +63,7 @@ class Unreadable:
 
 
 def _arguments(argv):
-  parser = arguments.Parser(prog='tools.segment', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.segment', description=__doc__)
   parser.add_argument('paths', nargs='+', metavar='PATH', help='file, folder, glob, or - for the standard input')
   parser.add_argument('--jsonl', action='store_true', help='every file, and the standard input, holds JSON lines')
   parser.add_argument('--text-key', default='text', metavar='KEY', help='of the JSON lines (default: %(default)s)')
@@ -252,7 +250,7 @@ class Tally:
             + (f'; {self.skipped:,} skipped' if self.skipped else ''))
 
 
-def run(args, files, want, model, console) -> Tally:
+def cut_all(args, files, want, model, console) -> Tally:
   """Reads, cuts and writes everything behind a progress bar."""
   done = finished_lines(args.out) if args.resume else {}
   reader = encode.token_ends(args.tokenizer) if args.tokenizer else None
@@ -311,31 +309,28 @@ def _progress_bar(console):
   return rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def main(argv=None, model=None) -> int:
-  """Runs the tool; `model` takes the place of --model."""
-  args = _arguments(argv)
-  console = arguments.consoles()[1]
+def run(args, model) -> int:
+  console = arguments.console(stderr=True)
+  want = granularity.wanted(threshold=args.threshold, depth=args.depth, target=args.target_tokens, minimum=args.min,
+                            maximum=args.max)
+  files = find_inputs(args.paths)
+  arguments.check_outputs({'out': args.out, 'html': args.html, 'files': files})
+  arguments.check_outputs({'out': args.out and args.out + PART, 'files': files})
+  model = api.load_segmenter(model or args.model)
   try:
-    want = granularity.wanted(threshold=args.threshold, depth=args.depth, target=args.target_tokens, minimum=args.min,
-                              maximum=args.max)
-    files = find_inputs(args.paths)
-    arguments.check_outputs({'out': args.out, 'html': args.html, 'files': files})
-    arguments.check_outputs({'out': args.out and args.out + PART, 'files': files})
-    model = api.load_segmenter(model or args.model)
-    want = granularity.for_model(want, model)
-    tally = run(args, files, want, model, console)
+    tally = cut_all(args, files, granularity.for_model(want, model), model, console)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # the reader has enough; nothing is left to flush
     return 0
-  except KeyboardInterrupt:
-    console.print('segment: stopped' + (f'; what is done stands in {args.out}{PART}, go on with --resume' if args.out
-                                        else ''))
-    return 130
-  except (OSError, ValueError) as error:
-    console.print(f'segment: {printable(arguments.line_of(error))}')
-    return 2
   console.print(f'segment: {tally}')
   return 1 if tally.skipped else 0
+
+
+def main(argv=None, model=None) -> int:
+  """The command line; `model` takes the place of --model. Returns the exit status."""
+  args = _arguments(argv)
+  return arguments.run('segment', lambda: run(args, model), stopped=(
+      f'what is done stands in {args.out}{PART}, go on with --resume' if args.out else ''))
 
 
 if __name__ == '__main__':

@@ -8,9 +8,9 @@ Everything comes from shapes: no device and no network is touched, so a laptop c
 --devices says how many devices there will be (a mesh axis of -1 takes what is left), --mesh AXIS=SIZE,... replaces
 config.mesh (axes left out are 1) and says so too; --json FILE keeps the result. What the mesh cannot cut evenly (heads, mlp,
 vocabulary, rows of the batch, tokens of a row) is an error, with what to change, and exit status 2: here, not when a job has
-waited in a queue. --device (one of v4 v5e v5p v6e a100 h100 h200 b200) adds an estimate of the time of a step, and says if memory does not
-suffice; what is counted in time and memory stands in tools/show_step.py and tools/show_memory.py. --aot TOPOLOGY compiles
-the step for a TPU slice that need not be there (extra `kernels-ci`), and prints the compiler's count of memory beside the
+waited in a queue. --device (one of v4 v5e v5p v6e a100 h100 h200 b200) adds an estimate of the time of a step, and says if
+memory does not suffice; what is counted stands in tools/show_step.py and tools/show_memory.py. --aot TOPOLOGY compiles the
+step for a TPU slice that need not be there (extra `kernels-ci`), and prints the compiler's count of memory beside the
 estimate; see tools/aot_step.py.
 The architecture is that of config.model.source if this is a folder here, else config.model.size and .fields.
 """
