@@ -15,7 +15,7 @@ def load(tokenizer: Any, count: int, *, split: str = 'test',
          style: stdlib.PageStyle | None = None) -> tuple[list[encode.EncodedDoc], list[Example]]:
   """(documents, examples) of `count` pages with the library's own names; pages 0, 1, ... depend on the style alone, by
   default that of a config."""
-  source = sources.PageRows(stdlib.split_containers(stdlib.read_containers(), split),
-                            dataclasses.replace(style or stdlib.PageStyle(), renamed=0.0, questions=(1, 1), seed=1), tokenizer, length=_LONG,
+  style = dataclasses.replace(style or stdlib.PageStyle(), renamed=0.0, questions=(1, 1), seed=1)
+  source = sources.PageRows(stdlib.split_containers(stdlib.read_containers(), split), style, tokenizer, length=_LONG,
                             max_blocks=_LONG)
   return source.pages(range(count)), [source.example(i) for i in range(count)]
