@@ -13,11 +13,8 @@ The compiler counts, per device:
 and refuses a program that does not fit into a device's memory; then its message is the error.
 """
 
-import json
 import math
-import pickle
 import re
-import sys
 
 from jax.experimental import topologies
 
@@ -51,14 +48,11 @@ def compile_for(topology: str, options: job.Options) -> dict:
   devices_of(topology)
   if (missing := aot.missing_compiler(topology.partition(':')[0])) is not None:
     raise UserError(missing)
-  found, _ = aot.run_child('tools.aot_step', topology, pickle.dumps(options).hex())
-  return {'topology': topology} | found
-
-
-# In the child process.
+  return {'topology': topology} | aot.run_child(_compile, topology, options)[0]
 
 
 def _compile(topology, options):
+  """In the child process."""
   devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
   made = job.module_of(options).build(options, job.make_placement(options, devices), job.architecture_here(options.model),
                                       platform='tpu')
@@ -67,7 +61,3 @@ def _compile(topology, options):
   new = memory.output_size_in_bytes - memory.alias_size_in_bytes
   total = held + passing + new + memory.generated_code_size_in_bytes
   return {'memory': {'arguments': held, 'temporaries': passing, 'total': total}, 'device': devices[0].device_kind}
-
-
-if __name__ == '__main__':
-  print(json.dumps(_compile(sys.argv[1], pickle.loads(bytes.fromhex(sys.argv[2])))))

@@ -103,11 +103,16 @@ def run(name: str, command: Callable[[], int | None], *, stopped: str = '',
     err.print(str(error))
     return 1
   except (OSError, ValueError, ImportError, *mendable) as error:
-    err.print(f'{name}: {errors.line_of(error) or error}')
+    err.print(printable(f'{name}: {errors.line_of(error) or error}'))
     return errors.EXIT_MEND
   except KeyboardInterrupt:
     err.print(f'{name}: stopped' + (f'; {stopped}' if stopped else ''))
     return errors.EXIT_INTERRUPTED
+
+
+def printable(message: str) -> str:
+  """The message less control characters, which a file's name may hold and a terminal obeys."""
+  return ''.join(c if c.isprintable() or c in '\n\t' else repr(c)[1:-1] for c in message)
 
 
 def console(stderr: bool = False) -> rich.console.Console:

@@ -44,10 +44,8 @@ def _arguments(argv):
   parser.add_argument('--categories', nargs='+', help='build only these, and not `all`')
   parser.add_argument('--shards', type=int, help='files of every split (default: one, and more from 64 MiB on)')
   parser.add_argument('--tokenizer', help='counts tokens too: a local folder, or a name on the hub')
-  duplicates = parser.add_mutually_exclusive_group()
-  duplicates.add_argument('--drop-duplicates', action='store_true',
-                          help='leave out training documents that are, nearly too, in validation or test')
-  duplicates.add_argument('--skip-duplicates', action='store_true', help='do not look for duplicates')
+  parser.add_argument('--drop-duplicates', action='store_true',
+                      help='leave out training documents that are, nearly too, in validation or test')
   parser.add_argument('--similarity', type=float, default=dedupe.THRESHOLD,
                       help='of the words of near duplicates (default: %(default)s)')
   parser.add_argument('--beam', action='store_true', help='read through Apache Beam')
@@ -133,29 +131,13 @@ def _report(configs, out, duplicates):
   builder = _builder()
   reports = {config.name: builder.summary_of(builder.folder_of(out, config.name)).report for config in configs}
   values = {'lines': {name: report.to_json() for name, report in reports.items()},
-            'duplicates': duplicates and duplicates['counts'],
+            'duplicates': duplicates['counts'],
             'dropped': sorted(id for config in configs for id in config.dropped)}
   _write(os.path.join(out, 'report.json'), json.dumps(values, indent=1))
   return sum(reports.values(), json_lines.Report())
 
 
-def _print_statistics(values, console):
-  columns = ('category', 'split', 'documents', 'characters', 'tokens', 'blocks', '5%', '50%', '95%', '2k-32k tokens')
-  table = arguments.table(*columns, left=2, title='Documents and blocks (5%, 50%, 95%: characters of a block)')
-  number = lambda value: '-' if value is None else f'{value:,}'
-  for category, splits in values.items():
-    for split, row in splits.items():
-      spread = row['block_characters'] or {}
-      table.add_row(category, split, *(number(row[key]) for key in ('documents', 'characters', 'tokens', 'blocks')),
-                    *(number(spread[p] if spread else None) for p in ('5', '50', '95')),
-                    number(row['documents_of_2k_to_32k_tokens']))
-    table.add_section()
-  console.print(table)
-
-
 def _print_duplicates(duplicates, dropping, console):
-  if duplicates is None:
-    return
   console.print('duplicates: ' + (f'{len(duplicates["pairs"])} pairs' if duplicates['pairs'] else 'none'))
   for category, splits, exact, near in duplicates['counts']:
     console.print(f'  {category}, {splits}: {exact} exact, {near} near')
@@ -174,17 +156,17 @@ def run(args) -> None:
   builder.tfds.disable_progress_bar()
   files = schema.find(args.folders)
   schema.find(args.folders, args.categories)   # raises for an unknown category
-  duplicates = None if args.skip_duplicates else find_duplicates(files, args.out, args.similarity)
+  duplicates = find_duplicates(files, args.out, args.similarity)
   dropped = map(tuple, duplicates['dropped']) if args.drop_duplicates else ()
   beam = builder.Beam(args.beam_runner, args.beam_options) if args.beam else None
   configs = [config for config in builder.configs(files, dropped=tuple(dropped), beam=beam)
              if not args.categories or config.name in args.categories]
   build_all(configs, args.out, args.shards, console)
   categories = [config for config in configs if config.name != builder.ALL]
-  values = measure(categories, args.out, args.tokenizer)
-  _write(os.path.join(args.out, 'statistics.md'), statistics.to_markdown(values))
+  values = statistics.to_markdown(measure(categories, args.out, args.tokenizer))
+  _write(os.path.join(args.out, 'statistics.md'), values)
   report = _report(categories, args.out, duplicates)
-  _print_statistics(values, console)
+  console.print(values)
   _print_duplicates(duplicates, args.drop_duplicates, console)
   console.print(report.summary())
 

@@ -243,8 +243,8 @@ def _arguments(argv):
   parser.add_argument('--interactive', action='store_true', help='ask about the blocks of the first JSON line')
   parser.add_argument('--limit', type=arguments.positive, help='most questions of JSON lines (default: all)')
   parser.add_argument('--segmenter', help=f'cuts text files: a folder, a hub name, or {cutter.EMBEDDED}')
-  parser.add_argument('--target-tokens', type=arguments.positive, help="length of its blocks in the model's tokens (default: "
-                      'what it finds)')
+  parser.add_argument('--target-tokens', type=arguments.positive,
+                      help="length of its blocks in the model's tokens (default: what it finds)")
   arguments.add_prompts(parser)
   parser.add_argument('--shared-first', action=argparse.BooleanOptionalAction, help='the first block is a prefix that all '
                       'blocks read (default: as in training); needs local positions')

@@ -115,17 +115,6 @@ def make_table(prepared, options):
   return table, report
 
 
-def _print_problems(report, console):
-  for title, counter in (('malformed lines', report.bad), ('examples left out', report.dropped)):
-    if counter:
-      console.print(f'{title}: ' + ', '.join(f'{n} {reason}' for reason, n in counter.most_common()))
-  for bad in report.listed:
-    console.print(f'  {bad}')
-  unlisted = report.bad.total() - len(report.listed)
-  if unlisted:
-    console.print(f'  ... and {unlisted} more')
-
-
 def run(args, more) -> int:
   out, err = arguments.console(), arguments.console(stderr=True)
   data, model = read_data(args, more)
@@ -139,7 +128,7 @@ def run(args, more) -> int:
                              cutter=cutter)
     table, report = make_table(prepared, options)
     out.print(table)
-    _print_problems(report, out)
+    out.print(report.summary())
   if not report.docs:
     raise UserError(f'not one document to train on in {report.lines:,} lines of {", ".join(files)}')
   return 0

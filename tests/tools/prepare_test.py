@@ -23,7 +23,7 @@ def arguments(tmp_path_factory, tokenizer):
 
 def test_prepare_prints_a_table(folder, arguments, tmp_path, capsys):
   assert prepare.main([str(folder), *arguments, '--cache', str(tmp_path)]) == 0
-  table, problems = capsys.readouterr().out.split('malformed lines: ')
+  table, problems = capsys.readouterr().out.split('43 lines, 40 examples, 40 docs; left out: ')
   cells = {line.split('│')[1].strip(): [c.strip() for c in line.split('│')[2:-1]] for line in table.split('\n')
            if line.startswith('│')}
   assert cells['a.jsonl'][:6] == ['17', '15', '2', '0', '0', '15'] and cells['b.jsonl.gz'][:3] == ['26', '25', '1']

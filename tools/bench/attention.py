@@ -300,7 +300,7 @@ def table(case: Case, results: list[dict]) -> str:
 
 def attention(args) -> None:
   """Times block attention and its peers, and prints the table."""
-  cases = QUICK if args.quick else args.case or DEFAULT
+  cases = QUICK if args.quick else DEFAULT
   if args.quick:
     args.samples, args.seconds = min(args.samples, 3), min(args.seconds, 1.0)
   facts, results = measuring.machine(args.cores), []
@@ -315,16 +315,10 @@ def attention(args) -> None:
   measuring.keep(args, facts, results=results)
 
 
-def _case(text: str) -> Case:
-  return Case(*map(int, text.split(',')))
-
-
 def add(commands) -> None:
   parser = measuring.add_command(commands, 'attention', 'block attention against dense, causal and torch attention',
                                  attention)
   parser.add_argument('--quick', action='store_true', help='one short prompt, less than a minute')
-  parser.add_argument('--case', type=_case, action='append', metavar='T,BLOCKS,H',
-                      help='a prompt to measure instead of the default ones; may be repeated')
   arguments.add_numbers(parser, samples=(7, 'samples per peer and mode'),
                         seconds=(10.0, 'a peer that has run for so long in a mode is not sampled again'),
                         memory_gib=(4.0, 'a peer that would need more is skipped'))

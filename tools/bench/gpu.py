@@ -13,7 +13,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 
-from blockattn.kernels import api, tiles as tile_sizes
+from blockattn.kernels import api
 from blockattn.models import flops
 from tools import arguments
 from tools.bench import attention, measuring
@@ -31,7 +31,6 @@ def add(commands) -> None:
   parser.add_argument('--shape', type=int, nargs=3, default=(32, 8, 128), metavar=('N', 'K', 'H'),
                       help='query heads, key/value heads, width (default %(default)s)')
   parser.add_argument('--impl', default='gpu', help='of ours (default %(default)s)')
-  parser.add_argument('--key-tile', type=int, help='of the forward kernel (default: that of kernels/tiles.py)')
   arguments.add_numbers(parser, samples=(5, 'samples per peer and mode'))
 
 
@@ -44,7 +43,7 @@ def run(args) -> None:
     inputs = attention.make_inputs(Case(length, blocks_of(length, block, last), H, N, K, last), 'bfloat16')
     for mode in MODES:
       best = None
-      for name, peer in peers(args.impl, args.key_tile).items():
+      for name, peer in peers(args.impl).items():
         row = {'length': length, 'block': block, 'last': last, 'mode': mode, 'peer': name}
         row |= measure(peer, inputs, mode, args.samples, peak)
         best = row['ms'] if name == OURS else best
@@ -87,9 +86,9 @@ def measure(peer: Peer, inputs: Inputs, mode: str, samples: int, peak: float, ex
 
 # Peers.
 
-def peers(impl: str, key_tile: int | None = None) -> dict[str, Peer]:
+def peers(impl: str) -> dict[str, Peer]:
   """By name; ours is the first."""
-  return {OURS: Peer(lambda *x: jax_call(_ours(impl, key_tile), *x)),
+  return {OURS: Peer(lambda *x: jax_call(_ours(impl), *x)),
           'torch flex': Peer(lambda *x: _with_cuda(attention.torch_flex, *x)),
           'tokamax': Peer(lambda *x: jax_call(_tokamax(), *x)),
           'torch SDPA causal': Peer(lambda *x: _with_cuda(_torch_causal, *x), full=True),
@@ -98,9 +97,8 @@ def peers(impl: str, key_tile: int | None = None) -> dict[str, Peer]:
 
 
 @functools.cache   # so that the blocks of a prompt, which are an argument, compile nothing anew
-def _ours(impl, key_tile):
-  tiles = None if key_tile is None else tile_sizes.Tiles(128, key_tile)
-  return lambda q, k, v, layout: api.block_attention(q, k, v, layout, impl=impl, tiles=tiles)
+def _ours(impl):
+  return functools.partial(api.block_attention, impl=impl)
 
 
 @functools.cache

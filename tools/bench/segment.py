@@ -114,18 +114,6 @@ def read_tokenizer(folder: pathlib.Path) -> splitters.TokenStarts:
   return lambda text: [start for start, _ in tokenizer.encode(text, add_special_tokens=False).offsets]
 
 
-def without(ways: dict[str, splitters.Baseline], names: Sequence[str]) -> dict[str, splitters.Baseline]:
-  """The ways but those named.
-
-  Raises:
-    ValueError: there is none of a name.
-  """
-  unknown = sorted(set(names) - set(ways))
-  if unknown:
-    raise UserError(f'no way to cut is called {", ".join(map(repr, unknown))}; there are {", ".join(ways)}')
-  return {name: way for name, way in ways.items() if name not in names}
-
-
 def remembered(embed: splitters.Embed) -> splitters.Embed:
   """The same embedding; asked again for the texts of the last call, it does not compute again."""
   last = functools.lru_cache(maxsize=1)(lambda texts: embed(texts))
@@ -294,21 +282,20 @@ def segment(args) -> None:
   print(measuring.describe(facts))
   log = lambda text: print(text, file=sys.stderr, flush=True)
   all_rows, all_speeds = {}, {}
-  for hints in ('kept', 'removed') if args.hints == 'both' else (args.hints,):
+  for hints in ('kept', 'removed'):
     validation = load(args.data, 'validation', args.tune_limit, hints)
-    test = load(args.data, args.split, args.limit, hints)
+    test = load(args.data, 'test', args.limit, hints)
     scores = Scores(segmenter) if segmenter else None
     if scores:
       scores.prepare([text.text for text in [*validation, *test]])
-    ways = ways_to_cut(segmenter, scores, token_starts, remember=True)
-    rows = compare(without(ways, args.without), validation, test, log)
+    rows = compare(ways_to_cut(segmenter, scores, token_starts, remember=True), validation, test, log)
     timed = [text.text for category in sorted({text.category for text in test})
              for text in spread([text for text in test if text.category == category], args.speed_limit)]
     log(f'speed on {len(timed)} texts')
     fresh = Scores(segmenter) if segmenter else None
     speed = speeds(ways_to_cut(segmenter, fresh, token_starts, remember=False), rows, segmenter, timed, args)
     all_rows[hints], all_speeds[hints] = rows, speed
-    print(f'\n{len(validation)} validation and {len(test)} {args.split} texts; speed on {len(timed)} texts of '
+    print(f'\n{len(validation)} validation and {len(test)} test texts; speed on {len(timed)} texts of '
           f'{sum(map(len, timed))} characters\n\n{report(hints, rows, speed)}', flush=True)
     measuring.keep(args, facts, characters_per_s=all_speeds, rows=all_rows)
     if args.plot:
@@ -318,13 +305,9 @@ def segment(args) -> None:
 def add(commands) -> None:
   parser = measuring.add_command(commands, 'segment', 'where and how fast texts are cut, against splitters', segment)
   parser.add_argument('--data', nargs='+', required=True, metavar='FOLDER', help='folders of {split}_{category}.jsonl[.gz]')
-  parser.add_argument('--split', default='test', help='what is measured (default %(default)s); validation tunes')
   parser.add_argument('--segmenter', metavar='FOLDER', help='a segmenter to compare with')
   parser.add_argument('--tokenizer', type=pathlib.Path, metavar='FOLDER',
                       help='with tokenizer.json, for the fixed length in tokens')
-  parser.add_argument('--without', nargs='+', default=[], metavar='NAME', help='ways to leave out, such as texttiling, '
-                      'by far the slowest')
-  parser.add_argument('--hints', default='both', choices=('kept', 'removed', 'both'))
   parser.add_argument('--limit', type=int, metavar='N', help='measured texts of a category (default: all)')
   arguments.add_numbers(parser, tune_limit=(30, 'validation texts of a category'),
                         speed_limit=(2, 'texts of a category that are timed'), samples=(3, 'passes over the timed texts'),

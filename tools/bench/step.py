@@ -71,7 +71,7 @@ class Step:
 
 
 def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='float32', max_blocks: int,
-               loss_over: str = 'readers', chunk: int = 512) -> dict[str, Callable[[], Step]]:
+               chunk: int = 512) -> dict[str, Callable[[], Step]]:
   """The steps by name, each made when it is called: one whole optimizer step on the same batch.
 
   Args:
@@ -94,7 +94,7 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
 
   def distilled(low_rank=lora.NONE, precision=compute.dtype, stored=False):
     options = distill.Options(
-        **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, loss_over=loss_over, chunk=chunk),
+        **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, chunk=chunk),
         teacher=distill.TeacherOptions(precision, compute.dtype, logits='stored' if stored else '', top_k=TOP_K))
     if stored:
       return step(distill, options, more={'teacher': stored_teacher(batch, cfg.vocab)})
@@ -132,7 +132,7 @@ def step(args) -> None:
   batch = make_batch(args.rows, args.length, args.blocks, args.question, args.answer, args.vocab)
   place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
   calls = calls_of(make_steps(cfg, batch, place, transformer.Compute(remat=args.remat), max_blocks=args.blocks + 1,
-                              loss_over=args.loss_over, chunk=args.chunk))
+                              chunk=args.chunk))
   for call in calls.values():
     call()
   times, facts = measuring.take_turns(calls, args.samples, args.seconds), measuring.machine(args.cores)
@@ -185,7 +185,6 @@ def add(commands) -> None:
       chunk=(512, 'loss chunk'), samples=(5, 'samples per step'),
       seconds=(60, 'a step that ran so long is not sampled again'))
   parser.add_argument('--remat', default='none', choices=transformer.REMAT)
-  parser.add_argument('--loss-over', default='readers', choices=distill.LOSS_OVER)
 
   parser = measuring.add_command(commands, 'memory', 'peak memory of the chunked loss against T and V', memory, cores=2)
   parser.add_argument('--lengths', type=int, nargs='+', default=[4096, 8192, 16384, 32768])

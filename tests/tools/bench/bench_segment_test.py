@@ -83,12 +83,6 @@ def test_hints_are_removed_before_anything_is_measured(folder):
   assert set(text.cuts) <= set(text.candidates.tolist())
 
 
-def test_ways_that_are_left_out():
-  assert list(segment.without({'a': 1, 'b': 2}, ['a'])) == ['b']
-  with pytest.raises(ValueError, match="no way to cut is called 'c'; there are a, b"):
-    segment.without({'a': 1, 'b': 2}, ['c', 'a'])
-
-
 def test_a_limit_is_spread_over_the_documents():
   assert segment.spread(range(10), 3) == [0, 3, 6] and segment.spread('ab', 3) == ['a', 'b']
 
