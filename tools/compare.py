@@ -162,23 +162,18 @@ def _order(value):
 
 
 def _point(folder, config, changes) -> dict:
-  path = folder / metrics.FILE_NAME
-  lines = metrics.read_metrics(path) if path.exists() else []
-  series = {}
-  for line in lines:
-    for name, value in line.items():
-      if name not in metrics.RESERVED + report.NO_CURVE:
-        series.setdefault(name, []).append((line['step'], value))
+  series = report.read_scalars(folder / metrics.FILE_NAME)
+  last = max((points[-1][0] for points in series.values()), default=0)
   best = {}
   for name, values in series.items():
-    finite = [(value, step) for step, value in values if math.isfinite(value)]
+    finite = [(step, value) for step, value in values if math.isfinite(value)]
     if _is_validation(name) and finite:
-      value, step = (min if _less_is_better(name) else max)(finite, key=lambda pair: pair[0])
+      step, value = (min if _less_is_better(name) else max)(finite, key=lambda point: point[1])
       best[name] = {'value': value, 'step': step}
   # Finished is what has its last checkpoint: lines may be ahead of it.
   done = checkpoint.newest_step(folder / 'checkpoints')
-  state = 'finished' if done is not None and done >= config['steps'] else 'unfinished' if lines else 'not started'
-  return {'name': folder.name, 'changes': changes, 'step': lines[-1]['step'] if lines else 0, 'steps': config['steps'],
+  state = 'finished' if done is not None and done >= config['steps'] else 'unfinished' if series else 'not started'
+  return {'name': folder.name, 'changes': changes, 'step': last, 'steps': config['steps'],
           'state': state, 'final': {name: values[-1][1] for name, values in series.items()}, 'best': best}
 
 

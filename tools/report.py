@@ -81,7 +81,7 @@ def page(workdir: pathlib.Path, **parts) -> str:
 
 
 def model_name(key: str) -> str:
-  return MODEL_NAMES[key] if key in MODEL_NAMES else key.replace('_', ' ')
+  return MODEL_NAMES.get(key, key.replace('_', ' '))
 
 
 # Files.
@@ -275,11 +275,19 @@ def read_curves(workdir: pathlib.Path) -> dict[str, dict[str, list[charts.Point]
   files |= {path.parent.name: path for path in sorted(workdir.glob(f'*/{metrics.FILE_NAME}'))}
   curves = {}
   for run, path in files.items():
-    for entry in metrics.read_metrics(path) if path.exists() else ():
-      for name, value in entry.items():
-        if name not in metrics.RESERVED + NO_CURVE and disk.is_number(value):
-          curves.setdefault(name, {}).setdefault(run, []).append((entry['step'], float(value)))
+    for name, points in read_scalars(path).items():
+      curves.setdefault(name, {})[run] = points
   return curves
+
+
+def read_scalars(path: pathlib.Path) -> dict[str, list[charts.Point]]:
+  """Points by scalar of a metrics.jsonl; {} if there is none."""
+  series = {}
+  for entry in metrics.read_metrics(path) if path.exists() else ():
+    for name, value in entry.items():
+      if name not in metrics.RESERVED + NO_CURVE and disk.is_number(value):
+        series.setdefault(name, []).append((entry['step'], float(value)))
+  return series
 
 
 def _curve_rank(name: str) -> int:

@@ -15,7 +15,8 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -73,28 +74,13 @@ def as_text(document: schema.Document, hints: str) -> Text:
 
 # The segmenter as one of the ways to cut.
 
-class Scores:
-  """The segmenter's scores of texts, computed for all of them together and kept for the thresholds to come."""
+def ways_to_cut(segmenter, scores: Mapping[str, Any], token_starts, remember: bool) -> dict[str, splitters.Baseline]:
+  """The baselines, and the segmenter if there is one.
 
-  def __init__(self, segmenter):
-    self.segmenter = segmenter
-    self.known = {}
-
-  def prepare(self, texts: Sequence[str]) -> None:
-    missing = [text for text in dict.fromkeys(texts) if text not in self.known]
-    self.known |= dict(zip(missing, self.segmenter.score(missing)))
-
-  def cutter(self, log_odds: float) -> splitters.Cutter:
-    def cut(text):
-      self.prepare([text])
-      scored = self.known[text]
-      return granularity.own_cuts(scored.candidates, scored.log_odds, log_odds).tolist()
-
-    return cut
-
-
-def ways_to_cut(segmenter, scores: Scores | None, token_starts, remember: bool) -> dict[str, splitters.Baseline]:
-  """The baselines, and the segmenter if there is one; `remember` keeps what was computed of the text at hand."""
+  Args:
+    scores: what the segmenter said of each text.
+    remember: keep what was computed of the text at hand.
+  """
   embedders = {'hashed words': splitters.hashed_words}
   if hasattr(segmenter, 'embed'):
     embedders['backbone'] = segmenter.embed
@@ -104,8 +90,10 @@ def ways_to_cut(segmenter, scores: Scores | None, token_starts, remember: bool) 
   ways = splitters.baselines(embedders, token_starts)
   if segmenter is None:
     return ways
+  own_cuts = lambda scored, log_odds: granularity.own_cuts(scored.candidates, scored.log_odds, log_odds).tolist()
+  cutter = lambda log_odds: lambda text: own_cuts(scores[text], log_odds)
   grid = tuple({'log_odds': float(value)} for value in np.linspace(-6, 6, 49))
-  own = splitters.Baseline('cuts whose log-odds reach a threshold, lower in short texts', scores.cutter, grid)
+  own = splitters.Baseline('cuts whose log-odds reach a threshold, lower in short texts', cutter, grid)
   return {SEGMENTER: own, **ways}
 
 
@@ -285,15 +273,13 @@ def segment(args) -> None:
   for hints in ('kept', 'removed'):
     validation = load(args.data, 'validation', args.tune_limit, hints)
     test = load(args.data, 'test', args.limit, hints)
-    scores = Scores(segmenter) if segmenter else None
-    if scores:
-      scores.prepare([text.text for text in [*validation, *test]])
+    every = list(dict.fromkeys(text.text for text in [*validation, *test]))
+    scores = dict(zip(every, segmenter.score(every), strict=True)) if segmenter else {}
     rows = compare(ways_to_cut(segmenter, scores, token_starts, remember=True), validation, test, log)
     timed = [text.text for category in sorted({text.category for text in test})
              for text in spread([text for text in test if text.category == category], args.speed_limit)]
     log(f'speed on {len(timed)} texts')
-    fresh = Scores(segmenter) if segmenter else None
-    speed = speeds(ways_to_cut(segmenter, fresh, token_starts, remember=False), rows, segmenter, timed, args)
+    speed = speeds(ways_to_cut(segmenter, scores, token_starts, remember=False), rows, segmenter, timed, args)
     all_rows[hints], all_speeds[hints] = rows, speed
     print(f'\n{len(validation)} validation and {len(test)} test texts; speed on {len(timed)} texts of '
           f'{sum(map(len, timed))} characters\n\n{report(hints, rows, speed)}', flush=True)
