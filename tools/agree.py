@@ -69,7 +69,6 @@ def run(options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
   parser = arguments.Parser(prog='python -m tools.agree', description=__doc__)
   parser.add_argument('model', help='Hugging Face folder or hub name')
   parser.add_argument('files', nargs='+', help='text files; or pages')

@@ -132,7 +132,6 @@ def _annotate(args) -> int:
 
 
 def main(argv=None) -> int:
-  """The command line. Returns the exit status."""
   args = _arguments(argv)
   return arguments.run('annotate', lambda: _annotate(args), stopped='the same command goes on',
                        mendable=(completions.Failed, completions.Refused))

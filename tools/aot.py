@@ -132,7 +132,6 @@ def _text(result):
 
 
 def main(argv=None) -> int:
-  """The command line. Returns the exit status."""
   parser = arguments.Parser(prog='python -m tools.aot', description=__doc__)
   parser.add_argument('targets', nargs='+', choices=[*TPUS, *GPUS])
   parser.add_argument('--shape', type=_shape, default=Problem.shape, metavar='N,K,H',

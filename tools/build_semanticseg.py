@@ -172,7 +172,6 @@ def run(args) -> None:
 
 
 def main(argv=None) -> int:
-  """The command line. Returns the exit status."""
   argv = sys.argv[1:] if argv is None else argv
   if argv and argv[0] in COMMANDS:
     return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])

@@ -44,7 +44,7 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, measure: str | None = No
     measure: what is compared; None: of each task its first one.
 
   Returns:
-    {'a', 'b': facts of the run, 'differs': {fact: (in a, in b)}, 'tasks': {task: {'n', 'measure', 'a', 'b', 'difference':
+    {'a', 'b': facts of the run, 'differs': {fact: [in a, in b]}, 'tasks': {task: {'n', 'measure', 'a', 'b', 'difference':
     {'mean', 'low', 'high'}, 'wins', 'ties', 'losses'}}, 'macro': the difference as a mean over tasks, 'only_a', 'only_b',
     'other_prompt': ids}; wins are items that b answers better. 'macro' is absent if there is one task, or tasks have
     different measures.
@@ -56,8 +56,8 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, measure: str | None = No
   ours, theirs = _rows(a), _rows(b)
   common = [name for name in ours if name in theirs]
   facts = [disk.read_json(folder / answers.RUN, {'mode': str, 'model': str}) for folder in (a, b)]
-  values = {key: tuple(own.get(key) for own in facts) for key in sorted({*facts[0], *facts[1]})}
-  differs = {key: (x, y) for key, (x, y) in values.items() if x != y}
+  values = {key: [own.get(key) for own in facts] for key in sorted({*facts[0], *facts[1]})}
+  differs = {key: [x, y] for key, (x, y) in values.items() if x != y}
   if not common:
     raise UserError(f'{a} and {b} have no item in common, first {next(iter(ours))!r} and {next(iter(theirs))!r}; compare '
                     f'runs of one benchmark ({differences(differs)})')
@@ -83,7 +83,7 @@ def _rows(folder):
   return {row['id']: row for row in rows}
 
 
-def differences(differs: Mapping[str, tuple]) -> str:
+def differences(differs: Mapping[str, Sequence]) -> str:
   return '; '.join(f'{key}: {x!r} in A, {y!r} in B' for key, (x, y) in differs.items()) or 'run alike'
 
 
@@ -263,7 +263,6 @@ def run(options) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
   options = _arguments(argv)
   return arguments.run('compare', lambda: run(options))
 

@@ -185,7 +185,6 @@ def run(options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
   options = _arguments(argv)
   return arguments.run('evaluate', lambda: run(options), stopped=(
       f'what is done stands in {options.out}, start the same command again to go on' if options.out

@@ -69,7 +69,6 @@ def run(options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
   parser = arguments.Parser(prog='python -m tools.fit_outline', description=__doc__)
   parser.add_argument('folder', type=pathlib.Path, help='an exported segmenter')
   parser.add_argument('--data', type=pathlib.Path, required=True, help='folder of {split}_{category}.jsonl[.gz]')

@@ -266,7 +266,6 @@ def _arguments(argv):
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
   options = _arguments(argv)
   sys.stdin.reconfigure(errors='surrogateescape')   # a line that is no UTF-8 ends nothing: `asked` says so
   return arguments.run('generate', lambda: run(options, sys.stdin, arguments.console(stderr=True)))

@@ -95,7 +95,6 @@ def run(args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
   parser = arguments.Parser(prog='python -m tools.generate_torch', description=__doc__)
   parser.add_argument('model', help='Hugging Face folder or hub name')
   parser.add_argument('files', nargs='+', help='text files, a block each; or JSON lines')

@@ -104,7 +104,6 @@ def _tokenizer(said):
 
 
 def main(argv=None) -> int:
-  """The command line. Returns the exit status."""
   parser = arguments.Parser(prog='python -m tools.gguf_model', description=__doc__)
   parser.add_argument('file', type=pathlib.Path)
   parser.add_argument('folder', type=pathlib.Path)

@@ -135,7 +135,6 @@ def run(args, more) -> int:
 
 
 def main(argv=None) -> int:
-  """The command line. Returns the exit status."""
   args, more = _arguments(argv)
   return arguments.run('prepare', lambda: run(args, more))
 

@@ -398,7 +398,6 @@ PARTS = {'summary': summary_part, 'curves': curves_part, 'mask': mask_part, 'seg
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
   parser = arguments.Parser(prog='python -m tools.report', description=__doc__)
   parser.add_argument('workdir', help='folder of a run')
   options = parser.parse_args(argv)

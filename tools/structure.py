@@ -84,7 +84,6 @@ def run(args) -> int:
 
 
 def main(argv=None) -> int:
-  """The command line. Returns the exit status."""
   args = _arguments(argv)
   return arguments.run('structure', lambda: run(args))
 

@@ -38,7 +38,6 @@ def run(args) -> None:
 
 
 def main(argv=None) -> int:
-  """The command line. Returns the exit status."""
   parser = arguments.Parser(prog='python -m tools.tiny_segmenter_tokenizer', description=__doc__)
   parser.add_argument('files', nargs='+')
   parser.add_argument('--out', type=pathlib.Path, required=True)

@@ -53,7 +53,6 @@ def save(tokenizer, folder: pathlib.Path) -> None:
 
 
 def main(argv=None) -> int:
-  """The command line. Returns the exit status."""
   parser = arguments.Parser(prog='python -m tools.tiny_tokenizer', description=__doc__)
   parser.add_argument('out', type=pathlib.Path)
   arguments.add_numbers(parser, vocab=(1024, 'tokens'), pages=(12000, 'to read'))

@@ -297,8 +297,8 @@ def test_a_name_on_the_hub_without_a_network_is_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize('args, said', [
-    (['--config', TINY, '--workdirr', 'x'], '--workdirr: no such option; did you mean --workdir?'),
-    (['--confg', TINY, '--workdir', 'x'], '--confg: no such option; --config is missing')])
+    ([TINY, '--workdirr', 'x'], '--workdirr: no such option; did you mean --workdir?'),
+    ([TINY.replace('config', 'confg', 1), '--workdir', 'x'], '--confg: no such option; --config is missing')])
 def test_a_mistyped_option_is_named(args, said, monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', ['distill', *args])
   with pytest.raises(SystemExit) as ended:

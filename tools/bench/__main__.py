@@ -22,7 +22,6 @@ from tools.bench import attention, gpu, measuring, overhead, segment, step, ttft
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
   parser = arguments.Parser(prog='python -m tools.bench', description=__doc__)
   commands = parser.add_subparsers(required=True, metavar='command')
   for module in (attention, step, overhead, gpu, segment, ttft):
