@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
   parser = arguments.Parser(prog='python -m tools.agree', description=__doc__)
   parser.add_argument('model', help='Hugging Face folder or hub name')
   parser.add_argument('files', nargs='+', help='text files; or pages')
-  parser.add_argument('--limit', type=arguments.positive, default=20, help='pages (default: %(default)s)')
+  arguments.add_numbers(parser, limit=(20, 'pages'))
   options = parser.parse_args(argv)
   return arguments.run('agree', lambda: run(options))
 

@@ -35,7 +35,7 @@ def _arguments(argv):
   add('--base-url', required=True, help='up to and without /chat/completions, such as https://api.openai.com/v1')
   add('--model', required=True)
   add('--key-env', default='OPENAI_API_KEY', metavar='NAME', help='environment variable that holds the key; without it '
-      'none is sent (default: %(default)s)')
+      'none is sent')
   for name in ('category', 'source', 'license'):
     add(f'--{name}', help='of documents that do not say their own')
   add('--price-in', type=float, metavar='PRICE', help='of a million tokens read, for the estimate')
@@ -55,8 +55,6 @@ def _arguments(argv):
 
 
 def _options(args):
-  if args.concurrency < 1:
-    raise UserError(f'--concurrency {args.concurrency}: at least one document at a time')
   if not isinstance(args.body, dict) or {'model', 'messages', 'stream', 'n'} & set(args.body):
     raise UserError('--body: give a JSON object without "model", "messages", "stream" and "n"')
   told = pathlib.Path(args.instructions).read_text(encoding='utf-8') if args.instructions else annotate.INSTRUCTIONS

@@ -137,7 +137,7 @@ def main(argv=None) -> int:
   parser.add_argument('--shape', type=_shape, default=Problem.shape, metavar='N,K,H',
                       help='query heads, key/value heads, width; the default is that of Qwen3-4B and Llama-3.1-8B')
   arguments.add_numbers(parser, length=(Problem.length, 'tokens of a row'))
-  parser.add_argument('--dtype', default=Problem.dtype, help='(default %(default)s)')
+  parser.add_argument('--dtype', default=Problem.dtype, help='of queries, keys and values')
   parser.add_argument('--peer', action='store_true', help='TPUs: splash attention beside ours')
   parser.add_argument('--json', action='store_true', help='one JSON line per target')
   options = parser.parse_args(argv)

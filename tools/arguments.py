@@ -19,11 +19,19 @@ from blockattn.errors import UserError
 OUTPUTS = ('out', 'output', 'html', 'json', 'plot', 'cache')
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+  """The description as it stands, and the default of each option that has one."""
+
+  def _get_help_string(self, action):
+    has_none = action.default in (None, False, []) or '(default' in action.help
+    return action.help if has_none else super()._get_help_string(action)
+
+
 class Parser(errors.Parser):
   """One that refuses paths on other machines (gs://...), whatever argument they are given to, and outputs that
-  are read too, or written twice. A description is printed as it stands."""
+  are read too, or written twice."""
 
-  def __init__(self, *args, formatter_class=argparse.RawDescriptionHelpFormatter, **more):
+  def __init__(self, *args, formatter_class=Help, **more):
     super().__init__(*args, formatter_class=formatter_class, **more)
 
   def parse_known_args(self, args=None, namespace=None):
@@ -55,17 +63,17 @@ def amount(value: str) -> float:
 
 
 def add_numbers(parser: argparse.ArgumentParser, **numbers: tuple[float, str]) -> None:
-  """An option per number: {name: (default, help)}; whole ones where the default is one."""
+  """An option per number: {name: (default, help)}. Where the default is a whole number it is a count, from 1 on."""
   for name, (default, text) in numbers.items():
-    parser.add_argument(f'--{name.replace("_", "-")}', type=type(default), default=default,
-                        help=f'{text} (default %(default)s)')
+    parser.add_argument(f'--{name.replace("_", "-")}', type=positive if isinstance(default, int) else amount,
+                        default=default, help=text)
 
 
 def add_computing(parser: argparse.ArgumentParser, impl: str | None = 'auto') -> None:
   """--dtype and, unless `impl` is None, --impl."""
-  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='(default: %(default)s)')
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of weights and activations')
   if impl is not None:
-    parser.add_argument('--impl', default=impl, help='of attention (default: %(default)s)')
+    parser.add_argument('--impl', default=impl, help='of attention')
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:

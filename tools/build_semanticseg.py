@@ -42,20 +42,19 @@ def _arguments(argv):
   parser.add_argument('folders', nargs='+', metavar='FOLDER', help='folders, files or globs')
   parser.add_argument('--out', required=True, help='folder of the dataset')
   parser.add_argument('--categories', nargs='+', help='build only these, and not `all`')
-  parser.add_argument('--shards', type=int, help='files of every split (default: one, and more from 64 MiB on)')
+  parser.add_argument('--shards', type=arguments.positive,
+                      help='files of every split (default: one, and more from 64 MiB on)')
   parser.add_argument('--tokenizer', help='counts tokens too: a local folder, or a name on the hub')
   parser.add_argument('--drop-duplicates', action='store_true',
                       help='leave out training documents that are, nearly too, in validation or test')
   parser.add_argument('--similarity', type=float, default=dedupe.THRESHOLD,
-                      help='of the words of near duplicates (default: %(default)s)')
+                      help='of the words of near duplicates')
   parser.add_argument('--beam', action='store_true', help='read through Apache Beam')
-  parser.add_argument('--beam-runner', default='FnApiRunner', help='(default: the direct runner %(default)s)')
+  parser.add_argument('--beam-runner', default='FnApiRunner', help='of Beam; by default the direct one')
   parser.add_argument('--beam-options', default='', help="for the runner, e.g. '--direct_num_workers=4'")
   args = parser.parse_args(argv)
   if not args.beam and (args.beam_options or args.beam_runner != 'FnApiRunner'):
     parser.error('--beam-runner and --beam-options need --beam')
-  if args.shards is not None and args.shards < 1:
-    parser.error(f'--shards {args.shards}: give at least 1')
   return args
 
 

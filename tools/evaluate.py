@@ -143,11 +143,9 @@ def _arguments(argv):
   parser.add_argument('--teacher', required=True, help='the same of the teacher')
   parser.add_argument('--data', required=True, nargs='+',
                       help=f'JSON lines: files, folders, globs; or {" or ".join(pages.SPLITS)}')
-  parser.add_argument('--modes', default='full,block', help='of the student (default: %(default)s)')
+  parser.add_argument('--modes', default='full,block', help='of the student')
   parser.add_argument('--limit', type=arguments.positive, help=f'most examples (default: all; of pages {_PAGES_BY_DEFAULT})')
-  parser.add_argument('--batch', type=arguments.positive, default=8, help='documents at a time (default: %(default)s)')
-  parser.add_argument('--max-new', type=arguments.positive, default=64,
-                      help='most tokens of an answer (default: %(default)s)')
+  arguments.add_numbers(parser, batch=(8, 'documents at a time'), max_new=(64, 'most tokens of an answer'))
   parser.add_argument('--stop', help='text that ends an answer beside the end-of-text token (default: none; of pages a '
                                      'line end)')
   arguments.add_prompts(parser)

@@ -236,7 +236,6 @@ def _store(options) -> cache_lib.Store:
 
 def _arguments(argv):
   parser = arguments.Parser(prog='python -m tools.generate', description=__doc__)
-  default = '(default: %(default)s)'
   parser.add_argument('model', help='Hugging Face folder, hub name, or work directory')
   parser.add_argument('files', nargs='+', help='text files or JSON lines; or pages')
   parser.add_argument('--question', help='what to ask; without it questions are read from standard input')
@@ -248,19 +247,16 @@ def _arguments(argv):
   arguments.add_prompts(parser)
   parser.add_argument('--shared-first', action=argparse.BooleanOptionalAction, help='the first block is a prefix that all '
                       'blocks read (default: as in training); needs local positions')
-  parser.add_argument('--max-new', type=arguments.positive, default=256, help=f'most tokens of an answer {default}')
   parser.add_argument('--stop', action='append', default=[], help='text that ends an answer; may be given again')
-  parser.add_argument('--temperature', type=arguments.amount, default=0.0, help=f'0: the most probable token {default}')
   parser.add_argument('--top-k', type=int, default=0, help='of so many tokens only (default: all)')
-  parser.add_argument('--top-p', type=float, default=1.0, help=f'of this probability together {default}')
-  parser.add_argument('--seed', type=int, default=0, help=default)
+  parser.add_argument('--seed', type=int, default=0, help='of what is drawn')
   parser.add_argument('--cache', help='folder that keeps the states of blocks')
-  parser.add_argument('--cache-gib', type=arguments.amount, default=64.0, help=f'bound of that folder {default}')
-  parser.add_argument('--memory-gib', type=arguments.amount, default=4.0, help=f'bound of states in host memory {default}')
   parser.add_argument('--int8', action='store_true', help='keep states in 8 bits beside the device')
-  parser.add_argument('--device-tokens', type=arguments.positive, default=32768,
-                      help=f'room for states on the devices {default}')
-  parser.add_argument('--devices', type=arguments.positive, default=1, help=f'that share the context {default}')
+  arguments.add_numbers(
+      parser, max_new=(256, 'most tokens of an answer'), temperature=(0.0, '0: the most probable token'),
+      top_p=(1.0, 'of this probability together'), cache_gib=(64.0, 'bound of the folder of --cache'),
+      memory_gib=(4.0, 'bound of states in host memory'), device_tokens=(32768, 'room for states on the devices'),
+      devices=(1, 'that share the context'))
   arguments.add_computing(parser)
   return parser.parse_args(argv)
 

@@ -101,8 +101,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--question', help='about the text files')
   arguments.add_prompts(parser)
   parser.add_argument('--limit', type=arguments.positive, help='most questions of JSON lines (default: all)')
-  parser.add_argument('--max-new', type=arguments.positive, default=64,
-                      help='most tokens of an answer (default: %(default)s)')
+  arguments.add_numbers(parser, max_new=(64, 'most tokens of an answer'))
   arguments.add_computing(parser, impl=None)
   args = parser.parse_args(argv)
   return arguments.run('generate_torch', lambda: run(args))

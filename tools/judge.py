@@ -232,10 +232,10 @@ def _arguments(argv):
   common.add_argument('--data', required=True, nargs='+', help='longbench: folder, data.zip or hub name; locomo: '
                       'locomo10.json or its folder; qa: JSON lines files, folders, globs')
   common.add_argument('--out', required=True, help='folder for MODE/summary.json and MODE/predictions.jsonl')
-  common.add_argument('--mode', choices=MODES, default='block', help='(default: %(default)s)')
+  common.add_argument('--mode', choices=MODES, default='block', help='of attention')
   common.add_argument('--tasks', nargs='+', help='tasks, categories or names of files (default: all)')
   common.add_argument('--limit', type=arguments.positive, help='most items per task (default: all)')
-  common.add_argument('--batch', type=arguments.positive, default=8, help='prompts at a time (default: %(default)s)')
+  arguments.add_numbers(common, batch=(8, 'prompts at a time'))
   common.add_argument('--max-length', type=arguments.positive,
                       help='most tokens of a prompt; longbench: its middle goes, locomo: its last sessions, qa: the '
                            "question is left out (default: the model's positions)")
@@ -243,7 +243,7 @@ def _arguments(argv):
   arguments.add_computing(common)
   common.add_argument('--cache', metavar='DIR', help='keep block states here, for later runs too (default: device only)')
   common.add_argument('--quantize', choices=cache_lib.QUANTIZE, default='none',
-                      help='of block states beside the device (default: %(default)s)')
+                      help='of block states beside the device')
   benchmarks = parser.add_subparsers(dest='benchmark', required=True)
   long = benchmarks.add_parser('longbench', parents=[common], help='LongBench v1, TASK_e of LongBench-E')
   long.add_argument('--segmenter', default=cutter.EMBEDDED,
@@ -251,10 +251,9 @@ def _arguments(argv):
   long.add_argument('--target-tokens', type=arguments.positive, help="wanted length of its blocks, in the model's tokens")
   talks = benchmarks.add_parser('locomo', parents=[common], help='LoCoMo')
   talks.add_argument('--letters', choices=locomo.LETTERS, default='alone', help='where (a) or (b) counts as a choice in the '
-                     'answer to an adversarial question; alone is the published rule (default: %(default)s)')
+                     'answer to an adversarial question; alone is the published rule')
   short = benchmarks.add_parser('qa', parents=[common], help='any questions over blocks')
-  short.add_argument('--max-new', type=arguments.positive, default=_QA_MAX_NEW,
-                     help='most tokens of an answer (default: %(default)s)')
+  arguments.add_numbers(short, max_new=(_QA_MAX_NEW, 'most tokens of an answer'))
   short.add_argument('--stop', action='append', help='text that ends an answer (default: a line end without chat template)')
   short.add_argument('--strict', action='store_true', help='stop at the first malformed line')
   options = parser.parse_args(argv)

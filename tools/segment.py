@@ -63,7 +63,7 @@ def _arguments(argv):
   parser = arguments.Parser(prog='python -m tools.segment', description=__doc__)
   parser.add_argument('paths', nargs='+', metavar='PATH', help='file, folder, glob, or - for the standard input')
   parser.add_argument('--jsonl', action='store_true', help='every file, and the standard input, holds JSON lines')
-  parser.add_argument('--text-key', default='text', metavar='KEY', help='of the JSON lines (default: %(default)s)')
+  parser.add_argument('--text-key', default='text', metavar='KEY', help='of the JSON lines')
   parser.add_argument('--out', metavar='FILE', help='write here, in one move at the end, instead of standard output')
   parser.add_argument('--resume', action='store_true', help='keep what --out holds, also of a run that was stopped, '
                       'and skip the ids in it; give the same options again')

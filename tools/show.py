@@ -235,8 +235,7 @@ def main(argv: list[str] | None = None) -> int:
   add('--devices', type=arguments.positive, help='how many there will be (default: as many as --mesh says, or 1)')
   add('--mesh', metavar='AXIS=SIZE,...', help='in place of config.mesh; axes left out are 1, one may be -1')
   add('--device', choices=sorted(show_step.DEVICES), help='the kind of device, for times')
-  add('--mfu', type=arguments.amount, default=0.4, help='share of the peak that operations are assumed to reach (default '
-      '%(default)s)')
+  add('--mfu', type=arguments.amount, default=0.4, help='share of the peak that operations are assumed to reach')
   add('--link_gbs', type=arguments.amount, help='GB/s that a device receives (default: all links of its kind)')
   add('--aot', metavar='TOPOLOGY', help='TPU slice such as v5e:4x4 to compile the step for')
   add('--json', type=pathlib.Path, metavar='FILE', help='to keep the result in')

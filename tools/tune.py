@@ -59,9 +59,9 @@ def run(args) -> None:
 def main(argv=None) -> int:
   parser = arguments.Parser(prog='python -m tools.tune', description=__doc__)
   parser.add_argument('--impl', choices=sorted(CANDIDATES), help='default: what "auto" means here')
-  parser.add_argument('--length', type=int, nargs='+', default=[4096, 16384], help='(default %(default)s)')
-  parser.add_argument('--head-dim', type=int, nargs='+', default=[128], help='(default %(default)s)')
-  parser.add_argument('--heads', type=int, nargs=2, default=(8, 2), metavar=('N', 'K'), help='(default %(default)s)')
+  parser.add_argument('--length', type=int, nargs='+', default=[4096, 16384], help='tokens of a row')
+  parser.add_argument('--head-dim', type=int, nargs='+', default=[128], help='of queries, keys and values')
+  parser.add_argument('--heads', type=int, nargs=2, default=(8, 2), metavar=('N', 'K'), help='of queries, and of keys')
   arguments.add_numbers(parser, block=(512, 'mean tokens of a block'), samples=(5, 'of each size'))
   arguments.add_computing(parser, impl=None)
   args = parser.parse_args(argv)

@@ -27,10 +27,10 @@ def add(commands) -> None:
   parser = measuring.add_command(commands, 'gpu', 'our kernels on a GPU against torch, cuDNN and tokamax', run, cores=None)
   for name, default, text in (('length', LENGTHS, 'tokens of the prompt'), ('block', BLOCKS, 'mean tokens of a block'),
                               ('last', LAST, 'tokens of the last block')):
-    parser.add_argument(f'--{name}', type=int, nargs='+', default=default, help=f'{text} (default %(default)s)')
+    parser.add_argument(f'--{name}', type=int, nargs='+', default=default, help=f'{text}')
   parser.add_argument('--shape', type=int, nargs=3, default=(32, 8, 128), metavar=('N', 'K', 'H'),
-                      help='query heads, key/value heads, width (default %(default)s)')
-  parser.add_argument('--impl', default='gpu', help='of ours (default %(default)s)')
+                      help='query heads, key/value heads, width')
+  parser.add_argument('--impl', default='gpu', help='of ours')
   arguments.add_numbers(parser, samples=(5, 'samples per peer and mode'))
 
 

@@ -307,7 +307,7 @@ def measure_length(model, length, rate, args, folder) -> dict:
 def add(commands) -> None:
   parser = measuring.add_command(commands, 'ttft', 'time to the first token over cached blocks, against full prefill', ttft,
                                  devices=False)
-  parser.add_argument('--model', default='small', help=f'small, or one of {", ".join(sizes.SIZES)} (default %(default)s)')
+  parser.add_argument('--model', default='small', help=f'small, or one of {", ".join(sizes.SIZES)}')
   parser.add_argument('--lengths', type=int, nargs='+', default=list(DEFAULT), metavar='T', help='tokens of the prompts '
                       '(default 1024 to 65536)')
   arguments.add_numbers(parser, block=(512, 'mean tokens of a context block'), last=(128, 'tokens of the last block'),
