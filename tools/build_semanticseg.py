@@ -98,7 +98,6 @@ def find_duplicates(files, out, similarity):
 
 
 def build_all(configs, out, shards, console):
-  """Builds what is missing; says so line by line."""
   builder = _builder()
   for config in configs:
     start = time.perf_counter()
@@ -148,7 +147,6 @@ def _print_duplicates(duplicates, dropping, console):
 
 
 def run(args) -> None:
-  """Builds, measures and reports."""
   builder, console = _builder(), arguments.console()
   # TFDS tells every step, through the log and with bars of its own.
   absl.logging.set_verbosity(absl.logging.ERROR)

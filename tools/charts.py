@@ -49,7 +49,6 @@ def draw(width: int, height: int, paint, **margins) -> str:
 
 
 def _svg(width, height, paint, **how) -> str:
-  """What `paint(figure)` has drawn."""
   import matplotlib.figure  # only those who draw need it
   with matplotlib.rc_context(STYLE):
     figure = matplotlib.figure.Figure((width / 72, height / 72), **how)   # SVG's unit is the point

@@ -149,7 +149,6 @@ def run(options: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status: 2 for input that cannot be converted."""
   parser = arguments.Parser(prog='python -m tools.convert', description=__doc__)
   commands = parser.add_subparsers(dest='command', required=True)
   for name, first in (('from_hf', 'source'), ('to_hf', 'workdir')):

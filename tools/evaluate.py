@@ -156,7 +156,6 @@ def _arguments(argv):
 
 
 def run(options) -> None:
-  """The command, options as from the command line."""
   console, err = arguments.console(), arguments.console(stderr=True)
   modes = options.modes.split(',')
   if not set(modes) <= set(gap.MODES):

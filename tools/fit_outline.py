@@ -25,7 +25,6 @@ THRESHOLDS = np.arange(-1.5, 1.75, 0.25)
 
 
 def score(segmenter, texts) -> list[np.ndarray]:
-  """The log-odds of each text's candidates."""
   return [scored.log_odds for scored in segmenter.score([text.text for text in texts])]
 
 

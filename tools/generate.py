@@ -167,7 +167,6 @@ def _answer(session, ask, question, console, stops):
 
 
 def run(options, stream, console) -> None:
-  """The command, options as from the command line."""
   lines = [file for file in options.files if file.endswith(json_lines.SUFFIXES)]
   if lines and len(lines) < len(options.files):
     raise UserError('give either JSON lines or text files')

@@ -159,7 +159,6 @@ SOURCES = {   # benchmark -> (reads data, makes items of it)
 
 
 def run(options, make_answerer=answerer) -> None:
-  """The command, options as from the command line."""
   console, err = arguments.console(), arguments.console(stderr=True)
   read, load = SOURCES[options.benchmark]
   data = read(options)
@@ -263,7 +262,7 @@ def _arguments(argv):
 
 
 def main(argv: list[str] | None = None, make_answerer=answerer) -> int:
-  """The command line; `make_answerer` takes the place of `answerer`. Returns the exit status."""
+  """`make_answerer` takes the place of `answerer`."""
   options = _arguments(argv)
   return arguments.run('judge', lambda: run(options, make_answerer), stopped=(
       f'what is answered stands in {options.out}, start the same command again to go on'))

@@ -75,7 +75,6 @@ def render(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def page(workdir: pathlib.Path, **parts) -> str:
-  """The page of report.html, with these of its parts."""
   return pages.render('report.html', title=workdir.resolve().name, run=run_facts(workdir), styles=('report.css',),
                       script='report.js', **parts)
 

@@ -131,7 +131,6 @@ def read_texts(files: Iterable[str], *, jsonl: bool = False, text_key: str = 'te
 
 
 def _parse(line, place, text_key) -> Text | Unreadable:
-  """One JSON line; its id is `place` if it has none."""
   try:
     record = json_lines.load_object(line)
   except json_lines.Malformed as error:
@@ -220,7 +219,6 @@ class Tally:
 
 
 def cut_all(args, files, want, model, console) -> Tally:
-  """Reads, cuts and writes everything behind a progress bar."""
   done = finished_lines(args.out) if args.resume else {}
   reader = encode.token_ends(args.tokenizer) if args.tokenizer else None
   tally, pages, start = Tally(), [], time.perf_counter()
@@ -296,7 +294,7 @@ def run(args, model) -> int:
 
 
 def main(argv=None, model=None) -> int:
-  """The command line; `model` takes the place of --model. Returns the exit status."""
+  """`model` takes the place of --model."""
   args = _arguments(argv)
   return arguments.run('segment', lambda: run(args, model), stopped=(
       f'what is done stands in {args.out}{PART}, go on with --resume' if args.out else ''))

@@ -85,7 +85,6 @@ def _too_large(total, name, device):
 
 
 def parameter_rows(made: job.Job, dtype: str) -> list[dict]:
-  """A row of `describe` per parameter."""
   size, names = jnp.dtype(dtype).itemsize, lambda axis: None if axis is None else '+'.join(made.placement.mesh_axes(axis))
   return [{'name': name, 'shape': list(spec.shape), 'axes': list(spec.axes),
            'mesh_axes': [names(axis) or None for axis in spec.axes],
@@ -97,7 +96,6 @@ def parameter_rows(made: job.Job, dtype: str) -> list[dict]:
 
 
 def print_description(shown: dict, console: rich.console.Console):
-  """Prints what `describe` returned."""
   config = options_lib.flat({'config': shown['config']})
   console.print('\n'.join(f'{key} = {json.dumps(value)}' for key, value in config.items()))
   console.print(parameter_table(shown))

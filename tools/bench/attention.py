@@ -299,7 +299,6 @@ def table(case: Case, results: list[dict]) -> str:
 
 
 def attention(args) -> None:
-  """Times block attention and its peers, and prints the table."""
   cases = QUICK if args.quick else DEFAULT
   if args.quick:
     args.samples, args.seconds = min(args.samples, 3), min(args.seconds, 1.0)

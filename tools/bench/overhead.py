@@ -66,7 +66,6 @@ class _Look:
 
 
 def overhead(args) -> None:
-  """Times the same steps alone and in the loop, in turn, and prints the table."""
   options, made, new_state, source = prepare(args)
   stream = inputs.batches(options, source, made.placement)
   batches = [made.placement.put_batch(batch) for batch in itertools.islice(stream, WARM_UP, options.steps)]   # the loop's

@@ -261,7 +261,6 @@ def picture(rows_by_hints: dict[str, list[dict]]) -> str:
 
 
 def segment(args) -> None:
-  """Tunes, measures and times every way to cut, and prints the tables."""
   if args.plot and args.plot.suffix != '.svg':
     raise UserError(f'--plot {args.plot}: the picture is drawn as SVG; name it {args.plot.with_suffix(".svg")}')
   segmenter = segmenter_lib.Segmenter.load(args.segmenter) if args.segmenter else None

@@ -127,7 +127,6 @@ def calls_of(steps: dict[str, Callable[[], Step]]) -> dict:
 
 
 def step(args) -> None:
-  """Times a distillation step against fine-tuning steps on the same batch, and prints the table."""
   cfg = model(args.width, args.layers, args.vocab)
   batch = make_batch(args.rows, args.length, args.blocks, args.question, args.answer, args.vocab)
   place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))

@@ -224,7 +224,6 @@ def rates(args) -> dict[str, float]:
 # Reporting.
 
 def lines_of(result: dict) -> list[str]:
-  """Lines of a table."""
   lines, full = [], min(result['seconds'][FULL])
   for name, times in result['seconds'].items():
     low, limit = min(times), result['limit'].get(name)
@@ -257,7 +256,6 @@ def load_model(args) -> Model:
 
 
 def ttft(args) -> None:
-  """Times first tokens, and prints the tables."""
   model, facts, results = load_model(args), measuring.machine(args.cores, args.impl), []
   itemsize = jnp.dtype(args.dtype).itemsize
   off = check(model, make_prompt(min(args.lengths), args.block, args.last, model.cfg.vocab))
