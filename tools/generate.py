@@ -209,12 +209,20 @@ def read_examples(options, model: loading.Loaded, lines: Sequence[str], split: s
   """Those of JSON lines, or pages of a split; [] where text files are asked about."""
   if split:
     return pages.load(model.tokenizer, options.limit or _SOME_PAGES, split=split)[1]
-  if not lines:
-    return []
-  found = prompts.read_examples(lines, strict=True, chat=model.chat, tokenizer=model.tokenizer)
-  if not (examples := list(itertools.islice(found, 1 if options.question or options.interactive else options.limit))):
+  limit = 1 if options.question or options.interactive else options.limit
+  return examples_of(lines, model.tokenizer, model.chat, limit) if lines else []
+
+
+def examples_of(lines: Sequence[str], tokenizer, chat: bool, limit: int | None) -> list[Example]:
+  """The first examples of JSON lines files.
+
+  Raises:
+    ValueError: a line is malformed, or there is none.
+  """
+  found = list(itertools.islice(prompts.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer), limit))
+  if not found:
     raise UserError(f'{", ".join(lines)}: no example')
-  return examples
+  return found
 
 
 def make_engine(options, model: loading.Loaded, compute, store) -> engine_lib.Engine:

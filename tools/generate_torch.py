@@ -12,12 +12,11 @@ same in another order: in bfloat16 a near tie may fall to either side.
 The exit code is 0 if they agree, 1 if they do not, 2 if model, files or options are refused.
 """
 
-import itertools
 import sys
 import time
 
 from blockattn import hf, loading
-from blockattn.data import encode, json_lines, prompts
+from blockattn.data import encode, json_lines
 from blockattn.data.example import Example
 from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, files as hf_files
@@ -51,10 +50,7 @@ def examples(files, question: str | None, tokenizer, *, chat: bool, limit: int |
   if lines and (question is not None or len(lines) < len(files)):
     raise UserError('JSON lines bring their own questions: give either them, or text files and --question')
   if lines:
-    found = list(itertools.islice(prompts.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer), limit))
-    if not found:
-      raise UserError(f'{", ".join(lines)}: no example')
-    return found
+    return generate.examples_of(lines, tokenizer, chat, limit)
   if question is None:
     raise UserError('text files need a --question')
   return [session.ask(generate.read_texts(files), question, tokenizer, chat)]
