@@ -74,7 +74,7 @@ def test_a_workdir_of_another_config_is_refused(folder, straight):
   config.batch = 8
   config.optim.lr = 1e-4
   before = (straight / 'config.json').read_text()
-  with pytest.raises(ValueError, match='straight holds a run with another config: batch was 16 and is 8; optim.lr was '
+  with pytest.raises(ValueError, match='straight holds a run with another config: batch was 4 and is 8; optim.lr was '
                                        '.* and is 0.0001. Use a new --workdir, or the old values'):
     distill.run(distill.read(config), straight)
   assert (straight / 'config.json').read_text() == before and newest(straight) == STEPS
