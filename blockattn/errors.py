@@ -6,10 +6,12 @@ errors from faults of ours, whose traceback is needed.
 
 import argparse
 import contextlib
+import difflib
 import errno
 import math
 import numbers
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 EXIT_MEND = 2          # the user can mend it; the same command would fail again
@@ -25,9 +27,21 @@ class UserError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-  """argparse's, whose refusals are one line, too."""
+  """argparse's, whose refusals are one line, too. It names a mistyped option, not the one that is missing for it."""
+
+  _given: Sequence[str] = ()
+
+  def parse_known_args(self, args=None, namespace=None):
+    self._given = sys.argv[1:] if args is None else list(args)
+    return super().parse_known_args(args, namespace)
 
   def error(self, message):
+    known = self._option_string_actions
+    names = [arg.partition('=')[0] for arg in self._given if arg.startswith('--')]
+    unknown = [name for name in names if not any(option.startswith(name) for option in known)]
+    if unknown and message.startswith('the following arguments are required'):
+      near = difflib.get_close_matches(unknown[0], known, n=1)
+      message = f'{unknown[0]}: no such option{"".join(f"; did you mean {option}?" for option in near)}'
     self.exit(EXIT_MEND, f'error: {" ".join(message.split())}; {self.prog} --help lists what it takes\n')
 
 
@@ -80,8 +94,9 @@ def hub(name: str) -> Iterator[None]:
   try:
     yield
   except (OSError, httpx.HTTPError) as error:
-    said = ' '.join(str(error).split())
-    raise FileNotFoundError(
-        f'{name} is nothing here, and downloading it from the hub failed: {said.rstrip(".")}. Where there is no network, '
-        f'download it elsewhere (hf download {name}) and name its folder; what is private or gated needs '
-        '`hf auth login`') from error
+    cause = error
+    while (deeper := cause.__cause__ or cause.__context__) is not None:
+      cause = deeper   # what the libraries make of it is long
+    said = (str(cause).splitlines() or [''])[0]
+    raise FileNotFoundError(f'{name}: no folder here, and none from the hub ({said:.120}); see `hf download {name}`, and '
+                            '`hf auth login` if it is private') from error

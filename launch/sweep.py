@@ -23,7 +23,6 @@ The exit code is 0; 1 if a point failed or could not be submitted; 2 if the conf
 75 if SIGTERM came and the point under way was saved.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import importlib
@@ -166,14 +165,13 @@ def _checked(path, workdir, changes, common) -> Point:
   try:
     config = parse(args)
     _check_meant(config, path, common, changes)
-    trainer = job.trainer_of(config)
-    options = job.module(trainer).read(config)
+    options = job.options_of(config)
     command.check_local(options)
     step = workdir_lib.newest_step(workdir / name, options_lib.as_json(options))
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'point {name}: {error.args[0] if error.args else error}') from error
-  words = ('-m', f'blockattn.train.{trainer}', *args, f'--workdir={workdir / name}')
-  return Point(name, workdir / name, changes, words, config.steps, step)
+  words = ('-m', type(options).__module__, *args, f'--workdir={workdir / name}')
+  return Point(name, workdir / name, changes, words, options.steps, step)
 
 
 def parse(args: Sequence[str]):
@@ -189,7 +187,7 @@ def _check_meant(config, path, common, changes):
   """The command line must give what the sweep says: it turns texts into values in its own way."""
   meant = parse([f'--config={path}', *common])
   meant.update_from_flattened_dict(dict(changes))   # raises at a value of another type
-  wrong = workdir_lib.differing_keys(meant.to_dict(), config.to_dict())
+  wrong = workdir_lib.differing(meant.to_dict(), config.to_dict())
   if wrong:
     raise UserError(f'{", ".join(wrong)}: the command line cannot say this value; change it in get_config, by an argument')
 
@@ -344,52 +342,47 @@ def say(text: str):
 
 
 def _arguments(argv: Sequence[str] | None):
-  parser = arguments.Parser(prog='python -m launch.sweep', description=__doc__, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m launch.sweep', description=__doc__, allow_abbrev=False)
   parser.add_argument('--config', required=True, metavar='FILE[:ARG]', help='config file with a sweep')
   parser.add_argument('--workdir', required=True, type=pathlib.Path, help='folder of the sweep, a folder per point in it')
   parser.add_argument('--points', default='', metavar='ARG', help='argument of the sweep')
   parser.add_argument('--run', choices=('local', 'slurm', 'jobset'), help='run the points (default: list the commands)')
-  parser.add_argument('--processes', type=int, default=1, help='local: processes of each run')
-  parser.add_argument('--devices', type=int, help='local: simulated CPU devices of each process')
+  parser.add_argument('--processes', type=arguments.positive, default=1, help='local: processes of each run')
+  parser.add_argument('--devices', type=arguments.positive, help='local: simulated CPU devices of each process')
   parser.add_argument('--sbatch', default='', metavar='OPTIONS', help='slurm: more options of sbatch')
   parser.add_argument('--jobset', type=pathlib.Path, default=HERE / 'jobset.yaml', metavar='FILE', help='jobset: your own')
   options, common = parser.parse_known_args(argv)
   for arg in common:
     if not re.match(r'--config\.[^=]+=', arg):
       parser.error(f'{arg}: no such option; values of the config are given as --config.KEY=VALUE')
-  for name in ('processes', 'devices'):
-    if vars(options)[name] is not None and vars(options)[name] < 1:
-      parser.error(f'--{name} {vars(options)[name]}: give a number from 1')
   return options, common
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
-  options, common = _arguments(argv)
-  try:
-    points = plan(options.config, options.workdir, options.points, common)
-    left = [point for point in points if not point.finished]
-    for point in points:
-      if point.finished:
-        say(f'{point.name}: finished, {point.step} steps')
-    if options.run and not left:
-      say('all points are finished')
-      return 0
-    if options.run == 'local':
-      several = options.processes > 1 or options.devices is not None
-      return run_local(left, ['-m', 'launch.processes', f'--processes={options.processes}',
-                              f'--devices={options.devices or 1}'] if several else [])
-    if options.run == 'slurm':
-      return run_slurm(left, shlex.split(options.sbatch))
-    if options.run == 'jobset':
-      return run_jobsets(left, options.jobset)
-  except (ValueError, OSError, subprocess.CalledProcessError) as error:
-    say(f'sweep: {error}')
-    return 2
+def run(options, common: Sequence[str]) -> int:
+  points = plan(options.config, options.workdir, options.points, common)
+  left = [point for point in points if not point.finished]
+  for point in points:
+    if point.finished:
+      say(f'{point.name}: finished, {point.step} steps')
+  if options.run and not left:
+    say('all points are finished')
+    return 0
+  if options.run == 'local':
+    several = options.processes > 1 or options.devices is not None
+    return run_local(left, ['-m', 'launch.processes', f'--processes={options.processes}',
+                            f'--devices={options.devices or 1}'] if several else [])
+  if options.run == 'slurm':
+    return run_slurm(left, shlex.split(options.sbatch))
+  if options.run == 'jobset':
+    return run_jobsets(left, options.jobset)
   for point in left:
     print(shlex.join(['python', *point.command]))
   return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  options, common = _arguments(argv)
+  return arguments.run('sweep', lambda: run(options, common), mendable=(subprocess.CalledProcessError,))
 
 
 if __name__ == '__main__':

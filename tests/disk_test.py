@@ -19,14 +19,14 @@ from configs import common
 from tools import arguments
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-COMMANDS = sorted(f'tools.{path.stem}' for path in (ROOT / 'tools').glob('*.py') if path.stem != 'arguments'
-                  and 'arguments.Parser(' in path.read_text()) + ['tools.show', 'launch.sweep']
+TOOLS = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path.read_text() for path in (ROOT / 'tools').rglob('*.py')}
+COMMANDS = sorted(name for name, text in TOOLS.items() if 'arguments.Parser(' in text) + ['launch.sweep']
 
 
 # Command lines that would write over what they read: a.jsonl is a file, `run` a folder with some.
 OVER_INPUT = {
     'tools.annotate': ['a.jsonl --output ./a.jsonl --base-url http://h/v1 --model m'],
-    'tools.bench': ['segment --data run --json run', 'segment --data a.jsonl --plot=a.jsonl'],
+    'tools.bench.__main__': ['segment --data run --json run', 'segment --data a.jsonl --plot=a.jsonl'],
     'tools.build_semanticseg': ['run --out ./run', 'a.jsonl --out a.jsonl', 'r*n --out run'],
     'tools.compare': ['run x --json run/summary.json', 'x run --json run/predictions.jsonl',
                       '--sweep . --html run/config.json', '--sweep . --json x.json --html ./x.json'],
@@ -63,8 +63,7 @@ def test_what_only_looks_like_one_is_not():
 def test_the_table_of_outputs_is_whole():
   """Every tool that has an output is in it, or has no files to read."""
   option = re.compile(rf"add(?:_argument)?\('(?:--)?(?:{'|'.join(arguments.OUTPUTS)})'(?!, action)")
-  tools = {f'tools.{path.stem}' for path in (ROOT / 'tools').glob('*.py') if option.search(path.read_text())
-           and 'arguments.Parser(' in path.read_text()}
+  tools = {name for name, text in TOOLS.items() if option.search(text) and name in COMMANDS}
   assert tools - {'tools.meshes', 'tools.tiny_tokenizer'} <= set(OVER_INPUT)
 
 
@@ -124,8 +123,8 @@ def test_trainers_refuse_them_in_the_config_too():
 
 
 def test_no_tool_makes_a_parser_of_its_own():
-  known = {'judge'}   # a parent for its parsers
-  assert {path.stem for path in (ROOT / 'tools').glob('*.py') if 'argparse.ArgumentParser(' in path.read_text()} == known
+  known = {'tools.judge'}   # a parent for its parsers
+  assert {name for name, text in TOOLS.items() if 'argparse.ArgumentParser(add' in text} == known
 
 
 # Modes.

@@ -59,15 +59,19 @@ def imports_of(source: str, package: str) -> list[Import]:
 
 
 @functools.cache
-def package_imports() -> dict[str, list[Import]]:
-  """Imports by dotted module name, for every module of blockattn."""
+def imports_in(folder: str) -> dict[str, list[Import]]:
+  """Imports by dotted module name, for every module of a folder of the checkout."""
   result = {}
-  for path in sorted((ROOT / 'blockattn').rglob('*.py')):
+  for path in sorted((ROOT / folder).rglob('*.py')):
     parts = path.relative_to(ROOT).with_suffix('').parts
     is_package = parts[-1] == '__init__'
     package = '.'.join(parts[:-1])
     result[package if is_package else '.'.join(parts)] = imports_of(path.read_text(encoding='utf-8'), package)
   return result
+
+
+def package_imports() -> dict[str, list[Import]]:
+  return imports_in('blockattn')
 
 
 def place_of(name: str) -> str:
@@ -77,9 +81,9 @@ def place_of(name: str) -> str:
 
 
 def module_of(name: str) -> str:
-  """The module of the package that a dotted name is, or is a part of."""
-  parts = name.split('.')
-  return next(found for n in range(len(parts), 0, -1) if (found := '.'.join(parts[:n])) in package_imports())
+  """The module of the checkout that a dotted name is, or is a part of."""
+  parts, known = name.split('.'), imports_in(name.split('.')[0])
+  return next(found for n in range(len(parts), 0, -1) if (found := '.'.join(parts[:n])) in known)
 
 
 def is_folder(place: str) -> bool:
@@ -117,9 +121,10 @@ def test_imports_go_downward():
   assert not wrong, '\n'.join(['imports go to a lower level only:'] + wrong)
 
 
-def test_no_files_import_each_other_in_a_circle():
-  graph = {module: {module_of(i.name) for i in imports if i.name.split('.')[0] == 'blockattn'}
-           for module, imports in package_imports().items()}
+@pytest.mark.parametrize('folder', ['blockattn', 'tools', 'launch'])
+def test_no_files_import_each_other_in_a_circle(folder):
+  graph = {module: {module_of(i.name) for i in imports if i.name.split('.')[0] == folder}
+           for module, imports in imports_in(folder).items()}
   try:
     graphlib.TopologicalSorter(graph).prepare()
   except graphlib.CycleError as error:

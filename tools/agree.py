@@ -8,20 +8,19 @@ each position, in float32 and in bfloat16, so that one early difference does not
 where answers are compared. `pages` are those of tools.evaluate. The exit code is 0; 2 if model or files are refused.
 """
 
-import argparse
 import itertools
 import sys
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-import rich.table
 
 from blockattn import blocks
 from blockattn.data import encode
+from blockattn.evals import pages
 from blockattn.hf import convert, files as hf_files
 from blockattn.models import decode, transformer
-from tools import arguments, compare, evaluate, generate
+from tools import arguments, generate
 
 DTYPES = ('float32', 'bfloat16')
 _SHORTEST = 256   # tokens of a row: few shapes, few compilations
@@ -52,39 +51,30 @@ def theirs(folder, texts: Sequence[np.ndarray], dtype: str) -> np.ndarray:
                            for tokens in texts])
 
 
-def run(options, console) -> dict[tuple[str, str], float]:
-  """The command. Returns the share of positions with the same token of every two ways."""
+def run(options) -> None:
+  """Prints the share of positions with the same token of every two ways."""
   folder = hf_files.locate(options.model)
   tokenizer = encode.load_tokenizer(folder)
   if options.files == ['pages']:
-    texts = [doc.tokens for doc in evaluate.page_docs(tokenizer, options.limit)[0]]
+    texts = [doc.tokens for doc in pages.load(tokenizer, options.limit)[0]]
   else:
     texts = [np.array(tokens, np.int32) for tokens in encode.Encoder(tokenizer).texts(generate.read_texts(options.files))]
   found = {f'{name}, {dtype}': way(folder, texts, dtype)
            for name, way in (('ours', ours), ('transformers', theirs)) for dtype in DTYPES}
-  shares = {(a, b): float(np.mean(found[a] == found[b])) for a, b in itertools.combinations(found, 2)}
-  table = rich.table.Table('', '', rich.table.Column('same token', justify='right'))
-  for (a, b), share in shares.items():
-    table.add_row(a, b, f'{share:.2%}')
+  table, console = arguments.table('', '', 'same token', left=2), arguments.console()
+  for a, b in itertools.combinations(found, 2):
+    table.add_row(a, b, f'{np.mean(found[a] == found[b]):.2%}')
   console.print(table)
   console.print(f'{sum(map(len, texts)):,} positions of {len(texts)} texts')
-  return shares
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
-  parser = arguments.Parser(prog='python -m tools.agree', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.agree', description=__doc__)
   parser.add_argument('model', help='Hugging Face folder or hub name')
   parser.add_argument('files', nargs='+', help='text files; or pages')
-  parser.add_argument('--limit', type=evaluate.positive, default=20, help='pages (default: %(default)s)')
+  arguments.add_numbers(parser, limit=(20, 'pages'))
   options = parser.parse_args(argv)
-  try:
-    run(options, compare.make_console())
-  except (OSError, ValueError, ImportError) as error:
-    compare.make_console(stderr=True).print(f'agree: {arguments.line_of(error)}')
-    return 2
-  return 0
+  return arguments.run('agree', lambda: run(options))
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ from tools import arguments
 
 
 def _arguments(argv):
-  parser = arguments.Parser(prog='tools.annotate', description=__doc__.split('\n\n')[0])
+  parser = arguments.Parser(prog='python -m tools.annotate', description=__doc__)
   options, limits = annotate.Options(), completions.Limits()
   add = parser.add_argument
   add('files', nargs='+', help='.jsonl, .jsonl.gz or text files')
@@ -35,31 +35,26 @@ def _arguments(argv):
   add('--base-url', required=True, help='up to and without /chat/completions, such as https://api.openai.com/v1')
   add('--model', required=True)
   add('--key-env', default='OPENAI_API_KEY', metavar='NAME', help='environment variable that holds the key; without it '
-      'none is sent (default: %(default)s)')
+      'none is sent')
   for name in ('category', 'source', 'license'):
     add(f'--{name}', help='of documents that do not say their own')
   add('--price-in', type=float, metavar='PRICE', help='of a million tokens read, for the estimate')
   add('--price-out', type=float, metavar='PRICE', help='of a million tokens written')
   add('--tokenizer', help='counts tokens for the estimate: a local folder, or a name on the hub (default: characters / 4)')
   add('--yes', action='store_true', help='go on after the estimate')
-  add('--concurrency', type=int, default=4, help='documents at a time (default: %(default)s)')
-  add('--window', type=int, default=options.window, help='characters of a request (default: %(default)s)')
-  add('--overlap', type=int, default=options.overlap, help='characters that windows share (default: %(default)s)')
-  add('--asks', type=int, default=options.asks, help='answers until one is valid (default: %(default)s)')
   add('--instructions', help='a text file instead of the built-in instructions; {example} becomes a marker')
   add('--body', type=json.loads, default={'temperature': 0}, metavar='JSON', help='further keys of each request (default: '
       '{"temperature": 0})')
-  add('--timeout', type=float, default=limits.timeout, help='seconds for a reply (default: %(default)s)')
-  add('--attempts', type=int, default=limits.attempts, help='of a request that fails (default: %(default)s)')
-  add('--backoff', type=float, default=limits.backoff, help='seconds before the second attempt (default: %(default)s)')
-  add('--longest-wait', type=float, default=limits.longest_wait, help='seconds; if the server asks for more, the document '
-      'fails (default: %(default)s)')
+  arguments.add_numbers(
+      parser, concurrency=(4, 'documents at a time'), window=(options.window, 'characters of a request'),
+      overlap=(options.overlap, 'characters that windows share'), asks=(options.asks, 'answers until one is valid'),
+      timeout=(float(limits.timeout), 'seconds for a reply'), attempts=(limits.attempts, 'of a request that fails'),
+      backoff=(float(limits.backoff), 'seconds before the second attempt'),
+      longest_wait=(float(limits.longest_wait), 'seconds; if the server asks for more, the document fails'))
   return parser.parse_args(argv)
 
 
 def _options(args):
-  if args.concurrency < 1:
-    raise UserError(f'--concurrency {args.concurrency}: at least one document at a time')
   if not isinstance(args.body, dict) or {'model', 'messages', 'stream', 'n'} & set(args.body):
     raise UserError('--body: give a JSON object without "model", "messages", "stream" and "n"')
   told = pathlib.Path(args.instructions).read_text(encoding='utf-8') if args.instructions else annotate.INSTRUCTIONS
@@ -113,8 +108,8 @@ def run(args, options, output, endpoint, total, err) -> collections.Counter:
   return counts
 
 
-def _annotate(args, out, err):
-  options = _options(args)
+def _annotate(args) -> int:
+  options, out, err = _options(args), arguments.console(), arguments.console(stderr=True)
   limits = completions.Limits(args.timeout, args.attempts, args.backoff, args.longest_wait)
   connect = functools.partial(completions.Completions, args.base_url, args.model, os.environ.get(args.key_env, ''),
                               body=args.body, limits=limits)
@@ -136,15 +131,8 @@ def _annotate(args, out, err):
 
 def main(argv=None) -> int:
   args = _arguments(argv)
-  out, err = arguments.consoles()
-  try:
-    return _annotate(args, out, err)
-  except KeyboardInterrupt:
-    err.print('annotate: interrupted; the same command goes on')
-    return 130
-  except (OSError, ValueError, completions.Failed, completions.Refused) as error:
-    err.print(f'annotate: {arguments.line_of(error)}')
-    return 2
+  return arguments.run('annotate', lambda: _annotate(args), stopped='the same command goes on',
+                       mendable=(completions.Failed, completions.Refused))
 
 
 if __name__ == '__main__':

@@ -11,37 +11,25 @@ the work of one step on a tile that needs the mask (`partial`), or on one that d
 matrix units' issue slots that they fill. For a GPU, `registers` is what a thread starts with, `spills` the bytes stored.
 """
 
-import argparse
 import contextlib
 import importlib.util
-import inspect
 import json
 import os
 import pathlib
+import pickle
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 
-from tools import arguments
+from blockattn.errors import UserError
+from tools import aot_kernels, arguments
+from tools.aot_kernels import BODIES, GPUS, TPUS, Problem
 
-TPUS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
-GPUS = ('h200',)
-BODIES = ('partial', 'full')   # of the TPU kernels; 'peer' stands for splash attention
-# What the compiler asks about the device.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 151397597184
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H200 141GB HBM3e"
-"""
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+_CHILD = ('import json, pickle, sys; call, args = pickle.loads(bytes.fromhex(sys.argv[1])); '
+          'print(json.dumps(call(*args)))')
 
 
 def missing_compiler(target: str) -> str | None:
@@ -53,80 +41,20 @@ def missing_compiler(target: str) -> str | None:
   return f'{target} needs {module}: pip install -e .[kernels-ci]'
 
 
-# In the child process: one compilation, whose report the parent reads from its output and from dumped files.
+def run_child(call: Callable[..., dict], *args, **environ: str) -> tuple[dict, str]:
+  """(what `call(*args)` gives, all that was printed), in a process of its own, for compilers of devices that are not there.
 
-def _compile(options, body):
-  import jax
-  import jax.numpy as jnp
-  from jax.experimental import topologies
-  from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
-
-  from blockattn import blocks
-  from blockattn.kernels import gpu, schedule, tiles as tile_sizes, tpu
-
-  target = options.targets[0]
-  if target in TPUS:
-    topology = topologies.get_topology_desc(platform='tpu', topology_name=TPUS[target])
-    platform, impl, attention = 'tpu', 'tpu', tpu
-    if body in BODIES:   # one of the two bodies alone, to count its bundles
-      tpu._choose = lambda _, masked, whole: whole() if body == 'full' else masked()
-  else:
-    topology = topologies.get_topology_desc(platform='cuda', topology_name='', target_config=H200, topology='1x1x1')
-    platform, impl, attention = 'cuda', 'gpu', gpu
-  device = topology.devices[0]
-  N, K, H = options.shape
-  sizes = options.tiles or tile_sizes.default(impl, impl, options.length, H)   # an implementation's name is its platform's
-  abstract = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
-  layout = jax.tree.map(lambda x: abstract((options.rows, options.length), x.dtype), blocks.from_lengths([[[8]]], 8))
-  q, k = (abstract((options.rows, options.length, heads, H), jnp.dtype(options.dtype)) for heads in (N, K))
-
-  if body == 'peer':
-    forward, inputs = _splash(options, sizes), [abstract((x.shape[2], x.shape[1], H), x.dtype) for x in (q, k, k)]
-  else:
-    forward = lambda q, k, v, layout: attention.attention(q, k, v, schedule.token_marks(layout),
-                                                          tile_sizes.Tiles(*sizes))[0]
-    inputs = [q, k, k, layout]
-
-  def both(inputs, grad):
-    out, pull = jax.vjp(lambda q, k, v: forward(q, k, v, *inputs[3:]), *inputs[:3])
-    return out, pull(grad)
-
-  facts = {'device_kind': device.device_kind, 'num_cores': 132 if platform == 'cuda' else 1}
-  if 'platform' in inspect.signature(AbstractDevice).parameters:
-    facts['platform'] = platform
-  with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ('x',), abstract_device=AbstractDevice(**facts))):
-    lowered = jax.jit(forward).lower(*inputs) if options.forward else jax.jit(both).lower(inputs, inputs[0])
-  memory = lowered.compile().memory_analysis()
-  temporary = getattr(memory, 'temp_size_in_bytes', None) if platform == 'tpu' else None   # unknown for the GPU
-  print(json.dumps({'tiles': list(sizes), 'temporary_bytes': temporary, 'jax': jax.__version__}))
-
-
-def _splash(options, sizes):
-  """JAX's splash attention, full causal, whose tile does the same products as ours."""
-  from jax.experimental.pallas.ops.tpu import splash_attention as splash
-  query, key = sizes
-  tiles = splash.splash_attention_kernel.BlockSizes(
-      block_q=query, block_kv=key, block_kv_compute=key, block_q_dkv=query, block_kv_dkv=key,
-      block_kv_dkv_compute=key, block_q_dq=query, block_kv_dq=key)
-  masks = splash.splash_attention_mask
-  heads = masks.MultiHeadMask([masks.CausalMask((options.length, options.length))] * options.shape[0])
-  return splash.splash_attention_kernel.make_splash_mha(heads, head_shards=1, q_seq_shards=1, block_sizes=tiles)
-
-
-def _run_child(arguments, body):
-  """(what the child printed as JSON, its whole output, what it dumped) of one compilation."""
-  with tempfile.TemporaryDirectory() as dump:
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'MOSAIC_GPU_DUMP_PTXAS': '1',
-                                'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}   # several compilations at once
-    if body != 'both':
-      environment['LIBTPU_INIT_ARGS'] = f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true'
-    done = subprocess.run([sys.executable, '-m', 'tools.aot', *arguments, '--child', body], capture_output=True, text=True,
-                          env=environment)
-    output = done.stdout + done.stderr
-    if done.returncode:
-      raise RuntimeError(f'the compilation failed:\n{output[-3000:]}')
-    report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"tiles"')))
-    return report, output, _schedules(pathlib.Path(dump))
+  Raises:
+    RuntimeError: it fails; the message ends with what the compiler said.
+  """
+  environ = os.environ | {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1',
+                          'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'} | environ   # several compilations at once
+  done = subprocess.run([sys.executable, '-c', _CHILD, pickle.dumps((call, args)).hex()], capture_output=True, text=True,
+                        env=environ, cwd=ROOT)
+  output = done.stdout + done.stderr
+  if done.returncode:
+    raise RuntimeError(f'the compilation failed:\n{output[-3000:]}')
+  return json.loads(done.stdout.splitlines()[-1]), output
 
 
 _KERNEL = re.compile(r'block_attention_(?:forward|dq|dkv)|splash_\w+')
@@ -161,76 +89,35 @@ def _ptxas(output):
   return found
 
 
-def compile_for(target: str, arguments: list[str], bodies: tuple[str, ...] = BODIES) -> dict:
+def compile_for(target: str, problem: Problem, bodies: tuple[str, ...] = BODIES) -> dict:
   """One target: {'target', 'tiles', 'temporary_bytes', 'jax', 'kernels': {kernel: {...}}}.
 
   Raises:
     RuntimeError: a compilation failed; the message ends with what the compiler said.
   """
-  result = compile_once(target, arguments)
-  if target in GPUS:
-    return result
-  kernels = {}
-  for body in bodies:
-    for kernel, figures in _run_child([target, *arguments], body)[2].items():
-      kernels.setdefault(kernel, {})[body] = figures
-  return result | {'kernels': kernels}
+  result = compile_once(target, problem)
+  for body in bodies if target in TPUS else ():
+    with tempfile.TemporaryDirectory() as dump:
+      run_child(aot_kernels.compile_kernels, target, problem, body,
+                LIBTPU_INIT_ARGS=f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true')
+      for kernel, figures in _schedules(pathlib.Path(dump)).items():
+        result['kernels'].setdefault(kernel, {})[body] = figures
+  return result
 
 
-def compile_once(target: str, arguments: list[str]) -> dict:
+def compile_once(target: str, problem: Problem) -> dict:
   """The same, but of TPU kernels nothing is said about their bodies."""
-  report, output, _ = _run_child([target, *arguments], 'both')
-  return {'target': target} | report | {'kernels': _ptxas(output)}
+  report, output = run_child(aot_kernels.compile_kernels, target, problem, MOSAIC_GPU_DUMP_PTXAS='1')
+  return {'target': target, **report, 'kernels': _ptxas(output)}
 
 
-def _arguments(argv):
-  numbers = lambda count: lambda text: _numbers(text, count)
-  parser = arguments.Parser(prog='python -m tools.aot', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('targets', nargs='+', choices=[*TPUS, *GPUS])
-  parser.add_argument('--shape', type=numbers(3), default=(32, 8, 128), metavar='N,K,H',
-                      help='query heads, key/value heads, width; the default is that of Qwen3-4B and Llama-3.1-8B')
-  parser.add_argument('--length', type=int, default=8192, help='tokens of a row (default %(default)s)')
-  parser.add_argument('--rows', type=int, default=1, help='rows of the batch (default %(default)s)')
-  parser.add_argument('--dtype', default='bfloat16', help='(default %(default)s)')
-  parser.add_argument('--tiles', type=numbers(2), metavar='QUERY,KEY', help='default: those of kernels/tiles.py')
-  parser.add_argument('--forward', action='store_true', help='the forward kernel only')
-  parser.add_argument('--peer', action='store_true', help='TPUs: splash attention beside ours')
-  parser.add_argument('--json', action='store_true', help='one JSON line per target')
-  parser.add_argument('--child', choices=('both', *BODIES, 'peer'), help=argparse.SUPPRESS)
-  return parser.parse_args(argv)
-
-
-def _numbers(text, count):
-  numbers = tuple(int(x) for x in text.split(',') if x.isdigit())
-  if len(numbers) != count:
-    raise argparse.ArgumentTypeError(f'{text!r}: give {count} numbers, separated by commas')
-  return numbers
-
-
-def _forwarded(options):
-  join = lambda numbers: ','.join(map(str, numbers))
-  given = ['--shape', join(options.shape), '--length', str(options.length), '--rows', str(options.rows),
-           '--dtype', options.dtype]
-  return given + (['--tiles', join(options.tiles)] if options.tiles else []) + (['--forward'] if options.forward else [])
-
-
-def main(argv=None) -> int:
-  options = _arguments(argv)
-  if options.child:
-    _compile(options, options.child)
-    return 0
+def run(options) -> None:
+  problem = Problem(options.shape, options.length, options.dtype)
   for target in options.targets:
     if (missing := missing_compiler(target)) is not None:
-      print(f'error: {missing}', file=sys.stderr)
-      return 2
-    try:
-      result = compile_for(target, _forwarded(options), (*BODIES, 'peer') if options.peer else BODIES)
-    except RuntimeError as error:
-      print(f'error: {target}: {error}', file=sys.stderr)
-      return 1
+      raise UserError(missing)
+    result = compile_for(target, problem, (*BODIES, 'peer') if options.peer else BODIES)
     print(json.dumps(result) if options.json else _text(result))
-  return 0
 
 
 def _text(result):
@@ -242,6 +129,24 @@ def _text(result):
     parts = (f'{k}: {say(v)}' if isinstance(v, dict) else f'{k} {v}' for k, v in figures.items())
     lines.append(f'  {kernel:8} ' + '; '.join(parts))
   return '\n'.join(lines)
+
+
+def main(argv=None) -> int:
+  parser = arguments.Parser(prog='python -m tools.aot', description=__doc__)
+  parser.add_argument('targets', nargs='+', choices=[*TPUS, *GPUS])
+  parser.add_argument('--shape', type=_shape, default=Problem.shape, metavar='N,K,H',
+                      help='query heads, key/value heads, width; the default is that of Qwen3-4B and Llama-3.1-8B')
+  arguments.add_numbers(parser, length=(Problem.length, 'tokens of a row'))
+  parser.add_argument('--dtype', default=Problem.dtype, help='of queries, keys and values')
+  parser.add_argument('--peer', action='store_true', help='TPUs: splash attention beside ours')
+  parser.add_argument('--json', action='store_true', help='one JSON line per target')
+  options = parser.parse_args(argv)
+  return arguments.run('aot', lambda: run(options), mendable=(RuntimeError,))
+
+
+def _shape(text):
+  N, K, H = map(int, text.split(','))
+  return N, K, H
 
 
 if __name__ == '__main__':

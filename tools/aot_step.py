@@ -13,16 +13,9 @@ The compiler counts, per device:
 and refuses a program that does not fit into a device's memory; then its message is the error.
 """
 
-import json
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
-import tempfile
 
-import ml_collections
 from jax.experimental import topologies
 
 from blockattn.errors import UserError
@@ -42,7 +35,7 @@ def devices_of(topology: str) -> int:
   return math.prod(map(int, shape.split('x')))
 
 
-def compile_for(topology: str, config) -> dict:
+def compile_for(topology: str, options: job.Options) -> dict:
   """Compiles the step in a process of its own.
 
   Returns:
@@ -55,37 +48,16 @@ def compile_for(topology: str, config) -> dict:
   devices_of(topology)
   if (missing := aot.missing_compiler(topology.partition(':')[0])) is not None:
     raise UserError(missing)
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / 'config.json'
-    path.write_text(config.to_json_best_effort())
-    environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-    done = subprocess.run([sys.executable, '-m', 'tools.aot_step', topology, str(path)], capture_output=True, text=True,
-                          env=environment, cwd=pathlib.Path(__file__).resolve().parents[1])
-  found = [line for line in done.stdout.splitlines() if line.startswith('{"memory"')]
-  if done.returncode or not found:
-    raise RuntimeError(f'--aot={topology}: the step does not compile:\n{(done.stdout + done.stderr)[-3000:]}')
-  return {'topology': topology} | json.loads(found[-1])
+  return {'topology': topology} | aot.run_child(_compile, topology, options)[0]
 
 
-# In the child process.
-
-
-def _compile(topology, config):
-  trainer = job.module(job.trainer_of(config))
-  options, devices = trainer.read(config), topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-  made = trainer.build(options, job.make_placement(options, devices), job.architecture_here(options.model), platform='tpu')
+def _compile(topology, options):
+  """In the child process."""
+  devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+  made = job.module_of(options).build(options, job.make_placement(options, devices), job.architecture_here(options.model),
+                                      platform='tpu')
   memory = made.step.lower(made.state, made.frozen, made.batch).compile().memory_analysis()
   held, passing = memory.argument_size_in_bytes, memory.temp_size_in_bytes
   new = memory.output_size_in_bytes - memory.alias_size_in_bytes
   total = held + passing + new + memory.generated_code_size_in_bytes
-  print(json.dumps({'memory': {'arguments': held, 'temporaries': passing, 'total': total},
-                    'device': devices[0].device_kind}))
-
-
-def main(argv=None):
-  topology, path = sys.argv[1:] if argv is None else argv
-  _compile(topology, ml_collections.ConfigDict(json.loads(pathlib.Path(path).read_text())))
-
-
-if __name__ == '__main__':
-  main()
+  return {'memory': {'arguments': held, 'temporaries': passing, 'total': total}, 'device': devices[0].device_kind}

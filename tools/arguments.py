@@ -1,23 +1,38 @@
-"""The command lines of the tools."""
+"""The command lines of the tools: their parser, arguments that several have, and how they end."""
 
+import argparse
 import glob
 import itertools
+import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import rich.console
+import rich.table
 
 from blockattn import disk, errors
+from blockattn.data import json_lines
 from blockattn.errors import UserError
 
 # Names of arguments, in any tool, that say where to write; all others may be read.
 OUTPUTS = ('out', 'output', 'html', 'json', 'plot', 'cache')
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+  """The description as it stands, and the default of each option that has one."""
+
+  def _get_help_string(self, action):
+    has_none = action.default in (None, False, []) or '(default' in action.help
+    return action.help if has_none else super()._get_help_string(action)
+
+
 class Parser(errors.Parser):
   """One that refuses paths on other machines (gs://...), whatever argument they are given to, and outputs that
   are read too, or written twice."""
+
+  def __init__(self, *args, formatter_class=Help, **more):
+    super().__init__(*args, formatter_class=formatter_class, **more)
 
   def parse_known_args(self, args=None, namespace=None):
     args = sys.argv[1:] if args is None else list(args)
@@ -30,12 +45,94 @@ class Parser(errors.Parser):
     return parsed, more
 
 
-def consoles() -> tuple[rich.console.Console, rich.console.Console]:
-  """Standard output and standard error, which print text as it stands: that of files may look like rich's markup."""
-  plain = {'markup': False, 'emoji': False, 'highlight': False, 'soft_wrap': True}
-  # A pipe has no width of its own.
-  return (rich.console.Console(width=None if sys.stdout.isatty() else 150, **plain),
-          rich.console.Console(stderr=True, **plain))
+def positive(value: str) -> int:
+  if not value.isdigit() or int(value) < 1:
+    raise argparse.ArgumentTypeError(f'{value!r} is not a number from 1 on')
+  return int(value)
+
+
+def amount(value: str) -> float:
+  """A number from 0 on that is one: neither NaN nor without end."""
+  try:
+    number = float(value)
+  except ValueError:
+    number = math.nan
+  if not 0 <= number < math.inf:
+    raise argparse.ArgumentTypeError(f'{value!r} is not a number from 0 on')
+  return number
+
+
+def add_numbers(parser: argparse.ArgumentParser, **numbers: tuple[float, str]) -> None:
+  """An option per number: {name: (default, help)}. Where the default is a whole number it is a count, from 1 on."""
+  for name, (default, text) in numbers.items():
+    parser.add_argument(f'--{name.replace("_", "-")}', type=positive if isinstance(default, int) else amount,
+                        default=default, help=text)
+
+
+def add_computing(parser: argparse.ArgumentParser, impl: str | None = 'auto') -> None:
+  """--dtype and, unless `impl` is None, --impl."""
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='of weights and activations')
+  if impl is not None:
+    parser.add_argument('--impl', default=impl, help='of attention')
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+  """--chat and --template-args, the same in all commands that ask a model."""
+  parser.add_argument('--chat', action=argparse.BooleanOptionalAction, help="the tokenizer's chat template around prompts "
+                      '(default: as in the training of the model; of other models, if the tokenizer has one)')
+  parser.add_argument('--template-args', metavar='NAME=VALUE,...', help='of the chat template, such as enable_thinking=true '
+                      '(default: as in training; enable_thinking=false where the template knows it)')
+
+
+def compute_of(options, console: rich.console.Console):
+  """transformer.Compute of --dtype and --impl; the implementation of attention that this is here is said."""
+  import jax  # those who compute have loaded it already
+
+  from blockattn.kernels import api
+  from blockattn.models import transformer
+  attention = api.choose(options.impl, jax.devices()[0])
+  console.print(str(attention))
+  return transformer.Compute(dtype=options.dtype, impl=attention.impl)
+
+
+def run(name: str, command: Callable[[], int | None], *, stopped: str = '',
+        mendable: tuple[type[Exception], ...] = ()) -> int:
+  """The exit status of a command: what it returns, or what becomes of the errors that it ends with, each a line.
+
+  Args:
+    name: in front of the line.
+    stopped: what is said of Ctrl-C.
+    mendable: errors, beside those of files and values, that the user can mend.
+  """
+  err = console(stderr=True)
+  try:
+    return command() or 0
+  except json_lines.BadLineError as error:
+    err.print(str(error))
+    return 1
+  except (OSError, ValueError, ImportError, *mendable) as error:
+    err.print(printable(f'{name}: {errors.line_of(error) or error}'))
+    return errors.EXIT_MEND
+  except KeyboardInterrupt:
+    err.print(f'{name}: stopped' + (f'; {stopped}' if stopped else ''))
+    return errors.EXIT_INTERRUPTED
+
+
+def printable(message: str) -> str:
+  """The message less control characters, which a file's name may hold and a terminal obeys."""
+  return ''.join(c if c.isprintable() or c in '\n\t' else repr(c)[1:-1] for c in message)
+
+
+def console(stderr: bool = False) -> rich.console.Console:
+  """Prints text as it stands: that of files may look like rich's markup. A pipe has no width of its own."""
+  return rich.console.Console(width=None if stderr or sys.stdout.isatty() else 150, stderr=stderr, markup=False,
+                              emoji=False, highlight=False, soft_wrap=True)
+
+
+def table(*columns: str, left: int = 1, **style) -> rich.table.Table:
+  """One of rich whose columns but the first `left` are numbers."""
+  return rich.table.Table(*(rich.table.Column(name, justify='left' if i < left else 'right')
+                            for i, name in enumerate(columns)), **style)
 
 
 def check_outputs(values: dict):
@@ -82,8 +179,3 @@ def _above(place) -> Iterable[str]:
 def _same(output, *places) -> bool:
   output = os.path.expanduser(output)
   return os.path.exists(output) and any(os.path.samefile(output, place) for place in places)
-
-
-def line_of(error: BaseException) -> str:
-  """What a command says of an error that ends it: with the name of the file, where the system has one."""
-  return errors.line_of(error) or str(error)

@@ -27,7 +27,7 @@ import pathlib
 import sys
 import time
 
-import rich.table
+import absl.logging
 
 from blockattn import disk
 from blockattn.data import encode, json_lines
@@ -38,27 +38,23 @@ COMMANDS = {'structure': 'tools.structure', 'annotate': 'tools.annotate'}
 
 
 def _arguments(argv):
-  parser = arguments.Parser(prog='tools.build_semanticseg', description=__doc__.split('\n\n')[0],
-                            epilog=f'Other commands: {", ".join(COMMANDS)} (see their --help).')
+  parser = arguments.Parser(prog='python -m tools.build_semanticseg', description=__doc__)
   parser.add_argument('folders', nargs='+', metavar='FOLDER', help='folders, files or globs')
   parser.add_argument('--out', required=True, help='folder of the dataset')
   parser.add_argument('--categories', nargs='+', help='build only these, and not `all`')
-  parser.add_argument('--shards', type=int, help='files of every split (default: one, and more from 64 MiB on)')
+  parser.add_argument('--shards', type=arguments.positive,
+                      help='files of every split (default: one, and more from 64 MiB on)')
   parser.add_argument('--tokenizer', help='counts tokens too: a local folder, or a name on the hub')
-  duplicates = parser.add_mutually_exclusive_group()
-  duplicates.add_argument('--drop-duplicates', action='store_true',
-                          help='leave out training documents that are, nearly too, in validation or test')
-  duplicates.add_argument('--skip-duplicates', action='store_true', help='do not look for duplicates')
+  parser.add_argument('--drop-duplicates', action='store_true',
+                      help='leave out training documents that are, nearly too, in validation or test')
   parser.add_argument('--similarity', type=float, default=dedupe.THRESHOLD,
-                      help='of the words of near duplicates (default: %(default)s)')
+                      help='of the words of near duplicates')
   parser.add_argument('--beam', action='store_true', help='read through Apache Beam')
-  parser.add_argument('--beam-runner', default='FnApiRunner', help='(default: the direct runner %(default)s)')
+  parser.add_argument('--beam-runner', default='FnApiRunner', help='of Beam; by default the direct one')
   parser.add_argument('--beam-options', default='', help="for the runner, e.g. '--direct_num_workers=4'")
   args = parser.parse_args(argv)
   if not args.beam and (args.beam_options or args.beam_runner != 'FnApiRunner'):
     parser.error('--beam-runner and --beam-options need --beam')
-  if args.shards is not None and args.shards < 1:
-    parser.error(f'--shards {args.shards}: give at least 1')
   return args
 
 
@@ -79,13 +75,6 @@ def _write(path, text):
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   disk.write_text(path, text)
-
-
-def _quieten_tfds():
-  """TFDS tells every step, through the log and with bars of its own."""
-  import absl.logging
-  absl.logging.set_verbosity(absl.logging.ERROR)
-  _builder().tfds.disable_progress_bar()
 
 
 def _builder():
@@ -109,7 +98,6 @@ def find_duplicates(files, out, similarity):
 
 
 def build_all(configs, out, shards, console):
-  """Builds what is missing; says so line by line."""
   builder = _builder()
   for config in configs:
     start = time.perf_counter()
@@ -141,30 +129,13 @@ def _report(configs, out, duplicates):
   builder = _builder()
   reports = {config.name: builder.summary_of(builder.folder_of(out, config.name)).report for config in configs}
   values = {'lines': {name: report.to_json() for name, report in reports.items()},
-            'duplicates': duplicates and duplicates['counts'],
+            'duplicates': duplicates['counts'],
             'dropped': sorted(id for config in configs for id in config.dropped)}
   _write(os.path.join(out, 'report.json'), json.dumps(values, indent=1))
   return sum(reports.values(), json_lines.Report())
 
 
-def _print_statistics(values, console):
-  columns = ('category', 'split', 'documents', 'characters', 'tokens', 'blocks', '5%', '50%', '95%', '2k-32k tokens')
-  table = rich.table.Table(*(rich.table.Column(c, justify='left' if i < 2 else 'right') for i, c in enumerate(columns)),
-                           title='Documents and blocks (5%, 50%, 95%: characters of a block)')
-  number = lambda value: '-' if value is None else f'{value:,}'
-  for category, splits in values.items():
-    for split, row in splits.items():
-      spread = row['block_characters'] or {}
-      table.add_row(category, split, *(number(row[key]) for key in ('documents', 'characters', 'tokens', 'blocks')),
-                    *(number(spread[p] if spread else None) for p in ('5', '50', '95')),
-                    number(row['documents_of_2k_to_32k_tokens']))
-    table.add_section()
-  console.print(table)
-
-
 def _print_duplicates(duplicates, dropping, console):
-  if duplicates is None:
-    return
   console.print('duplicates: ' + (f'{len(duplicates["pairs"])} pairs' if duplicates['pairs'] else 'none'))
   for category, splits, exact, near in duplicates['counts']:
     console.print(f'  {category}, {splits}: {exact} exact, {near} near')
@@ -175,22 +146,24 @@ def _print_duplicates(duplicates, dropping, console):
   console.print(f'  {len(duplicates["dropped"])} training documents {verb}')
 
 
-def run(args, console) -> None:
-  """Builds, measures and reports."""
-  builder = _builder()
+def run(args) -> None:
+  builder, console = _builder(), arguments.console()
+  # TFDS tells every step, through the log and with bars of its own.
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  builder.tfds.disable_progress_bar()
   files = schema.find(args.folders)
   schema.find(args.folders, args.categories)   # raises for an unknown category
-  duplicates = None if args.skip_duplicates else find_duplicates(files, args.out, args.similarity)
+  duplicates = find_duplicates(files, args.out, args.similarity)
   dropped = map(tuple, duplicates['dropped']) if args.drop_duplicates else ()
   beam = builder.Beam(args.beam_runner, args.beam_options) if args.beam else None
   configs = [config for config in builder.configs(files, dropped=tuple(dropped), beam=beam)
              if not args.categories or config.name in args.categories]
   build_all(configs, args.out, args.shards, console)
   categories = [config for config in configs if config.name != builder.ALL]
-  values = measure(categories, args.out, args.tokenizer)
-  _write(os.path.join(args.out, 'statistics.md'), statistics.to_markdown(values))
+  values = statistics.to_markdown(measure(categories, args.out, args.tokenizer))
+  _write(os.path.join(args.out, 'statistics.md'), values)
   report = _report(categories, args.out, duplicates)
-  _print_statistics(values, console)
+  console.print(values)
   _print_duplicates(duplicates, args.drop_duplicates, console)
   console.print(report.summary())
 
@@ -200,14 +173,7 @@ def main(argv=None) -> int:
   if argv and argv[0] in COMMANDS:
     return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
   args = _arguments(argv)
-  console = arguments.consoles()[0]
-  try:
-    _quieten_tfds()
-    run(args, console)
-  except (OSError, ValueError, ImportError) as error:
-    print(f'build_semanticseg: {arguments.line_of(error)}', file=sys.stderr)
-    return 2
-  return 0
+  return arguments.run('build_semanticseg', lambda: run(args))
 
 
 if __name__ == '__main__':

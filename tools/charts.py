@@ -1,17 +1,20 @@
-"""Pictures of a page as inline SVG, drawn by matplotlib in one style; report.js shows the values under the pointer.
+"""Pictures as SVG, drawn by matplotlib in one style: as files, or inline in a page.
 
-Colours are those of report.css: what is drawn in one of COLOURS takes the page's variable for it, in the light and the dark.
+On a page report.js shows the values under the pointer, and colours are those of report.css: what is drawn in one of COLOURS
+takes the page's variable for it, in the light and the dark.
 """
 
 import io
 import json
 import math
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cycler
 import numpy as np
 
-from blockattn.errors import UserError
+from blockattn import disk
 
 Point = tuple[int, float]
 
@@ -24,6 +27,7 @@ STYLE = {
     **{f'axes.spines.{side}': False for side in ('left', 'right', 'top', 'bottom')},
     **dict.fromkeys(('xtick.color', 'ytick.color', 'axes.labelcolor', 'text.color'), _SOFT),
     'xtick.major.size': 0, 'ytick.major.size': 0, 'lines.linewidth': 1.6,
+    'axes.prop_cycle': cycler.cycler(linestyle=('-', '--')) * cycler.cycler(color=COLOURS),
 }
 MAX_COLUMNS = 60   # of a heat map
 MAX_POINTS = 600   # that the pointer can find on a curve
@@ -31,34 +35,73 @@ SMOOTH_FROM = 100   # points from which on a running mean is drawn
 _LARGEST = 1e300   # beyond it the span of an axis overflows
 
 
-def check_installed():
-  """
-  Raises:
-    ValueError: matplotlib is absent, as on machines that were given what a training needs and no more.
-  """
-  try:
-    import matplotlib.figure  # noqa: F401
-  except ModuleNotFoundError:
-    raise UserError('pages with charts need matplotlib: python -m pip install matplotlib') from None
-
-
 def draw(width: int, height: int, paint, **margins) -> str:
-  """The SVG of a figure of this size in pixels that `paint(axes)` has drawn in; margins in pixels."""
-  check_installed()
-  import matplotlib
-  import matplotlib.figure
-  with matplotlib.rc_context(STYLE):
-    figure = matplotlib.figure.Figure((width / 72, height / 72))   # SVG's unit is the point
-    axes = figure.add_axes((margins['left'] / width, margins['bottom'] / height,
-                            1 - (margins['left'] + margins['right']) / width,
-                            1 - (margins['bottom'] + margins['top']) / height))
-    paint(axes)
-    out = io.StringIO()
-    figure.savefig(out, format='svg', metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')))
-  svg = out.getvalue()
+  """The SVG, for a page, of a figure of this size in pixels that `paint(axes)` has drawn in; margins in pixels."""
+  def on_axes(figure):
+    paint(figure.add_axes((margins['left'] / width, margins['bottom'] / height,
+                           1 - (margins['left'] + margins['right']) / width,
+                           1 - (margins['bottom'] + margins['top']) / height)))
+
+  svg = _svg(width, height, on_axes)
   for colour, variable in _VARIABLES.items():
     svg = svg.replace(colour, f'var({variable})')
   return svg[svg.index('<svg'):]
+
+
+def _svg(width, height, paint, **how) -> str:
+  import matplotlib.figure  # only those who draw need it
+  with matplotlib.rc_context(STYLE):
+    figure = matplotlib.figure.Figure((width / 72, height / 72), **how)   # SVG's unit is the point
+    paint(figure)
+    out = io.StringIO()
+    figure.savefig(out, format='svg', metadata=dict.fromkeys(('Creator', 'Date', 'Format', 'Type')))
+  return out.getvalue()
+
+
+# Files.
+
+def write(path: pathlib.Path, svg: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  disk.write_text(path, svg)
+
+
+def logarithmic(series: Mapping[str, Sequence[tuple[float, float]]], title: str, x: str, y: str) -> str:
+  """Lines by name over axes that are both logarithmic."""
+  def paint(figure):
+    axes = figure.subplots()
+    for name, points in series.items():
+      if points:
+        axes.loglog(*zip(*points), marker='o', markersize=4, label=name)
+    ticks = sorted({at for points in series.values() for at, _ in points})
+    axes.set_xticks(ticks, [f'{tick:,}' for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    figure.legend(loc='outside right center')
+
+  return _svg(640, 400, paint, layout='constrained', facecolor='white')
+
+
+def value_maps(panels: Mapping[str, Mapping[str, Mapping[str, float]]], bold: str = '') -> str:
+  """Tables of values from 0 to 1, {title: {row: {column: value}}}, the darker the larger; the row `bold` stands out."""
+  def paint(figure):
+    from matplotlib import colors
+    shades = colors.LinearSegmentedColormap.from_list('', ('white', COLOURS[0]))
+    for axes, (title, rows) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items()):
+      values = np.array([list(row.values()) for row in rows.values()])
+      axes.imshow(values, shades, aspect='auto', vmin=0, vmax=1)
+      axes.grid(visible=False)
+      axes.set_title(title, loc='left')
+      columns = list(next(iter(rows.values())))
+      axes.set_xticks(range(len(columns)), columns, rotation=35, ha='left')
+      axes.xaxis.tick_top()
+      axes.set_yticks(range(len(rows)), rows)
+      for (line, column), value in np.ndenumerate(values):
+        axes.text(column, line, f'{value:.2f}', ha='center', va='center', color='white' if value > 0.55 else 'black',
+                  weight='bold' if list(rows)[line] == bold else 'normal')
+
+  lines = sum(len(rows) + 5 for rows in panels.values())
+  columns = max(len(row) for rows in panels.values() for row in rows.values())
+  return _svg(max(660, 230 + 58 * columns), 24 * lines, paint, layout='constrained', facecolor='white')
 
 
 # Curves.

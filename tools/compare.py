@@ -17,7 +17,6 @@ validation data.
 The exit code is 0; 2 if a folder holds no run, or the two have no item in common.
 """
 
-import argparse
 import json
 import math
 import os
@@ -45,9 +44,10 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, measure: str | None = No
     measure: what is compared; None: of each task its first one.
 
   Returns:
-    {'a', 'b': facts of the run, 'tasks': {task: {'n', 'measure', 'a', 'b', 'difference': {'mean', 'low', 'high'}, 'wins',
-    'ties', 'losses'}}, 'macro': the difference as a mean over tasks, 'only_a', 'only_b', 'other_prompt': ids}; wins are
-    items that b answers better. 'macro' is absent if there is one task, or tasks have different measures.
+    {'a', 'b': facts of the run, 'differs': {fact: [in a, in b]}, 'tasks': {task: {'n', 'measure', 'a', 'b', 'difference':
+    {'mean', 'low', 'high'}, 'wins', 'ties', 'losses'}}, 'macro': the difference as a mean over tasks, 'only_a', 'only_b',
+    'other_prompt': ids}; wins are items that b answers better. 'macro' is absent if there is one task, or tasks have
+    different measures.
 
   Raises:
     FileNotFoundError, ValueError: a folder without a run, no common item, or a measure that a task lacks.
@@ -55,9 +55,12 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, measure: str | None = No
   a, b = pathlib.Path(a), pathlib.Path(b)
   ours, theirs = _rows(a), _rows(b)
   common = [name for name in ours if name in theirs]
+  facts = [disk.read_json(folder / answers.RUN, {'mode': str, 'model': str}) for folder in (a, b)]
+  values = {key: [own.get(key) for own in facts] for key in sorted({*facts[0], *facts[1]})}
+  differs = {key: [x, y] for key, (x, y) in values.items() if x != y}
   if not common:
     raise UserError(f'{a} and {b} have no item in common, first {next(iter(ours))!r} and {next(iter(theirs))!r}; compare '
-                    'runs of one benchmark')
+                    f'runs of one benchmark ({differences(differs)})')
   pairs = {}
   for name in common:
     pairs.setdefault(ours[name]['task'], []).append((ours[name], theirs[name]))
@@ -66,8 +69,8 @@ def compare(a: str | os.PathLike, b: str | os.PathLike, measure: str | None = No
     tasks[task], sampled[task] = _task(task, own, measure)
   every = answers.Averages(macro={'macro': [[task] for task in sampled]})
   macro = [answers.interval(x) for x in answers.average_over(sampled, {}, every)['macro'].values()]
-  facts = lambda folder: disk.read_json(folder / answers.RUN, {'mode': str, 'model': str}) | {'folder': str(folder)}
-  return {'a': facts(a), 'b': facts(b), 'tasks': tasks, **({'macro': macro[0]} if len(tasks) > 1 and macro else {}),
+  return {'a': facts[0] | {'folder': str(a)}, 'b': facts[1] | {'folder': str(b)}, 'differs': differs, 'tasks': tasks,
+          **({'macro': macro[0]} if len(tasks) > 1 and macro else {}),
           'only_a': sorted(set(ours) - set(theirs)), 'only_b': sorted(set(theirs) - set(ours)),
           'other_prompt': [name for name in common if ours[name]['key'] != theirs[name]['key']]}
 
@@ -78,6 +81,10 @@ def _rows(folder):
     raise FileNotFoundError(f'{folder}: no {answers.PREDICTIONS} with answers; give the folder of one mode of a run of '
                             'tools.judge')
   return {row['id']: row for row in rows}
+
+
+def differences(differs: Mapping[str, Sequence]) -> str:
+  return '; '.join(f'{key}: {x!r} in A, {y!r} in B' for key, (x, y) in differs.items()) or 'run alike'
 
 
 def _task(task, pairs, measure):
@@ -105,17 +112,16 @@ def percent(value: Mapping[str, float], sign: str = '') -> str:
 
 def print_comparison(result: Mapping, console: rich.console.Console) -> None:
   """A row per task, the mean over tasks, and what does not match."""
-  right = lambda name: rich.table.Column(name, justify='right')
-  table = rich.table.Table('task', right('n'), 'measure', right('A'), right('B'), right('B − A'),
-                           right('better'), right('alike'), right('worse'))
+  table = arguments.table('task', 'measure', 'n', 'A', 'B', 'B − A', 'better', 'alike', 'worse', left=2)
   for task, own in result['tasks'].items():
-    table.add_row(task, f'{own["n"]:,}', own['measure'].replace('_', ' '), f'{100 * own["a"]:.1f}', f'{100 * own["b"]:.1f}',
+    table.add_row(task, own['measure'].replace('_', ' '), f'{own["n"]:,}', f'{100 * own["a"]:.1f}', f'{100 * own["b"]:.1f}',
                   percent(own['difference'], '+'), f'{own["wins"]:,}', f'{own["ties"]:,}', f'{own["losses"]:,}')
   if 'macro' in result:
     table.add_section()
     table.add_row('macro', '', '', '', '', percent(result['macro'], '+'))
   for name in 'ab':
     console.print(f'{name.upper()}: {result[name]["folder"]} ({result[name]["mode"]}, model {result[name]["model"][:8]})')
+  console.print(differences(result['differs']))
   console.print(table)
   for key, said in (('only_a', 'only A answered'), ('only_b', 'only B answered'),
                     ('other_prompt', 'another prompt in A than in B')):
@@ -156,23 +162,18 @@ def _order(value):
 
 
 def _point(folder, config, changes) -> dict:
-  path = folder / metrics.FILE_NAME
-  lines = metrics.read_metrics(path) if path.exists() else []
-  series = {}
-  for line in lines:
-    for name, value in line.items():
-      if name not in metrics.RESERVED + report.NO_CURVE:
-        series.setdefault(name, []).append((line['step'], value))
+  series = report.read_scalars(folder / metrics.FILE_NAME)
+  last = max((points[-1][0] for points in series.values()), default=0)
   best = {}
   for name, values in series.items():
-    finite = [(value, step) for step, value in values if math.isfinite(value)]
+    finite = [(step, value) for step, value in values if math.isfinite(value)]
     if _is_validation(name) and finite:
-      value, step = (min if _less_is_better(name) else max)(finite, key=lambda pair: pair[0])
+      step, value = (min if _less_is_better(name) else max)(finite, key=lambda point: point[1])
       best[name] = {'value': value, 'step': step}
   # Finished is what has its last checkpoint: lines may be ahead of it.
   done = checkpoint.newest_step(folder / 'checkpoints')
-  state = 'finished' if done is not None and done >= config['steps'] else 'unfinished' if lines else 'not started'
-  return {'name': folder.name, 'changes': changes, 'step': lines[-1]['step'] if lines else 0, 'steps': config['steps'],
+  state = 'finished' if done is not None and done >= config['steps'] else 'unfinished' if series else 'not started'
+  return {'name': folder.name, 'changes': changes, 'step': last, 'steps': config['steps'],
           'state': state, 'final': {name: values[-1][1] for name, values in series.items()}, 'best': best}
 
 
@@ -221,9 +222,9 @@ def sweep_page(folder: str | os.PathLike, sweep: Mapping) -> str:
 
 def print_sweep(sweep: Mapping, console: rich.console.Console) -> None:
   head, rows = sweep_columns(sweep)
-  keys = len(sweep['keys'])
-  table = rich.table.Table(*(rich.table.Column(name, justify='left' if i < keys else 'right', overflow='fold')
-                             for i, name in enumerate(head)))
+  table = arguments.table(*head, left=len(sweep['keys']))
+  for column in table.columns:
+    column.overflow = 'fold'
   for row in rows:
     table.add_row(*row)
   console.print(table)
@@ -231,15 +232,8 @@ def print_sweep(sweep: Mapping, console: rich.console.Console) -> None:
   console.print(f'{len(states)} points, {states.count("finished")} finished')
 
 
-def make_console(**more) -> rich.console.Console:
-  """Where tools print tables: as wide as the terminal, 120 characters into a file."""
-  return rich.console.Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False, highlight=False,
-                              soft_wrap=True, **more)
-
-
 def _arguments(argv: Sequence[str] | None):
-  parser = arguments.Parser(prog='python -m tools.compare', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.compare', description=__doc__)
   parser.add_argument('a', nargs='?', help='folder of a run')
   parser.add_argument('b', nargs='?', help='folder of the other')
   parser.add_argument('--measure', help='what is compared (default: of each task its first measure)')
@@ -255,24 +249,22 @@ def _arguments(argv: Sequence[str] | None):
   return options
 
 
+def run(options) -> None:
+  names = (('*/config.json', f'*/{metrics.FILE_NAME}') if options.sweep
+           else (answers.RUN, answers.PREDICTIONS, answers.SUMMARY))
+  arguments.check_outputs({'html': options.html, 'json': options.json, 'files': [
+      os.path.join(folder, name) for folder in (options.a, options.b, options.sweep) if folder for name in names]})
+  result = read_sweep(options.sweep) if options.sweep else compare(options.a, options.b, options.measure)
+  if options.html:
+    disk.write_text(options.html, sweep_page(options.sweep, result))
+  if options.json:
+    metrics.write_json(options.json, result)
+  (print_sweep if options.sweep else print_comparison)(result, arguments.console())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
   options = _arguments(argv)
-  try:
-    names = ('*/config.json', f'*/{metrics.FILE_NAME}') if options.sweep else (answers.RUN, answers.PREDICTIONS,
-                                                                              answers.SUMMARY)
-    arguments.check_outputs({'html': options.html, 'json': options.json, 'files': [
-        os.path.join(folder, name) for folder in (options.a, options.b, options.sweep) if folder for name in names]})
-    result = read_sweep(options.sweep) if options.sweep else compare(options.a, options.b, options.measure)
-    if options.html:
-      disk.write_text(options.html, sweep_page(options.sweep, result))
-    if options.json:
-      metrics.write_json(pathlib.Path(options.json), result)
-  except (OSError, ValueError) as error:
-    make_console(stderr=True).print(f'compare: {arguments.line_of(error)}')
-    return 2
-  (print_sweep if options.sweep else print_comparison)(result, make_console())
-  return 0
+  return arguments.run('compare', lambda: run(options))
 
 
 if __name__ == '__main__':

@@ -10,7 +10,6 @@ tokenizer and config files, so that `to_hf` needs nothing else. `to_hf` takes an
 tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import pathlib
@@ -141,9 +140,16 @@ def _progress(title):
     yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-def _parser():
-  parser = arguments.Parser(prog='python -m tools.convert', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(options: dict) -> None:
+  command = {'from_hf': from_hf, 'to_hf': to_hf}[options.pop('command')]
+  with jax.default_device(jax.local_devices(backend='cpu')[0]):   # nothing is computed: leave accelerators alone
+    command(**options)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+  print(f'wrote {options["out"]}; peak memory {peak / 2**30:.2f} GiB')
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = arguments.Parser(prog='python -m tools.convert', description=__doc__)
   commands = parser.add_subparsers(dest='command', required=True)
   for name, first in (('from_hf', 'source'), ('to_hf', 'workdir')):
     command = commands.add_parser(name)
@@ -155,22 +161,8 @@ def _parser():
   command.add_argument('--step', type=int, help='default: the newest')
   command.add_argument('--source', help='folder or hub name to copy the tokenizer from')
   command.add_argument('--card', help='file that becomes README.md')
-  return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status: 2 for input that cannot be converted."""
-  options = vars(_parser().parse_args(argv))
-  command = {'from_hf': from_hf, 'to_hf': to_hf}[options.pop('command')]
-  try:
-    with jax.default_device(jax.local_devices(backend='cpu')[0]):   # nothing is computed: leave accelerators alone
-      command(**options)
-  except (ValueError, OSError) as e:
-    print(f'error: {arguments.line_of(e)}', file=sys.stderr)
-    return 2
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-  print(f'wrote {options["out"]}; peak memory {peak / 2**30:.2f} GiB')
-  return 0
+  options = parser.parse_args(argv)
+  return arguments.run('convert', lambda: run(vars(options)))
 
 
 if __name__ == '__main__':

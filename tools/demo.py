@@ -21,11 +21,11 @@ import rich.table
 
 from blockattn import blocks, mesh, metrics
 from blockattn.data import stdlib
-from blockattn.evals import gap
+from blockattn.evals import gap, pages
 from blockattn.hf import card as card_lib, convert
 from blockattn.train import command, distill, finetune, inputs, job
 from configs import tiny
-from tools import arguments, charts, evaluate, report
+from tools import arguments, evaluate, report
 
 QUESTIONS = 3
 SEGMENTED = 4   # pages in the report
@@ -62,16 +62,16 @@ def run(workdir, docs: int, steps: int | None, console):
   with part('finetune', 'The baseline: block fine-tuning on the same batches'):
     finetuned = finetune.run(finetune.read(baseline), workdir / 'block_finetuned')[1]
   subjects = make_subjects(options, cfg, student, finetuned, form)
-  pages, examples = evaluate.page_docs(tokenizer, docs, data=options.data)
+  documents, examples = pages.load(tokenizer, docs, style=options.data.pages)
   with part('evaluate', f'Asking each model {docs} questions about classes and modules that no training page showed'):
-    summary = evaluate.evaluate_all(subjects, subjects['teacher_full'], pages, examples, tokenizer, batch=docs, max_new=24,
-                                    stop=evaluate.PAGE_STOP, out=workdir / 'evaluation')
+    summary = evaluate.evaluate_all(subjects, subjects['teacher_full'], documents, examples, tokenizer, batch=docs,
+                                    max_new=24, stop=pages.STOP, out=workdir / 'evaluation')
   with part('export', 'Exporting the student in the Hugging Face format'):
     export(workdir / 'student', student, cfg, form, options, prompt, summary)
   summary['seconds'] = seconds
   metrics.write_json(workdir / 'summary.json', summary)
   shutil.copyfile(workdir / 'evaluation' / 'examples.jsonl', workdir / 'examples.jsonl')
-  write_layout(workdir, form, pages[0])
+  write_layout(workdir, form, documents[0])
   show_answers(workdir, console)
   console.print(table(summary))
   return summary
@@ -186,7 +186,6 @@ def main(argv=None) -> int:
   start = time.perf_counter()
   command.quiet_libraries()
   try:
-    charts.check_installed()   # before the minutes of training, not after
     summary = run(args.workdir, args.docs, args.steps, console)
     page = report.render(args.workdir)
   except (ValueError, FileNotFoundError, FloatingPointError) as error:

@@ -88,7 +88,7 @@ def card(options, record: Record):
 
 
 def _facts():
-  from tools import bench
+  from tools.bench import measuring
   one = jax.devices()[0]
   asked = 'name,driver_version,memory.total,clocks.max.sm,clocks.sm,clocks.mem,power.limit,temperature.gpu'
   try:
@@ -96,22 +96,22 @@ def _facts():
                           timeout=20).stdout.strip()
   except (OSError, subprocess.TimeoutExpired):
     said = None
-  return bench.machine(types.SimpleNamespace(cores=os.cpu_count())) | {
+  return measuring.machine() | {
       'kind': one.device_kind, 'capability': str(getattr(one, 'compute_capability', '')), 'nvidia-smi': said, 'asked': asked,
       'impl': api.resolve('auto', jax.default_backend())}
 
 
 def _peak(toy):
-  from tools import bench_gpu
-  return bench_gpu.matmul_peak(256 if toy else None)
+  from tools.bench import measuring
+  return measuring.matmul_rate(256 if toy else None) / 1e12
 
 
 def _copies(toy):
   """GB/s: on the device, counting bytes read and written; between host and device, counting them once."""
-  from tools import bench_gpu
+  from tools.bench import measuring
   x = jnp.asarray(np.random.default_rng(0).standard_normal(1 << (16 if toy else 28), np.float32))
   copy, host = jax.jit(lambda x: x + 1), np.asarray(x)
-  best = lambda call, wait: x.nbytes / min(bench_gpu.seconds_of(call, wait, 5)) / 1e9
+  best = lambda call, wait: x.nbytes / min(measuring.seconds_of(call, 5, wait)) / 1e9
   return {'device': 2 * best(lambda: copy(x), jax.block_until_ready),
           'to the device': best(lambda: jax.device_put(host), jax.block_until_ready),
           'to the host': best(lambda: np.asarray(x + 0), lambda x: x)}
@@ -149,25 +149,25 @@ class _Outcomes:
 
 def kernels(options, record: Record):
   """A case per length, blocks, pass and peer; the most telling block length first."""
-  from tools import bench, bench_gpu
+  from tools.bench import attention, gpu
   shape, lengths, sizes, last = ((4, 2, 64), (256,), (64,), 32) if options.toy else ((32, 8, 128), (8192, 65536),
                                                                                       (1024, 512, 2048), 512)
   impl = 'gpu' if jax.default_backend() == 'gpu' else api.resolve('auto', jax.default_backend())
   peak = record.measure('matmul', lambda: {'tflops': _peak(options.toy)})
   for block in sizes:
     for length in lengths:
-      case = bench.Case(length, bench_gpu.blocks_of(length, block, last), shape[2], shape[0], shape[1], last)
-      inputs, expected = bench_gpu.make_inputs(case), None
-      for name, peer in bench_gpu.peers(impl).items():
+      case = attention.Case(length, gpu.blocks_of(length, block, last), shape[2], shape[0], shape[1], last)
+      inputs, expected = attention.make_inputs(case, 'bfloat16'), None
+      for name, peer in gpu.peers(impl).items():
         if peer.full and block != sizes[0]:
           continue   # it computes the same whatever the blocks are
-        for mode in bench_gpu.MODES:
-          measure = functools.partial(bench_gpu.measure, peer, inputs, mode, 5, peak['tflops'],
+        for mode in gpu.MODES:
+          measure = functools.partial(gpu.measure, peer, inputs, mode, 5, peak['tflops'],
                                       None if peer.full else expected)
           found = record.measure(f'T={length} block={block} last={last} {mode} {name}',
-                                 lambda m=measure, required=name == bench_gpu.OURS: _checked(m(), required))
-          if name == bench_gpu.OURS and mode == 'forward' and found:
-            expected = bench_gpu.output(peer, inputs)
+                                 lambda m=measure, required=name == gpu.OURS: _checked(m(), required))
+          if name == gpu.OURS and mode == 'forward' and found:
+            expected = peer.build(inputs, 'forward').output()
 
 
 def _checked(row, required):
@@ -180,19 +180,19 @@ def _checked(row, required):
 
 def ttft(options, record: Record):
   """A case per length."""
-  from tools import bench_ttft
+  from tools.bench import ttft as bench
   impl = attention_impl(options, record)
   small = dict(model='small', dtype='float32', lengths=[256]) if options.toy else dict(
       model='qwen3_4b', dtype='bfloat16', lengths=[8192, 65536, 32768])
   args = types.SimpleNamespace(**small, impl=impl, block=64 if options.toy else 1024, last=32 if options.toy else 512,
                                samples=1 if options.toy else 3, states=('all', 'half', 'none'), no_torch=True,
                                **dict.fromkeys(('peak_tflops', 'bandwidth_gbs'), 1.0 if options.toy else None))
-  model = bench_ttft.load_model(args)
-  rate = record.measure('rates', lambda: bench_ttft.rates(args))
+  model = bench.load_model(args)
+  rate = record.measure('rates', lambda: bench.rates(args))
   for length in args.lengths:
     def measure(length=length):
       with tempfile.TemporaryDirectory() as folder:
-        return {'impl': impl} | bench_ttft.measure_length(model, length, rate, args, pathlib.Path(folder))
+        return {'impl': impl} | bench.measure_length(model, length, rate, args, pathlib.Path(folder))
     record.measure(f'{args.model} {args.dtype} T={length} block={args.block} last={args.last}', measure)
 
 
@@ -203,7 +203,7 @@ def step(options, record: Record):
   """A case per model and kind of step."""
   from blockattn import mesh
   from blockattn.models import sizes, transformer
-  from tools import bench_step as bench
+  from tools.bench import step as bench
   impl = attention_impl(options, record)
   place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
   compute = transformer.Compute(dtype='float32' if options.toy else 'bfloat16', impl=impl, remat='full')

@@ -8,7 +8,6 @@ threshold is the lowest within --tolerance of the best exact F1, macro over cate
 are and without hints, lower in short texts. Both are written into FOLDER/blockattn.json.
 """
 
-import argparse
 import dataclasses
 import pathlib
 import sys
@@ -19,13 +18,13 @@ from blockattn import mesh
 from blockattn.hf import files
 from blockattn.segmentation import granularity, measures, outline, splitters
 from blockattn.segmentation.segmenter import Segmenter
-from tools import arguments, bench_segment
+from tools import arguments
+from tools.bench import segment as bench
 
 THRESHOLDS = np.arange(-1.5, 1.75, 0.25)
 
 
 def score(segmenter, texts) -> list[np.ndarray]:
-  """The log-odds of each text's candidates."""
   return [scored.log_odds for scored in segmenter.score([text.text for text in texts])]
 
 
@@ -39,7 +38,7 @@ def f1_by_threshold(texts, log_odds) -> np.ndarray:
   known = {text.text: (text.candidates, values) for text, values in zip(texts, log_odds, strict=True)}
   cutter = lambda threshold: lambda text: granularity.own_cuts(*known[text], threshold).tolist()
   way = splitters.Baseline('', cutter, tuple({'threshold': threshold} for threshold in THRESHOLDS.tolist()))
-  found = bench_segment.measure(way, texts, lambda category: range(len(THRESHOLDS)))
+  found = bench.measure(way, texts, lambda category: range(len(THRESHOLDS)))
   return np.array([measures.macro(found[option])['f1'] for option in range(len(THRESHOLDS))])
 
 
@@ -51,7 +50,7 @@ def run(options) -> None:
   meta = files.read_json(options.folder / files.META)
   mesh.use_cpu_cores(8)
   segmenter = Segmenter.load(options.folder, outline=None)
-  load = lambda split, limit, hints: bench_segment.load([options.data], split, limit, hints)
+  load = lambda split, limit, hints: bench.load([options.data], split, limit, hints)
   training = load('train', options.limit, 'kept')
   shift = fit(training, score(segmenter, training))
   before, after = [], []
@@ -69,18 +68,13 @@ def run(options) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  parser = arguments.Parser(prog='python -m tools.fit_outline', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.fit_outline', description=__doc__)
   parser.add_argument('folder', type=pathlib.Path, help='an exported segmenter')
   parser.add_argument('--data', type=pathlib.Path, required=True, help='folder of {split}_{category}.jsonl[.gz]')
-  parser.add_argument('--limit', type=int, default=80, help='training documents of a category (default %(default)s)')
-  parser.add_argument('--tolerance', type=float, default=0.005, help='of the F1 that a low threshold may cost')
-  try:
-    run(parser.parse_args(argv))
-  except (ValueError, OSError, KeyError) as error:
-    print(f'fit_outline: {error!r}' if isinstance(error, KeyError) else f'fit_outline: {error}', file=sys.stderr)
-    return 2
-  return 0
+  arguments.add_numbers(parser, limit=(80, 'training documents of a category'),
+                        tolerance=(0.005, 'of the F1 that a low threshold may cost'))
+  options = parser.parse_args(argv)
+  return arguments.run('fit_outline', lambda: run(options), mendable=(KeyError,))
 
 
 if __name__ == '__main__':

@@ -20,7 +20,6 @@ The exit code is 0; 1 at a malformed line; 2 if model, files or options are refu
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -29,7 +28,6 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import jax
-import rich.console
 import rich.table
 
 import blockattn
@@ -37,14 +35,13 @@ from blockattn import loading, tree
 from blockattn.data import encode, json_lines, prompts
 from blockattn.data.example import Example, pieces
 from blockattn.errors import UserError
+from blockattn.evals import pages
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, session as session_lib, stopwatch
-from blockattn.kernels import api
-from blockattn.models import transformer
 from blockattn.segmentation import cutter
-from tools import arguments, evaluate
+from tools import arguments
 
 _GIB = 1 << 30
-_PAGES, _SOME_PAGES = 'pages', 3
+_SOME_PAGES = 3
 COMMANDS = {'/blocks': "where the blocks' states are", '/help': 'this list', '/quit': 'the end, as Ctrl-D'}
 
 
@@ -170,7 +167,6 @@ def _answer(session, ask, question, console, stops):
 
 
 def run(options, stream, console) -> None:
-  """The command, options as from the command line."""
   lines = [file for file in options.files if file.endswith(json_lines.SUFFIXES)]
   if lines and len(lines) < len(options.files):
     raise UserError('give either JSON lines or text files')
@@ -179,45 +175,27 @@ def run(options, stream, console) -> None:
                     'too')
   if '-' in options.files and options.question is None:
     raise UserError('standard input cannot be a text and the questions; give --question')
-  pages = options.files == [_PAGES]
-  examples = texts = None
+  split = pages.SPLITS.get(options.files[0]) if len(options.files) == 1 else None
   if lines:
     json_lines.find_files(lines)
-  elif not pages:
-    texts = read_texts(options.files)   # before the model is loaded
-  attention = api.choose(options.impl, jax.devices()[0])
-  console.print(str(attention))
-  compute = transformer.Compute(dtype=options.dtype, impl=attention.impl)
+  texts = [] if lines or split else read_texts(options.files)   # before the model is loaded
+  compute = arguments.compute_of(options, console)
   model = loading.load(options.model, options.dtype, template_args=options.template_args, chat=options.chat)
-  tokenizer, chat = model.tokenizer, model.chat
-  block_options = model.blocks if options.shared_first is None else dataclasses.replace(
-      model.blocks, shared_first=options.shared_first)
-  if pages:
-    examples = evaluate.page_docs(tokenizer, options.limit or _SOME_PAGES)[1]
-    options.stop.append(evaluate.PAGE_STOP)
-  elif lines:
-    found = prompts.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer)
-    examples = list(itertools.islice(found, 1 if options.question or options.interactive else options.limit))
-  if examples is not None:
-    if not examples:
-      raise UserError(f'{", ".join(options.files)}: no example')
+  examples = read_examples(options, model, lines, split)
+  if examples:
     blocks = examples[0].blocks
   else:
-    cut = None if options.segmenter is None else cutting(options.segmenter, options.target_tokens, tokenizer)
+    cut = None if options.segmenter is None else cutting(options.segmenter, options.target_tokens, model.tokenizer)
     blocks = blocks_of(texts, cut)
   with _store(options) as store:
-    devices = jax.local_devices()
-    if not 1 <= options.devices <= len(devices):
-      raise UserError(f'--devices {options.devices}: there are {len(devices)} here')
-    engine = engine_lib.Engine(model.params, model.cfg, compute, block_options, tokenizer, stop_ids=model.stop_ids,
-                               device_tokens=options.device_tokens, store=store, devices=devices[:options.devices])
-    like = plan.Request((), max_new=options.max_new, stop=tuple(options.stop), temperature=options.temperature,
-                            top_k=options.top_k, top_p=options.top_p, seed=options.seed)
-    session = session_lib.Session(engine, encode.Encoder(tokenizer), like)
-    ask = functools.partial(session_lib.ask, blocks, tokenizer=tokenizer, chat=chat)
+    stop = (*options.stop, *([pages.STOP] if split else []))
+    like = plan.Request((), max_new=options.max_new, stop=stop, temperature=options.temperature, top_k=options.top_k,
+                        top_p=options.top_p, seed=options.seed)
+    session = session_lib.Session(make_engine(options, model, compute, store), encode.Encoder(model.tokenizer), like)
+    ask = functools.partial(session_lib.ask, blocks, tokenizer=model.tokenizer, chat=model.chat)
     if options.question is not None:
       console.print(block_table(answer(session, ask(options.question), console).blocks))
-    elif examples is not None and not options.interactive:
+    elif examples and not options.interactive:
       for example in examples:
         console.print(f'{example.id}: {example.prompt.strip()}')
         answer(session, example, console)
@@ -227,62 +205,73 @@ def run(options, stream, console) -> None:
       console.print(f'8-bit states are {store.counts.int8_error / store.counts.int8_blocks:.2%} off, root mean square')
 
 
+def read_examples(options, model: loading.Loaded, lines: Sequence[str], split: str | None) -> list[Example]:
+  """Those of JSON lines, or pages of a split; [] where text files are asked about."""
+  if split:
+    return pages.load(model.tokenizer, options.limit or _SOME_PAGES, split=split)[1]
+  limit = 1 if options.question or options.interactive else options.limit
+  return examples_of(lines, model.tokenizer, model.chat, limit) if lines else []
+
+
+def examples_of(lines: Sequence[str], tokenizer, chat: bool, limit: int | None) -> list[Example]:
+  """The first examples of JSON lines files.
+
+  Raises:
+    ValueError: a line is malformed, or there is none.
+  """
+  found = list(itertools.islice(prompts.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer), limit))
+  if not found:
+    raise UserError(f'{", ".join(lines)}: no example')
+  return found
+
+
+def make_engine(options, model: loading.Loaded, compute, store) -> engine_lib.Engine:
+  devices = jax.local_devices()
+  if options.devices > len(devices):
+    raise UserError(f'--devices {options.devices}: there are {len(devices)} here')
+  blocks = model.blocks
+  if options.shared_first is not None:
+    blocks = dataclasses.replace(blocks, shared_first=options.shared_first)
+  return engine_lib.Engine(model.params, model.cfg, compute, blocks, model.tokenizer, stop_ids=model.stop_ids,
+                           device_tokens=options.device_tokens, store=store, devices=devices[:options.devices])
+
+
 def _store(options) -> cache_lib.Store:
   return cache_lib.Store(int(options.memory_gib * _GIB), options.cache, int(options.cache_gib * _GIB),
                          'int8' if options.int8 else 'none')
 
 
 def _arguments(argv):
-  parser = arguments.Parser(prog='python -m tools.generate', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-  default = '(default: %(default)s)'
+  parser = arguments.Parser(prog='python -m tools.generate', description=__doc__)
   parser.add_argument('model', help='Hugging Face folder, hub name, or work directory')
   parser.add_argument('files', nargs='+', help='text files or JSON lines; or pages')
   parser.add_argument('--question', help='what to ask; without it questions are read from standard input')
   parser.add_argument('--interactive', action='store_true', help='ask about the blocks of the first JSON line')
-  parser.add_argument('--limit', type=evaluate.positive, help='most questions of JSON lines (default: all)')
+  parser.add_argument('--limit', type=arguments.positive, help='most questions of JSON lines (default: all)')
   parser.add_argument('--segmenter', help=f'cuts text files: a folder, a hub name, or {cutter.EMBEDDED}')
-  parser.add_argument('--target-tokens', type=evaluate.positive, help="length of its blocks in the model's tokens (default: "
-                      'what it finds)')
-  evaluate.add_prompt_arguments(parser)
+  parser.add_argument('--target-tokens', type=arguments.positive,
+                      help="length of its blocks in the model's tokens (default: what it finds)")
+  arguments.add_prompts(parser)
   parser.add_argument('--shared-first', action=argparse.BooleanOptionalAction, help='the first block is a prefix that all '
                       'blocks read (default: as in training); needs local positions')
-  parser.add_argument('--max-new', type=evaluate.positive, default=256, help=f'most tokens of an answer {default}')
   parser.add_argument('--stop', action='append', default=[], help='text that ends an answer; may be given again')
-  parser.add_argument('--temperature', type=evaluate.amount, default=0.0, help=f'0: the most probable token {default}')
   parser.add_argument('--top-k', type=int, default=0, help='of so many tokens only (default: all)')
-  parser.add_argument('--top-p', type=float, default=1.0, help=f'of this probability together {default}')
-  parser.add_argument('--seed', type=int, default=0, help=default)
+  parser.add_argument('--seed', type=int, default=0, help='of what is drawn')
   parser.add_argument('--cache', help='folder that keeps the states of blocks')
-  parser.add_argument('--cache-gib', type=evaluate.amount, default=64.0, help=f'bound of that folder {default}')
-  parser.add_argument('--memory-gib', type=evaluate.amount, default=4.0, help=f'bound of states in host memory {default}')
   parser.add_argument('--int8', action='store_true', help='keep states in 8 bits beside the device')
-  parser.add_argument('--device-tokens', type=evaluate.positive, default=32768,
-                      help=f'room for states on the devices {default}')
-  parser.add_argument('--devices', type=evaluate.positive, default=1, help=f'that share the context {default}')
-  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help=default)
-  parser.add_argument('--impl', default='auto', help=f'of attention {default}')
+  arguments.add_numbers(
+      parser, max_new=(256, 'most tokens of an answer'), temperature=(0.0, '0: the most probable token'),
+      top_p=(1.0, 'of this probability together'), cache_gib=(64.0, 'bound of the folder of --cache'),
+      memory_gib=(4.0, 'bound of states in host memory'), device_tokens=(32768, 'room for states on the devices'),
+      devices=(1, 'that share the context'))
+  arguments.add_computing(parser)
   return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
   options = _arguments(argv)
-  console = rich.console.Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
   sys.stdin.reconfigure(errors='surrogateescape')   # a line that is no UTF-8 ends nothing: `asked` says so
-  try:
-    run(options, sys.stdin, console)
-  except json_lines.BadLineError as error:
-    console.print(str(error))
-    return 1
-  except (OSError, ValueError) as error:
-    console.print(f'generate: {arguments.line_of(error)}')
-    return 2
-  except KeyboardInterrupt:
-    with contextlib.suppress(OSError):
-      print(flush=True)
-    return 130
-  return 0
+  return arguments.run('generate', lambda: run(options, sys.stdin, arguments.console(stderr=True)))
 
 
 if __name__ == '__main__':

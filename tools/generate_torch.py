@@ -12,18 +12,16 @@ same in another order: in bfloat16 a near tie may fall to either side.
 The exit code is 0 if they agree, 1 if they do not, 2 if model, files or options are refused.
 """
 
-import argparse
-import itertools
 import sys
 import time
 
 from blockattn import hf, loading
-from blockattn.data import encode, json_lines, prompts
+from blockattn.data import encode, json_lines
 from blockattn.data.example import Example
 from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, files as hf_files
 from blockattn.inference import session
-from tools import arguments, evaluate, generate
+from tools import arguments, generate
 
 
 def load(name, dtype: str, template_args: str | None = None, chat: bool | None = None):
@@ -52,10 +50,7 @@ def examples(files, question: str | None, tokenizer, *, chat: bool, limit: int |
   if lines and (question is not None or len(lines) < len(files)):
     raise UserError('JSON lines bring their own questions: give either them, or text files and --question')
   if lines:
-    found = list(itertools.islice(prompts.read_examples(lines, strict=True, chat=chat, tokenizer=tokenizer), limit))
-    if not found:
-      raise UserError(f'{", ".join(lines)}: no example')
-    return found
+    return generate.examples_of(lines, tokenizer, chat, limit)
   if question is None:
     raise UserError('text files need a --question')
   return [session.ask(generate.read_texts(files), question, tokenizer, chat)]
@@ -78,8 +73,8 @@ def answer_twice(model, prompt, options, cache, max_new: int):
   return timed(lambda: hf.cached_generate(model, prompt, options, cache=cache, **how)), timed(masked)
 
 
-def run(args) -> bool:
-  """The command. Returns whether both ways agreed on every answer."""
+def run(args) -> int:
+  """The command. Returns 0 if both ways agreed on every answer."""
   model, options, tokenizer, chat = load(args.model, args.dtype, args.template_args, args.chat)
   encoder, cache, agreed = encode.Encoder(tokenizer), {}, True
   for example in examples(args.files, args.question, tokenizer, chat=chat, limit=args.limit):
@@ -92,30 +87,20 @@ def run(args) -> bool:
       agreed = False
       print(f'  NOT the answer of one masked pass: {tokenizer.decode(check, skip_special_tokens=True).strip()}')
   print('both ways give the same tokens' if agreed else 'the two ways differ')
-  return agreed
-
-
-def _arguments(argv):
-  parser = arguments.Parser(prog='python -m tools.generate_torch', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('model', help='Hugging Face folder or hub name')
-  parser.add_argument('files', nargs='+', help='text files, a block each; or JSON lines')
-  parser.add_argument('--question', help='about the text files')
-  evaluate.add_prompt_arguments(parser)
-  parser.add_argument('--limit', type=evaluate.positive, help='most questions of JSON lines (default: all)')
-  parser.add_argument('--max-new', type=evaluate.positive, default=64,
-                      help='most tokens of an answer (default: %(default)s)')
-  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='(default: %(default)s)')
-  return parser.parse_args(argv)
+  return 0 if agreed else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line. Returns the exit status."""
-  try:
-    return 0 if run(_arguments(argv)) else 1
-  except (OSError, ValueError, ImportError) as error:
-    print(f'generate_torch: {arguments.line_of(error)}', file=sys.stderr)
-    return 2
+  parser = arguments.Parser(prog='python -m tools.generate_torch', description=__doc__)
+  parser.add_argument('model', help='Hugging Face folder or hub name')
+  parser.add_argument('files', nargs='+', help='text files, a block each; or JSON lines')
+  parser.add_argument('--question', help='about the text files')
+  arguments.add_prompts(parser)
+  parser.add_argument('--limit', type=arguments.positive, help='most questions of JSON lines (default: all)')
+  arguments.add_numbers(parser, max_new=(64, 'most tokens of an answer'))
+  arguments.add_computing(parser, impl=None)
+  args = parser.parse_args(argv)
+  return arguments.run('generate_torch', lambda: run(args))
 
 
 if __name__ == '__main__':

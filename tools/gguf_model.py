@@ -108,12 +108,7 @@ def main(argv=None) -> int:
   parser.add_argument('file', type=pathlib.Path)
   parser.add_argument('folder', type=pathlib.Path)
   options = parser.parse_args(argv)
-  try:
-    print(to_hf(options.file, options.folder))
-  except (ImportError, OSError, ValueError) as error:
-    print(f'gguf_model: {arguments.line_of(error)}', file=sys.stderr)
-    return 2
-  return 0
+  return arguments.run('gguf_model', lambda: print(to_hf(options.file, options.folder)))
 
 
 if __name__ == '__main__':

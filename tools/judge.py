@@ -14,24 +14,19 @@ The model has to fit on one device. The exit code is 0; 1 at a malformed line of
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-import jax
 import rich.console
-import rich.table
 
 from blockattn import metrics
 from blockattn.data import encode, json_lines
 from blockattn.evals import answers, gap, locomo, longbench, qa, subjects
 from blockattn.hf import files
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan
-from blockattn.kernels import api
-from blockattn.models import transformer
 from blockattn.segmentation import cutter
 from tools import arguments, compare, evaluate
 from tools.generate import cutting
@@ -163,14 +158,12 @@ SOURCES = {   # benchmark -> (reads data, makes items of it)
 # The command.
 
 
-def run(options, console, err, make_answerer=answerer) -> dict[str, dict]:
-  """The command, options as from the command line. Returns the summary of each mode."""
+def run(options, make_answerer=answerer) -> None:
+  console, err = arguments.console(), arguments.console(stderr=True)
   read, load = SOURCES[options.benchmark]
   data = read(options)
-  attention = api.choose(options.impl, jax.devices()[0])
-  err.print(str(attention))
+  compute = arguments.compute_of(options, err)
   modes = gap.MODES if options.mode == 'both' else (options.mode,)
-  compute = transformer.Compute(dtype=options.dtype, impl=attention.impl)
   subject, tokenizer = subjects.load(options.model, modes[0], compute, options.template_args, options.chat)
   chat = subject.chat
   options = argparse.Namespace(**vars(options) | {'chat': chat})
@@ -179,24 +172,24 @@ def run(options, console, err, make_answerer=answerer) -> dict[str, dict]:
   longest = None if options.benchmark == 'longbench' else options.max_length   # longbench: before the chat template
   fits = lambda item, lengths: _fits(subject, longest, item.max_new, lengths)
   weights = evaluate.weights_key(subject)
-  summaries = {}
   for mode in modes:
     judged = dataclasses.replace(subject, mode=mode)
-    with _store(options) as store, metrics.counting(mode, stream=err.file) as progress:
-      summaries[mode] = answers.run(
-          benchmark.items, prompt=encoder.prompt, answer=make_answerer(judged, tokenizer, batch=options.batch, store=store),
+    store = cache_lib.Store(folder=options.cache, quantize=options.quantize)
+    with store, metrics.counting(mode, stream=err.file) as progress:
+      summary = answers.run(
+          benchmark.items, prompt=encoder.prompt, answer=make_answerer(
+              judged, tokenizer, batch=options.batch, store=store if options.cache or options.quantize != 'none' else None),
           score=benchmark.score, out=pathlib.Path(options.out) / mode,
           facts=_facts(options, judged, weights, encoder.fingerprint),
           more={'name': options.model, 'data': ' '.join(options.data), 'chat': chat}, batch=options.batch,
           averages=benchmark.averages, fits=fits, progress=progress)
     console.print(f'{options.benchmark}, {mode}')
-    print_summary(summaries[mode], console)
+    print_summary(summary, console)
   if len(modes) > 1:
     console.print('block − full')
     compare.print_comparison(compare.compare(*(pathlib.Path(options.out) / mode for mode in gap.MODES)), console)
   if benchmark.note:
     console.print(benchmark.note)
-  return summaries
 
 
 def _facts(options, subject, weights, tokenizer):
@@ -212,21 +205,11 @@ def _facts(options, subject, weights, tokenizer):
   return facts
 
 
-@contextlib.contextmanager
-def _store(options):
-  if options.cache is None and options.quantize == 'none':
-    yield None
-    return
-  with cache_lib.Store(folder=options.cache, quantize=options.quantize) as store:
-    yield store
-
-
 def print_summary(summary: dict, console: rich.console.Console) -> None:
   """A row per task and average: every measure in per cent, with its interval."""
   tasks, averages = summary['tasks'], summary['averages']
   measures = list(dict.fromkeys(m for values in tasks.values() for m in values if m not in ('n', 'tokens', 'blocks')))
-  right = lambda name: rich.table.Column(name, justify='right')
-  table = rich.table.Table('task', *map(right, ('n', 'tokens', 'blocks')), *(right(m.replace('_', ' ')) for m in measures))
+  table = arguments.table('task', 'n', 'tokens', 'blocks', *(m.replace('_', ' ') for m in measures))
   cells = lambda values: [compare.percent(values[m]) if m in values else '' for m in measures]
   for name, values in tasks.items():
     table.add_row(name, f'{values["n"]:,}', f'{values["tokens"]:,.0f}', f'{values["blocks"]:,.0f}', *cells(values))
@@ -242,37 +225,34 @@ def print_summary(summary: dict, console: rich.console.Console) -> None:
 
 
 def _arguments(argv):
-  parser = arguments.Parser(prog='python -m tools.judge', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.judge', description=__doc__)
   common = argparse.ArgumentParser(add_help=False)
   common.add_argument('model', help='Hugging Face folder, hub name, or work directory')
   common.add_argument('--data', required=True, nargs='+', help='longbench: folder, data.zip or hub name; locomo: '
                       'locomo10.json or its folder; qa: JSON lines files, folders, globs')
   common.add_argument('--out', required=True, help='folder for MODE/summary.json and MODE/predictions.jsonl')
-  common.add_argument('--mode', choices=MODES, default='block', help='(default: %(default)s)')
+  common.add_argument('--mode', choices=MODES, default='block', help='of attention')
   common.add_argument('--tasks', nargs='+', help='tasks, categories or names of files (default: all)')
-  common.add_argument('--limit', type=evaluate.positive, help='most items per task (default: all)')
-  common.add_argument('--batch', type=evaluate.positive, default=8, help='prompts at a time (default: %(default)s)')
-  common.add_argument('--max-length', type=evaluate.positive,
+  common.add_argument('--limit', type=arguments.positive, help='most items per task (default: all)')
+  arguments.add_numbers(common, batch=(8, 'prompts at a time'))
+  common.add_argument('--max-length', type=arguments.positive,
                       help='most tokens of a prompt; longbench: its middle goes, locomo: its last sessions, qa: the '
                            "question is left out (default: the model's positions)")
-  evaluate.add_prompt_arguments(common)
-  common.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help='(default: %(default)s)')
-  common.add_argument('--impl', default='auto', help='of attention (default: %(default)s)')
+  arguments.add_prompts(common)
+  arguments.add_computing(common)
   common.add_argument('--cache', metavar='DIR', help='keep block states here, for later runs too (default: device only)')
   common.add_argument('--quantize', choices=cache_lib.QUANTIZE, default='none',
-                      help='of block states beside the device (default: %(default)s)')
+                      help='of block states beside the device')
   benchmarks = parser.add_subparsers(dest='benchmark', required=True)
   long = benchmarks.add_parser('longbench', parents=[common], help='LongBench v1, TASK_e of LongBench-E')
   long.add_argument('--segmenter', default=cutter.EMBEDDED,
                     help='cuts contexts that no heading divides: folder, hub name, or none (default: the embedded one)')
-  long.add_argument('--target-tokens', type=evaluate.positive, help="wanted length of its blocks, in the model's tokens")
+  long.add_argument('--target-tokens', type=arguments.positive, help="wanted length of its blocks, in the model's tokens")
   talks = benchmarks.add_parser('locomo', parents=[common], help='LoCoMo')
   talks.add_argument('--letters', choices=locomo.LETTERS, default='alone', help='where (a) or (b) counts as a choice in the '
-                     'answer to an adversarial question; alone is the published rule (default: %(default)s)')
+                     'answer to an adversarial question; alone is the published rule')
   short = benchmarks.add_parser('qa', parents=[common], help='any questions over blocks')
-  short.add_argument('--max-new', type=evaluate.positive, default=_QA_MAX_NEW,
-                     help='most tokens of an answer (default: %(default)s)')
+  arguments.add_numbers(short, max_new=(_QA_MAX_NEW, 'most tokens of an answer'))
   short.add_argument('--stop', action='append', help='text that ends an answer (default: a line end without chat template)')
   short.add_argument('--strict', action='store_true', help='stop at the first malformed line')
   options = parser.parse_args(argv)
@@ -282,21 +262,10 @@ def _arguments(argv):
 
 
 def main(argv: list[str] | None = None, make_answerer=answerer) -> int:
-  """The command line; `make_answerer` takes the place of `answerer`. Returns the exit status."""
+  """`make_answerer` takes the place of `answerer`."""
   options = _arguments(argv)
-  err = compare.make_console(stderr=True)
-  try:
-    run(options, compare.make_console(), err, make_answerer)
-  except json_lines.BadLineError as error:
-    err.print(str(error))
-    return 1
-  except (OSError, ValueError, ImportError) as error:
-    err.print(f'judge: {arguments.line_of(error)}')
-    return 2
-  except KeyboardInterrupt:
-    err.print(f'judge: stopped; what is answered stands in {options.out}, start the same command again to go on')
-    return 130
-  return 0
+  return arguments.run('judge', lambda: run(options, make_answerer), stopped=(
+      f'what is answered stands in {options.out}, start the same command again to go on'))
 
 
 if __name__ == '__main__':

@@ -9,13 +9,11 @@ part of the loss. Then one run passes through many meshes and numbers of process
 started again on the next mesh, and its losses are compared too. Exits with 1 if anything is more than 1e-5 apart.
 """
 
-import argparse
 import itertools
 import math
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -113,36 +111,39 @@ def name(processes, devices, shape) -> str:
   return sizes if processes == 1 else f'{processes} processes: {sizes}'
 
 
-def main(argv: list[str] | None = None) -> int:
-  parser = arguments.Parser(prog='python -m tools.meshes', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--steps', type=int, default=20, help='of each run (default %(default)s)')
-  parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='losses of every run')
-  args = parser.parse_args(argv)
+def run(args) -> int:
   places = [(1, 1, (1, 1, 1, 1)), *((1, 8, shape) for shape in shapes(8)),
             *((2, 2, shape) for shape in ((4, 1, 1, 1), (1, 4, 1, 1), (2, 1, 2, 1), (2, 1, 1, 2))),
             *((4, 2, shape) for shape in ((8, 1, 1, 1), (2, 2, 2, 1), (4, 1, 1, 2)))]
-  folder, results, worst = pathlib.Path(tempfile.mkdtemp(prefix='meshes')), {}, 0.0
+  results, differences = {}, []
   print('| mesh | largest difference of a loss / the loss |\n|---|---|')
-  try:
+
+  def compare(workdir, key, shown):
+    results[key] = losses(workdir)
+    differences.append(apart(workdir, results['one device']))
+    print(f'| {shown} | {differences[-1]:.1e} |', flush=True)
+
+  with tempfile.TemporaryDirectory(prefix='meshes') as folder:
+    folder = pathlib.Path(folder)
     write_teacher(folder / 'teacher')
     for number, where in enumerate(places):
-      workdir = folder / str(number)
-      finish(start(workdir, args.steps, *where))
-      results[name(*where)] = losses(workdir)
-      worst = max(worst, difference := apart(workdir, results['one device']))
-      print(f'| {name(*where)} | {difference:.1e} |', flush=True)
+      finish(start(folder / str(number), args.steps, *where))
+      compare(folder / str(number), name(*where), name(*where))
     saved = passing_run(folder / 'passing', args.steps)
-    worst = max(worst, difference := apart(folder / 'passing', results['one device']))
-    results['passing'] = losses(folder / 'passing')
-    print(f'| one run, moved: {"; ".join(saved)}; the rest on {name(*CHAIN[-1])} | {difference:.1e} |')
-  finally:
-    shutil.rmtree(folder)
-  print(f'\nlosses from {min(results["one device"].values()):.3f} to {max(results["one device"].values()):.3f}; '
-        f'at most {worst:.1e} apart over {args.steps} steps')
+    compare(folder / 'passing', 'passing', f'one run, moved: {"; ".join(saved)}; the rest on {name(*CHAIN[-1])}')
+  low, high = (most(results['one device'].values()) for most in (min, max))
+  print(f'\nlosses from {low:.3f} to {high:.3f}; at most {max(differences):.1e} apart over {args.steps} steps')
   if args.json:
     metrics.write_json(args.json, results)
-  return 0 if worst <= 1e-5 else 1
+  return 0 if max(differences) <= 1e-5 else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = arguments.Parser(prog='python -m tools.meshes', description=__doc__)
+  arguments.add_numbers(parser, steps=(20, 'of each run'))
+  parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='losses of every run')
+  args = parser.parse_args(argv)
+  return arguments.run('meshes', lambda: run(args))
 
 
 if __name__ == '__main__':

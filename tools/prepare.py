@@ -8,71 +8,46 @@ run with the same files, tokenizer, length and options starts in seconds. The ex
 malformed line; 2 if a file, the tokenizer or an option must be mended, or no document is left.
 """
 
-import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import rich.progress
-import rich.table
 
-from blockattn import options as options_lib
 from blockattn.data import encode, json_lines, packing
 from blockattn.data.store import open_store
 from blockattn.errors import UserError
-from blockattn.train import command, inputs
-from configs import common
-from tools import arguments, evaluate
+from blockattn.train import command, inputs, job
+from tools import arguments
 
 _COLUMNS = ('file', 'lines', 'examples', 'bad', 'too long', 'cut', 'docs', 'tokens', 'tokens/s', 'rows', 'padding')
 
 
-def _arguments(argv):
-  """(options, arguments of the config)."""
-  parser = arguments.Parser(prog='tools.prepare', description=__doc__.split('\n\n')[0])
-  parser.add_argument('files', nargs='*', help='.jsonl or .jsonl.gz files, folders, globs (default: config.data.files)')
-  parser.add_argument('--config', metavar='FILE[:ARG]', help='the config of the training: gives all that is not given here; '
-                      '--config.data.KEY=VALUE changes it')
-  parser.add_argument('--tokenizer', help='a local folder, or a name on the hub')
-  parser.add_argument('--length', type=evaluate.positive, help='tokens of a row')
-  parser.add_argument('--max-blocks', type=evaluate.positive, help='blocks of a row')
-  parser.add_argument('--too-long', choices=encode.TOO_LONG, help='documents longer than a row: leave them out, or cut '
-                      'context blocks without the answer')
-  parser.add_argument('--chat', action=argparse.BooleanOptionalAction,
-                      help="wrap prompts into the tokenizer's chat template (default: if it has one)")
-  parser.add_argument('--template-args', metavar='NAME=VALUE,...', help='of the chat template')
-  parser.add_argument('--segmenter', help="cut new blocks: a segmenter's folder or hub name, or 'tiny'")
-  parser.add_argument('--target', type=evaluate.positive, help="wanted length of a block in the tokenizer's tokens")
-  parser.add_argument('--strict', action='store_const', const=True, help='stop at the first malformed line')
-  parser.add_argument('--cache', help='folder that keeps the encoded documents (default: that of the config; without one '
-                      'none is kept)')
-  args, more = parser.parse_known_args(argv)
-  if any(not arg.startswith('--config.') for arg in more) or (more and not args.config):
-    parser.error(f'unrecognized arguments: {" ".join(more)}')
-  return args, more
-
-
-def read_data(args, more):
-  """(inputs.PromptData of the training, as the command line says; the folder or name of its tokenizer's model).
+def read_data(args, more: Sequence[str]) -> tuple[inputs.PromptData, str]:
+  """(the data of the training, as the command line says; the folder or name of its model).
 
   Raises:
     ValueError: an unknown key; no files, tokenizer or length.
   """
-  config = command.read_config([f'--config={args.config}', *more])[0] if args.config else common.base('distill')
-  data = config.data
-  for name in ('tokenizer', 'length', 'max_blocks', 'too_long', 'chat', 'template_args', 'segmenter', 'strict', 'cache'):
-    if getattr(args, name) is not None:
-      data[name] = getattr(args, name)
-  data.files = tuple(args.files) or data.files
-  data.segment.target = args.target or data.segment.target
-  missing = {'files': not data.files, '--tokenizer': not (data.tokenizer or config.model.source),
+  data, source = inputs.PromptData(), ''
+  if args.config:
+    options = job.options_of(command.read_config([f'--config={args.config}', *more])[0])
+    data, source = options.data, options.model.source
+    if not isinstance(data, inputs.PromptData):
+      raise UserError(f'--config {args.config}: this training reads no prompts')
+  given = {'files': tuple(args.files), 'tokenizer': args.tokenizer, 'length': args.length, 'strict': args.strict,
+           'cache': args.cache}
+  data = dataclasses.replace(data, **{name: value for name, value in given.items() if value})
+  missing = {'files': not data.files, '--tokenizer': not (data.tokenizer or source),
              '--length': not (args.config or args.length)}
   if any(missing.values()):
     raise UserError(f'give {", ".join(name for name, lacks in missing.items() if lacks)}, or a --config that says so')
-  return options_lib.read(inputs.PromptData, data, 'config.data'), config.model.source
+  return data, source
 
 
 def prepare_files(files, tokenizer, options, cache, *, strict, console, cutter=None):
@@ -104,7 +79,7 @@ def _row(name, report, sizes, counts, seconds, options):
 
 def make_table(prepared, options):
   """The table, a line per file and one for all of them packed together."""
-  table = rich.table.Table(*(rich.table.Column(c, justify='left' if c == 'file' else 'right') for c in _COLUMNS))
+  table = arguments.table(*_COLUMNS)
   for file, store, seconds in prepared:
     table.add_row(*_row(os.path.basename(file), store.report, store.sizes, store.counts, store.built and seconds,
                         options))
@@ -116,43 +91,39 @@ def make_table(prepared, options):
   return table, report
 
 
-def _print_problems(report, console):
-  for title, counter in (('malformed lines', report.bad), ('examples left out', report.dropped)):
-    if counter:
-      console.print(f'{title}: ' + ', '.join(f'{n} {reason}' for reason, n in counter.most_common()))
-  for bad in report.listed:
-    console.print(f'  {bad}')
-  unlisted = report.bad.total() - len(report.listed)
-  if unlisted:
-    console.print(f'  ... and {unlisted} more')
+def run(args, more) -> int:
+  out, err = arguments.console(), arguments.console(stderr=True)
+  data, model = read_data(args, more)
+  files = json_lines.find_files(list(data.files))
+  tokenizer = inputs.load_tokenizer(data, model)
+  options, cutter = inputs.file_options(data, tokenizer), inputs.load_cutter(data, tokenizer)
+  with contextlib.ExitStack() as stack:
+    kept = args.config or args.cache
+    cache = data.cache if kept else stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
+    prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=data.strict, console=err,
+                             cutter=cutter)
+    table, report = make_table(prepared, options)
+    out.print(table)
+    out.print(report.summary())
+  if not report.docs:
+    raise UserError(f'not one document to train on in {report.lines:,} lines of {", ".join(files)}')
+  return 0
 
 
 def main(argv=None) -> int:
-  args, more = _arguments(argv)
-  out, err = arguments.consoles()
-  try:
-    data, model = read_data(args, more)
-    files = json_lines.find_files(list(data.files))
-    tokenizer = inputs.load_tokenizer(data, model)
-    options, cutter = inputs.file_options(data, tokenizer), inputs.load_cutter(data, tokenizer)
-    with contextlib.ExitStack() as stack:
-      kept = args.config or args.cache
-      cache = data.cache if kept else stack.enter_context(tempfile.TemporaryDirectory(prefix='prepare-'))
-      prepared = prepare_files(files, tokenizer, options, os.path.expanduser(cache), strict=data.strict, console=err,
-                               cutter=cutter)
-      table, report = make_table(prepared, options)
-      out.print(table)
-      _print_problems(report, out)
-    if not report.docs:
-      err.print(f'prepare: not one document to train on in {report.lines:,} lines of {", ".join(files)}')
-      return 2
-  except json_lines.BadLineError as error:
-    err.print(str(error))
-    return 1
-  except (OSError, ValueError) as error:
-    err.print(f'prepare: {arguments.line_of(error)}')
-    return 2
-  return 0
+  parser = arguments.Parser(prog='python -m tools.prepare', description=__doc__)
+  parser.add_argument('files', nargs='*', help='.jsonl or .jsonl.gz files, folders, globs (default: config.data.files)')
+  parser.add_argument('--config', metavar='FILE[:ARG]', help='the config of the training: gives all that is not given here; '
+                      '--config.data.KEY=VALUE changes it')
+  parser.add_argument('--tokenizer', help='a local folder, or a name on the hub')
+  parser.add_argument('--length', type=arguments.positive, help='tokens of a row')
+  parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
+  parser.add_argument('--cache', help='folder that keeps the encoded documents (default: that of the config; without one '
+                      'none is kept)')
+  args, more = parser.parse_known_args(argv)
+  if any(not arg.startswith('--config.') for arg in more) or (more and not args.config):
+    parser.error(f'unrecognized arguments: {" ".join(more)}')
+  return arguments.run('prepare', lambda: run(args, more))
 
 
 if __name__ == '__main__':

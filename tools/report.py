@@ -16,12 +16,12 @@ comes from a file of the workdir and is left out where the file is absent:
   meta.json, bias.json   of blockattn.train.teach: whose logits were stored and how, and what the kept ones hold of the KL
 """
 
-import argparse
 import json
 import math
 import os
 import pathlib
 import re
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -75,13 +75,12 @@ def render(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def page(workdir: pathlib.Path, **parts) -> str:
-  """The page of report.html, with these of its parts."""
   return pages.render('report.html', title=workdir.resolve().name, run=run_facts(workdir), styles=('report.css',),
                       script='report.js', **parts)
 
 
 def model_name(key: str) -> str:
-  return MODEL_NAMES[key] if key in MODEL_NAMES else key.replace('_', ' ')
+  return MODEL_NAMES.get(key, key.replace('_', ' '))
 
 
 # Files.
@@ -275,11 +274,19 @@ def read_curves(workdir: pathlib.Path) -> dict[str, dict[str, list[charts.Point]
   files |= {path.parent.name: path for path in sorted(workdir.glob(f'*/{metrics.FILE_NAME}'))}
   curves = {}
   for run, path in files.items():
-    for entry in metrics.read_metrics(path) if path.exists() else ():
-      for name, value in entry.items():
-        if name not in metrics.RESERVED + NO_CURVE and disk.is_number(value):
-          curves.setdefault(name, {}).setdefault(run, []).append((entry['step'], float(value)))
+    for name, points in read_scalars(path).items():
+      curves.setdefault(name, {})[run] = points
   return curves
+
+
+def read_scalars(path: pathlib.Path) -> dict[str, list[charts.Point]]:
+  """Points by scalar of a metrics.jsonl; {} if there is none."""
+  series = {}
+  for entry in metrics.read_metrics(path) if path.exists() else ():
+    for name, value in entry.items():
+      if name not in metrics.RESERVED + NO_CURVE and disk.is_number(value):
+        series.setdefault(name, []).append((entry['step'], float(value)))
+  return series
 
 
 def _curve_rank(name: str) -> int:
@@ -389,15 +396,12 @@ PARTS = {'summary': summary_part, 'curves': curves_part, 'mask': mask_part, 'seg
          'examples': examples_part, 'bias': bias_part, 'configs': config_part}   # of report.html
 
 
-def main():
-  parser = arguments.Parser(prog='python -m tools.report', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+  parser = arguments.Parser(prog='python -m tools.report', description=__doc__)
   parser.add_argument('workdir', help='folder of a run')
-  try:
-    print(render(parser.parse_args().workdir))
-  except (OSError, ValueError) as error:
-    parser.exit(2, f'report: {arguments.line_of(error)}\n')
+  options = parser.parse_args(argv)
+  return arguments.run('report', lambda: print(render(options.workdir)))
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

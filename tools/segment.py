@@ -19,27 +19,23 @@ and --max are kept by every block (with --depth, see there), if need be by cuts 
 The exit code is 0; 1 if some of the input could not be read and was skipped; 2 if an argument or the model must be mended.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import glob
-import gzip
 import json
 import os
 import pathlib
 import sys
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 
 import rich.progress
 
-from blockattn.data import encode
+from blockattn.data import encode, json_lines
 from blockattn.errors import UserError
 from blockattn.segmentation import api, granularity
 from tools import arguments, segment_page
 
-JSON_LINES = ('.jsonl', '.jsonl.gz')
 BATCH = 1 << 20   # characters that are scored together
 _BEGIN = '{"id": '   # of every line
 PART = '.part'    # what --out has so far is kept in a file of this ending until it is complete
@@ -64,11 +60,10 @@ class Unreadable:
 
 
 def _arguments(argv):
-  parser = arguments.Parser(prog='tools.segment', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = arguments.Parser(prog='python -m tools.segment', description=__doc__)
   parser.add_argument('paths', nargs='+', metavar='PATH', help='file, folder, glob, or - for the standard input')
   parser.add_argument('--jsonl', action='store_true', help='every file, and the standard input, holds JSON lines')
-  parser.add_argument('--text-key', default='text', metavar='KEY', help='of the JSON lines (default: %(default)s)')
+  parser.add_argument('--text-key', default='text', metavar='KEY', help='of the JSON lines')
   parser.add_argument('--out', metavar='FILE', help='write here, in one move at the end, instead of standard output')
   parser.add_argument('--resume', action='store_true', help='keep what --out holds, also of a run that was stopped, '
                       'and skip the ids in it; give the same options again')
@@ -123,47 +118,28 @@ def read_texts(files: Iterable[str], *, jsonl: bool = False, text_key: str = 'te
   """The texts of files, in order; what cannot be read is named in its place."""
   for file in files:
     try:
-      if jsonl or file.endswith(JSON_LINES):
-        yield from _read_lines(file, text_key)
+      if jsonl or file.endswith(json_lines.SUFFIXES):
+        for number, line in json_lines.numbered_lines(file):
+          yield _parse(line, f'{file}:{number}', text_key)
       else:
         data = sys.stdin.buffer.read() if file == '-' else pathlib.Path(file).read_bytes()
         yield Text(file, data.decode(), len(data))
     except UnicodeDecodeError as error:
       yield Unreadable(file, f'not UTF-8 (byte {error.start:,} is 0x{error.object[error.start]:02x})')
-    except (OSError, EOFError, zlib.error) as error:   # gone, not ours to read, or damaged compression
+    except (OSError, UserError) as error:   # gone, not ours to read, or damaged compression
       yield Unreadable(file, f'cannot be read ({error})')
 
 
-def _read_lines(file, text_key):
-  with contextlib.ExitStack() as stack:
-    raw = sys.stdin.buffer if file == '-' else stack.enter_context(open(file, 'rb'))
-    lines = stack.enter_context(gzip.GzipFile(fileobj=raw)) if file.endswith('.gz') else raw
-    for number, line in enumerate(lines, start=1):
-      if line.strip():
-        try:
-          yield parse_line(line, f'{file}:{number}', text_key)
-        except ValueError as error:
-          yield Unreadable(f'{file}:{number}', str(error))
-
-
-def parse_line(line: bytes, place: str, text_key: str) -> Text:
-  """One JSON line; its id is `place` if it has none.
-
-  Raises:
-    ValueError: it is no object with a text.
-  """
+def _parse(line, place, text_key) -> Text | Unreadable:
   try:
-    record = json.loads(line.removeprefix(b'\xef\xbb\xbf'))
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'not a JSON line ({str(error)[:100]})') from error
-  if not isinstance(record, dict):
-    raise UserError(f'an object is needed, not {type(record).__name__}')
-  if text_key not in record:
-    raise UserError(f'lacks {text_key!r}, it has {", ".join(map(repr, list(record)[:8])) or "no keys"}; see --text-key')
-  if not isinstance(record[text_key], str):
-    raise UserError(f'{text_key!r} is {type(record[text_key]).__name__}, not a string')
-  name = record['id'] if 'id' in record else None
-  return Text(name if isinstance(name, str | int) else place, record[text_key], len(line))
+    record = json_lines.load_object(line)
+  except json_lines.Malformed as error:
+    return Unreadable(place, str(error))
+  text, name = record.get(text_key), record.get('id')
+  if not isinstance(text, str):
+    has = f'{text_key!r} is {type(text).__name__}' if text_key in record else f'its keys are {", ".join(list(record)[:8])}'
+    return Unreadable(place, f'no text under the key {text_key!r} ({has}); see --text-key')
+  return Text(name if isinstance(name, str | int) else place, text, len(line))
 
 
 def batches(texts: Iterable[Text], characters: int) -> Iterator[list[Text]]:
@@ -185,18 +161,13 @@ def batches(texts: Iterable[Text], characters: int) -> Iterator[list[Text]]:
 def finished_lines(out: str) -> dict[str, str]:
   """The whole lines that a run before left in its output, by id as JSON; of a stopped run, those of its part."""
   done = {}
-  for path in (out, out + PART):
-    if not os.path.exists(path):
-      continue
+  for path in filter(os.path.exists, (out, out + PART)):
     with open(path, encoding='utf-8') as file:
       for number, line in enumerate(file, start=1):
-        whole = line.endswith('\n')
-        if not whole and path != out and _BEGIN.startswith(line[:len(_BEGIN)]):
+        if path != out and not line.endswith('\n') and _BEGIN.startswith(line[:len(_BEGIN)]):
           break   # a stopped run was writing it; what has the name --out was whole
         try:
-          if not whole:
-            raise UserError('no line end')
-          record = json.loads(line)
+          record = json.loads(line if line.endswith('\n') else '')
           done[json.dumps(record['id'])] = line
           record['blocks']
         except (ValueError, KeyError, TypeError) as error:
@@ -228,11 +199,6 @@ def line_of(text: Text, blocks: list[tuple[int, int]], with_text: bool) -> str:
   return json.dumps(record) + '\n'
 
 
-def printable(message: str) -> str:
-  """The message less control characters, which a file's name may hold and a terminal obeys."""
-  return ''.join(c if c.isprintable() or c in '\n\t' else repr(c)[1:-1] for c in message)
-
-
 # The run.
 
 
@@ -252,8 +218,7 @@ class Tally:
             + (f'; {self.skipped:,} skipped' if self.skipped else ''))
 
 
-def run(args, files, want, model, console) -> Tally:
-  """Reads, cuts and writes everything behind a progress bar."""
+def cut_all(args, files, want, model, console) -> Tally:
   done = finished_lines(args.out) if args.resume else {}
   reader = encode.token_ends(args.tokenizer) if args.tokenizer else None
   tally, pages, start = Tally(), [], time.perf_counter()
@@ -279,7 +244,7 @@ def _readable(texts, done, tally, bar, task):
   """The texts that are left to do; what is skipped is said and counted."""
   for text in texts:
     if isinstance(text, Unreadable):
-      bar.console.print(f'segment: {printable(str(text))}')
+      bar.console.print(f'segment: {arguments.printable(str(text))}')
       tally.skipped += 1
     elif json.dumps(text.id) in done:
       tally.resumed += 1
@@ -311,31 +276,28 @@ def _progress_bar(console):
   return rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
-def main(argv=None, model=None) -> int:
-  """Runs the tool; `model` takes the place of --model."""
-  args = _arguments(argv)
-  console = arguments.consoles()[1]
+def run(args, model) -> int:
+  console = arguments.console(stderr=True)
+  want = granularity.wanted(threshold=args.threshold, depth=args.depth, target=args.target_tokens, minimum=args.min,
+                            maximum=args.max)
+  files = find_inputs(args.paths)
+  arguments.check_outputs({'out': args.out, 'html': args.html, 'files': files})
+  arguments.check_outputs({'out': args.out and args.out + PART, 'files': files})
+  model = api.load_segmenter(model or args.model)
   try:
-    want = granularity.wanted(threshold=args.threshold, depth=args.depth, target=args.target_tokens, minimum=args.min,
-                              maximum=args.max)
-    files = find_inputs(args.paths)
-    arguments.check_outputs({'out': args.out, 'html': args.html, 'files': files})
-    arguments.check_outputs({'out': args.out and args.out + PART, 'files': files})
-    model = api.load_segmenter(model or args.model)
-    want = granularity.for_model(want, model)
-    tally = run(args, files, want, model, console)
+    tally = cut_all(args, files, granularity.for_model(want, model), model, console)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # the reader has enough; nothing is left to flush
     return 0
-  except KeyboardInterrupt:
-    console.print('segment: stopped' + (f'; what is done stands in {args.out}{PART}, go on with --resume' if args.out
-                                        else ''))
-    return 130
-  except (OSError, ValueError) as error:
-    console.print(f'segment: {printable(arguments.line_of(error))}')
-    return 2
   console.print(f'segment: {tally}')
   return 1 if tally.skipped else 0
+
+
+def main(argv=None, model=None) -> int:
+  """`model` takes the place of --model."""
+  args = _arguments(argv)
+  return arguments.run('segment', lambda: run(args, model), stopped=(
+      f'what is done stands in {args.out}{PART}, go on with --resume' if args.out else ''))
 
 
 if __name__ == '__main__':

@@ -66,7 +66,6 @@ def _cut_places(cuts, places, length, total):
 
 
 def write(path: str | os.PathLike, texts: Sequence[PageText], want: granularity.Granularity):
-  """Writes the page in one move."""
   disk.write_text(path, render(texts, want))
 
 

@@ -21,21 +21,20 @@ LISTED = 20   # skipped files of a reason that are printed; the rest are counted
 
 
 def _arguments(argv):
-  parser = arguments.Parser(prog='tools.structure', description=__doc__.split('\n\n')[0])
+  parser = arguments.Parser(prog='python -m tools.structure', description=__doc__)
   parser.add_argument('folder', type=pathlib.Path, help='hidden files and folders in it are left out')
   parser.add_argument('output', type=pathlib.Path, help='a .jsonl or .jsonl.gz file; call it {split}_{category}.jsonl.gz')
   parser.add_argument('--category', required=True, help='of all documents, such as manuals: a-z, 0-9 and _')
   parser.add_argument('--license', required=True, help='of all documents, such as MIT')
   parser.add_argument('--source', help="where they are from (default: the folder's name)")
   defaults = structure.Options()
-  parser.add_argument('--average', type=int, default=defaults.average, metavar='CHARACTERS', help='the deepest of three '
-                      'levels of headings whose sections are so long on average cuts (default: %(default)s)')
-  parser.add_argument('--shortest', type=int, default=defaults.shortest, metavar='CHARACTERS',
-                      help='shorter sections are joined to the next (default: %(default)s)')
-  parser.add_argument('--longest', type=int, default=defaults.longest, metavar='CHARACTERS',
-                      help='longer works become several documents (default: %(default)s)')
-  parser.add_argument('--smallest', type=int, default=defaults.smallest, metavar='CHARACTERS',
-                      help='the last of these is joined to the one before if it is smaller (default: %(default)s)')
+  arguments.add_numbers(
+      parser,
+      average=(defaults.average, 'characters: the deepest of three levels of headings whose sections are so long on average '
+               'cuts'),
+      shortest=(defaults.shortest, 'characters; shorter sections are joined to the next'),
+      longest=(defaults.longest, 'characters; longer works become several documents'),
+      smallest=(defaults.smallest, 'characters; the last of these is joined to the one before if it is smaller'))
   return parser.parse_args(argv)
 
 
@@ -75,19 +74,18 @@ def print_skipped(skipped, console):
       console.print(f'  ... and {len(files) - LISTED} more')
 
 
+def run(args) -> int:
+  console, skipped = arguments.console(), collections.defaultdict(list)
+  counts = build(args, lambda path, error: skipped[error.reason].append((path, error)))
+  console.print(f'{counts["documents"]} documents of {counts["files"]} files, {counts["blocks"]} blocks, '
+                f'{counts["characters"]:,} characters: {args.output}')
+  print_skipped(skipped, console)
+  return 0 if counts['documents'] else 1
+
+
 def main(argv=None) -> int:
   args = _arguments(argv)
-  out, err = arguments.consoles()
-  skipped = collections.defaultdict(list)
-  try:
-    counts = build(args, lambda path, error: skipped[error.reason].append((path, error)))
-  except (OSError, ValueError, ImportError) as error:
-    err.print(f'structure: {arguments.line_of(error)}')
-    return 2
-  out.print(f'{counts["documents"]} documents of {counts["files"]} files, {counts["blocks"]} blocks, '
-            f'{counts["characters"]:,} characters: {args.output}')
-  print_skipped(skipped, out)
-  return 0 if counts['documents'] else 1
+  return arguments.run('structure', lambda: run(args))
 
 
 if __name__ == '__main__':

@@ -6,9 +6,9 @@ A byte-level BPE. Runs of line ends, of tabs and of blanks are pieces of their o
 (how many line ends, how deep the next line is indented) survives as tokens; numbers are cut into three digits at most.
 """
 
-import argparse
 import collections
 import pathlib
+import sys
 
 from blockattn.segmentation import markers
 from blockattn.segmentation.semanticseg import schema
@@ -33,17 +33,18 @@ def train(texts, vocab):
                               max_token_length=24)
 
 
-def main():
-  parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(args) -> None:
+  tiny_tokenizer.save(train(category_texts(sorted(args.files), args.chars), args.vocab), args.out)
+
+
+def main(argv=None) -> int:
+  parser = arguments.Parser(prog='python -m tools.tiny_segmenter_tokenizer', description=__doc__)
   parser.add_argument('files', nargs='+')
   parser.add_argument('--out', type=pathlib.Path, required=True)
-  parser.add_argument('--vocab', type=int, default=8192)
-  parser.add_argument('--chars', type=int, default=2_000_000, help='of each category')
-  args = parser.parse_args()
-  tokenizer = train(category_texts(sorted(args.files), args.chars), args.vocab)
-  tokenizer.save_pretrained(args.out)
-  print(f'{args.out}: {len(tokenizer)} tokens')
+  arguments.add_numbers(parser, vocab=(8192, 'tokens'), chars=(2_000_000, 'of each category'))
+  args = parser.parse_args(argv)
+  return arguments.run('tiny_segmenter_tokenizer', lambda: run(args))
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

@@ -6,8 +6,8 @@ A byte-level BPE whose pieces never span a word boundary, a digit or a line end,
 tokens where it stands in a page and where it stands in an answer.
 """
 
-import argparse
 import pathlib
+import sys
 
 from blockattn.data import stdlib
 from tools import arguments
@@ -47,16 +47,18 @@ def train(texts, vocab, *, pieces=PIECES, specials=(), **trainer):
                                               clean_up_tokenization_spaces=False)
 
 
-def main():
-  parser = arguments.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def save(tokenizer, folder: pathlib.Path) -> None:
+  tokenizer.save_pretrained(folder)
+  print(f'{folder}: {len(tokenizer)} tokens')
+
+
+def main(argv=None) -> int:
+  parser = arguments.Parser(prog='python -m tools.tiny_tokenizer', description=__doc__)
   parser.add_argument('out', type=pathlib.Path)
-  parser.add_argument('--vocab', type=int, default=1024)
-  parser.add_argument('--pages', type=int, default=12000)
-  args = parser.parse_args()
-  tokenizer = train(page_texts(args.pages), args.vocab)
-  tokenizer.save_pretrained(args.out)
-  print(f'{args.out}: {len(tokenizer)} tokens')
+  arguments.add_numbers(parser, vocab=(1024, 'tokens'), pages=(12000, 'to read'))
+  args = parser.parse_args(argv)
+  return arguments.run('tiny_tokenizer', lambda: save(train(page_texts(args.pages), args.vocab), args.out))
 
 
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

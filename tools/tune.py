@@ -6,15 +6,14 @@
 Forward and backward together, in turn, the minimum of the samples. A size that an implementation refuses is left out.
 """
 
-import argparse
-import dataclasses
 import functools
+import sys
 
 import jax
-import jax.numpy as jnp
 
 from blockattn.kernels import api
-from tools import arguments, bench
+from tools import arguments
+from tools.bench import attention, measuring
 
 CANDIDATES = {'xla': [(q, k) for q in (64, 128, 256, 512) for k in (64, 128, 256, 512)],
               'tpu': [(q, k) for q in (128, 256, 512, 1024) for k in (128, 256, 512, 1024)],
@@ -24,20 +23,18 @@ CANDIDATES = {'xla': [(q, k) for q in (64, 128, 256, 512) for k in (64, 128, 256
 def tune(impl: str, length: int, block: int, shape, dtype: str, samples: int) -> dict[tuple[int, int], float]:
   """{tiles: milliseconds of a forward and backward pass} over the sizes that work, fastest first."""
   heads, kv_heads, head_dim = shape
-  inputs = bench.make_inputs(bench.Case(length, max(1, length // block), head_dim, heads, kv_heads, last=min(block, length)))
-  inputs = dataclasses.replace(inputs, **{name: getattr(inputs, name).astype(jnp.dtype(dtype)) for name in 'qkv'},
-                               grad=inputs.grad.astype(jnp.dtype(dtype)))
+  case = attention.Case(length, max(1, length // block), head_dim, heads, kv_heads, last=min(block, length))
+  inputs = attention.make_inputs(case, dtype)
   calls = {}
   for tiles in CANDIDATES[impl]:
     if max(tiles) <= length:
-      attend = functools.partial(_attend, impl, tiles)
+      call = attention.jax_call(functools.partial(_attend, impl, tiles), inputs, 'forward+backward')
       try:
-        call = bench.jax_calls(attend, inputs, inputs.layout)['forward+backward']
         call()
         calls[tiles] = call
       except (ValueError, jax.errors.JaxRuntimeError) as error:
         print(f'# {tiles}: {str(error).splitlines()[0][:100]}', flush=True)
-  times = bench.take_turns(calls, samples, seconds=float('inf'))
+  times = measuring.take_turns(calls, samples, seconds=float('inf'))
   return dict(sorted(((tiles, 1e3 * min(seconds)) for tiles, seconds in times.items()), key=lambda item: item[1]))
 
 
@@ -45,17 +42,7 @@ def _attend(impl, tiles, q, k, v, layout):
   return api.block_attention(q, k, v, layout, impl=impl, tiles=tiles)
 
 
-def main(argv=None) -> None:
-  parser = arguments.Parser(prog='python -m tools.tune', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--impl', choices=sorted(CANDIDATES), help='default: what "auto" means here')
-  parser.add_argument('--length', type=int, nargs='+', default=[4096, 16384], help='(default %(default)s)')
-  parser.add_argument('--block', type=int, default=512, help='mean tokens of a block (default %(default)s)')
-  parser.add_argument('--head-dim', type=int, nargs='+', default=[128], help='(default %(default)s)')
-  parser.add_argument('--heads', type=int, nargs=2, default=(8, 2), metavar=('N', 'K'), help='(default %(default)s)')
-  parser.add_argument('--dtype', default='float32', help='(default %(default)s)')
-  parser.add_argument('--samples', type=int, default=5, help='(default %(default)s)')
-  args = parser.parse_args(argv)
+def run(args) -> None:
   platform = jax.default_backend()
   impl = api.choose(args.impl or 'auto', jax.devices()[0]).impl
   print(f'# {jax.devices()[0].device_kind}, jax {jax.__version__}, {args.dtype}, forward + backward, '
@@ -69,5 +56,17 @@ def main(argv=None) -> None:
             flush=True)
 
 
+def main(argv=None) -> int:
+  parser = arguments.Parser(prog='python -m tools.tune', description=__doc__)
+  parser.add_argument('--impl', choices=sorted(CANDIDATES), help='default: what "auto" means here')
+  parser.add_argument('--length', type=int, nargs='+', default=[4096, 16384], help='tokens of a row')
+  parser.add_argument('--head-dim', type=int, nargs='+', default=[128], help='of queries, keys and values')
+  parser.add_argument('--heads', type=int, nargs=2, default=(8, 2), metavar=('N', 'K'), help='of queries, and of keys')
+  arguments.add_numbers(parser, block=(512, 'mean tokens of a block'), samples=(5, 'of each size'))
+  arguments.add_computing(parser, impl=None)
+  args = parser.parse_args(argv)
+  return arguments.run('tune', lambda: run(args))
+
+
 if __name__ == '__main__':
-  main()
+  sys.exit(main())

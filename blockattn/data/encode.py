@@ -16,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,6 +78,7 @@ def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
       downloaded.
     ValueError: a file is broken; the tokenizer has no fast version, or its template does not know an argument.
   """
+  logging.getLogger('transformers').addFilter(_is_no_advice)
   import transformers  # slow to import
   name = os.path.expanduser(os.fspath(name))
   local = os.path.isdir(name)
@@ -90,6 +92,11 @@ def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
     raise UserError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
   chat_template.set_template_args(tokenizer, template_args)
   return tokenizer
+
+
+def _is_no_advice(record) -> bool:
+  """False of what transformers says at its import where there is no torch, which nothing here needs."""
+  return 'PyTorch was not found' not in record.getMessage()
 
 
 @contextlib.contextmanager

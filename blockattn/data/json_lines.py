@@ -5,11 +5,13 @@ Reasons for which a line is refused, each counted on its own: 'bad JSON', 'key t
 """
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import gzip
 import json
 import pathlib
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -91,10 +93,12 @@ class Report:
                   'listed': [BadLine(**bad) for bad in values['listed']]})
 
   def summary(self) -> str:
-    """Several lines for a log: counts by reason, then the listed lines."""
+    """Several lines for a log: counts by reason, then the listed lines, and how many are not listed."""
     counts = ', '.join(f'{count} {reason}' for reason, count in (self.bad + self.dropped).most_common())
     head = f'{self.lines} lines, {self.examples} examples, {self.docs} docs'
-    return '\n'.join([f'{head}; left out: {counts}' if counts else head, *map(str, self.listed)])
+    more = self.bad.total() - len(self.listed)
+    return '\n'.join([f'{head}; left out: {counts}' if counts else head, *map(str, self.listed),
+                      *([f'... and {more} more'] if more else [])])
 
 
 def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[str]:
@@ -125,8 +129,8 @@ def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path]) -> l
 
 
 def numbered_lines(file: str, progress: Callable[[str, int], None] | None = None) -> Iterator[tuple[int, bytes]]:
-  """(number from 1, bytes) of every line that is not blank."""
-  with open(file, 'rb') as raw:
+  """(number from 1, bytes) of every line that is not blank; of standard input, if the file is '-'."""
+  with contextlib.nullcontext(sys.stdin.buffer) if file == '-' else open(file, 'rb') as raw:
     stream = gzip.GzipFile(fileobj=raw) if file.endswith('.gz') else raw
     try:
       for number, line in enumerate(stream, start=1):

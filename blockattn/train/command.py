@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import difflib
 import functools
 import json
 import operator
@@ -79,11 +80,11 @@ def _parser() -> argparse.ArgumentParser:
   add('--config', metavar='FILE[:ARG]', help='config file, with an optional argument of its get_config')
   add('--overrides', metavar='FILE', help='values of the config, YAML or JSON, nested or with dotted keys; also the '
       'config.json of a run. What --config.KEY says goes before it')
-  add('--workdir', '-workdir', metavar='DIR', required=True,
+  add('--workdir', metavar='DIR', required=True,
       help='folder of the run: checkpoints, metrics, the resolved config')
-  add('--multihost', '-multihost', metavar='WHERE', help='one of several processes of a run: auto, or ADDRESS:PORT,N,I '
+  add('--multihost', metavar='WHERE', help='one of several processes of a run: auto, or ADDRESS:PORT,N,I '
       '(where process 0 is reached, the number of processes, the number of this one)')
-  add('--profile', '-profile', metavar='FIRST:END', help='such as 10:15: writes a trace of these steps, END not included, '
+  add('--profile', metavar='FIRST:END', help='such as 10:15: writes a trace of these steps, END not included, '
       'into WORKDIR/profile; short for --config.profile')
   return parser
 
@@ -149,7 +150,9 @@ def read_config(argv: Sequence[str]) -> tuple[Any, list[str]]:
   disk.check_local(argv)
   path, files, argv = take_files(argv)
   if path is None:
-    raise UserError('--config is missing: give --config FILE[:ARG], such as configs/tiny.py')
+    near = difflib.get_close_matches('--config', [arg.partition('=')[0] for arg in argv], n=1)
+    mistyped = f'{near[0]}: no such option; ' if near else ''
+    raise UserError(f'{mistyped}--config is missing: give --config FILE[:ARG], such as configs/tiny.py')
   overrides, rest = _take_overrides(argv, _load([f'--config={path}']))
   config = _load([f'--config={path}', *overrides])
   said = [match[2] for match in map(_OVERRIDE.match, overrides)]

@@ -8,6 +8,7 @@ placing parameters, is done by the functions below `Loading`.
 import dataclasses
 import importlib.util
 import pathlib
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -201,6 +202,16 @@ def trainer_of(config) -> str:
 def module(trainer: str) -> types.ModuleType:
   """The module of one of TRAINERS, which has `Options`, `read`, `build` and `run`."""
   return importlib.import_module(f'{__package__}.{trainer}')
+
+
+def options_of(config) -> Options:
+  """The options of a config, as the trainer that it is for reads them."""
+  return module(trainer_of(config)).read(config)
+
+
+def module_of(options: Options) -> types.ModuleType:
+  """The module of the trainer that such options are for."""
+  return sys.modules[type(options).__module__]
 
 
 def read(cls: type, config) -> Any:

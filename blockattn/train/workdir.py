@@ -74,16 +74,17 @@ def newest_step(workdir: pathlib.Path, config: dict) -> int | None:
   step, path = checkpoint.newest_step(workdir / 'checkpoints'), workdir / 'config.json'
   if step is None or not path.exists():
     return None
-  if changed := differing_keys(disk.read_json(path), config):
-    raise UserError(f'{workdir} holds a run with another config: {", ".join(changed)} differ. '
-                    'Use a new --workdir, or the old values')
+  if changed := differing(disk.read_json(path), config):
+    said = '; '.join(f'{key} was {old!r} and is {new!r}' for key, (old, new) in changed.items())
+    raise UserError(f'{workdir} holds a run with another config: {said}. Use a new --workdir, or the old values')
   return step
 
 
-def differing_keys(old: dict, new: dict) -> list[str]:
-  """Dotted keys of resolved configs whose values differ, but for those that may change while a run goes on."""
+def differing(old: dict, new: dict) -> dict[str, tuple]:
+  """{dotted key: (old value, new value)} where resolved configs differ, but for keys that may change while a run goes on."""
   old, new = options_lib.flat(old), options_lib.flat(new)
-  return [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _is_free(k)]
+  return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys())
+          if old.get(k) != new.get(k) and not _is_free(k)}
 
 
 def _is_free(key):

@@ -24,7 +24,7 @@ def compilers(request):
     ('v5p', 'bfloat16', 256), ('v6e', 'bfloat16', 256)])
 def test_long_rows_compile_for_tpus_in_linear_memory(target, dtype, width):
   """Forward and backward within the core's scalar and vector memory, which the compiler checks."""
-  result = aot.compile_once(target, ['--shape', f'32,8,{width}', '--length', str(LONG), '--dtype', dtype])
+  result = aot.compile_once(target, aot.Problem((32, 8, width), LONG, dtype))
   queries = LONG * 32 * width * (2 if dtype == 'bfloat16' else 4)
   # What changes its layout between [B, T, N, H] and [B, N, T, H]: q, k, v, out and their gradients; of 64 columns, compilers
   # from jax 0.11 on pad some to the 128 lanes.
@@ -37,7 +37,7 @@ def test_long_rows_compile_for_tpus_in_linear_memory(target, dtype, width):
 def test_schedules_are_shorter_than_those_of_splash_attention(target, least):
   """A tile without mask against a tile of JAX's own kernel, in bundles, which leaves scaling to its caller. v5e's backward
   kernels are bound by its matrix units: nearly every slot is taken, so that there is nothing to win."""
-  kernels = aot.compile_for(target, ['--shape', '8,2,128'], ('full', 'peer'))['kernels']
+  kernels = aot.compile_for(target, aot.Problem((8, 2, 128)), ('full', 'peer'))['kernels']
   for kernel, ratio in least.items():
     full, peer = kernels[kernel]['full'], kernels[kernel]['peer']
     assert peer['bundles'] >= ratio * full['bundles'], kernel
@@ -47,7 +47,7 @@ def test_schedules_are_shorter_than_those_of_splash_attention(target, least):
 @pytest.mark.parametrize('target', aot.GPUS)
 @pytest.mark.parametrize('width', [64, 128])
 def test_gpu_kernels_do_not_spill(target, width):
-  kernels = aot.compile_once(target, ['--shape', f'32,8,{width}', '--length', str(LONG)])['kernels']
+  kernels = aot.compile_once(target, aot.Problem((32, 8, width), LONG))['kernels']
   allowed = {'forward': 0, 'dq': 0, 'dkv': 8 if width == 128 else 0}   # bytes, once per visit to a tile with a mask
   assert {name: figures['spills'] <= allowed[name] for name, figures in kernels.items()} == dict.fromkeys(allowed, True)
   assert not any(figures['serialised'] for figures in kernels.values())

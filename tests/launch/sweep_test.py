@@ -134,7 +134,7 @@ def test_finished_points_are_skipped(config_file, tmp_path, capsys):
          get_config(config_file, **{'blocks.sinks': 8, 'data.chat': True, 'seed': 1}), step=3)
   first, second = sweep.plan(str(config_file), runs)
   assert (first.step, first.finished, second.step, second.finished) == (5, True, 3, False)
-  with pytest.raises(ValueError, match='blocks.sinks=0: .* holds a run with another config: batch differ'):
+  with pytest.raises(ValueError, match='blocks.sinks=0: .* holds a run with another config: batch was .* and is 8'):
     sweep.plan(str(config_file), runs, common=['--config.batch=8'])
 
 

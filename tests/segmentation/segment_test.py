@@ -204,8 +204,9 @@ def test_what_cannot_be_read_is_named_and_skipped(tmp_path, capsys):
   code, records, err = run(capsys, tmp_path)
   assert code == 1 and [r['id'] for r in records][-2:] == [str(tmp_path / 'good.txt'), 'ok']
   for message in ("bad.txt: not UTF-8 (byte 5 is 0xff); skipped", 'cut.jsonl.gz: cannot be read (',
-                  "mixed.jsonl:1: 'text' is int, not a string; skipped", "mixed.jsonl:2: lacks 'text', it has 'tex'",
-                  'mixed.jsonl:3: an object is needed, not list', 'mixed.jsonl:4: not a JSON line', 'mixed.jsonl:5: not',
+                  "mixed.jsonl:1: no text under the key 'text' ('text' is int); see --text-key; skipped",
+                  "mixed.jsonl:2: no text under the key 'text' (its keys are tex)", 'mixed.jsonl:3: not an object',
+                  'mixed.jsonl:4: bad JSON', 'mixed.jsonl:5: invalid UTF-8',
                   '7 skipped'):
     assert message in err, err
 

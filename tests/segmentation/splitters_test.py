@@ -1,15 +1,11 @@
 """Baselines of cutting: each gives valid cuts of any text, what its rule says, and what its library says."""
 
-import dataclasses
 import itertools
-import types
 
 import numpy as np
 import pytest
 
-from blockattn.segmentation import markers, splitters
-from blockattn.segmentation.semanticseg import schema
-from tools import bench_segment
+from blockattn.segmentation import splitters
 
 WORDS = ('river stone bridge water flood bank', 'violin music orchestra concert song choir', 'engine fuel piston gear oil')
 PROSE = '\n\n'.join(' '.join(f'The {word} of the {other} was there.' for word, other in itertools.permutations(
@@ -140,97 +136,3 @@ def test_a_missing_library_is_named_with_its_extra(monkeypatch):
   monkeypatch.setattr(splitters.importlib, 'import_module', missing)
   with pytest.raises(ImportError, match=r'needs semchunk: .*pip install "blockattn\[text\]"'):
     splitters.semchunk_chunks(100)
-
-
-# tools.bench segment
-
-class Threshold:
-  """A stand-in for a segmenter: sure of every candidate in front of a line that starts with '#'."""
-
-  def __init__(self):
-    self.asked = []
-
-  def score(self, texts):
-    self.asked += texts
-    places = [markers.candidates(text) for text in texts]
-    odds = [np.array([5.0 if text[place] == '#' else -5.0 for place in found]) for text, found in zip(texts, places)]
-    return [types.SimpleNamespace(candidates=found, log_odds=values) for found, values in zip(places, odds)]
-
-  def embed(self, texts):
-    return splitters.hashed_words(texts, 64)
-
-
-def documents(category, count, sections):
-  block = lambda i, j: f'# Part {i}\n\n' + 'It is a sentence of some length. ' * (5 + (i * j) % 7) + '\n\n'
-  return [schema.Document(f'{category}/{i}', category, 'here', 'CC0-1.0',
-                          tuple(block(i, j) for j in range(sections))) for i in range(count)]
-
-
-@pytest.fixture
-def folder(tmp_path):
-  for split, count in (('validation', 3), ('test', 4)):
-    schema.write(tmp_path / f'{split}_short.jsonl.gz', documents('short', count, 3))
-    schema.write(tmp_path / f'{split}_long.jsonl', documents('long', count, 9))
-  schema.write(tmp_path / 'test_rare.jsonl', documents('rare', 1, 2))   # without validation texts
-  return tmp_path
-
-
-def test_the_bench_tunes_on_validation_and_measures_on_test(folder):
-  texts = {split: bench_segment.load([folder], split, None, 'kept') for split in ('validation', 'test')}
-  assert [text.category for text in texts['test']] == ['long'] * 4 + ['rare'] + ['short'] * 4
-  segmenter = Threshold()
-  ways = bench_segment.ways_to_cut(segmenter, bench_segment.Scores(segmenter), None, remember=True)
-  ways = {name: ways[name] for name in ('segmenter', 'blank lines', 'fixed characters', 'random', 'valleys (backbone)')}
-  rows = bench_segment.compare(ways, texts['validation'], texts['test'], log=lambda text: None)
-  assert len(rows) == 4 * len(ways)
-  first = bench_segment.pick(rows, name='segmenter', objective='f1', scope='corpus')[0]
-  assert first['macro']['f1'] == 1 and first['macro']['pk'] == 0 and abs(first['options']['log_odds']) < 5
-  assert sorted(segmenter.asked) == sorted({text.text for split in texts.values() for text in split})   # each once
-  blank, = bench_segment.pick(rows, name='blank lines', objective='f1', scope='corpus')
-  assert blank['by_category']['long']['recall'] == 1 and 0.4 < blank['by_category']['long']['precision'] < 0.6
-  by_category, = bench_segment.pick(rows, name='fixed characters', objective='f1', scope='category')
-  corpus, = bench_segment.pick(rows, name='fixed characters', objective='f1', scope='corpus')
-  assert by_category['options']['rare'] == corpus['options']
-  report = bench_segment.report('kept', rows, dict.fromkeys(ways, 1e6))
-  assert 'points to the best baseline tuned on the corpus (blank lines); behind the best of a category in: none' in report
-  assert bench_segment.picture({'kept': rows}).count('<rect') == 1 + len(ways) * 4
-
-
-def test_options_are_chosen_by_f1_by_pk_and_by_number_of_cuts():
-  way = splitters.Baseline('', splitters.fixed_characters, ({'size': 1}, {'size': 2}, {'size': 3}))
-  found = lambda f1, pk, predicted: dict.fromkeys(bench_segment.measures.MEASURES, f1) | {
-      'pk': pk, 'gold': 10, 'predicted': predicted}
-  results = {0: {'a': found(0.9, 0.5, 40), 'b': found(0.1, 0.5, 40)},
-             1: {'a': found(0.8, 0.1, 25), 'b': found(0.8, 0.6, 25)},
-             2: {'a': found(0.2, 0.6, 10), 'b': found(0.3, 0.2, 10)}}
-  assert bench_segment.choose(way, results, 'f1') == {'': 1, 'a': 0, 'b': 1}
-  assert bench_segment.choose(way, results, 'pk') == {'': 1, 'a': 1, 'b': 2}
-  assert bench_segment.choose(dataclasses.replace(way, by_count=True), results, 'f1') == {'': 2, 'a': 2, 'b': 2}
-
-
-def test_hints_are_removed_before_anything_is_measured(folder):
-  text = bench_segment.load([folder], 'test', 1, 'removed')[0]
-  assert '#' not in text.text and '\n\n' not in text.text and len(text.cuts) == 8
-  assert set(text.cuts) <= set(text.candidates.tolist())
-
-
-def test_ways_that_are_left_out():
-  assert list(bench_segment.without({'a': 1, 'b': 2}, ['a'])) == ['b']
-  with pytest.raises(ValueError, match="no way to cut is called 'c'; there are a, b"):
-    bench_segment.without({'a': 1, 'b': 2}, ['c', 'a'])
-
-
-def test_a_limit_is_spread_over_the_documents():
-  assert bench_segment.spread(range(10), 3) == [0, 3, 6] and bench_segment.spread('ab', 3) == ['a', 'b']
-
-
-def test_a_folder_without_the_split_is_named(folder):
-  with pytest.raises(ValueError, match='no file train_'):
-    bench_segment.load([folder], 'train', None, 'kept')
-
-
-@pytest.mark.data
-def test_gold_cuts_are_candidates_with_and_without_hints(data_dir):
-  for hints in ('kept', 'removed'):
-    for text in bench_segment.load([data_dir / 'seg'], 'validation', 1, hints):
-      assert set(text.cuts) <= set(text.candidates.tolist()), text.category

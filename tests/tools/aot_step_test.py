@@ -5,6 +5,7 @@ Needs the compiler (extra `kernels-ci`, which .ci/run installs); what needs none
 
 import pytest
 
+from blockattn.train import job
 from configs import finetune
 from tools import aot, aot_step, show
 
@@ -19,20 +20,20 @@ def compiler():
     pytest.skip(missing)
 
 
-def small_config(**changes):
+def small_options(**changes):
   config = finetune.get_config('mode=block')
   config.model.size = config.model.source = ''
   with config.model.fields.unlocked():
     config.model.fields.update(FIELDS)
   config.update_from_flattened_dict({
       'data.length': 256, 'data.max_blocks': 8, 'batch': 4, 'chunk': 128, 'mesh.fsdp': 2, 'mesh.tensor': 2} | changes)
-  return config
+  return job.options_of(config)
 
 
 def test_the_compiler_counts_what_is_held_as_the_estimate_does():
-  config = small_config()
-  compiled = aot_step.compile_for('v5e:2x2', config)
-  memory, shown = compiled['memory'], show.describe(config, 4)['per_device']
+  options = small_options()
+  compiled = aot_step.compile_for('v5e:2x2', options)
+  memory, shown = compiled['memory'], show.describe(options, 4)['per_device']
   held = sum(shown[row] for row in ('parameters', 'optimizer', 'teacher', 'frozen', 'batch'))
   assert compiled['device'] == 'TPU v5 lite'
   assert memory['arguments'] == pytest.approx(held, rel=0.02)
@@ -41,4 +42,4 @@ def test_the_compiler_counts_what_is_held_as_the_estimate_does():
 
 def test_what_does_not_compile_ends_with_what_the_compiler_said():
   with pytest.raises(RuntimeError, match='needs 3 devices, here are 4'):
-    aot_step.compile_for('v5e:2x2', small_config(**{'mesh.fsdp': 3, 'mesh.tensor': 1}))
+    aot_step.compile_for('v5e:2x2', small_options(**{'mesh.fsdp': 3, 'mesh.tensor': 1}))

@@ -68,6 +68,7 @@ def test_the_command(runs, tmp_path, capsys):
   assert compare.main([str(a), str(b), '--json', str(tmp_path / 'out.json')]) == 0
   printed = capsys.readouterr().out
   assert '+75.0 [' in printed and '-50.0 [-50.0, -50.0]' in printed and 'model abcdefgh)' in printed
+  assert "mode: 'full' in A, 'block' in B" in printed
   assert 'only B answered: 2 items (even, more)' in printed and 'another prompt in A than in B: 1 items (y0)' in printed
   assert json.loads((tmp_path / 'out.json').read_text()) == compare.compare(a, b)
 
@@ -84,7 +85,7 @@ def test_rows_of_another_form_are_named(runs, capsys, change, message):
 
 def test_what_is_no_run(runs, tmp_path, capsys):
   other = write(tmp_path / 'c', [('z', 'z', {'em': 1}, 'k')])
-  for pair, message in (((runs[0], other), "no item in common, first 'x0' and 'z'"),
+  for pair, message in (((runs[0], other), "first 'x0' and 'z'; compare runs of one benchmark (mode: 'full' in A, 'block'"),
                         ((runs[0], tmp_path), 'no predictions.jsonl')):
     assert compare.main(list(map(str, pair))) == 2
     assert message in capsys.readouterr().err

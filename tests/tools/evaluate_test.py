@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import re
 
 import data_cases
 import hf_cases
@@ -13,7 +12,7 @@ import pytest
 import rich.console
 
 from blockattn import blocks, checkpoint, loading
-from blockattn.data import json_lines, stdlib
+from blockattn.data import json_lines
 from blockattn.evals import gap, subjects as subjects_lib
 from blockattn.hf import config as hf_config
 from blockattn.models import transformer
@@ -149,19 +148,6 @@ def test_documents_and_examples_stay_together(models, data):
   assert (report.examples, report.docs) == (2, 2)
   with pytest.raises(json_lines.BadLineError):
     evaluate.file_docs([data], tokenizer, strict=True)
-
-
-def test_pages_are_held_out(monkeypatch, tmp_path):
-  for number in range(40):
-    methods = ''.join(f'  def {verb}_{number}(self, x):\n    """It {verb}s number {number} of what {verb}s."""\n'
-                      for verb in ('open', 'close', 'count', 'sort', 'split'))
-    (tmp_path / f'm{number}.py').write_text(f'class C{number}:\n  """Holds the {number}."""\n{methods}')
-  library = stdlib.read_containers(tmp_path)
-  monkeypatch.setattr(stdlib, 'read_containers', lambda: library)
-  docs, examples = evaluate.page_docs(data_cases.tiny_tokenizer(), 3)
-  held_out = {c.name for c in library if stdlib.split_of(c) == 'test'}
-  assert 0 < len(held_out) < 40 and len(docs) == 3
-  assert {'C' + re.search(r'_(\d+)', example.answers[0])[1] for example in examples} <= held_out
 
 
 def test_the_table_of_distances_has_a_column_per_subject():

@@ -23,7 +23,7 @@ def arguments(tmp_path_factory, tokenizer):
 
 def test_prepare_prints_a_table(folder, arguments, tmp_path, capsys):
   assert prepare.main([str(folder), *arguments, '--cache', str(tmp_path)]) == 0
-  table, problems = capsys.readouterr().out.split('malformed lines: ')
+  table, problems = capsys.readouterr().out.split('43 lines, 40 examples, 40 docs; left out: ')
   cells = {line.split('│')[1].strip(): [c.strip() for c in line.split('│')[2:-1]] for line in table.split('\n')
            if line.startswith('│')}
   assert cells['a.jsonl'][:6] == ['17', '15', '2', '0', '0', '15'] and cells['b.jsonl.gz'][:3] == ['26', '25', '1']
@@ -35,7 +35,7 @@ def test_prepare_prints_a_table(folder, arguments, tmp_path, capsys):
 
 def test_prepare_without_a_cache_leaves_nothing(folder, arguments, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
-  assert prepare.main([str(folder / 'a.jsonl'), *arguments, '--chat', '--too-long', 'cut']) == 0
+  assert prepare.main([str(folder / 'a.jsonl'), *arguments]) == 0
   assert not os.listdir(tmp_path) and 'a.jsonl' in capsys.readouterr().out
 
 
@@ -72,7 +72,7 @@ def test_prepare_fails_as_it_says(folder, arguments, tmp_path, capsys):
   (tmp_path / 'empty.jsonl').touch()
   assert prepare.main([str(tmp_path / 'empty.jsonl'), *arguments]) == 2
   assert 'not one document' in capsys.readouterr().err
-  for option, value in (('--length', '0'), ('--length', '-5'), ('--max-blocks', '0'), ('--max-blocks', '-1')):
+  for option, value in (('--length', '0'), ('--length', '-5')):
     with pytest.raises(SystemExit) as end:
       prepare.main([str(folder), *arguments, option, value])
     assert end.value.code == 2 and f"{option}: '{value}' is not a number from 1 on" in capsys.readouterr().err

@@ -4,7 +4,6 @@ import html
 import html.parser
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -256,9 +255,3 @@ def test_nothing_to_report(tmp_path):
     report.render(tmp_path)
   with pytest.raises(FileNotFoundError, match='no folder .*absent; name the workdir'):
     report.render(tmp_path / 'absent')
-
-
-def test_a_missing_library_is_named(run, monkeypatch):
-  monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-  with pytest.raises(ValueError, match='need matplotlib: python -m pip install matplotlib'):
-    report.render(run)

@@ -12,6 +12,7 @@ import pytest
 
 from blockattn.hf import config as hf_config
 from blockattn.models import sizes, spec
+from blockattn.train import job
 from configs import distill, finetune
 from tools import show
 
@@ -25,6 +26,10 @@ def qwen(**mesh):
   return config
 
 
+def describe(config, devices, device=None, **assumed):
+  return show.describe(job.options_of(config), devices, device, **assumed)
+
+
 @pytest.mark.parametrize('name', CONFIGS)
 def test_every_config_can_be_shown(name, tmp_path):
   config = importlib.import_module(f'configs.{name}').get_config()
@@ -32,8 +37,8 @@ def test_every_config_can_be_shown(name, tmp_path):
     cfg, ids = hf_cases.MODELS['qwen3_tied'], {'bos_token_id': None, 'eos_token_id': 0, 'pad_token_id': None}
     (tmp_path / 'config.json').write_text(json.dumps(hf_config.to_dict(cfg, 'float32', ids)))
     config.model.source = str(tmp_path)
-  shown = show.describe(config, devices=1)
-  count = spec.count(show.build(config, 1, 'cpu')[1].specs)
+  shown = describe(config, devices=1)
+  count = spec.count(show.build(job.options_of(config), 1, 'cpu').specs)
   assert shown['total'] == {'count': count, 'bytes': 4 * count}
   assert shown['per_device']['parameters'] == 4 * count
   assert shown['per_device']['optimizer'] == 8 * count + 8   # two moments; Adam's and the schedule's step counts
@@ -41,7 +46,7 @@ def test_every_config_can_be_shown(name, tmp_path):
 
 
 def test_the_published_size_over_64_devices():
-  shown = show.describe(qwen(), devices=64)
+  shown = describe(qwen(), devices=64)
   memory, rows = shown['per_device'], shown['rows']
   assert shown['mesh'] == {'data': 1, 'fsdp': 64, 'tensor': 1, 'context': 1}
   assert shown['total']['count'] == 4_022_468_096   # "4.0B parameters" of its model card
@@ -58,7 +63,7 @@ def test_memory_follows_the_config():
   def memory(**keys):
     config = qwen()
     config.update_from_flattened_dict(keys)
-    return show.describe(config, devices=8)['per_device']
+    return describe(config, devices=8)['per_device']
   full, none = memory(), memory(**{'compute.remat': 'none'})
   dots, slices = memory(**{'compute.remat': 'dots'}), memory(accumulate=8)
   assert full['saved'] < dots['saved'] < none['saved'] and none['cast'] > 0
@@ -73,7 +78,7 @@ def test_rows_that_are_cut_cost_a_device_its_part():
   def memory(context, remat):
     config = qwen(data=1, fsdp=-1, context=context)
     config.update_from_flattened_dict({'compute.remat': remat, 'batch': 8, 'accumulate': context})   # one row at a time
-    return show.describe(config, devices=8)['per_device']
+    return describe(config, devices=8)['per_device']
   whole, half = memory(1, 'full'), memory(2, 'full')
   for row in ('saved', 'hidden'):
     assert half[row] == pytest.approx(whole[row] / 2, rel=1e-3), row
@@ -86,7 +91,7 @@ def test_a_teacher_takes_the_room_that_its_config_says():
   def memory(**keys):
     config = qwen()
     config.update_from_flattened_dict(keys)
-    return show.describe(config, devices=8)['per_device']
+    return describe(config, devices=8)['per_device']
   plain, small, stored = memory(), memory(**{'teacher.dtype': 'int8'}), memory(**{'teacher.logits': 'taught/x'})
   assert small['teacher'] == pytest.approx(plain['teacher'] / 2, rel=0.01)   # bytes, and a scale per output channel
   whole = memory(**{'teacher.rules': (('embed', None),)})
@@ -99,7 +104,7 @@ def test_a_lora_student_has_gradients_of_its_own_part_only():
   def shown(make=distill.get_config, **keys):
     config = make('model=qwen3_4b,ctx=32768')
     config.update_from_flattened_dict({'lora.rank': 16} | keys)
-    return show.describe(config, devices=8)
+    return describe(config, devices=8)
   distilled = shown()
   # 16 (D + N H) of q, ... for 36 layers; see models/lora.py.
   per_layer = 2560 + 32 * 128 + 2 * (2560 + 8 * 128) + 32 * 128 + 2560 + 3 * (2560 + 9728)
@@ -112,20 +117,20 @@ def test_a_lora_student_has_gradients_of_its_own_part_only():
 
 
 def test_operations_and_time_of_a_step():
-  shown = show.describe(qwen(), devices=64, device='v5p', mfu=0.5)
+  shown = describe(qwen(), devices=64, device='v5p', mfu=0.5)
   step, tokens = shown['step'], 64 * 32768
   weights = 36 * (2560 * 128 * (32 + 8 + 8) + 32 * 128 * 2560 + 3 * 2560 * 9728)
   assert step['flops'] * 64 > tokens * 2 * 4 * weights   # a forward pass of the teacher, three of the student
   assert step['seconds'] == step['seconds_of_operations'] == pytest.approx(step['flops'] / 0.5 / 459e12)
   assert step['mfu'] == pytest.approx(0.5) and step['tokens_per_s'] == pytest.approx(tokens / step['seconds'])
-  slow = show.describe(qwen(), devices=64, device='v5p', mfu=0.5, links=1e9)['step']
+  slow = describe(qwen(), devices=64, device='v5p', mfu=0.5, links=1e9)['step']
   assert slow['seconds'] == slow['seconds_of_links'] == pytest.approx(sum(step['received'].values()) / 1e9)
   assert slow['mfu'] == pytest.approx(step['flops'] / 459e12 / slow['seconds'])
-  assert 'seconds' not in show.describe(qwen(), devices=64)['step']
+  assert 'seconds' not in describe(qwen(), devices=64)['step']
 
 
 def test_bytes_that_a_device_receives():
-  received = lambda devices=8, **mesh: show.describe(qwen(**mesh), devices=devices)['step']['received']
+  received = lambda devices=8, **mesh: describe(qwen(**mesh), devices=devices)['step']['received']
   one = received(devices=1)
   assert one == {'weights': 0, 'gradients': 0, 'activations': 0}
   whole = received(fsdp=1, data=8)   # every device has all weights, and all add up their gradients
@@ -148,7 +153,7 @@ def test_bytes_of_rows_that_are_divided():
   def received(**changes):
     config = finetune.get_config('model=qwen3_4b,ctx=32768,mode=block')
     config.update_from_flattened_dict({'mesh.fsdp': 1, 'mesh.context': 8} | changes)
-    return show.describe(config, devices=8)['step']['received']['activations']
+    return describe(config, devices=8)['step']['received']['activations']
   tokens = 32768 + 4 * 256
   assert received(**{'compute.far_queries': 0}) == pytest.approx(
       3 * 36 * 64 * tokens * 2 * 8 * 128 * 2 * 7 / 8)
@@ -159,8 +164,8 @@ def test_bytes_of_rows_that_are_divided():
 
 
 def test_a_device_that_is_too_small_is_named():
-  assert any('more than the 16 GB of a v5e' in text for text in show.describe(qwen(), 64, 'v5e')['warnings'])
-  assert not show.describe(qwen(), 64, 'h200')['warnings']
+  assert any('more than the 16 GB of a v5e' in text for text in describe(qwen(), 64, 'v5e')['warnings'])
+  assert not describe(qwen(), 64, 'h200')['warnings']
 
 
 @pytest.mark.parametrize('text, sizes', [('data=8,fsdp=32', (8, 32, 1, 1)), ('context=2, tensor=4', (1, 1, 4, 2)),
@@ -188,7 +193,7 @@ def test_a_mesh_says_how_many_devices_there_are(tmp_path, monkeypatch, capsys):
   said = capsys.readouterr()
   assert 'config.batch=64 must be a multiple of 256' in said.err and 'shown is --config.batch=256' in said.err
   assert 'memory of a device' in said.out
-  for arguments, message in ((['--mesh=fsdp=-1'], '--devices=N'), (['--device=v1'], 'v5e'),
+  for arguments, message in ((['--mesh=fsdp=-1'], '--devices=N'),
                              (['--aot=v5e'], 'give a TPU slice such as v5e:2x2'), (['--aot=h100:2x2'], 'v5e:2x2'),
                              (['--mesh=fsdp=32', '--aot=v5e:4x4'], 'needs 32 devices, here are 16'),
                              (['--config.profile=7:3', '--devices=64'], "profile='7:3'")):
@@ -199,7 +204,7 @@ def test_a_mesh_says_how_many_devices_there_are(tmp_path, monkeypatch, capsys):
 def test_fine_tuning_counts_the_views_of_its_mode():
   saved = {}
   for mode in ('full', 'block', 'both'):
-    memory = show.describe(finetune.get_config(f'model=qwen3_0_6b,ctx=4096,mode={mode}'), devices=1)['per_device']
+    memory = describe(finetune.get_config(f'model=qwen3_0_6b,ctx=4096,mode={mode}'), devices=1)['per_device']
     saved[mode] = memory['saved']
     assert memory['teacher'] == 0
   assert saved['full'] < saved['block'] and saved['both'] == saved['full'] + saved['block']
@@ -208,7 +213,7 @@ def test_fine_tuning_counts_the_views_of_its_mode():
 def test_learned_sinks_are_parameters():
   config = qwen()
   config.blocks.sink_kind = 'learned'
-  shown = show.describe(config, devices=1)
+  shown = describe(config, devices=1)
   assert {'name': 'sinks', 'shape': [4, 2560], 'axes': [None, 'width'], 'mesh_axes': [None, None], 'count': 4 * 2560,
           'bytes': 4 * 4 * 2560} in shown['parameters']
 
@@ -236,12 +241,12 @@ def test_what_cannot_run_is_named(change, message):
   for key, value in change.items():
     config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=message):
-    show.describe(config, devices=16)
+    describe(config, devices=16)
 
 
 def test_rows_longer_than_the_model_was_made_for():
   config = distill.get_config('model=qwen3_0_6b,ctx=65536')
-  assert '40960 positions' in show.describe(config, devices=1)['warnings'][0]
+  assert '40960 positions' in describe(config, devices=1)['warnings'][0]
 
 
 def test_every_size_has_a_hub_name():
@@ -265,16 +270,18 @@ def test_command_line_touches_no_device(tmp_path):
 
 @pytest.mark.parametrize('argument, message', [
     ('--config.modl.size=x', "did you mean 'model.size'"), ('--config.batch=many', 'invalid literal'),
-    ('--config.batch=3', 'config.batch=3'), ('--device=3', 'device'), ('more', "unexpected arguments ['more']")])
+    ('--config.batch=3', 'config.batch=3'), ('--device=v1', 'choose from'), ('--devces=3', '--devces=3'),
+    ('more', "unexpected arguments ['more']")])
 def test_a_bad_command_line_is_explained(argument, message, capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
-  assert show.main(['--config=configs/distill.py', '--devices=64', argument]) == 2
-  assert message in capsys.readouterr().err
+  with pytest.raises(SystemExit) as ended:
+    sys.exit(show.main(['--config=configs/distill.py', '--devices=64', argument]))
+  assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('model, parameters', [('qwen3_0_6b', 596_051_970), ('qwen3_4b', 4_022_473_218)])
 def test_the_segmenters_of_published_size_fit(model, parameters):
   """A two-way head stands in place of the output matrix, and its logits need no room."""
-  shown = show.describe(importlib.import_module('configs.segment').get_config(f'model={model},ctx=32768'), 64)
+  shown = describe(importlib.import_module('configs.segment').get_config(f'model={model},ctx=32768'), 64)
   assert shown['total']['count'] == parameters
   assert shown['per_device']['loss: logits'] < 1e6 and shown['per_device']['total'] < 20e9

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 import types
 
 import pytest
@@ -291,8 +292,19 @@ def test_a_name_on_the_hub_without_a_network_is_one_line(monkeypatch):
   monkeypatch.setattr('transformers.AutoTokenizer.from_pretrained', fail)
   for call in (lambda: files.locate('owner/model'), lambda: encode.load_tokenizer('owner/model')):
     line = errors.line_of(raised(call))
-    assert line.startswith('owner/model is nothing here, and downloading it from the hub failed: [Errno -2] Name or service')
-    assert 'hf download owner/model' in line and 'hf auth login' in line and '\n' not in line
+    assert line == ('owner/model: no folder here, and none from the hub ([Errno -2] Name or service not known); see '
+                    '`hf download owner/model`, and `hf auth login` if it is private')
+
+
+@pytest.mark.parametrize('args, said', [
+    ([TINY, '--workdirr', 'x'], '--workdirr: no such option; did you mean --workdir?'),
+    ([TINY.replace('config', 'confg', 1), '--workdir', 'x'], '--confg: no such option; --config is missing')])
+def test_a_mistyped_option_is_named(args, said, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['distill', *args])
+  with pytest.raises(SystemExit) as ended:
+    command.main(distill.Options, distill.run)
+  err = capsys.readouterr().err
+  assert ended.value.code == 2 and said in err and err.count('\n') == 1
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, capsys):

@@ -74,8 +74,8 @@ def test_a_workdir_of_another_config_is_refused(folder, straight):
   config.batch = 8
   config.optim.lr = 1e-4
   before = (straight / 'config.json').read_text()
-  with pytest.raises(ValueError, match='straight holds a run with another config: batch, optim.lr differ. '
-                                       'Use a new --workdir, or the old values'):
+  with pytest.raises(ValueError, match='straight holds a run with another config: batch was 4 and is 8; optim.lr was '
+                                       '.* and is 0.0001. Use a new --workdir, or the old values'):
     distill.run(distill.read(config), straight)
   assert (straight / 'config.json').read_text() == before and newest(straight) == STEPS
 
@@ -202,5 +202,5 @@ def test_what_may_change_in_a_workdir(tmp_path):
   workdir_lib.save_run_facts(tmp_path, finetune.read(config))
   assert json.loads((tmp_path / 'config.json').read_text())['keep'] == config.keep
   config.update_from_flattened_dict({'finetune.mode': 'full', 'finetune.answer_weight': 2.0})
-  with pytest.raises(ValueError, match='another config: finetune.answer_weight, finetune.mode differ'):
+  with pytest.raises(ValueError, match='another config: finetune.answer_weight was 1.0 and is 2.0; finetune.mode was'):
     workdir_lib.save_run_facts(tmp_path, finetune.read(config))

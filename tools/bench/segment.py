@@ -11,21 +11,21 @@ With hints removed, headings' marks, numbering and blank lines are taken out of 
 import collections
 import dataclasses
 import functools
-import html
-import importlib.metadata
-import json
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from blockattn import disk
 from blockattn.errors import UserError
-from blockattn.segmentation import granularity, markers, measures, splitters
+from blockattn.segmentation import granularity, markers, measures, segmenter as segmenter_lib, splitters
 from blockattn.segmentation.semanticseg import hints as hints_lib, schema
+from tools import arguments, charts
+from tools.bench import measuring
 
 SEGMENTER = 'segmenter'
 OBJECTIVES = ('f1', 'pk')          # what a granularity is chosen for
@@ -43,7 +43,7 @@ class Text:
   candidates: np.ndarray
 
 
-def load(folders: Sequence[pathlib.Path], split: str, limit: int | None, hints: str) -> list[Text]:
+def load(folders: Sequence[str | pathlib.Path], split: str, limit: int | None, hints: str) -> list[Text]:
   """The texts of a split; of each category at most `limit`, evenly spread over its documents.
 
   Raises:
@@ -74,28 +74,13 @@ def as_text(document: schema.Document, hints: str) -> Text:
 
 # The segmenter as one of the ways to cut.
 
-class Scores:
-  """The segmenter's scores of texts, computed for all of them together and kept for the thresholds to come."""
+def ways_to_cut(segmenter, scores: Mapping[str, Any], token_starts, remember: bool) -> dict[str, splitters.Baseline]:
+  """The baselines, and the segmenter if there is one.
 
-  def __init__(self, segmenter):
-    self.segmenter = segmenter
-    self.known = {}
-
-  def prepare(self, texts: Sequence[str]) -> None:
-    missing = [text for text in dict.fromkeys(texts) if text not in self.known]
-    self.known |= dict(zip(missing, self.segmenter.score(missing)))
-
-  def cutter(self, log_odds: float) -> splitters.Cutter:
-    def cut(text):
-      self.prepare([text])
-      scored = self.known[text]
-      return granularity.own_cuts(scored.candidates, scored.log_odds, log_odds).tolist()
-
-    return cut
-
-
-def ways_to_cut(segmenter, scores: Scores | None, token_starts, remember: bool) -> dict[str, splitters.Baseline]:
-  """The baselines, and the segmenter if there is one; `remember` keeps what was computed of the text at hand."""
+  Args:
+    scores: what the segmenter said of each text.
+    remember: keep what was computed of the text at hand.
+  """
   embedders = {'hashed words': splitters.hashed_words}
   if hasattr(segmenter, 'embed'):
     embedders['backbone'] = segmenter.embed
@@ -105,27 +90,16 @@ def ways_to_cut(segmenter, scores: Scores | None, token_starts, remember: bool) 
   ways = splitters.baselines(embedders, token_starts)
   if segmenter is None:
     return ways
+  own_cuts = lambda scored, log_odds: granularity.own_cuts(scored.candidates, scored.log_odds, log_odds).tolist()
+  cutter = lambda log_odds: lambda text: own_cuts(scores[text], log_odds)
   grid = tuple({'log_odds': float(value)} for value in np.linspace(-6, 6, 49))
-  own = splitters.Baseline('cuts whose log-odds reach a threshold, lower in short texts', scores.cutter, grid)
+  own = splitters.Baseline('cuts whose log-odds reach a threshold, lower in short texts', cutter, grid)
   return {SEGMENTER: own, **ways}
 
 
 def read_tokenizer(folder: pathlib.Path) -> splitters.TokenStarts:
-  import tokenizers
-  tokenizer = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+  tokenizer = disk.read_tokenizer(folder / 'tokenizer.json')
   return lambda text: [start for start, _ in tokenizer.encode(text, add_special_tokens=False).offsets]
-
-
-def without(ways: dict[str, splitters.Baseline], names: Sequence[str]) -> dict[str, splitters.Baseline]:
-  """The ways but those named.
-
-  Raises:
-    ValueError: there is none of a name.
-  """
-  unknown = sorted(set(names) - set(ways))
-  if unknown:
-    raise UserError(f'no way to cut is called {", ".join(map(repr, unknown))}; there are {", ".join(ways)}')
-  return {name: way for name, way in ways.items() if name not in names}
 
 
 def remembered(embed: splitters.Embed) -> splitters.Embed:
@@ -199,7 +173,7 @@ def compare(ways: dict[str, splitters.Baseline], validation: list[Text], test: l
   return rows
 
 
-def speeds(ways: dict[str, splitters.Baseline], rows: list[dict], segmenter, texts: list[str], take_turns, args) -> dict:
+def speeds(ways: dict[str, splitters.Baseline], rows: list[dict], segmenter, texts: list[str], args) -> dict:
   """Characters per second of each way on the same texts, from the fastest of a few passes, all taking turns."""
   calls = {}
   for row in rows:
@@ -209,17 +183,16 @@ def speeds(ways: dict[str, splitters.Baseline], rows: list[dict], segmenter, tex
   if SEGMENTER in calls:
     calls[SEGMENTER] = lambda: segmenter.score(texts)
     calls[SEGMENTER]()   # compiles
-  times = take_turns(calls, args.samples, args.seconds)
+  times = measuring.take_turns(calls, args.samples, args.seconds)
   return {name: sum(map(len, texts)) / min(seconds) for name, seconds in times.items()}
 
 
 # Reporting.
 
 def table(head: Sequence[str], lines: Iterable[Sequence]) -> str:
-  """A Markdown table; numbers between -10 and 10 with three digits."""
-  cell = lambda value: f'{value:.3f}' if isinstance(value, float) and abs(value) < 10 else str(value)
-  rows = [head, ['---'] * len(head), *([cell(value) for value in line] for line in lines)]
-  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+  """Numbers between -10 and 10 with three digits."""
+  cell = lambda value: f'{value:.3f}' if isinstance(value, float) and abs(value) < 10 else value
+  return '\n'.join([measuring.head(*head), *(measuring.row(*map(cell, line)) for line in lines)])
 
 
 def pick(rows: list[dict], **wanted) -> list[dict]:
@@ -276,121 +249,52 @@ def report(hints: str, rows: list[dict], speed: dict[str, float]) -> str:
   return '\n\n'.join(parts)
 
 
-_WIDE, _HIGH, _LEFT, _TOP = 58, 24, 170, 100   # a cell, and the room for names, in pixels
-
-
 def picture(rows_by_hints: dict[str, list[dict]]) -> str:
   """A map of the exact F1 as SVG: ways against categories, one panel for each state of the hints."""
-  panels, top = [], 10
+  panels = {}
   for hints, rows in rows_by_hints.items():
     rows = sorted(pick(rows, objective='f1', scope='category'), key=lambda row: -row['macro']['f1'])
-    panels.append(f'<g transform="translate(0 {top})">{_panel(hints, rows)}</g>')
-    top += _TOP + _HIGH * len(rows) + 30
-  columns = 1 + max(len(rows[0]['by_category']) for rows in rows_by_hints.values())
-  width = max(660, _LEFT + _WIDE * columns + 60)   # at least as wide as a title
-  return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" width="{width}" height="{top}" '
-          'font-family="system-ui, sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
-          + '\n'.join(panels) + '</svg>\n')
+    panels[f'Exact boundary F1, hints {hints}, granularity tuned by category'] = {
+        row['name']: {category: found['f1'] for category, found in {'macro': row['macro'], **row['by_category']}.items()}
+        for row in rows}
+  return charts.value_maps(panels, bold=SEGMENTER)
 
 
-def _panel(hints, rows):
-  parts = [f'<text x="10" y="18" font-size="15" font-weight="600">Exact boundary F1, hints {hints}, granularity tuned by '
-           'category</text>']
-  for column, category in enumerate(['macro', *rows[0]['by_category']]):
-    x = _LEFT + _WIDE * (column + 0.5)
-    parts.append(f'<text transform="translate({x:.0f} {_TOP - 8}) rotate(-35)">{html.escape(category)}</text>')
-  for line, row in enumerate(rows):
-    y, weight = _TOP + _HIGH * line, 700 if row['name'] == SEGMENTER else 400
-    parts.append(f'<text x="{_LEFT - 8}" y="{y + 16}" text-anchor="end" font-weight="{weight}">'
-                 f'{html.escape(row["name"])}</text>')
-    for column, found in enumerate([row['macro'], *row['by_category'].values()]):
-      parts.append(_cell(_LEFT + _WIDE * column + 6 * (column > 0), y, found['f1'], weight))
-  return '\n'.join(parts)
-
-
-def _cell(x, y, value, weight):
-  shade = ','.join(f'{round(255 + (end - 255) * value)}' for end in (8, 81, 156))   # from white to blue
-  return (f'<rect x="{x}" y="{y}" width="{_WIDE - 2}" height="{_HIGH - 2}" fill="rgb({shade})"/>'
-          f'<text x="{x + _WIDE / 2 - 1}" y="{y + 15}" text-anchor="middle" font-weight="{weight}" '
-          f'fill="{"#fff" if value > 0.55 else "#222"}">{value:.2f}</text>')
-
-
-def write(path: pathlib.Path, text: str) -> None:
-  """Writes a file that appears when it is whole."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  disk.write_text(path, text)
-
-
-def versions() -> dict[str, str]:
-  installed = {distribution.name.lower(): distribution.version for distribution in importlib.metadata.distributions()}
-  return {library: installed.get(library) for library in LIBRARIES}
-
-
-def save(args, facts: dict, rows: dict[str, list[dict]], speed: dict[str, dict[str, float]]) -> None:
-  """Writes what there is so far, by state of the hints."""
-  if args.json:
-    shown = {key: [str(folder) for folder in value] if key == 'data' else str(value) if isinstance(value, pathlib.Path)
-             else value for key, value in vars(args).items() if key != 'run'}
-    write(args.json, json.dumps({'machine': facts, 'arguments': shown, 'characters_per_s': speed, 'rows': rows},
-                                indent=1) + '\n')
-  if args.plot:
-    write(args.plot, picture(rows))
-
-
-def segment(args, set_up, machine, take_turns) -> None:
-  """Tunes, measures and times every way to cut, and prints the tables."""
+def segment(args) -> None:
   if args.plot and args.plot.suffix != '.svg':
-    raise SystemExit(f'--plot {args.plot}: the picture is drawn as SVG; name it {args.plot.with_suffix(".svg")}')
-  set_up(args)
-  segmenter = None
-  if args.segmenter:
-    from blockattn.segmentation import segmenter as segmenter_lib
-    segmenter = segmenter_lib.Segmenter.load(args.segmenter)
+    raise UserError(f'--plot {args.plot}: the picture is drawn as SVG; name it {args.plot.with_suffix(".svg")}')
+  segmenter = segmenter_lib.Segmenter.load(args.segmenter) if args.segmenter else None
   token_starts = read_tokenizer(args.tokenizer) if args.tokenizer else None
-  facts = machine(args) | {'libraries': versions()}
-  print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, {facts["libraries"]}\n{facts["attention"]}')
+  facts = measuring.machine(args.cores, libraries=LIBRARIES)
+  print(measuring.describe(facts))
   log = lambda text: print(text, file=sys.stderr, flush=True)
   all_rows, all_speeds = {}, {}
-  for hints in ('kept', 'removed') if args.hints == 'both' else (args.hints,):
+  for hints in ('kept', 'removed'):
     validation = load(args.data, 'validation', args.tune_limit, hints)
-    test = load(args.data, args.split, args.limit, hints)
-    scores = Scores(segmenter) if segmenter else None
-    if scores:
-      scores.prepare([text.text for text in [*validation, *test]])
-    ways = ways_to_cut(segmenter, scores, token_starts, remember=True)
-    rows = compare(without(ways, args.without), validation, test, log)
+    test = load(args.data, 'test', args.limit, hints)
+    every = list(dict.fromkeys(text.text for text in [*validation, *test]))
+    scores = dict(zip(every, segmenter.score(every), strict=True)) if segmenter else {}
+    rows = compare(ways_to_cut(segmenter, scores, token_starts, remember=True), validation, test, log)
     timed = [text.text for category in sorted({text.category for text in test})
              for text in spread([text for text in test if text.category == category], args.speed_limit)]
     log(f'speed on {len(timed)} texts')
-    fresh = Scores(segmenter) if segmenter else None
-    speed = speeds(ways_to_cut(segmenter, fresh, token_starts, remember=False), rows, segmenter, timed, take_turns, args)
+    speed = speeds(ways_to_cut(segmenter, scores, token_starts, remember=False), rows, segmenter, timed, args)
     all_rows[hints], all_speeds[hints] = rows, speed
-    print(f'\n{len(validation)} validation and {len(test)} {args.split} texts; speed on {len(timed)} texts of '
+    print(f'\n{len(validation)} validation and {len(test)} test texts; speed on {len(timed)} texts of '
           f'{sum(map(len, timed))} characters\n\n{report(hints, rows, speed)}', flush=True)
-    save(args, facts, all_rows, all_speeds)
+    measuring.keep(args, facts, characters_per_s=all_speeds, rows=all_rows)
+    if args.plot:
+      charts.write(args.plot, picture(all_rows))
 
 
-def add_segment(commands, set_up, machine, take_turns) -> None:
-  parser = commands.add_parser('segment', help='where and how fast texts are cut, against splitters')
-  parser.add_argument('--data', type=pathlib.Path, nargs='+', required=True, metavar='FOLDER',
-                      help='folders of {split}_{category}.jsonl[.gz]')
-  parser.add_argument('--split', default='test', help='what is measured (default %(default)s); validation tunes')
+def add(commands) -> None:
+  parser = measuring.add_command(commands, 'segment', 'where and how fast texts are cut, against splitters', segment)
+  parser.add_argument('--data', nargs='+', required=True, metavar='FOLDER', help='folders of {split}_{category}.jsonl[.gz]')
   parser.add_argument('--segmenter', metavar='FOLDER', help='a segmenter to compare with')
   parser.add_argument('--tokenizer', type=pathlib.Path, metavar='FOLDER',
                       help='with tokenizer.json, for the fixed length in tokens')
-  parser.add_argument('--without', nargs='+', default=[], metavar='NAME', help='ways to leave out, such as texttiling, '
-                      'by far the slowest')
-  parser.add_argument('--hints', default='both', choices=('kept', 'removed', 'both'))
   parser.add_argument('--limit', type=int, metavar='N', help='measured texts of a category (default: all)')
-  parser.add_argument('--tune-limit', type=int, default=30, metavar='N',
-                      help='validation texts of a category (default %(default)s)')
-  parser.add_argument('--speed-limit', type=int, default=2, metavar='N',
-                      help='texts of a category that are timed (default %(default)s)')
-  parser.add_argument('--samples', type=int, default=3, help='passes over the timed texts (default %(default)s)')
-  parser.add_argument('--seconds', type=float, default=10.0,
-                      help='a way that has run for so long is not timed again (default %(default)s)')
-  parser.add_argument('--cores', type=int, default=1, help='cores that everybody may use (default %(default)s)')
-  parser.add_argument('--devices', type=int, default=1, help='JAX devices (default %(default)s)')
-  parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='every measure of every category')
+  arguments.add_numbers(parser, tune_limit=(30, 'validation texts of a category'),
+                        speed_limit=(2, 'texts of a category that are timed'), samples=(3, 'passes over the timed texts'),
+                        seconds=(10.0, 'a way that has run for so long is not timed again'))
   parser.add_argument('--plot', type=pathlib.Path, metavar='FILE.svg', help='a map of F1 by category')
-  parser.set_defaults(run=lambda args: segment(args, set_up, machine, take_turns))

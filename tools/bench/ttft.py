@@ -1,4 +1,4 @@
-"""Time to the first token over cached blocks, against full prefill of the same model: `python -m tools.bench ttft`.
+"""The `ttft` command of tools.bench: time to the first token over cached blocks, against full prefill of the same model.
 
 A prompt of T tokens is context blocks of random length and a last block. In turn, sample by sample: full attention over
 the whole prompt (`full`); the blocks' states all, every second one and none on the device (`all`, `half`, `none`); all in
@@ -14,23 +14,22 @@ the same run, or what --peak-tflops and --bandwidth-gbs say.
 import dataclasses
 import functools
 import gc
-import html
-import math
 import pathlib
 import tempfile
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from blockattn import blocks as blocks_lib, metrics
+from blockattn import blocks as blocks_lib
 from blockattn.errors import UserError
 from blockattn.hf import convert
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, stopwatch
 from blockattn.kernels import api
 from blockattn.models import decode, flops, sizes, spec, transformer
+from tools import arguments, charts
+from tools.bench import measuring
 
 SMALL = transformer.ModelConfig('qwen3', vocab=8192, width=256, layers=4, heads=4, kv_heads=2, head_dim=64, mlp=768,
                                 rope_theta=1e6, qk_norm=True, tied=True, max_positions=1 << 18)
@@ -60,14 +59,11 @@ class Prompt:
 def make_prompt(length: int, block: int, last: int, vocab: int) -> Prompt:
   """A prompt of `length` tokens, its context in blocks of 0.5 to 1.5 times `block`; the same for the same arguments."""
   rng = np.random.default_rng(length)
-  count = max(1, round((length - last) / block))
-  weights = rng.uniform(0.5, 1.5, count)
-  stops = np.round(np.cumsum(weights) / weights.sum() * (length - last)).astype(int)
-  lengths = [*np.diff(stops, prepend=0).tolist(), last]
+  lengths = [*measuring.random_lengths(rng, length - last, max(1, round((length - last) / block))), last]
   return Prompt(tuple(tuple(rng.integers(16, vocab, size=n).tolist()) for n in lengths))
 
 
-# What is timed. Each way is (get ready, seconds of one first token).
+# What is timed. Each way is () -> seconds of one first token.
 
 @dataclasses.dataclass
 class Model:
@@ -88,32 +84,35 @@ def _tokenizer():
 
 
 def ways(model: Model, prompt: Prompt, folder: pathlib.Path, states=STATES) -> dict:
-  """{name: (get ready, run)} of `full` and of these states. Run gives seconds."""
+  """{name: way} of `full` and of these states."""
   request = plan.Request(prompt.blocks, max_new=1)
   some = plan.Request((*prompt.blocks[:-1:2], prompt.blocks[-1]), max_new=1)
   # With its sinks as many tokens as torch reads.
   whole = plan.Request((sum(prompt.blocks, ())[len(_SINKS):],), max_new=1)
-  first = lambda engine, asked: timed(engine, asked).first_token
   device = model.engine(prompt)
 
-  def only(prepared):
+  def with_states_of(prepared):
     device.forget()
     if prepared is not None:
       device.prepare([prepared])
+    return timed(device, request).first_token
 
-  found = {FULL: (lambda: None, lambda: first(device, whole))}
+  def from_store(engine):
+    engine.forget()
+    return timed(engine, request).first_token
+
+  found = {FULL: lambda: timed(device, whole).first_token}
   for name, prepared in (('all', request), ('half', some), ('none', None)):
-    if name in states:
-      found[name] = (functools.partial(only, prepared), lambda: first(device, request))
+    found[name] = functools.partial(with_states_of, prepared)
   stores = {'memory': lambda: cache_lib.Store(1 << 40), 'int8': lambda: cache_lib.Store(1 << 40, quantize='int8'),
             'disk': lambda: cache_lib.Store(0, folder / 'states', 1 << 40)}
-  for name in (name for name in stores if name in states):
+  for name in stores.keys() & set(states):
     store = stores[name]()
     engine = model.engine(prompt, store)
     engine.prepare([request])
     store.flush()
-    found[name] = (engine.forget, lambda engine=engine: first(engine, request))
-  return found
+    found[name] = functools.partial(from_store, engine)
+  return {name: found[name] for name in (FULL, *STATES) if name == FULL or name in states}
 
 
 def timed(engine: engine_lib.Engine, request: plan.Request, *, wait: bool = False) -> stopwatch.Stopwatch:
@@ -124,7 +123,7 @@ def timed(engine: engine_lib.Engine, request: plan.Request, *, wait: bool = Fals
 
 
 def torch_way(model: Model, prompt: Prompt, folder: pathlib.Path):
-  """(get ready, run) of full prefill by transformers.
+  """The way of transformers: full prefill.
 
   Raises:
     ImportError: torch is missing.
@@ -141,12 +140,10 @@ def torch_way(model: Model, prompt: Prompt, folder: pathlib.Path):
   tokens = torch.tensor([sum(prompt.blocks, ())], device=device)
 
   @torch.no_grad()
-  def run():
-    start = time.perf_counter()
-    int(peer(tokens, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
-    return time.perf_counter() - start
+  def first():
+    return int(peer(tokens, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
 
-  return (lambda: None), run
+  return lambda: measuring.clocked(first)
 
 
 def _source(folder):
@@ -178,20 +175,6 @@ def check(model: Model, prompt: Prompt) -> float:
   return off
 
 
-def measure(chosen: dict, samples: int) -> dict[str, list[float]]:
-  """Seconds of each way, in turns, after one run each that compiles."""
-  for ready, run in chosen.values():
-    ready()
-    run()
-  times = {name: [] for name in chosen}
-  for _ in range(samples):
-    for name, (ready, run) in chosen.items():
-      if sum(times[name]) < _PATIENCE:
-        ready()
-        times[name].append(run())
-  return times
-
-
 def split(model: Model, prompt: Prompt, samples: int, states=STATES) -> dict:
   """{'all' and 'memory', if they are among the states: {part: seconds}}, each part's minimum; 'rotate': within 'gather'."""
   parts = {}
@@ -210,18 +193,8 @@ def split(model: Model, prompt: Prompt, samples: int, states=STATES) -> dict:
   cfg, length = model.cfg, plan.padded(sum(prompt.with_sinks()[:-1]))
   k = jnp.zeros((cfg.layers, 1, length, cfg.kv_heads, cfg.head_dim), model.compute.dtype)
   position = jnp.arange(length, dtype=jnp.int32)[None]
-  parts['rotate'] = _fastest(lambda: rotate(k, position, cfg), samples)
+  parts['rotate'] = min(measuring.seconds_of(lambda: rotate(k, position, cfg), samples))
   return parts
-
-
-def _fastest(call, samples):
-  jax.block_until_ready(call())
-  times = []
-  for _ in range(samples):
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    times.append(time.perf_counter() - start)
-  return min(times)
 
 
 # The limit.
@@ -244,69 +217,33 @@ def bytes_per_token(cfg, itemsize: int) -> int:
 
 def rates(args) -> dict[str, float]:
   """Operations and bytes per second, as given, or of a product of two matrices and of a copy."""
-  n = 2048 if jax.default_backend() == 'cpu' else 8192
-  a, x = jnp.ones((n, n), args.dtype), jnp.ones(1 << 26, 'float32')
-  dot, copy = jax.jit(jnp.dot), jax.jit(lambda x: x + 1)
-  return {'flops': args.peak_tflops * 1e12 if args.peak_tflops else 2 * n ** 3 / _fastest(lambda: dot(a, a), 5),
-          'bytes': args.bandwidth_gbs * 1e9 if args.bandwidth_gbs else 2 * x.nbytes / _fastest(lambda: copy(x), 5)}
+  return {'flops': args.peak_tflops * 1e12 if args.peak_tflops else measuring.matmul_rate(dtype=args.dtype),
+          'bytes': args.bandwidth_gbs * 1e9 if args.bandwidth_gbs else measuring.copy_rate()}
 
 
 # Reporting.
 
 def lines_of(result: dict) -> list[str]:
-  """Lines of a markdown table."""
   lines, full = [], min(result['seconds'][FULL])
   for name, times in result['seconds'].items():
-    low = min(times)
-    limit = result['limit'].get(name)
-    of_limit = f'{100 * limit / low:.0f} %' if limit else ''
-    lines.append(f'| {result["tokens"]:,} | {name} | {1e3 * low:.1f} | {full / low:.2f} | {of_limit} | {len(times)} |')
+    low, limit = min(times), result['limit'].get(name)
+    lines.append(measuring.row(f'{result["tokens"]:,}', name, f'{1e3 * low:.1f}', f'{full / low:.2f}',
+                               f'{100 * limit / low:.0f} %' if limit else '', len(times)))
   return lines
 
 
 def parts_lines(result: dict) -> list[str]:
-  lines = []
-  for name in (name for name in SPLIT if name in result['parts']):
-    cells = ' | '.join(f'{1e3 * result["parts"][name][part]:.1f}' for part in ('find', 'gather', 'read', 'choose'))
-    lines.append(f'| {result["tokens"]:,} | {name} | {cells} | {1e3 * result["parts"]["rotate"]:.1f} |')
-  return lines
-
-
-_WIDE, _HIGH, _PAD = 640, 400, 60
-_COLOURS = {FULL: '#b2182b', TORCH: '#ef8a62', 'none': '#969696', 'half': '#6baed6', 'all': '#08519c', 'memory': '#238b45',
-            'int8': '#74c476', 'disk': '#807dba'}
+  parts, ms = result['parts'], lambda seconds: f'{1e3 * seconds:.1f}'
+  return [measuring.row(f'{result["tokens"]:,}', name,
+                        *(ms(parts[name][part]) for part in ('find', 'gather', 'read', 'choose')), ms(parts['rotate']))
+          for name in SPLIT if name in parts]
 
 
 def picture(results: list[dict], title: str) -> str:
   """Seconds to the first token against tokens of the prompt, both logarithmic, as SVG."""
-  points = {name: [(r['tokens'], min(r['seconds'][name])) for r in results if name in r['seconds']] for name in _COLOURS}
-  points = {name: own for name, own in points.items() if own}
-  every = [p for own in points.values() for p in own]
-  (x0, x1), (y0, y1) = ((min(v), max(v)) for v in ([p[0] for p in every], [10 ** math.floor(math.log10(min(
-      p[1] for p in every))), 10 ** math.ceil(math.log10(max(p[1] for p in every)))]))
-  place = lambda v, low, high, a, b: a + (math.log(v / low) / (math.log(high / low) or 1)) * (b - a)
-  X = lambda v: place(v, x0, x1, _PAD, _WIDE - 110)
-  Y = lambda v: place(v, y0, y1, _HIGH - 50, 40)
-  parts = [f'<text x="{_PAD}" y="22" font-size="14" font-weight="600">{html.escape(title)}</text>']
-  for power in range(round(math.log10(y0)), round(math.log10(y1)) + 1):
-    y = Y(10.0 ** power)
-    parts.append(f'<line x1="{_PAD}" x2="{_WIDE - 110}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
-                 f'<text x="{_PAD - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0 ** power:g} s</text>')
-  for result in results:
-    parts.append(f'<text x="{X(result["tokens"]):.1f}" y="{_HIGH - 32}" text-anchor="middle">'
-                 f'{result["tokens"] / 1024:g}k</text>')
-  parts.append(f'<text x="{(_PAD + _WIDE - 110) / 2}" y="{_HIGH - 12}" text-anchor="middle">tokens of the prompt</text>')
-  last = None
-  for name, own in sorted(points.items(), key=lambda item: -item[1][-1][1]):
-    path = ' '.join(f'{X(x):.1f},{Y(y):.1f}' for x, y in own)
-    parts.append(f'<polyline points="{path}" fill="none" stroke="{_COLOURS[name]}" stroke-width="2"/>')
-    parts += [f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="3" fill="{_COLOURS[name]}"/>' for x, y in own]
-    y = Y(own[-1][1]) + 4 if last is None else max(Y(own[-1][1]) + 4, last + 14)   # labels do not overlap
-    last = y
-    parts.append(f'<text x="{X(own[-1][0]) + 8:.1f}" y="{y:.1f}" fill="{_COLOURS[name]}">{name}</text>')
-  return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDE} {_HIGH}" width="{_WIDE}" height="{_HIGH}" '
-          'font-family="system-ui, sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
-          + '\n'.join(parts) + '</svg>\n')
+  names = (FULL, TORCH, *STATES)
+  series = {name: [(r['tokens'], min(r['seconds'][name])) for r in results if name in r['seconds']] for name in names}
+  return charts.logarithmic(series, title, 'tokens of the prompt', 'seconds')
 
 
 # The command.
@@ -318,34 +255,27 @@ def load_model(args) -> Model:
   return Model(init(), cfg, compute)
 
 
-def ttft(args, set_up, machine) -> None:
-  """Times first tokens, and prints the tables."""
-  set_up(args)
-  model, rate = load_model(args), None
-  facts, results = machine(args), []
+def ttft(args) -> None:
+  model, facts, results = load_model(args), measuring.machine(args.cores, args.impl), []
   itemsize = jnp.dtype(args.dtype).itemsize
   off = check(model, make_prompt(min(args.lengths), args.block, args.last, model.cfg.vocab))
   rate = rates(args)
-  print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, {facts["jax_devices"]}, load {facts["load"][0]:.1f}, '
-        f'{facts["versions"]}\n{facts["attention"]}\n'
-        f'model {args.model}, {args.dtype}, random weights; blocks of about {args.block} tokens, '
-        f'the last of {args.last}, {len(_SINKS)} sinks; cache {bytes_per_token(model.cfg, itemsize):,} bytes per token, '
-        f'{bytes_per_token(model.cfg, 1):,} in int8\nlogits over cached blocks are {off:.1g} standard deviations off the '
-        f'masked forward pass; rates {rate["flops"] / 1e12:.3g} TFLOP/s, {rate["bytes"] / 1e9:.3g} GB/s\n\n'
-        '| tokens | states | ms | full / this | limit / this | samples |\n|---|---|---|---|---|---|', flush=True)
+  print(measuring.describe(facts, (
+      f'model {args.model}, {args.dtype}, random weights; blocks of about {args.block} tokens, '
+      f'the last of {args.last}, {len(_SINKS)} sinks; cache {bytes_per_token(model.cfg, itemsize):,} bytes per token, '
+      f'{bytes_per_token(model.cfg, 1):,} in int8\nlogits over cached blocks are {off:.1g} standard deviations off the '
+      f'masked forward pass; rates {rate["flops"] / 1e12:.3g} TFLOP/s, {rate["bytes"] / 1e9:.3g} GB/s\n')))
+  print(measuring.head('tokens', 'states', 'ms', 'full / this', 'limit / this', 'samples'), flush=True)
   with tempfile.TemporaryDirectory() as folder:
     for length in args.lengths:
-      result = measure_length(model, length, rate, args, pathlib.Path(folder))
-      results.append(result)
-      print('\n'.join(lines_of(result)), flush=True)
-      if args.json:
-        metrics.write_json(args.json, {'machine': facts, 'rates': rate, 'results': results,
-                                       'model': dataclasses.asdict(model.cfg), 'dtype': args.dtype})
-  print('\nparts of the time to the first token, in ms; rotating keys is part of gather\n\n'
-        '| tokens | states | find and load | gather | last block | first token | rotate |\n|---|---|---|---|---|---|---|')
+      results.append(measure_length(model, length, rate, args, pathlib.Path(folder)))
+      print('\n'.join(lines_of(results[-1])), flush=True)
+      measuring.keep(args, facts, rates=rate, results=results, cfg=dataclasses.asdict(model.cfg))
+  print('\nparts of the time to the first token, in ms; rotating keys is part of gather\n')
+  print(measuring.head('tokens', 'states', 'find and load', 'gather', 'last block', 'first token', 'rotate'))
   print('\n'.join(line for result in results for line in parts_lines(result)))
   if args.plot:
-    args.plot.write_text(picture(results, f'Time to the first token, {args.model}, {facts["cpu"]}'))
+    charts.write(args.plot, picture(results, f'Time to the first token, {args.model}, {facts["cpu"]}'))
 
 
 def measure_length(model, length, rate, args, folder) -> dict:
@@ -361,7 +291,9 @@ def measure_length(model, length, rate, args, folder) -> dict:
     chosen = ways(model, prompt, pathlib.Path(own), args.states)
     if not args.no_torch:
       chosen[TORCH] = torch_way(model, prompt, folder)
-    seconds = measure(chosen, args.samples)
+    for way in chosen.values():
+      way()   # compiles
+    seconds = measuring.take_turns(chosen, args.samples, _PATIENCE, timed=lambda way: way())
     del chosen
     gc.collect()
     parts = split(model, prompt, args.samples, args.states)
@@ -370,23 +302,18 @@ def measure_length(model, length, rate, args, folder) -> dict:
   return {'tokens': prompt.tokens, 'blocks': len(prompt.blocks) - 1, 'seconds': seconds, 'parts': parts, 'limit': limit}
 
 
-def add_ttft(commands, set_up, machine) -> None:
-  parser = commands.add_parser('ttft', help='time to the first token over cached blocks, against full prefill')
-  default = '(default %(default)s)'
-  parser.add_argument('--model', default='small', help=f'small, or one of {", ".join(sizes.SIZES)} {default}')
+def add(commands) -> None:
+  parser = measuring.add_command(commands, 'ttft', 'time to the first token over cached blocks, against full prefill', ttft,
+                                 devices=False)
+  parser.add_argument('--model', default='small', help=f'small, or one of {", ".join(sizes.SIZES)}')
   parser.add_argument('--lengths', type=int, nargs='+', default=list(DEFAULT), metavar='T', help='tokens of the prompts '
                       '(default 1024 to 65536)')
-  parser.add_argument('--block', type=int, default=512, help=f'mean tokens of a context block {default}')
-  parser.add_argument('--last', type=int, default=128, help=f'tokens of the last block {default}')
-  parser.add_argument('--samples', type=int, default=3, help=f'of each way, fewer of slow ones {default}')
-  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32', help=default)
-  parser.add_argument('--impl', default='auto', help=f'of attention {default}')
+  arguments.add_numbers(parser, block=(512, 'mean tokens of a context block'), last=(128, 'tokens of the last block'),
+                        samples=(3, 'of each way, fewer of slow ones'))
+  arguments.add_computing(parser)
   parser.add_argument('--states', nargs='+', choices=STATES, default=STATES, help='of the context blocks, beside full '
                       'prefill (default: all)')
   parser.add_argument('--no-torch', action='store_true', help='leave transformers with torch out')
   parser.add_argument('--peak-tflops', type=float, help='what the device can compute (default: what a matmul reaches)')
   parser.add_argument('--bandwidth-gbs', type=float, help='of its memory (default: what a copy reaches)')
-  parser.add_argument('--cores', type=int, default=1, help=f'cores that everybody may use {default}')
-  parser.add_argument('--json', type=pathlib.Path, metavar='FILE', help='every sample')
   parser.add_argument('--plot', type=pathlib.Path, metavar='FILE.svg', help='seconds against tokens')
-  parser.set_defaults(devices=1, run=lambda args: ttft(args, set_up, machine))

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -15,6 +13,8 @@ from blockattn.data import encode, packing
 from blockattn.errors import UserError
 from blockattn.models import flops, lora, spec, transformer
 from blockattn.train import distill, finetune, inputs, job, loop
+from tools import arguments
+from tools.bench import measuring
 
 SINKS = 4
 TOP_K = 64   # tokens of a stored teacher
@@ -37,9 +37,7 @@ def make_batch(rows: int, length: int, count: int, question: int, answer: int, v
   random = np.random.default_rng(0)
   packed = []
   for _ in range(rows):
-    weights = random.uniform(0.5, 1.5, count)
-    stops = np.round(np.cumsum(weights) / weights.sum() * (length - question - answer)).astype(int)
-    lengths = (*np.diff(stops, prepend=0).tolist(), question + answer)
+    lengths = (*measuring.random_lengths(random, length - question - answer, count), question + answer)
     tokens = random.integers(vocab, size=length).astype(np.int32)
     packed.append(packing.pack_row([encode.EncodedDoc(tokens, lengths, (length - answer, length))], length))
   return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *packed)
@@ -73,7 +71,7 @@ class Step:
 
 
 def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='float32', max_blocks: int,
-               loss_over: str = 'readers', chunk: int = 512) -> dict[str, Callable[[], Step]]:
+               chunk: int = 512) -> dict[str, Callable[[], Step]]:
   """The steps by name, each made when it is called: one whole optimizer step on the same batch.
 
   Args:
@@ -96,7 +94,7 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
 
   def distilled(low_rank=lora.NONE, precision=compute.dtype, stored=False):
     options = distill.Options(
-        **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, loss_over=loss_over, chunk=chunk),
+        **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, chunk=chunk),
         teacher=distill.TeacherOptions(precision, compute.dtype, logits='stored' if stored else '', top_k=TOP_K))
     if stored:
       return step(distill, options, more={'teacher': stored_teacher(batch, cfg.vocab)})
@@ -128,29 +126,22 @@ def calls_of(steps: dict[str, Callable[[], Step]]) -> dict:
   return {name: functools.partial(call, name) for name in steps}
 
 
-def step(args, set_up, machine, take_turns) -> None:
-  """Times a distillation step against fine-tuning steps on the same batch, and prints the table."""
-  set_up(args)
+def step(args) -> None:
   cfg = model(args.width, args.layers, args.vocab)
   batch = make_batch(args.rows, args.length, args.blocks, args.question, args.answer, args.vocab)
   place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
   calls = calls_of(make_steps(cfg, batch, place, transformer.Compute(remat=args.remat), max_blocks=args.blocks + 1,
-                              loss_over=args.loss_over, chunk=args.chunk))
+                              chunk=args.chunk))
   for call in calls.values():
     call()
-  times = take_turns(calls, args.samples, args.seconds)
-  base = min(times[TUNED])
-  facts = machine(args)
-  print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, load {facts["load"][0]:.1f}, {facts["versions"]}\n'
-        f'{facts["attention"]}\n'
-        f'{spec.count(transformer.spec(cfg)) / 1e6:.1f}M parameters, {args.rows} rows of T={args.length}, {args.blocks} '
-        f'context blocks, question {args.question}, answer {args.answer}, {SINKS} sinks\n\n'
-        '| step | min ms | median ms | time / block fine-tuning |\n|---|---|---|---|')
+  times, facts = measuring.take_turns(calls, args.samples, args.seconds), measuring.machine(args.cores)
+  print(measuring.describe(facts, (
+      f'{spec.count(transformer.spec(cfg)) / 1e6:.1f}M parameters, {args.rows} rows of T={args.length}, {args.blocks} '
+      f'context blocks, question {args.question}, answer {args.answer}, {SINKS} sinks\n')))
+  print(measuring.head('step', 'min ms', 'median ms', 'time / block fine-tuning'))
   for name, seconds in times.items():
-    print(f'| {name} | {1e3 * min(seconds):.0f} | {1e3 * float(np.median(seconds)):.0f} | {min(seconds) / base:.2f} |')
-  if args.json:
-    shown = {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))}
-    args.json.write_text(json.dumps({'machine': facts, 'arguments': shown, 'seconds': times}, indent=1) + '\n')
+    print(measuring.row(name, *measuring.milliseconds(seconds), f'{min(seconds) / min(times[TUNED]):.2f}'))
+  measuring.keep(args, facts, seconds=times)
 
 
 def loss_memory(rows: int, length: int, width: int, vocab: int, chunk: int) -> int:
@@ -170,43 +161,31 @@ def loss_memory(rows: int, length: int, width: int, vocab: int, chunk: int) -> i
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-def memory(args, set_up, machine) -> None:
+def memory(args) -> None:
   """Prints the memory of the loss for growing T and V, chunked and with all logits at once."""
-  set_up(args)
-  facts, rows = machine(args), []
-  print(f'{facts["cpu"]}, {facts["versions"]}\n'
-        f'distillation loss and its gradient, one row, D={args.width}, float32, chunk {args.chunk}\n\n'
-        '| T | V | chunked MiB | all at once MiB |\n|---|---|---|---|')
+  facts, rows = measuring.machine(args.cores), []
+  print(measuring.describe(facts, (
+      f'distillation loss and its gradient, one row, D={args.width}, float32, chunk {args.chunk}\n')))
+  print(measuring.head('T', 'V', 'chunked MiB', 'all at once MiB'))
   for length in args.lengths:
     for vocab in args.vocabs:
       small, whole = (loss_memory(1, length, args.width, vocab, chunk) / 2**20 for chunk in (args.chunk, length))
       rows.append({'T': length, 'V': vocab, 'chunked_mib': small, 'whole_mib': whole})
-      print(f'| {length} | {vocab} | {small:.0f} | {whole:.0f} |', flush=True)
-  if args.json:
-    args.json.write_text(json.dumps({'machine': facts, 'rows': rows}, indent=1) + '\n')
+      print(measuring.row(length, vocab, f'{small:.0f}', f'{whole:.0f}'), flush=True)
+  measuring.keep(args, facts, rows=rows)
 
 
-def add_step(commands, set_up, machine, take_turns) -> None:
-  parser = commands.add_parser('step', help='a distillation step against block fine-tuning on the same batch')
-  for name, value, text in (('rows', 1, 'rows of the batch'), ('length', 4096, 'T'), ('blocks', 16, 'context blocks'),
-                            ('question', 64, 'tokens'), ('answer', 64, 'tokens'), ('width', 512, 'model width'),
-                            ('layers', 6, 'layers'), ('vocab', 16384, 'vocabulary'), ('chunk', 512, 'loss chunk'),
-                            ('samples', 5, 'samples per step'), ('seconds', 60, 'a step that ran so long is not sampled '
-                             'again'), ('cores', 2, 'cores'), ('devices', 1, 'JAX devices')):
-    parser.add_argument(f'--{name}', type=int, default=value, help=f'{text} (default %(default)s)')
+def add(commands) -> None:
+  parser = measuring.add_command(commands, 'step', 'a distillation step against block fine-tuning on the same batch', step,
+                                 cores=2)
+  arguments.add_numbers(
+      parser, rows=(1, 'rows of the batch'), length=(4096, 'T'), blocks=(16, 'context blocks'), question=(64, 'tokens'),
+      answer=(64, 'tokens'), width=(512, 'model width'), layers=(6, 'layers'), vocab=(16384, 'vocabulary'),
+      chunk=(512, 'loss chunk'), samples=(5, 'samples per step'),
+      seconds=(60, 'a step that ran so long is not sampled again'))
   parser.add_argument('--remat', default='none', choices=transformer.REMAT)
-  parser.add_argument('--loss-over', dest='loss_over', default='readers', choices=distill.LOSS_OVER)
-  parser.add_argument('--json', type=pathlib.Path, metavar='FILE')
-  parser.set_defaults(run=lambda args: step(args, set_up, machine, take_turns))
 
-
-def add_memory(commands, set_up, machine) -> None:
-  parser = commands.add_parser('memory', help='peak memory of the chunked loss against T and V')
+  parser = measuring.add_command(commands, 'memory', 'peak memory of the chunked loss against T and V', memory, cores=2)
   parser.add_argument('--lengths', type=int, nargs='+', default=[4096, 8192, 16384, 32768])
   parser.add_argument('--vocabs', type=int, nargs='+', default=[32768, 151936])
-  parser.add_argument('--width', type=int, default=256)
-  parser.add_argument('--chunk', type=int, default=512)
-  parser.add_argument('--cores', type=int, default=2)
-  parser.add_argument('--devices', type=int, default=1)
-  parser.add_argument('--json', type=pathlib.Path, metavar='FILE')
-  parser.set_defaults(run=lambda args: memory(args, set_up, machine))
+  arguments.add_numbers(parser, width=(256, 'model width'), chunk=(512, 'loss chunk'))

@@ -1,16 +1,15 @@
 """The `overhead` command of tools.bench: what the training loop adds to its steps with data and metrics, saving apart."""
 
 import itertools
-import json
-import pathlib
 import tempfile
 import time
 
 import jax
-import numpy as np
 
 from blockattn.train import finetune, inputs, job, loop
 from configs import tiny
+from tools import arguments
+from tools.bench import measuring
 
 WARM_UP = 5   # steps of the loop that are not counted: the first ones compile and fill the buffer of batches
 
@@ -66,34 +65,26 @@ class _Look:
     return {}
 
 
-def overhead(args, set_up, machine) -> None:
-  """Times the same steps alone and in the loop, in turn, and prints the table."""
-  set_up(args)
+def overhead(args) -> None:
   options, made, new_state, source = prepare(args)
   stream = inputs.batches(options, source, made.placement)
   batches = [made.placement.put_batch(batch) for batch in itertools.islice(stream, WARM_UP, options.steps)]   # the loop's
   stream.close()
   alone(made, new_state(), batches[:2])
-  times = {'alone': [], 'in the loop': []}
-  for _ in range(args.samples):
-    times['alone'].append(alone(made, new_state(), batches))
-    times['in the loop'].append(in_the_loop(options, made, new_state(), source))
-  facts, base = machine(args), min(times['alone'])
-  print(f'{facts["cpu"]}, {args.cores} of {facts["cpus"]} cores, load {facts["load"][0]:.1f}, {facts["versions"]}\n'
-        f'{facts["attention"]}\n'
-        f'{args.steps} steps of {args.batch} rows of T={options.data.length}, a line of metrics every {args.log_every}\n\n'
-        '| step | min ms | median ms | added |\n|---|---|---|---|')
+  ways = {'alone': lambda: alone(made, new_state(), batches),
+          'in the loop': lambda: in_the_loop(options, made, new_state(), source)}
+  times = measuring.take_turns(ways, args.samples, float('inf'), timed=lambda way: way())
+  facts, base = measuring.machine(args.cores), min(times['alone'])
+  print(measuring.describe(facts, f'{args.steps} steps of {args.batch} rows of T={options.data.length}, a line of metrics '
+                           f'every {args.log_every}\n'))
+  print(measuring.head('step', 'min ms', 'median ms', 'added'))
   for name, seconds in times.items():
-    print(f'| {name} | {1e3 * min(seconds):.1f} | {1e3 * float(np.median(seconds)):.1f} | {min(seconds) / base - 1:+.1%} |')
-  if args.json:
-    args.json.write_text(json.dumps({'machine': facts, 'seconds': times}, indent=1) + '\n')
+    print(measuring.row(name, *measuring.milliseconds(seconds), f'{min(seconds) / base - 1:+.1%}'))
+  measuring.keep(args, facts, seconds=times)
 
 
-def add_overhead(commands, set_up, machine) -> None:
-  parser = commands.add_parser('overhead', help='what the training loop, with its data and metrics, adds to a step')
-  for name, value, text in (('steps', 20, 'steps per sample'), ('batch', 4, 'rows'), ('samples', 3, 'samples'),
-                            ('log_every', 10, 'steps per line of metrics'), ('cores', 2, 'cores'),
-                            ('devices', 1, 'JAX devices')):
-    parser.add_argument(f'--{name.replace("_", "-")}', type=int, default=value, help=f'{text} (default %(default)s)')
-  parser.add_argument('--json', type=pathlib.Path, metavar='FILE')
-  parser.set_defaults(run=lambda args: overhead(args, set_up, machine))
+def add(commands) -> None:
+  parser = measuring.add_command(commands, 'overhead', 'what the training loop, with its data and metrics, adds to a step',
+                                 overhead, cores=2)
+  arguments.add_numbers(parser, steps=(20, 'steps per sample'), batch=(4, 'rows'), samples=(3, 'samples'),
+                        log_every=(10, 'steps per line of metrics'))
