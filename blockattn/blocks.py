@@ -33,6 +33,7 @@ here 1 and 3, behind the documents 0 and 2: they read everything before them, th
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -42,13 +43,13 @@ import numpy as np
 from blockattn.errors import UserError
 
 Array = jax.Array   # or, on the host, numpy's
+Field = Any         # an array of jax's, on the host of numpy's, in a model of transformers of torch's
 
 POSITION_SCHEMES = ('sequential', 'local')
 DROP_MODES = ('lift', 'isolate', 'merge', 'remove')
 
 
-@flax.struct.dataclass
-class BlockLayout:
+class BlockLayout(flax.struct.PyTreeNode):
   """Per-token facts, each an array [B, T].
 
   Attributes:
@@ -59,12 +60,12 @@ class BlockLayout:
     hidden: bool, the token's block is invisible to every other block.
     shared: bool, the token's block is visible to every later block.
   """
-  doc: Array
-  block: Array
-  position: Array
-  reader: Array
-  hidden: Array
-  shared: Array
+  doc: Field
+  block: Field
+  position: Field
+  reader: Field
+  hidden: Field
+  shared: Field
 
 
 def from_lengths(rows: Sequence[Sequence[Sequence[int]]], length: int, *, shared_first: bool = False,
@@ -130,7 +131,7 @@ def with_readers(layout: BlockLayout, numbers: Sequence[int]) -> BlockLayout:
   return layout.replace(reader=layout.reader | np.isin(layout.block, numbers) & (layout.doc != 0))
 
 
-def sees(query: BlockLayout, key: BlockLayout) -> Array:
+def sees(query: BlockLayout, key: BlockLayout) -> Field:
   """Who may attend to whom, the order of the tokens apart: the one line of the mask.
 
   Operators alone, so that it serves numpy, jax and torch: the fields of `query` and `key` broadcast against each other.

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from blockattn import disk, metrics, tree
 from blockattn.errors import UserError
@@ -238,7 +239,7 @@ def _reason(error: BaseException) -> str:
   return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: float) -> str:
   for unit in ('B', 'KiB', 'MiB', 'GiB'):
     if count < 1024:
       return f'{count:.0f} {unit}' if unit == 'B' else f'{count:.1f} {unit}'
@@ -393,7 +394,7 @@ def _shapes_of(path: pathlib.Path):
   """The tree of what a step's `params` are, read from their index."""
   try:
     # Not the manager's item_metadata, which reads those of all items: others may be damaged.
-    return ocp.StandardCheckpointHandler().metadata(path / 'params').tree
+    return ocp.StandardCheckpointHandler().metadata(epath.Path(path / 'params')).tree
   except Exception as error:   # see `_restored`
     raise Damaged(_what_to_do(path, f'{path}: its params cannot be read: {_reason(error)}')) from error
 

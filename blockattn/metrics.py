@@ -6,6 +6,7 @@ JSON has no NaN and no infinity, so these are written as null; `read_metrics` gi
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import os
@@ -306,20 +307,17 @@ class ProgressLine:
 @contextlib.contextmanager
 def counting(label: str, *, stream: TextIO | None = None, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
   """`show(done, of)`: a `ProgressLine` with the time left, of work whose size is known when it begins."""
-  line = clock = None
+  with contextlib.ExitStack() as stack:
+    @functools.cache
+    def begun(of):
+      return stack.enter_context(ProgressLine(of, label, stream=stream, enabled=enabled)), StepClock(of)
 
-  def show(done, of):
-    nonlocal line, clock
-    if line is None:
-      line, clock = ProgressLine(of, label, stream=stream, enabled=enabled), StepClock(of)
-    clock.tick(done, 0)
-    line.update(done, {name: value for name, value in clock.rates().items() if name == 'seconds_left'})
+    def show(done, of):
+      line, clock = begun(of)
+      clock.tick(done, 0)
+      line.update(done, {name: value for name, value in clock.rates().items() if name == 'seconds_left'})
 
-  try:
     yield show
-  finally:
-    if line is not None:
-      line.close()
 
 
 def _bar(stream: TextIO) -> rich.progress.Progress:

@@ -137,7 +137,7 @@ def joined(text: str | None, environ: Mapping[str, str] = os.environ) -> Iterato
     with failing_ends_all(agreed=(SystemExit,)):
       yield
       # JAX itself would wait 30 s for the others, who may be at work yet.
-      distributed.global_state.client.wait_at_barrier(f'{_PREFIX}/leave', LEAVE_S * 1000)
+      _client().wait_at_barrier(f'{_PREFIX}/leave', LEAVE_S * 1000)
   finally:
     watch.end()
 
@@ -172,6 +172,14 @@ def _is_loopback(address: str) -> bool:
 def is_started() -> bool:
   """Whether this process is one of a run of several, or of one that was started as such."""
   return distributed.global_state.client is not None
+
+
+def _client():
+  """Of the key-value store, where this process is one of several."""
+  client = distributed.global_state.client
+  if client is None:
+    raise RuntimeError('this process is alone: there is no store to speak through')
+  return client
 
 
 def preempted(step: int) -> bool:
@@ -275,7 +283,7 @@ def _leave(code: int):
 
 def _publish_failure(code, text):
   with contextlib.suppress(jax.errors.JaxRuntimeError):   # the first to write keeps the key
-    distributed.global_state.client.key_value_set(_FAILED, json.dumps(
+    _client().key_value_set(_FAILED, json.dumps(
         {'index': _me()[0], 'host': socket.gethostname(), 'code': code, 'text': text[-20000:]}))
 
 
@@ -288,7 +296,7 @@ def _failure() -> dict | None:
 def _peek(key: str) -> str | None:
   """The value of a key, None if it is not set, or if nobody answers."""
   try:
-    return distributed.global_state.client.key_value_try_get(key)
+    return _client().key_value_try_get(key)
   except jax.errors.JaxRuntimeError:
     return None
 
@@ -333,13 +341,12 @@ def check_equal(what: str, facts: Mapping[str, Any]):
     return
   index, count = _me()
   mine = json.dumps({'host': socket.gethostname(), 'facts': dict(facts)}, sort_keys=True, default=str)
-  said = collect(what, mine)
-  client, key = distributed.global_state.client, f'{_PREFIX}/verdict/{what}'
+  said, key = collect(what, mine), f'{_PREFIX}/verdict/{what}'
   if said is not None:
     verdict = _differences([json.loads(text) for text in said])
-    client.key_value_set(key, verdict)
+    _client().key_value_set(key, verdict)
   else:
-    verdict = client.blocking_key_value_get(key, (AGREE_S + 60) * 1000)
+    verdict = _client().blocking_key_value_get(key, (AGREE_S + 60) * 1000)
   if verdict:
     raise UserError(f'the {count} processes of this run differ in {verdict}; start all of them with the same command, '
                     'checkout and hardware')
@@ -371,8 +378,7 @@ def collect(what: str, value: str, timeout_s: float = AGREE_S) -> list[str] | No
     TimeoutError: on process 0: a process said nothing; names those that did not.
   """
   index, count = _me()
-  client = distributed.global_state.client
-  client.key_value_set(f'{_PREFIX}/collect/{what}/{index}', value)
+  _client().key_value_set(f'{_PREFIX}/collect/{what}/{index}', value)
   if index != 0:
     return None
   deadline = time.monotonic() + timeout_s
@@ -454,7 +460,7 @@ class _Clock:
 
 
 def _report_standing(what, clock, ended, look_s, patience_s):
-  client, key = distributed.global_state.client, f'{_PREFIX}/standing/{what}/{_me()[0]}'
+  key = f'{_PREFIX}/standing/{what}/{_me()[0]}'
   last, told = None, 0.0
   while not ended.wait(look_s):
     now = clock.look()
@@ -462,7 +468,7 @@ def _report_standing(what, clock, ended, look_s, patience_s):
     if last is None or bool(now) != bool(last) or (now != last and time.monotonic() - told > patience_s / 4):
       last, told = now, time.monotonic()
       with contextlib.suppress(jax.errors.JaxRuntimeError):
-        client.key_value_set(key, json.dumps([socket.gethostname(), now]), allow_overwrite=True)
+        _client().key_value_set(key, json.dumps([socket.gethostname(), now]), allow_overwrite=True)
 
 
 def _name_the_slow(what, ended, patience_s, say):

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -77,7 +77,7 @@ def dtype_for(stored: Iterable[str]) -> str:
   return 'bfloat16' if set(stored) == {'BF16'} else 'float32'
 
 
-def rounding(stored: Iterable[str], dtype: str) -> str:
+def rounding(stored: Collection[str], dtype: str) -> str:
   """A line about the tensors that lose digits in `dtype`; '' if none does.
 
   Args:
@@ -122,17 +122,17 @@ def save(params: Any, cfg: ModelConfig, folder: os.PathLike | str, *, source: os
   slots = names.slots(cfg)
   sizes = {key: math.prod(slot.hf_shape) * jnp.dtype(dtype).itemsize for key, slot in slots.items()}
   shards = files.plan_shards(sizes, max_shard_bytes)
-  writes = jax.process_index() == 0
   done = 0
-  with files.new_folder(pathlib.Path(folder), overwrite) if writes else contextlib.nullcontext() as new:
+  new_folder = files.new_folder(pathlib.Path(folder), overwrite) if jax.process_index() == 0 else contextlib.nullcontext()
+  with new_folder as new:   # None where another process writes
     for file, keys in shards.items():
       tensors = {key: _tensor(flat, slots[key], cfg, dtype) for key in keys}   # all processes: gathers are collective
-      if writes:
+      if new is not None:
         files.write_shard(new / file, tensors)
       done += sum(sizes[key] for key in keys)
       if report:
         report(done, sum(sizes.values()))
-    if writes:
+    if new is not None:
       files.write_index(new, shards, sizes)
       _write_companions(new, pathlib.Path(source), cfg, raw_config, meta, card)
       verify(new, cfg, dtype)

@@ -158,7 +158,7 @@ def apply_embedded(params: Params, x_BTD: Array, layout: blocks.BlockLayout, cfg
 
 
 def run_layers(params: Params, x_BTD: Array, position: Array, cfg: ModelConfig, compute: Compute, attend: Attend, *,
-               keep_kv: bool, beside: tuple[Array, ...] = ()) -> tuple[Array, tuple[Array, Array] | None]:
+               keep_kv: bool, beside: tuple[Array, ...] = ()) -> tuple[Array, Any]:
   """All layers and the final norm, with any attention.
 
   Args:
@@ -280,7 +280,7 @@ def _attend(q, k, v, layout, compute):
   context_axes = place.mesh_axes('tokens') if compute.row_parts > 1 else ()
   return api.block_attention_on_mesh(q, k, v, layout, place.mesh, batch_axes=place.mesh_axes('batch'),
                                      head_axes=place.mesh_axes('kv_heads'), context_axes=context_axes, impl=compute.impl,
-                                     tiles=compute.tiles, sent=compute.far_queries, platform=compute.platform)
+                                     tiles=compute.tiles, far_queries=compute.far_queries, platform=compute.platform)
 
 
 @jax.named_scope('embed')
