@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blockattn import errors
 from blockattn.errors import UserError
 
 Array = jax.Array   # or, on the host, numpy's
@@ -118,7 +119,7 @@ def share_first(layout: BlockLayout) -> BlockLayout:
 
 def block_positions(lengths: Sequence[int], scheme: str, shared_first: bool = False) -> list[int]:
   """Position of the first token of each block: what `with_positions` gives a document whose last block alone reads."""
-  _check_scheme(scheme)
+  errors.check_choice('positions', scheme, POSITION_SCHEMES)
   if scheme == 'sequential':
     return list(itertools.accumulate(lengths[:-1], initial=0))
   prefix = lengths[0] if shared_first and len(lengths) > 1 else 0
@@ -170,18 +171,13 @@ def with_positions(layout: BlockLayout, scheme: str) -> BlockLayout:
   the shared prefix, as it does in a cache of blocks; a reader starts after the longest block before it, a further
   reader after the one before. Removed tokens and padding take no position (theirs is 0).
   """
-  _check_scheme(scheme)
+  errors.check_choice('positions', scheme, POSITION_SCHEMES)
   valid = layout.doc != 0
   if scheme == 'sequential':
     position = _rank(valid, layout.doc)
   else:
     position = _local_positions(layout, valid)
   return layout.replace(position=jnp.where(valid, position, 0).astype(jnp.int32))
-
-
-def _check_scheme(scheme):
-  if scheme not in POSITION_SCHEMES:
-    raise UserError(f'positions={scheme!r}; choose one of {", ".join(POSITION_SCHEMES)}')
 
 
 def _rank(member, doc):
@@ -246,8 +242,7 @@ def drop_blocks(layout: BlockLayout, key: Array, *, rate: float, mode: str, posi
       removed (a document's first block has none and is kept). 'remove': its tokens are taken out of the context.
     positions: scheme for numbering the tokens of the new layout.
   """
-  if mode not in DROP_MODES:
-    raise UserError(f'block dropout mode {mode!r}; choose one of {", ".join(DROP_MODES)}')
+  errors.check_choice('mode', mode, DROP_MODES)
   doc, block = jnp.asarray(layout.doc), jnp.asarray(layout.block)
   coins = _coin_per_block(layout, key, rate)
   dropped = coins & (doc != 0) & ~jnp.asarray(layout.reader) & ~jnp.asarray(layout.shared)
@@ -294,7 +289,7 @@ class BlockOptions:
   shared_first: bool = False
 
   def __post_init__(self):
-    _check_scheme(self.positions)
+    errors.check_choice('positions', self.positions, POSITION_SCHEMES)
     if self.max_blocks < 1 or min(self.sink_ids, default=0) < 0:
       raise UserError(f'max_blocks={self.max_blocks}, sink_ids={self.sink_ids}: blocks are counted from 1, ids from 0')
 

@@ -38,7 +38,7 @@ MASKS = {'all': np.ones((B, T), bool), 'none': np.zeros((B, T), bool), 'one': np
 
 def by(head):
   """Logits of hidden states by a matrix."""
-  return jax.tree_util.Partial(transformer.by_head, head)
+  return jax.tree_util.Partial(transformer.project, head)
 
 
 @functools.partial(jax.jit, static_argnames=('form', 'source', 'chunk'))

@@ -184,8 +184,8 @@ def test_differences_are_told_with_both_values():
     (jax.errors.JaxRuntimeError('UNAVAILABLE: connection reset by peer'), 76),
     (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out of memory'), 1)])
 def test_exit_codes(error, code):
-  assert multihost._code_of(error) == code
-  assert ('Start the same command again' in multihost._text_of(error)) == (code == 76)
+  ended, text = multihost._ending(error)
+  assert ended == code and ('Start the same command again' in text) == (code == 76)
 
 
 def test_what_all_agree_on_passes(monkeypatch):

@@ -160,7 +160,7 @@ def loss_memory(rows: int, length: int, width: int, vocab: int, chunk: int) -> i
   tokens, mask = (jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.int32, bool))
 
   def loss(student_head, student, teacher_head, teacher, targets, mask):
-    by = lambda head: jax.tree_util.Partial(transformer.by_head, head)
+    by = lambda head: jax.tree_util.Partial(transformer.project, head)
     student, teacher = losses.Reading(by(student_head), student), losses.Reading(by(teacher_head), teacher)
     sums = losses.distillation_sums(student, teacher, targets, targets, mask, weights=losses.TokenWeights(), temperature=1.0,
                                     ce_weight=0.0, chunk=chunk)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from blockattn import tree
+from blockattn import errors, metrics, tree
 from blockattn.errors import UserError
 from blockattn.hf import config, files, names
 from blockattn.models import classifier, spec as spec_lib
@@ -50,7 +50,7 @@ def load(name: os.PathLike | str, dtype: str, mesh: Mesh | None = None, rules: A
       infinite.
     FileNotFoundError: a missing folder or file.
   """
-  _check_dtype(dtype)
+  errors.check_choice('dtype', dtype, DTYPES)
   folder = files.locate(name)
   cfg = config.read(folder)
   slots, stored = names.slots(cfg), files.stored_tensors(folder)
@@ -115,7 +115,7 @@ def save(params: Any, cfg: ModelConfig, folder: os.PathLike | str, *, source: os
     FileNotFoundError: `source` has no tokenizer.
     ValueError: parameters, architecture or meta that cannot be written, before anything is.
   """
-  _check_dtype(dtype)
+  errors.check_choice('dtype', dtype, DTYPES)
   flat = _check_params(params, cfg)
   raw_config = config.to_dict(cfg, dtype, files.token_ids(pathlib.Path(source)))
   meta = _check_meta(meta, cfg)
@@ -174,11 +174,6 @@ def check_same_weights(said: dict | None, now: dict | None, what: str, source: o
     old, new = (f'{facts["fingerprint"][:12]}, read as {facts["dtype"]}' for facts in (said, now))
     raise UserError(f'{what} was made from other weights than lie in {source} now (fingerprint {old}; now {new}): put the '
                     f'old ones back, or {remedy}')
-
-
-def _check_dtype(dtype):
-  if dtype not in DTYPES:
-    raise UserError(f'dtype={dtype!r}; choose one of {", ".join(DTYPES)}')
 
 
 # Reading.
@@ -319,8 +314,8 @@ def _picker(sharding):
 
 
 def _write_companions(new, source, cfg, raw_config, meta, card):
-  files.write_json(new / 'config.json', raw_config)
-  files.write_json(new / files.META, meta)
+  metrics.write_json(new / 'config.json', raw_config)
+  metrics.write_json(new / files.META, meta)
   (new / files.CARD).write_text(card, encoding='utf-8')
   files.copy_companions(source, new)
   _write_generation_config(new / 'generation_config.json', raw_config, files.own_stop_ids(source))
@@ -334,4 +329,4 @@ def _write_generation_config(path, raw_config, stops):
   said = raw.get('eos_token_id')
   if stops and set(stops) != set(said if isinstance(said, list) else [said]):
     raw['eos_token_id'] = stops[0] if len(stops) == 1 else list(stops)
-  files.write_json(path, raw)
+  metrics.write_json(path, raw)

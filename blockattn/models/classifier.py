@@ -81,4 +81,4 @@ def embed(params, tokens, cfg: ModelConfig, compute: Compute) -> jax.Array:
 def logits(params, tokens, layout, cfg: ClassifierConfig, compute: Compute) -> jax.Array:
   """Float32 logits [B, T, C]; arguments as of `hidden`."""
   x_BTD = hidden(params, tokens, layout, cfg, compute)
-  return transformer.project(x_BTD, params['score']) + params['score_bias'].astype(jnp.float32)
+  return transformer.project(params['score'], x_BTD) + params['score_bias'].astype(jnp.float32)

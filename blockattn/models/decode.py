@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from blockattn import blocks
 from blockattn.kernels import api, cached
-from blockattn.models import transformer
+from blockattn.models import transformer, weights as weights_lib
 
 Array = jax.Array
 
@@ -151,7 +151,7 @@ def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfi
       stored.append((keys, values))
       own = cached.attend_cached(q, keys, values, visible)
       return own[0].astype(q.dtype) if context is None else _beside(q, known, context, own)
-    x_B1D, _ = transformer.decoder_layer(x_B1D, transformer.cast(weights, compute), angles, cfg, compute, attend)
+    x_B1D, _ = transformer.decoder_layer(x_B1D, weights_lib.cast(weights, compute.dtype), angles, cfg, compute, attend)
     return x_B1D, stored[0]
 
   x_B1D = transformer.embed(params, tokens[:, None], cfg, compute)
@@ -176,7 +176,7 @@ def greedy(params: Any, tokens: Array, layout: blocks.BlockLayout, *, cfg: trans
     int32 [B, length]; after a row's first of stop_ids, all stop_ids[0].
   """
   head_VD = jax.tree.map(lambda w: w[:vocab], transformer.head_of(params, cfg))   # Int8 is two arrays
-  choose = lambda x: jnp.argmax(transformer.project(x, head_VD), axis=-1).astype(jnp.int32)
+  choose = lambda x: jnp.argmax(transformer.project(head_VD, x), axis=-1).astype(jnp.int32)
   stops = lambda token: jnp.isin(token, stop_ids)
 
   def step(carry):
