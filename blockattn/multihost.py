@@ -468,7 +468,7 @@ def _name_the_slow(what, ended, patience_s):
       if place:
         at_work.append(f'{i} on {host} ({place})')
     _say(f'{what}: {time.monotonic() - start:.0f} s, {count - len(at_work)} of {count} processes wait for '
-        f'{"; ".join(at_work[:_SHOWN]) or "each other"}{", ..." if len(at_work) > _SHOWN else ""}')
+         f'{"; ".join(at_work[:_SHOWN]) or "each other"}{", ..." if len(at_work) > _SHOWN else ""}')
 
 
 def _spread(said: Sequence[tuple[str, float]]) -> str:

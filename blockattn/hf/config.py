@@ -263,12 +263,10 @@ def _rope_dict(rope, where):
 
 
 def _rope_to_dict(cfg):
-  if cfg.rope_scaling is None:
-    return {'rope_parameters': {'rope_type': 'default', 'rope_theta': cfg.rope_theta},
-            'rope_theta': cfg.rope_theta, 'rope_scaling': None}
-  scaling = {key: getattr(cfg.rope_scaling, field) for key, field in LLAMA3_KEYS.items()}
-  scaling = {'rope_type': 'llama3', **scaling}
-  return {'rope_parameters': {**scaling, 'rope_theta': cfg.rope_theta},
+  scaling = None
+  if cfg.rope_scaling is not None:
+    scaling = {'rope_type': 'llama3', **{key: getattr(cfg.rope_scaling, field) for key, field in LLAMA3_KEYS.items()}}
+  return {'rope_parameters': {**(scaling or {'rope_type': 'default'}), 'rope_theta': cfg.rope_theta},
           'rope_theta': cfg.rope_theta, 'rope_scaling': scaling}
 
 

@@ -100,8 +100,6 @@ def save(params: Any, cfg: ModelConfig, folder: os.PathLike | str, *, source: os
 
   Args:
     params: tree of numpy or jax arrays, sharded over several processes or not; then every process must call.
-    cfg: its architecture.
-    folder: local folder to write.
     source: folder whose tokenizer, generation config and licence files are copied.
     meta: what blockattn.json shall say about block attention (sinks, separator, positions, teacher, ...).
     card: text of README.md.

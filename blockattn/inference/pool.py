@@ -44,7 +44,6 @@ class Pool:
   """The pages, and which key holds which; least recently used keys are the first to lose theirs.
 
   Args:
-    cfg: ModelConfig.
     dtype: of the states, that of activations.
     mesh: from `make_mesh`.
     tokens: how many the pages hold in all, over all devices.

@@ -142,8 +142,6 @@ def apply(params: Params, tokens: Array, layout: blocks.BlockLayout, cfg: ModelC
     params: tree of `spec(cfg)`, in any float dtype; used in compute.dtype.
     tokens: int32 [B, T].
     layout: BlockLayout [B, T].
-    cfg: ModelConfig.
-    compute: Compute.
 
   Returns:
     x_BTD in compute.dtype.
