@@ -198,7 +198,7 @@ folder = run_cases.folder   # a teacher, examples and a config file of both
 def adapted_run(folder, workdir, trainer):
   """The workdir of a run on eight devices, its model and what it has trained."""
   config = run_cases.get_config(folder, trainer.__name__.rpartition('.')[2])
-  config.update_from_flattened_dict({'steps': 2, 'save_every': 2, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
+  config.update_from_flattened_dict({'steps': 3, 'save_every': 3, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
                                      'lora.rank': 2, 'lora.alpha': 4.0})
   return workdir, *trainer.run(trainer.read(config), workdir)[:2]
 
