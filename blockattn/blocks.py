@@ -33,22 +33,24 @@ here 1 and 3, behind the documents 0 and 2: they read everything before them, th
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blockattn import errors
 from blockattn.errors import UserError
 
 Array = jax.Array   # or, on the host, numpy's
+Field = Any         # an array of jax's, on the host of numpy's, in a model of transformers of torch's
 
 POSITION_SCHEMES = ('sequential', 'local')
 DROP_MODES = ('lift', 'isolate', 'merge', 'remove')
 
 
-@flax.struct.dataclass
-class BlockLayout:
+class BlockLayout(flax.struct.PyTreeNode):
   """Per-token facts, each an array [B, T].
 
   Attributes:
@@ -59,12 +61,12 @@ class BlockLayout:
     hidden: bool, the token's block is invisible to every other block.
     shared: bool, the token's block is visible to every later block.
   """
-  doc: Array
-  block: Array
-  position: Array
-  reader: Array
-  hidden: Array
-  shared: Array
+  doc: Field
+  block: Field
+  position: Field
+  reader: Field
+  hidden: Field
+  shared: Field
 
 
 def from_lengths(rows: Sequence[Sequence[Sequence[int]]], length: int, *, shared_first: bool = False,
@@ -117,7 +119,7 @@ def share_first(layout: BlockLayout) -> BlockLayout:
 
 def block_positions(lengths: Sequence[int], scheme: str, shared_first: bool = False) -> list[int]:
   """Position of the first token of each block: what `with_positions` gives a document whose last block alone reads."""
-  _check_scheme(scheme)
+  errors.check_choice('positions', scheme, POSITION_SCHEMES)
   if scheme == 'sequential':
     return list(itertools.accumulate(lengths[:-1], initial=0))
   prefix = lengths[0] if shared_first and len(lengths) > 1 else 0
@@ -130,7 +132,7 @@ def with_readers(layout: BlockLayout, numbers: Sequence[int]) -> BlockLayout:
   return layout.replace(reader=layout.reader | np.isin(layout.block, numbers) & (layout.doc != 0))
 
 
-def sees(query: BlockLayout, key: BlockLayout) -> Array:
+def sees(query: BlockLayout, key: BlockLayout) -> Field:
   """Who may attend to whom, the order of the tokens apart: the one line of the mask.
 
   Operators alone, so that it serves numpy, jax and torch: the fields of `query` and `key` broadcast against each other.
@@ -169,18 +171,13 @@ def with_positions(layout: BlockLayout, scheme: str) -> BlockLayout:
   the shared prefix, as it does in a cache of blocks; a reader starts after the longest block before it, a further
   reader after the one before. Removed tokens and padding take no position (theirs is 0).
   """
-  _check_scheme(scheme)
+  errors.check_choice('positions', scheme, POSITION_SCHEMES)
   valid = layout.doc != 0
   if scheme == 'sequential':
     position = _rank(valid, layout.doc)
   else:
     position = _local_positions(layout, valid)
   return layout.replace(position=jnp.where(valid, position, 0).astype(jnp.int32))
-
-
-def _check_scheme(scheme):
-  if scheme not in POSITION_SCHEMES:
-    raise UserError(f'positions={scheme!r}; choose one of {", ".join(POSITION_SCHEMES)}')
 
 
 def _rank(member, doc):
@@ -245,8 +242,7 @@ def drop_blocks(layout: BlockLayout, key: Array, *, rate: float, mode: str, posi
       removed (a document's first block has none and is kept). 'remove': its tokens are taken out of the context.
     positions: scheme for numbering the tokens of the new layout.
   """
-  if mode not in DROP_MODES:
-    raise UserError(f'block dropout mode {mode!r}; choose one of {", ".join(DROP_MODES)}')
+  errors.check_choice('mode', mode, DROP_MODES)
   doc, block = jnp.asarray(layout.doc), jnp.asarray(layout.block)
   coins = _coin_per_block(layout, key, rate)
   dropped = coins & (doc != 0) & ~jnp.asarray(layout.reader) & ~jnp.asarray(layout.shared)
@@ -293,7 +289,7 @@ class BlockOptions:
   shared_first: bool = False
 
   def __post_init__(self):
-    _check_scheme(self.positions)
+    errors.check_choice('positions', self.positions, POSITION_SCHEMES)
     if self.max_blocks < 1 or min(self.sink_ids, default=0) < 0:
       raise UserError(f'max_blocks={self.max_blocks}, sink_ids={self.sink_ids}: blocks are counted from 1, ids from 0')
 

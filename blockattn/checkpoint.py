@@ -17,13 +17,13 @@ import pathlib
 import re
 import shutil
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterable, Sequence
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from blockattn import disk, metrics, tree
 from blockattn.errors import UserError
@@ -50,18 +50,18 @@ class Checkpoints:
   Args:
     folder: made if absent.
     keep: how many of the newest steps stay.
-    background: write while training goes on.
   """
 
-  def __init__(self, folder, *, keep: int = 2, background: bool = True):
+  def __init__(self, folder, *, keep: int = 2):
     self.folder = pathlib.Path(folder).absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=background, create=True,
-                                           cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(self.folder, options=options)
-    self._write, self._quiet = None, contextlib.ExitStack()
+    self._writer, self._quiet = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint'), contextlib.ExitStack()
+    self._write: concurrent.futures.Future | None = None   # of the step that was saved last
 
   def __enter__(self) -> 'Checkpoints':
     self._quiet.enter_context(_without_echoes())
+    self._quiet.enter_context(self._writer)
     self._hook, sys.unraisablehook = sys.unraisablehook, _without_late_writes(sys.unraisablehook)
     return self
 
@@ -89,19 +89,25 @@ class Checkpoints:
       return
     args = ocp.args.Composite(params=ocp.args.StandardSave(params), opt_state=ocp.args.StandardSave(opt_state),
                               data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(meta))
-    self._write = _Write(self._manager, self.folder / str(step))
-    self._write.begin(args)
+    path = self.folder / str(step)
+    with _writing(path):
+      self._manager.save(step, args=args)   # returns when the values have been taken
+    self._write = self._writer.submit(self._finish, path)
+
+  def _finish(self, path: pathlib.Path):
+    with _writing(path):
+      self._manager.wait_until_finished()
+      _write_sums(path, jax.process_index(), jax.process_count())
 
   def check(self):
     """Raises NotSaved if a write that goes on in the background has failed. Costs nothing: to be asked at every step."""
-    if self._write is not None:
-      self._write.check()
+    if self._write is not None and self._write.done():
+      self._write.result()
 
   def wait(self):
     """Returns when the last step that was saved stands, with its checksums. Raises NotSaved."""
     if self._write is not None:
-      self._write.join()
-      self._write.check()
+      self._write.result()
 
   def verify(self, step: int):
     """Checks this process's share of a step's files; all processes together check them all. Raises Damaged."""
@@ -116,20 +122,17 @@ class Checkpoints:
     return _restored(self._manager, step, meta=ocp.args.JsonRestore())['meta']
 
   def restore(self, step: int, params, opt_state):
-    """Reads a step back, unchecked: see `verify`.
+    """Reads (params, opt_state) of a step back, unchecked: see `verify`.
 
     Args:
-      params, opt_state: trees of jax.ShapeDtypeStruct with shardings: where and in which dtype the arrays go.
-
-    Returns:
-      (params, opt_state, meta).
+      params, opt_state: trees of arrays or of jax.ShapeDtypeStruct with shardings: where and in which dtype they go.
 
     Raises:
       Damaged: an item is not there, or cannot be read.
     """
-    got = _restored(self._manager, step, params=ocp.args.StandardRestore(params),
-                    opt_state=ocp.args.StandardRestore(opt_state), meta=ocp.args.JsonRestore())
-    return got['params'], got['opt_state'], got['meta']
+    got = _restored(self._manager, step, params=ocp.args.StandardRestore(abstract_like(params)),
+                    opt_state=ocp.args.StandardRestore(abstract_like(opt_state)))
+    return got['params'], got['opt_state']
 
 
 def _restored(manager, step: int, **items):
@@ -167,53 +170,27 @@ def _without_late_writes(hook):
   return hear
 
 
-class _Write:
-  """The writing of one step: what goes on in the background, and how it ended."""
+@contextlib.contextmanager
+def _writing(path: pathlib.Path):
+  """Within the block, what keeps a step from being written is NotSaved, and what there is of it is removed."""
+  try:
+    yield
+  except Exception as error:
+    if jax.process_index() == 0 and not path.exists():
+      _remove_parts(path)
+    raise NotSaved(_why_not(path, error)) from error
 
-  def __init__(self, manager, path: pathlib.Path):
-    self._manager, self._path, self._error = manager, path, None
-    self._thread = threading.Thread(target=self._finish, name='checkpoint', daemon=True)
 
-  def begin(self, args):
-    """Returns when the values have been taken; the rest happens in the background. Raises NotSaved."""
-    try:
-      self._manager.save(int(self._path.name), args=args)
-    except Exception as error:
-      self._give_up(error)
-    else:
-      self._thread.start()
-    self.check()
-
-  def _finish(self):
-    try:
-      self._manager.wait_until_finished()
-      _write_sums(self._path, jax.process_index(), jax.process_count())
-    except Exception as error:
-      self._give_up(error)
-
-  def _give_up(self, error):
-    if jax.process_index() == 0 and not self._path.exists():
-      self._remove_parts()
-    self._error = error
-
-  def _remove_parts(self):
-    """Makes room, as far as threads let it that write on for a moment after the first of them has failed. What they leave
-    is removed by the next start."""
-    for _ in range(_REMOVALS):
-      parts = list(self._path.parent.glob(f'{self._path.name}{_PART}*'))
-      for part in parts:
-        shutil.rmtree(part, ignore_errors=True)
-      time.sleep(0.1)
-      if not any(part.exists() for part in parts):
-        return
-
-  def join(self):
-    if self._thread.is_alive():
-      self._thread.join()
-
-  def check(self):
-    if self._error is not None:
-      raise NotSaved(_why_not(self._path, self._error)) from self._error
+def _remove_parts(path: pathlib.Path):
+  """Makes room, as far as threads let it that write on for a moment after the first of them has failed. What they leave is
+  removed by the next start."""
+  for _ in range(_REMOVALS):
+    parts = list(path.parent.glob(f'{path.name}{_PART}*'))
+    for part in parts:
+      shutil.rmtree(part, ignore_errors=True)
+    time.sleep(0.1)
+    if not any(part.exists() for part in parts):
+      return
 
 
 def _why_not(path: pathlib.Path, error: Exception) -> str:
@@ -238,7 +215,7 @@ def _reason(error: BaseException) -> str:
   return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: float) -> str:
   for unit in ('B', 'KiB', 'MiB', 'GiB'):
     if count < 1024:
       return f'{count:.0f} {unit}' if unit == 'B' else f'{count:.1f} {unit}'
@@ -393,7 +370,7 @@ def _shapes_of(path: pathlib.Path):
   """The tree of what a step's `params` are, read from their index."""
   try:
     # Not the manager's item_metadata, which reads those of all items: others may be damaged.
-    return ocp.StandardCheckpointHandler().metadata(path / 'params').tree
+    return ocp.StandardCheckpointHandler().metadata(epath.Path(path / 'params')).tree
   except Exception as error:   # see `_restored`
     raise Damaged(_what_to_do(path, f'{path}: its params cannot be read: {_reason(error)}')) from error
 

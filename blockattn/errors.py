@@ -74,13 +74,17 @@ def check_choice(name: str, value: Any, known: Iterable[str]):
 
 def line_of(error: BaseException) -> str | None:
   """The line that tells a user what to mend; None of an error that is none of his."""
-  if isinstance(error, UserError) or type(error) in _NAMED and error.errno is None:   # without a number: raised by us
+  if isinstance(error, UserError) or _is_ours(error):
     return str(error)
   if isinstance(error, OSError) and error.errno in _FULL:
     return f'{error}: make room there, then start the same command again to go on from the newest checkpoint'
   if isinstance(error, OSError) and error.filename is not None:
     return f'{error.filename}: {error.strerror}; repair it, or name another path'
   return None
+
+
+def _is_ours(error):
+  return isinstance(error, OSError) and type(error) in _NAMED and error.errno is None   # without a number: raised by us
 
 
 @contextlib.contextmanager

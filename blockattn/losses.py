@@ -331,7 +331,7 @@ def distillation_loss(student: Head, teacher: Head, targets: Array, mask: Array,
   if weights.source != 'student':
     raise UserError(f"weights.source must be 'student' here, got {weights.source!r}; with the teacher's hidden states "
                     'under the block mask too, call distillation_sums')
-  reading = lambda x_BTD, head_VD: Reading(jax.tree_util.Partial(transformer.by_head, head_VD), x_BTD)
+  reading = lambda x_BTD, head_VD: Reading(jax.tree_util.Partial(transformer.project, head_VD), x_BTD)
   sums = distillation_sums(reading(*student), jax.lax.stop_gradient(reading(*teacher)), targets, jnp.zeros_like(targets),
                            mask, weights=weights, temperature=temperature, ce_weight=ce_weight, kind=kind,
                            document=document, chunk=chunk)

@@ -6,6 +6,7 @@ JSON has no NaN and no infinity, so these are written as null; `read_metrics` gi
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import os
@@ -45,7 +46,7 @@ class MetricWriter:
 
   def __init__(self, workdir: str | os.PathLike, process_index: int = 0, tensorboard: bool = True, *,
                resume_step: int | None = None, wandb_project: str | None = None):
-    self._file, self._board, self._wandb = None, None, None
+    self._sinks, self._open = [], contextlib.ExitStack()
     if process_index != 0:
       return
     workdir = pathlib.Path(workdir)
@@ -53,44 +54,27 @@ class MetricWriter:
     path = workdir / FILE_NAME
     truncate(path, resume_step)
     if tensorboard:
-      self._board = _tensorboard(workdir / 'tensorboard', resume_step)
+      self._sinks.append(self._open.enter_context(_event_files(workdir / 'tensorboard', resume_step)))
     if wandb_project is not None:
-      self._wandb = _wandb_run(wandb_project, workdir)
-    self._file = path.open('a', encoding='utf-8', buffering=1)   # a line is on disk when `write` returns
+      self._sinks.append(self._open.enter_context(_wandb_run(wandb_project, workdir)))
+    self._sinks.insert(0, self._open.enter_context(_lines(path)))
 
   def write(self, step: int, scalars: Mapping[str, float]):
-    """Writes the scalars of one step.
+    """Writes the scalars of one step; they are on disk when it returns.
 
     Raises:
       ValueError: a scalar is called 'step' or 'time'.
       TypeError: a value is not a number.
     """
-    if self._file is None:
-      return
-    now, values = time.time(), _as_floats(scalars)
-    line = {'step': int(step), 'time': round(now, 3)} | values
-    self._file.write(json.dumps(_finite(line), allow_nan=False) + '\n')
-    if self._board is not None:
-      for name, value in values.items():
-        if math.isfinite(value):   # it would warn of every other one
-          self._board.add_scalar(name, value, step, walltime=now)
-    if self._wandb is not None:
-      self._wandb.log(values | {'step': int(step)})
-
-  def flush(self):
-    """Hands everything written so far to the operating system."""
-    for sink in (self._file, self._board):
-      if sink is not None:
-        sink.flush()
+    values = _as_floats(scalars) if self._sinks else {}
+    now = time.time()
+    for sink in self._sinks:
+      sink(int(step), now, values)
 
   def close(self):
     """Flushes and closes; further writes are ignored."""
-    for sink in (self._file, self._board):
-      if sink is not None:
-        sink.close()
-    if self._wandb is not None:
-      self._wandb.finish()
-    self._file, self._board, self._wandb = None, None, None
+    self._sinks = []
+    self._open.close()
 
   def __enter__(self) -> 'MetricWriter':
     return self
@@ -164,13 +148,32 @@ def _as_floats(scalars: Mapping[str, float]) -> dict[str, float]:
   return values
 
 
-def _tensorboard(folder: pathlib.Path, resume_step: int | None):
+# Where scalars go: each gives what is called with a step, its time and its scalars.
+
+
+@contextlib.contextmanager
+def _lines(path: pathlib.Path):
+  with path.open('a', encoding='utf-8', buffering=1) as file:
+    yield lambda step, now, values: file.write(
+        json.dumps(_finite({'step': step, 'time': round(now, 3)} | values), allow_nan=False) + '\n')
+
+
+@contextlib.contextmanager
+def _event_files(folder: pathlib.Path, resume_step: int | None):
   # Imported here: who only reads metrics.jsonl needs neither tensorboardX nor protobuf.
   import tensorboardX
+
+  def write(step, now, values):
+    for name, value in values.items():
+      if math.isfinite(value):   # it would warn of every other one
+        board.add_scalar(name, value, step, walltime=now)
+
   purge = None if resume_step is None else resume_step + 1   # the viewer drops events from this step on
-  return tensorboardX.SummaryWriter(str(folder), purge_step=purge)
+  with tensorboardX.SummaryWriter(str(folder), purge_step=purge) as board:
+    yield write
 
 
+@contextlib.contextmanager
 def _wandb_run(project: str, workdir: pathlib.Path):
   """The W&B run of this workdir, with its config; its id is kept in a file so that a resumed run goes on in the same one."""
   try:
@@ -186,7 +189,8 @@ def _wandb_run(project: str, workdir: pathlib.Path):
   run.define_metric('*', step_metric='step')   # W&B's own step may not go back, ours does on a resume
   if run.offline:
     _log_again(run, workdir / FILE_NAME)
-  return run
+  yield lambda step, now, values: run.log(values | {'step': step})
+  run.finish()
 
 
 def _log_again(run, path: pathlib.Path):
@@ -306,20 +310,17 @@ class ProgressLine:
 @contextlib.contextmanager
 def counting(label: str, *, stream: TextIO | None = None, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
   """`show(done, of)`: a `ProgressLine` with the time left, of work whose size is known when it begins."""
-  line = clock = None
+  with contextlib.ExitStack() as stack:
+    @functools.cache
+    def begun(of):
+      return stack.enter_context(ProgressLine(of, label, stream=stream, enabled=enabled)), StepClock(of)
 
-  def show(done, of):
-    nonlocal line, clock
-    if line is None:
-      line, clock = ProgressLine(of, label, stream=stream, enabled=enabled), StepClock(of)
-    clock.tick(done, 0)
-    line.update(done, {name: value for name, value in clock.rates().items() if name == 'seconds_left'})
+    def show(done, of):
+      line, clock = begun(of)
+      clock.tick(done, 0)
+      line.update(done, {name: value for name, value in clock.rates().items() if name == 'seconds_left'})
 
-  try:
     yield show
-  finally:
-    if line is not None:
-      line.close()
 
 
 def _bar(stream: TextIO) -> rich.progress.Progress:
@@ -329,16 +330,9 @@ def _bar(stream: TextIO) -> rich.progress.Progress:
 
 
 def _facts(scalars: Mapping[str, float]) -> str:
-  facts = []
-  if 'loss' in scalars:
-    facts.append(f'loss {scalars["loss"]:.4f}')
-  if 'tokens_per_s' in scalars:
-    facts.append(f'{short_count(scalars["tokens_per_s"])} tokens/s')
-  if 'mfu' in scalars:
-    facts.append(f'{scalars["mfu"]:.1%} MFU')
-  if 'seconds_left' in scalars:
-    facts.append(f'{short_time(scalars["seconds_left"])} left')
-  return '  '.join(facts)
+  forms = {'loss': '{:.4f}'.format, 'tokens_per_s': short_count, 'mfu': '{:.1%}'.format, 'seconds_left': short_time}
+  words = {'loss': 'loss {}', 'tokens_per_s': '{} tokens/s', 'mfu': '{} MFU', 'seconds_left': '{} left'}
+  return '  '.join(words[name].format(form(scalars[name])) for name, form in forms.items() if name in scalars)
 
 
 def short_count(value: float) -> str:

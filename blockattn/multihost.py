@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,10 +45,11 @@ MEET_S = 300         # wait so long for all to start
 AGREE_S = 120        # and so long for all to say what they run
 LEAVE_S = 1800       # the first to finish waits so long for the others, one of which may be writing files
 WATCH_S = 1.0        # between two looks at whether another process failed
+LOOK_S = 0.2         # between two looks at where this process stands
 PUBLISH_S = 5.0      # a process that fails tries for so long to say so
 LAST_WORDS_S = 4.0   # process 0, who keeps what was said, stays so long, so that all hear of it
-_PREFIX = 'blockattn'
-_FAILED = f'{_PREFIX}/failed'
+_PREFIX = 'blockattn'   # of the keys in the store
+_FAILED = 'failed'
 _SHOWN = 5           # differing keys in an error
 
 
@@ -137,7 +138,7 @@ def joined(text: str | None, environ: Mapping[str, str] = os.environ) -> Iterato
     with failing_ends_all(agreed=(SystemExit,)):
       yield
       # JAX itself would wait 30 s for the others, who may be at work yet.
-      distributed.global_state.client.wait_at_barrier(f'{_PREFIX}/leave', LEAVE_S * 1000)
+      _client().wait_at_barrier(f'{_PREFIX}/leave', LEAVE_S * 1000)
   finally:
     watch.end()
 
@@ -174,12 +175,33 @@ def is_started() -> bool:
   return distributed.global_state.client is not None
 
 
+def _client():
+  """Of the key-value store, where this process is one of several."""
+  client = distributed.global_state.client
+  if client is None:
+    raise RuntimeError('this process is alone: there is no store to speak through')
+  return client
+
+
 def preempted(step: int) -> bool:
   """Whether all processes are to stop after this step because one of them got SIGTERM; to be asked at every step.
 
   JAX notices the signal itself, and chooses a step that no process has passed.
   """
   return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _put(key: str, value: str, *, again: bool = False):
+  """Sets a key, `again`: one that may be set already."""
+  _client().key_value_set(f'{_PREFIX}/{key}', value, allow_overwrite=again)
+
+
+def _peek(key: str) -> str | None:
+  """The value of a key, None if it is not set, or if nobody answers."""
+  try:
+    return _client().key_value_try_get(f'{_PREFIX}/{key}')
+  except jax.errors.JaxRuntimeError:
+    return None
 
 
 def _me() -> tuple[int, int]:
@@ -212,38 +234,27 @@ def failing_ends_all(agreed: tuple[type[BaseException], ...] = ()) -> Iterator[N
   except BaseException as error:
     if not is_started() or (isinstance(error, agreed) and not _is_complaint(error)):
       raise
-    _end_all(_code_of(error), _text_of(error))
+    _end_all(*_ending(error))
 
 
 def _is_complaint(error) -> bool:
   return isinstance(error, SystemExit) and (isinstance(error.code, str) or error.code in (1, 2))
 
 
-def _code_of(error) -> int:
-  if errors.line_of(error) is not None:
-    return errors.EXIT_MEND
+def _ending(error) -> tuple[int, str]:
+  """The exit code that an error ends its process with, and what is said of it."""
+  if (line := errors.line_of(error)) is not None:
+    return errors.EXIT_MEND, f'error: {line}'
   if isinstance(error, SystemExit):
-    return error.code if isinstance(error.code, int) else 1
+    return error.code if isinstance(error.code, int) else 1, str(error.code)
   if isinstance(error, KeyboardInterrupt):
-    return errors.EXIT_INTERRUPTED
-  # What a collective says whose other side is gone; too little memory will be so the next time too.
-  lost = isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error)
-  return EXIT_LOST if lost else 1
-
-
-def _text_of(error) -> str:
-  if isinstance(error, SystemExit):
-    return str(error.code)
-  if isinstance(error, KeyboardInterrupt):
-    return 'interrupted (Ctrl-C)'
-  line = errors.line_of(error)
-  if line is not None:
-    return f'error: {line}'
+    return errors.EXIT_INTERRUPTED, 'interrupted (Ctrl-C)'
   text = ''.join(traceback.format_exception(error)).rstrip()
-  if _code_of(error) == EXIT_LOST:
-    text += (f'\nA device or another process was lost. Start the same command again to go on from the newest checkpoint '
-             f'(exit code {EXIT_LOST}).')
-  return text
+  # What a collective says whose other side is gone; too little memory will be so the next time too.
+  if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error):
+    return EXIT_LOST, (f'{text}\nA device or another process was lost. Start the same command again to go on from the '
+                       f'newest checkpoint (exit code {EXIT_LOST}).')
+  return 1, text
 
 
 def _end_all(code: int, text: str):
@@ -275,22 +286,13 @@ def _leave(code: int):
 
 def _publish_failure(code, text):
   with contextlib.suppress(jax.errors.JaxRuntimeError):   # the first to write keeps the key
-    distributed.global_state.client.key_value_set(_FAILED, json.dumps(
-        {'index': _me()[0], 'host': socket.gethostname(), 'code': code, 'text': text[-20000:]}))
+    _put(_FAILED, json.dumps({'index': _me()[0], 'host': socket.gethostname(), 'code': code, 'text': text[-20000:]}))
 
 
 def _failure() -> dict | None:
   """What the first process that failed says of it."""
   text = _peek(_FAILED)
   return None if text is None else json.loads(text)
-
-
-def _peek(key: str) -> str | None:
-  """The value of a key, None if it is not set, or if nobody answers."""
-  try:
-    return distributed.global_state.client.key_value_try_get(key)
-  except jax.errors.JaxRuntimeError:
-    return None
 
 
 def _first_words(first) -> str:
@@ -334,12 +336,11 @@ def check_equal(what: str, facts: Mapping[str, Any]):
   index, count = _me()
   mine = json.dumps({'host': socket.gethostname(), 'facts': dict(facts)}, sort_keys=True, default=str)
   said = collect(what, mine)
-  client, key = distributed.global_state.client, f'{_PREFIX}/verdict/{what}'
   if said is not None:
     verdict = _differences([json.loads(text) for text in said])
-    client.key_value_set(key, verdict)
+    _put(f'verdict/{what}', verdict)
   else:
-    verdict = client.blocking_key_value_get(key, (AGREE_S + 60) * 1000)
+    verdict = _client().blocking_key_value_get(f'{_PREFIX}/verdict/{what}', (AGREE_S + 60) * 1000)
   if verdict:
     raise UserError(f'the {count} processes of this run differ in {verdict}; start all of them with the same command, '
                     'checkout and hardware')
@@ -358,7 +359,7 @@ def _differences(said: Sequence[Mapping]) -> str:
   return '; '.join(list(found.values())[:_SHOWN]) + more
 
 
-def collect(what: str, value: str, timeout_s: float = AGREE_S) -> list[str] | None:
+def collect(what: str, value: str) -> list[str] | None:
   """Brings a text of every process to process 0.
 
   Args:
@@ -371,23 +372,16 @@ def collect(what: str, value: str, timeout_s: float = AGREE_S) -> list[str] | No
     TimeoutError: on process 0: a process said nothing; names those that did not.
   """
   index, count = _me()
-  client = distributed.global_state.client
-  client.key_value_set(f'{_PREFIX}/collect/{what}/{index}', value)
+  _put(f'collect/{what}/{index}', value)
   if index != 0:
     return None
-  deadline = time.monotonic() + timeout_s
-  values: dict[int, str] = {}
-  while len(values) < count:
-    for i in set(range(count)) - values.keys():
-      said = _peek(f'{_PREFIX}/collect/{what}/{i}')
-      if said is not None:
-        values[i] = said
-    if len(values) < count:
-      if time.monotonic() > deadline:
-        missing = sorted(set(range(count)) - values.keys())
-        raise TimeoutError(f'{what}: after {timeout_s:.0f} s, {len(missing)} of {count} processes have said nothing: '
-                           f'{_numbers(missing)}; look at their logs')
-      time.sleep(0.05)
+  deadline, values = time.monotonic() + AGREE_S, {}
+  while missing := [i for i in range(count) if i not in values]:
+    if time.monotonic() > deadline:
+      raise TimeoutError(f'{what}: after {AGREE_S} s, {len(missing)} of {count} processes have said nothing: '
+                         f'{_numbers(missing)}; look at their logs')
+    values |= {i: said for i in missing if (said := _peek(f'collect/{what}/{i}')) is not None}
+    time.sleep(0.05)
   return [values[i] for i in range(count)]
 
 
@@ -398,7 +392,7 @@ def _numbers(indices: Sequence[int]) -> str:
 # Who is slow.
 
 @contextlib.contextmanager
-def timed(what: str, *, patience_s: float = 60.0, look_s: float = 0.2, say: Callable[[str], None] = _say) -> Iterator[None]:
+def timed(what: str, *, patience_s: float = 60.0) -> Iterator[None]:
   """Names the process that the others wait for, while they do, and says afterwards how long each was at work.
 
   A process is at work as long as its main thread is in no barrier. What is waited for is thus known from where each
@@ -407,16 +401,15 @@ def timed(what: str, *, patience_s: float = 60.0, look_s: float = 0.2, say: Call
   Args:
     what: a name that is used once in a run.
     patience_s: seconds after which, and between which, process 0 says who is still at work.
-    look_s: seconds between two looks at where this process stands.
   """
   if not is_started():
     yield
     return
   start, ended = time.monotonic(), threading.Event()
   clock = _Clock(threading.get_ident(), start)
-  threads = [threading.Thread(target=_report_standing, args=(what, clock, ended, look_s, patience_s), daemon=True)]
+  threads = [threading.Thread(target=_report_standing, args=(what, clock, ended, patience_s), daemon=True)]
   if _me()[0] == 0:
-    threads.append(threading.Thread(target=_name_the_slow, args=(what, ended, patience_s, say), daemon=True))
+    threads.append(threading.Thread(target=_name_the_slow, args=(what, ended, patience_s), daemon=True))
   for thread in threads:
     thread.start()
   try:
@@ -427,7 +420,7 @@ def timed(what: str, *, patience_s: float = 60.0, look_s: float = 0.2, say: Call
       thread.join()
   said = collect(f'{what}/seconds', json.dumps([socket.gethostname(), clock.seconds()]))
   if said is not None:
-    say(f'{what}: {_spread([json.loads(text) for text in said])}')
+    _say(f'{what}: {_spread([json.loads(text) for text in said])}')
 
 
 class _Clock:
@@ -453,30 +446,29 @@ class _Clock:
     return (self._end or time.monotonic()) - self._start
 
 
-def _report_standing(what, clock, ended, look_s, patience_s):
-  client, key = distributed.global_state.client, f'{_PREFIX}/standing/{what}/{_me()[0]}'
+def _report_standing(what, clock, ended, patience_s):
   last, told = None, 0.0
-  while not ended.wait(look_s):
+  while not ended.wait(LOOK_S):
     now = clock.look()
     # A word per change between work and waiting, and now and then where the work stands.
     if last is None or bool(now) != bool(last) or (now != last and time.monotonic() - told > patience_s / 4):
       last, told = now, time.monotonic()
       with contextlib.suppress(jax.errors.JaxRuntimeError):
-        client.key_value_set(key, json.dumps([socket.gethostname(), now]), allow_overwrite=True)
+        _put(f'standing/{what}/{_me()[0]}', json.dumps([socket.gethostname(), now]), again=True)
 
 
-def _name_the_slow(what, ended, patience_s, say):
+def _name_the_slow(what, ended, patience_s):
   _, count = _me()
   start = time.monotonic()
   while not ended.wait(patience_s):
     at_work = []
     for i in range(count):
-      said = _peek(f'{_PREFIX}/standing/{what}/{i}')
+      said = _peek(f'standing/{what}/{i}')
       host, place = json.loads(said) if said else ('?', 'has not begun')
       if place:
         at_work.append(f'{i} on {host} ({place})')
-    say(f'{what}: {time.monotonic() - start:.0f} s, {count - len(at_work)} of {count} processes wait for '
-        f'{"; ".join(at_work[:_SHOWN]) or "each other"}{", ..." if len(at_work) > _SHOWN else ""}')
+    _say(f'{what}: {time.monotonic() - start:.0f} s, {count - len(at_work)} of {count} processes wait for '
+         f'{"; ".join(at_work[:_SHOWN]) or "each other"}{", ..." if len(at_work) > _SHOWN else ""}')
 
 
 def _spread(said: Sequence[tuple[str, float]]) -> str:

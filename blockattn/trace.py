@@ -44,10 +44,10 @@ def compiling() -> Iterator[Callable[[], float]]:
   """`seconds()`: what JAX has spent on tracing and compiling in this process within the block so far."""
   spans = []   # (start, end), apart from each other
 
-  def heard(event, duration, **_):
+  def heard(event, duration_secs, **_):
     if event.startswith('/jax/core/compile/'):
       end = time.perf_counter()
-      start = end - duration
+      start = end - duration_secs
       while spans and spans[-1][1] > start:   # a function that is traced within another one's trace
         start = min(start, spans.pop()[0])
       spans.append((start, end))

@@ -53,12 +53,12 @@ def assert_equal(got, expected):
 
 
 def test_a_step_comes_back_whole(state, written):
-  like = checkpoint.abstract_like({'params': state.params, 'opt_state': state.opt_state})
   with checkpoint.Checkpoints(written) as saved:
     assert saved.newest() == 4
     saved.verify(4)
     data = saved.data(4)
-    params, opt_state, meta = saved.restore(4, like['params'], like['opt_state'])
+    meta = saved.meta(4)
+    params, opt_state = saved.restore(4, state.params, state.opt_state)
   assert_equal(params, jax.tree.map(lambda p: 4 * p, state.params))
   assert_equal(opt_state, state.opt_state)
   assert jax.tree.structure(opt_state) == jax.tree.structure(state.opt_state)
@@ -152,14 +152,14 @@ def test_an_interrupted_save_is_no_checkpoint(state, folder):
   assert checkpoint.load_meta(folder)['step'] == 4
   with pytest.raises(FileNotFoundError, match='no checkpoint of step 5'):
     checkpoint.load_meta(folder, step=5)
-  with checkpoint.Checkpoints(folder, background=False) as saved:
+  with checkpoint.Checkpoints(folder) as saved:
     assert saved.newest() == 4
     saved.save(5, state.params, state.opt_state, {'next_step': 5}, META)
   assert checkpoint.load_meta(folder) == META and not half.exists()
 
 
 def test_a_step_that_stands_is_kept(state, folder):
-  with checkpoint.Checkpoints(folder, background=False) as saved:
+  with checkpoint.Checkpoints(folder) as saved:
     saved.save(4, state.params, state.opt_state, {'next_step': 0}, {})
   assert checkpoint.load_meta(folder)['step'] == 4
 
@@ -251,12 +251,12 @@ def test_damage_to_a_step_without_checksums_is_a_line_too(state, folder, item, d
   else:
     for file in files_of(folder, 4, item):
       file.write_bytes(file.read_bytes()[:5])
-  like = checkpoint.abstract_like({'params': state.params, 'opt_state': state.opt_state})
 
   def resume():
     with checkpoint.Checkpoints(folder) as saved:
       saved.data(4)
-      saved.restore(4, like['params'], like['opt_state'])
+      saved.meta(4)
+      saved.restore(4, state.params, state.opt_state)
 
   readers = [resume] + ([lambda: checkpoint.load_meta(folder)] if (item, damage) == ('meta', 'cut') else []) + (
       [lambda: checkpoint.load_params(folder, abstract())] if (item, damage) == ('params', 'cut') else [])

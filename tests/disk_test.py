@@ -134,7 +134,6 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
   old = os.umask(umask)
   try:
     metrics.write_json(tmp_path / 'a.json', {})
-    files.write_json(tmp_path / 'b.json', {})
     files.write_shard(tmp_path / 'c.safetensors', {'x': np.zeros(2)})
     schema.write(tmp_path / 'd.jsonl', [])
     with locks.held(tmp_path / 'e.lock'):
@@ -142,7 +141,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mode):
   finally:
     os.umask(old)
   assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == dict.fromkeys(
-      ('a.json', 'b.json', 'c.safetensors', 'd.jsonl', 'e.lock'), mode)
+      ('a.json', 'c.safetensors', 'd.jsonl', 'e.lock'), mode)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):

@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from blockattn import mesh
+from blockattn import mesh, metrics
 from blockattn.hf import files
 from blockattn.segmentation import granularity, measures, outline, splitters
 from blockattn.segmentation.segmenter import Segmenter
@@ -64,7 +64,7 @@ def run(options) -> None:
   for row in zip(THRESHOLDS, *before, *after):
     print(f'{row[0]:6.2f}   {row[1]:.4f} {row[2]:.4f}   {row[3]:.4f} {row[4]:.4f}' + ('  <-' if row[0] == threshold else ''))
   meta['segmenter'] |= {'outline': dataclasses.asdict(shift), 'threshold': threshold}
-  files.write_json(options.folder / files.META, meta)
+  metrics.write_json(options.folder / files.META, meta)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from blockattn import metrics
 from blockattn.data import encode, json_lines
 from blockattn.evals import answers, gap, locomo, longbench, qa, subjects
 from blockattn.hf import files
-from blockattn.inference import cache as cache_lib, engine as engine_lib, plan
+from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, pool
 from blockattn.segmentation import cutter
 from tools import arguments, compare, evaluate
 from tools.generate import cutting
@@ -70,7 +70,7 @@ def answerer(subject: gap.Subject, tokenizer, *, batch: int, store: cache_lib.St
 
 def _room_for(prompt, options):
   """Tokens of device memory that a prompt's context takes at most, whole pages that nobody else uses included."""
-  return sum(plan.padded(len(tokens) + len(options.sink_ids)) for tokens in prompt[:-1])
+  return sum(pool.padded(len(tokens) + len(options.sink_ids)) for tokens in prompt[:-1])
 
 
 # Items.

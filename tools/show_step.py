@@ -125,8 +125,8 @@ def received_bytes(options: job.Options, made: job.Job) -> dict[str, float]:
     activations += cfg.layers * state * cfg.width * 2 * 2 * _part(tensor) * (forwards + one.backward)
     shared, heads = (n / one.place.size('kv_heads') * cfg.head_dim for n in (cfg.kv_heads, cfg.heads))
     if one.context_parallel and context > 2:
-      sent = rows * context_parallel.most_sent(one.tokens // context, one.tokens, compute.far_queries)
-      read = state * 2 * shared + sent * 2 * heads * _part(context) * (local + 4)
+      far = rows * context_parallel.most_far_queries(one.tokens // context, one.tokens, compute.far_queries)
+      read = state * 2 * shared + far * 2 * heads * _part(context) * (local + 4)
     else:
       read = state * context * 2 * shared * _part(context)
     activations += cfg.layers * read * (forwards + one.backward)

@@ -70,7 +70,7 @@ def read_meta(folder: str | os.PathLike) -> dict:
   return json.loads(path.read_text())
 
 
-class TaughtRows:
+class StoredLogits:
   """A source of packed rows, each with what the teacher says of it under 'teacher'.
 
   A row's 'teacher' is {'ids' int32 [T, K], 'log_p' float32 [T, K], 'target_log_p', 'blocked_log_p' float32 [T]}, zeros where
@@ -122,7 +122,7 @@ class TaughtRows:
 
 
 def spread(stored: Mapping[str, np.ndarray], text: np.ndarray) -> dict[str, np.ndarray]:
-  """A record's arrays at the places of their tokens, as `TaughtRows` says.
+  """A record's arrays at the places of their tokens, as `StoredLogits` says.
 
   Args:
     text: bool [T].
@@ -138,7 +138,7 @@ def spread(stored: Mapping[str, np.ndarray], text: np.ndarray) -> dict[str, np.n
 
 
 def empty(length: int, top_k: int) -> dict[str, np.ndarray]:
-  """What `TaughtRows` gives of a row without tokens."""
+  """What `StoredLogits` gives of a row without tokens."""
   of_token, of_top = np.zeros(length, np.float32), np.zeros((length, top_k), np.float32)
   return {'ids': of_top.astype(np.int32), 'log_p': of_top, 'target_log_p': of_token, 'blocked_log_p': of_token}
 

@@ -114,7 +114,7 @@ def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
   if family not in ARCHITECTURES:
     raise _unsupported(where, 'model_type', family, f'supported are {", ".join(ARCHITECTURES)}')
   _check_harmless(raw, where)
-  need = lambda key, kind=int: _require(raw, key, kind, where)
+  need = lambda key: _require(raw, key, int, where)
   # Absent keys mean what they mean to transformers' class; where its guess would be a gamble, the key is required.
   absent = lambda key: family == 'llama' and raw.get(key) is None
   _check_ranges(raw, where)
@@ -127,7 +127,8 @@ def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
       where, family=family, vocab=need('vocab_size'), width=width, layers=need('num_hidden_layers'), heads=heads,
       kv_heads=heads if absent('num_key_value_heads') else need('num_key_value_heads'),
       head_dim=width // heads if absent('head_dim') else need('head_dim'),
-      mlp=need('intermediate_size'), norm_eps=need('rms_norm_eps', float), rope_theta=theta, rope_scaling=scaling,
+      mlp=need('intermediate_size'), norm_eps=_require(raw, 'rms_norm_eps', float, where),
+      rope_theta=theta, rope_scaling=scaling,
       qk_norm=family == 'qwen3', attention_bias=_flag(raw, 'attention_bias', where),
       mlp_bias=family == 'llama' and _flag(raw, 'mlp_bias', where), tied=_flag(raw, 'tie_word_embeddings', where),
       max_positions=need('max_position_embeddings'), **classes)
@@ -255,18 +256,17 @@ def _rope_dict(rope, where):
   numbers = {field: _require(rope, key, float, where) for key, field in LLAMA3_KEYS.items()}
   for key, field in LLAMA3_KEYS.items():
     errors.check_number(f'{where}: {key}', numbers[field], above=0)
-  if not numbers['original_length'].is_integer():
-    raise UserError(f'{where}: original_max_position_embeddings={numbers["original_length"]} is no whole number')
-  return theta, Llama3Rope(**numbers | {'original_length': int(numbers['original_length'])})
+  length = numbers.pop('original_length')
+  if not length.is_integer():
+    raise UserError(f'{where}: original_max_position_embeddings={length} is no whole number')
+  return theta, Llama3Rope(**numbers, original_length=int(length))
 
 
 def _rope_to_dict(cfg):
-  if cfg.rope_scaling is None:
-    return {'rope_parameters': {'rope_type': 'default', 'rope_theta': cfg.rope_theta},
-            'rope_theta': cfg.rope_theta, 'rope_scaling': None}
-  scaling = {key: getattr(cfg.rope_scaling, field) for key, field in LLAMA3_KEYS.items()}
-  scaling = {'rope_type': 'llama3', **scaling}
-  return {'rope_parameters': {**scaling, 'rope_theta': cfg.rope_theta},
+  scaling = None
+  if cfg.rope_scaling is not None:
+    scaling = {'rope_type': 'llama3', **{key: getattr(cfg.rope_scaling, field) for key, field in LLAMA3_KEYS.items()}}
+  return {'rope_parameters': {**(scaling or {'rope_type': 'default'}), 'rope_theta': cfg.rope_theta},
           'rope_theta': cfg.rope_theta, 'rope_scaling': scaling}
 
 

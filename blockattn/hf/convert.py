@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from blockattn import tree
+from blockattn import errors, metrics, tree
 from blockattn.errors import UserError
 from blockattn.hf import config, files, names
 from blockattn.models import classifier, spec as spec_lib
@@ -50,7 +50,7 @@ def load(name: os.PathLike | str, dtype: str, mesh: Mesh | None = None, rules: A
       infinite.
     FileNotFoundError: a missing folder or file.
   """
-  _check_dtype(dtype)
+  errors.check_choice('dtype', dtype, DTYPES)
   folder = files.locate(name)
   cfg = config.read(folder)
   slots, stored = names.slots(cfg), files.stored_tensors(folder)
@@ -77,7 +77,7 @@ def dtype_for(stored: Iterable[str]) -> str:
   return 'bfloat16' if set(stored) == {'BF16'} else 'float32'
 
 
-def rounding(stored: Iterable[str], dtype: str) -> str:
+def rounding(stored: Collection[str], dtype: str) -> str:
   """A line about the tensors that lose digits in `dtype`; '' if none does.
 
   Args:
@@ -100,8 +100,6 @@ def save(params: Any, cfg: ModelConfig, folder: os.PathLike | str, *, source: os
 
   Args:
     params: tree of numpy or jax arrays, sharded over several processes or not; then every process must call.
-    cfg: its architecture.
-    folder: local folder to write.
     source: folder whose tokenizer, generation config and licence files are copied.
     meta: what blockattn.json shall say about block attention (sinks, separator, positions, teacher, ...).
     card: text of README.md.
@@ -115,24 +113,24 @@ def save(params: Any, cfg: ModelConfig, folder: os.PathLike | str, *, source: os
     FileNotFoundError: `source` has no tokenizer.
     ValueError: parameters, architecture or meta that cannot be written, before anything is.
   """
-  _check_dtype(dtype)
+  errors.check_choice('dtype', dtype, DTYPES)
   flat = _check_params(params, cfg)
   raw_config = config.to_dict(cfg, dtype, files.token_ids(pathlib.Path(source)))
   meta = _check_meta(meta, cfg)
   slots = names.slots(cfg)
   sizes = {key: math.prod(slot.hf_shape) * jnp.dtype(dtype).itemsize for key, slot in slots.items()}
   shards = files.plan_shards(sizes, max_shard_bytes)
-  writes = jax.process_index() == 0
   done = 0
-  with files.new_folder(pathlib.Path(folder), overwrite) if writes else contextlib.nullcontext() as new:
+  new_folder = files.new_folder(pathlib.Path(folder), overwrite) if jax.process_index() == 0 else contextlib.nullcontext()
+  with new_folder as new:   # None where another process writes
     for file, keys in shards.items():
       tensors = {key: _tensor(flat, slots[key], cfg, dtype) for key in keys}   # all processes: gathers are collective
-      if writes:
+      if new is not None:
         files.write_shard(new / file, tensors)
       done += sum(sizes[key] for key in keys)
       if report:
         report(done, sum(sizes.values()))
-    if writes:
+    if new is not None:
       files.write_index(new, shards, sizes)
       _write_companions(new, pathlib.Path(source), cfg, raw_config, meta, card)
       verify(new, cfg, dtype)
@@ -174,11 +172,6 @@ def check_same_weights(said: dict | None, now: dict | None, what: str, source: o
     old, new = (f'{facts["fingerprint"][:12]}, read as {facts["dtype"]}' for facts in (said, now))
     raise UserError(f'{what} was made from other weights than lie in {source} now (fingerprint {old}; now {new}): put the '
                     f'old ones back, or {remedy}')
-
-
-def _check_dtype(dtype):
-  if dtype not in DTYPES:
-    raise UserError(f'dtype={dtype!r}; choose one of {", ".join(DTYPES)}')
 
 
 # Reading.
@@ -319,8 +312,8 @@ def _picker(sharding):
 
 
 def _write_companions(new, source, cfg, raw_config, meta, card):
-  files.write_json(new / 'config.json', raw_config)
-  files.write_json(new / files.META, meta)
+  metrics.write_json(new / 'config.json', raw_config)
+  metrics.write_json(new / files.META, meta)
   (new / files.CARD).write_text(card, encoding='utf-8')
   files.copy_companions(source, new)
   _write_generation_config(new / 'generation_config.json', raw_config, files.own_stop_ids(source))
@@ -334,4 +327,4 @@ def _write_generation_config(path, raw_config, stops):
   said = raw.get('eos_token_id')
   if stops and set(stops) != set(said if isinstance(said, list) else [said]):
     raw['eos_token_id'] = stops[0] if len(stops) == 1 else list(stops)
-  files.write_json(path, raw)
+  metrics.write_json(path, raw)

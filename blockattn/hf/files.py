@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -17,6 +16,7 @@ import tokenizers
 from blockattn import blocks, errors
 from blockattn.disk import check_form, read_json, read_tokenizer
 from blockattn.errors import UserError
+from blockattn.metrics import write_json
 
 META = 'blockattn.json'
 SINGLE = 'model.safetensors'
@@ -74,10 +74,6 @@ def check_kind(folder: pathlib.Path):
   if quantized:
     raise UserError(f'{folder} holds only GGUF ({quantized[0]}); name the folder of the weights that it was made of, or '
                     'convert it to safetensors first (transformers: from_pretrained with gguf_file, save_pretrained)')
-
-
-def write_json(path: pathlib.Path, value: dict):
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:

@@ -34,12 +34,13 @@ from blockattn.hf import config
 
 try:
   import torch
-  from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+  from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 except ImportError as error:
   raise ImportError(f"{__name__} runs models with torch; install it: pip install 'blockattn[torch]'") from error
 
 NAME = 'block_sdpa'   # of our attention in transformers, as in from_pretrained(..., attn_implementation=NAME)
 
+Model = Any   # LlamaForCausalLM or Qwen3ForCausalLM, of which the annotations of transformers deny that they generate
 Prompt = Sequence[Sequence[int]]
 State = tuple[tuple[torch.Tensor, torch.Tensor], ...]   # of each layer (k, v), both [1, K, n, H]
 
@@ -94,7 +95,7 @@ def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, device: to
 
 
 @torch.no_grad()
-def cached_generate(model: PreTrainedModel, prompt: Prompt, options: BlockOptions, *,
+def cached_generate(model: Model, prompt: Prompt, options: BlockOptions, *,
                     cache: MutableMapping[str, State] | None = None, **generate_kwargs: Any) -> Any:
   """`model.generate` where the context blocks' keys and values are read once and then only moved to their place.
 
@@ -123,7 +124,7 @@ def cached_generate(model: PreTrainedModel, prompt: Prompt, options: BlockOption
 
 
 @torch.no_grad()
-def prefill_blocks(model: PreTrainedModel, prompt: Prompt, options: BlockOptions, *,
+def prefill_blocks(model: Model, prompt: Prompt, options: BlockOptions, *,
                    cache: MutableMapping[str, State] | None = None) -> DynamicCache:
   """Keys and values of a prompt's context blocks, each at its place. Arguments and errors as in `cached_generate`.
 
@@ -177,7 +178,7 @@ def _read_block(decoder, tokens, before: State | None, device) -> State:
   position = torch.arange(skip, skip + len(tokens), device=device)[None]
   decoder(input_ids=torch.tensor([tokens], device=device), position_ids=position, past_key_values=past, use_cache=True)
   own = lambda x: x[..., skip:, :].clone() if skip else x
-  return tuple((own(layer.keys), own(layer.values)) for layer in past.layers)
+  return tuple((own(keys), own(values)) for keys, values, *_ in past)
 
 
 def _moved(state: State, distance: int, frequencies) -> State:
@@ -208,7 +209,7 @@ def _joined(states: Sequence[State], model_config) -> DynamicCache:
 
 
 @contextlib.contextmanager
-def block_attention(model: PreTrainedModel, layout: BlockLayout) -> Iterator[None]:
+def block_attention(model: Model, layout: BlockLayout) -> Iterator[None]:
   """While it is open, every forward pass of `model` attends as `layout` says.
 
   A pass reads the rows of `layout` from their start, or continues them behind a cache (decoding; new tokens belong to
@@ -237,7 +238,7 @@ def block_attention(model: PreTrainedModel, layout: BlockLayout) -> Iterator[Non
     yield
   finally:
     del layouts[key]
-    model.set_attn_implementation(before)
+    model.set_attn_implementation(before or 'sdpa')
 
 
 def register_block_attention() -> None:

@@ -29,7 +29,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from blockattn import tree
+from blockattn import errors, tree
 from blockattn.errors import UserError
 from blockattn.models.transformer import ModelConfig
 
@@ -43,20 +43,11 @@ _RESCAN = 16           # the folder is measured anew after this part of its boun
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-  """The keys of a model's blocks.
-
-  Attributes:
-    model: everything but the tokens that decides a state, see `keys_of`.
-  """
+  """The keys of a model's blocks; `model` is everything but the tokens that decides a state, see `keys_of`."""
   model: bytes
 
   def of(self, tokens: Sequence[int], prefix: str = '') -> str:
-    """The key of a block, hexadecimal.
-
-    Args:
-      tokens: its token ids, sinks included.
-      prefix: the key of the shared prefix that it reads.
-    """
+    """The key, hexadecimal, of a block of these tokens, sinks included, that reads the shared prefix of that key."""
     return _hash(self.model, prefix.encode(), np.asarray(tokens, '<i4').tobytes())
 
 
@@ -163,10 +154,9 @@ class Store:
 
   def __init__(self, memory_bytes: int = 4 << 30, folder: str | os.PathLike | None = None, disk_bytes: int = 64 << 30,
                quantize: str = 'none'):
-    if quantize not in QUANTIZE:
-      raise UserError(f'quantize={quantize!r}; choose one of {", ".join(QUANTIZE)}')
-    if memory_bytes < 0 or disk_bytes < 0:
-      raise UserError(f'memory_bytes={memory_bytes}, disk_bytes={disk_bytes}: give bounds from 0 on')
+    errors.check_choice('quantize', quantize, QUANTIZE)
+    errors.check_number('memory_bytes', memory_bytes, 0)
+    errors.check_number('disk_bytes', disk_bytes, 0)
     self.quantize, self.counts = quantize, Counts()
     self._memory_bytes, self._held = memory_bytes, 0
     self._memory: collections.OrderedDict[str, State] = collections.OrderedDict()
@@ -243,7 +233,6 @@ class _Disk:
     self._folder, self._limit, self._counts = folder, limit, counts
     self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='blockattn-cache')
     self._room = threading.BoundedSemaphore(_PENDING)
-    self._waiting: set[concurrent.futures.Future] = set()
     self._working = True       # until a write fails
     self._unmeasured = limit   # bytes written since the folder was measured: measure at the first write
 
@@ -266,16 +255,8 @@ class _Disk:
     return state
 
   def write(self, key, state):
-    if not self._working:
-      return
     self._room.acquire()   # wait, rather than hold ever more states for a slow disk
-    future = self._writer.submit(self._write, key, state)
-    self._waiting.add(future)
-    future.add_done_callback(self._written)
-
-  def _written(self, future):
-    self._waiting.discard(future)
-    self._room.release()
+    self._writer.submit(self._write, key, state).add_done_callback(lambda _: self._room.release())
 
   def _write(self, key, state):
     if not self._working:
@@ -322,7 +303,7 @@ class _Disk:
     self._unmeasured = 0
 
   def flush(self):
-    concurrent.futures.wait(list(self._waiting))
+    self._writer.submit(lambda: None).result()   # one thread writes them in turn
 
   def close(self):
     self._writer.shutdown(wait=True)

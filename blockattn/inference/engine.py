@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from blockattn import blocks as blocks_lib
 from blockattn.data import encode
 from blockattn.errors import UserError
 from blockattn.inference import cache as cache_lib, plan as plan_lib, pool as pool_lib, sampling as sampling_lib
-from blockattn.inference.plan import Plan, Request, padded
+from blockattn.inference.plan import Plan, Request
+from blockattn.inference.pool import PAGE, padded, pages_of
 from blockattn.models import decode, transformer
 
 # What there is to do for a batch: look up, and load what the host has; compute what is missing; bring the context together,
@@ -73,11 +74,11 @@ class Engine:
 
   def __init__(self, params: Any, cfg: transformer.ModelConfig, compute: transformer.Compute,
                options: blocks_lib.BlockOptions, tokenizer: Any, *, stop_ids: Sequence[int], device_tokens: int = 32768,
-               store: cache_lib.Store | None = None, devices: Sequence[jax.Device] | None = None, batch: int = 8,
+               store: cache_lib.Store | None = None, devices: Sequence[Any] | None = None, batch: int = 8,
                fill_tokens: int = 8192):
     blocks_lib.check_cacheable(options)
     self._mesh = pool_lib.make_mesh(jax.local_devices()[:1] if devices is None else devices)
-    self._params = jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
+    self._params = jax.device_put(params, NamedSharding(self._mesh, pool_lib.EVERYWHERE))
     self._cfg, self._compute, self._options = cfg, compute, options
     self._tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
     encode.check_ids(options.sink_ids, cfg.vocab + cfg.learned_sinks, self._tokenizer, 'sinks')
@@ -107,7 +108,7 @@ class Engine:
     self._ready(plan_lib.blocks_of(plans))
     x_BD = self._read_prompts(plans)[0]
     self._save()
-    return np.asarray(_project(self._params, x_BD, cfg=self._cfg))[0]
+    return np.asarray(_logits(self._params, x_BD, cfg=self._cfg))[0]
 
   def prepare(self, requests: Sequence[Request]) -> list[tuple[Block, ...]]:
     """Has the states of the requests' context blocks ready, as far as the caches hold them, before the requests come.
@@ -124,19 +125,15 @@ class Engine:
 
   def forget(self) -> None:
     """Empties the device's pool; the store keeps what it has."""
-    tokens = self._pool.pages * self._pool.devices * self._pool.page
     self._unsaved.clear()
-    self._pool = None   # its memory has to be free before it is asked for again
-    self._pool = pool_lib.Pool(self._cfg, self._compute.dtype, self._mesh, tokens)
+    self._pool.clear()
 
   # Planning, on the host.
 
   def _groups(self, requests):
     plans = [self._plan(i, request) for i, request in enumerate(requests)]
-    return plan_lib.batches(plans, self._batch, lambda group: self._pages(group) <= self._pool.pages * self._pool.devices)
-
-  def _pages(self, plans) -> int:
-    return plan_lib.pages_of(plans, self._pool.pages_of, self._pool.devices)
+    room = self._pool.pages * self._pool.devices
+    return plan_lib.batches(plans, self._batch, lambda group: plan_lib.pages_in_all(group, self._pool.devices) <= room)
 
   def _plan(self, number, request) -> Plan:
     plan = plan_lib.make(number, request, self._options, self._keys)
@@ -146,12 +143,12 @@ class Engine:
     if most > self._cfg.max_positions:
       raise UserError(f'request {number}: the prompt and its answer take {most} positions, the model has '
                       f'{self._cfg.max_positions}; shorten the prompt or max_new')
-    pages, room = self._pages([plan]), self._pool.pages * self._pool.devices
-    largest = max((self._pool.pages_of(len(block.tokens)) for block in plan.context), default=0)
+    devices = self._pool.devices
+    pages, room = plan_lib.pages_in_all([plan], devices), self._pool.pages * devices
+    largest = max((pages_of(len(block.tokens)) for block in plan.context), default=0)
     if pages > room or largest > self._pool.pages:
-      page = self._pool.page
-      raise UserError(f'request {number}: its context takes {pages * page} tokens of device memory, in whole pages, '
-                      f'there is room for {room * page} on {self._pool.devices} devices; give more device_tokens')
+      raise UserError(f'request {number}: its context takes {pages * PAGE} tokens of device memory, in whole pages, '
+                      f'there is room for {room * PAGE} on {devices} devices; give more device_tokens')
     return plan
 
   # One batch.
@@ -189,8 +186,7 @@ class Engine:
     """(x_BD, decode.Cache, decode.Context or None) after the last blocks; the context's states are in the pool."""
     rows, context = decode.bucket(len(plans), 1), None
     if any(plan.context for plan in plans):
-      context = self._pool.gather(*plan_lib.context_arrays(plans, rows, self._pool.find, devices=self._pool.devices,
-                                                           page=self._pool.page), self._cfg)
+      context = self._pool.gather(*plan_lib.context_arrays(plans, rows, self._pool.where, self._pool.devices), self._cfg)
     on_part('gather', context)
     room = padded(max(plan.request.max_new for plan in plans))
     x_BD, cache = _read(self._params, *plan_lib.question_arrays(plans, rows), context, room=room, cfg=self._cfg,
@@ -204,8 +200,8 @@ class Engine:
     try:
       found, missing = self._find(blocks)
       on_part('find', self._pool.k)
-      for fill in plan_lib.fills(missing, blocks, devices=self._pool.devices, page=self._pool.page,
-                                 unused=self._pool.pages, most_tokens=self._fill_tokens):
+      for fill in plan_lib.fills(missing, blocks, devices=self._pool.devices, unused=self._pool.pages,
+                                 most_tokens=self._fill_tokens):
         self._pool.fill(self._params, fill.rows, self._cfg, self._compute, self._prefix_pages(blocks.get(fill.prefix)))
       on_part('fill', self._pool.k)
       self._unsaved += [(key, block.tokens) for key, block in found.items() if block.found == 'computed']
@@ -221,12 +217,12 @@ class Engine:
     room = [self._pool.room(device, blocks) for device in range(self._pool.devices)]
     for key, block in blocks.items():
       tokens = len(block.tokens)
-      size, at = self._pool.pages_of(tokens), self._pool.find(key)
-      where = range(self._pool.devices) if key in prefixes else (plan_lib.home(size, load, room) if at is None else at[0],)
-      absent = [device for device in where if self._pool.find(key, device) is None]
+      size, there = pages_of(tokens), self._pool.where(key)
+      wanted = range(self._pool.devices) if key in prefixes else list(there)[:1] or [plan_lib.home(size, load, room)]
+      absent = [device for device in wanted if device not in there]
       state = self._stored(key, tokens) if absent else None
       found[key] = Block(tokens, 'device' if not absent else 'computed' if state is None else state[1])
-      for device in where:
+      for device in wanted:
         load[device] += size
       for device in absent:
         pages = self._pool.take(key, device, size, blocks)
@@ -234,7 +230,7 @@ class Engine:
         if state is None:
           missing[key, device] = pages
         else:
-          self._pool.load(state[0], device, pages, padded(tokens))
+          self._pool.load(state[0], device, pages)
     return found, missing
 
   def _stored(self, key, tokens):
@@ -245,10 +241,9 @@ class Engine:
   def _prefix_pages(self, prefix):
     if prefix is None:
       return np.zeros((self._pool.devices, 0), np.int32), np.int32(0)
-    pages = np.zeros((self._pool.devices, padded(len(prefix.tokens)) // self._pool.page), np.int32)
-    for device, row in enumerate(pages):
-      where = self._pool.find(prefix.key, device)[1]
-      row[:len(where)] = where
+    pages = np.zeros((self._pool.devices, padded(len(prefix.tokens)) // PAGE), np.int32)
+    for device, where in self._pool.where(prefix.key).items():
+      pages[device, :len(where)] = where
     return pages, np.int32(len(prefix.tokens))
 
   def _save(self):
@@ -256,13 +251,13 @@ class Engine:
     while self._unsaved:
       key, tokens = self._unsaved.pop()
       if self._store is not None:
-        device, pages = self._pool.find(key)
-        self._store.put(key, cache_lib.State(*self._pool.fetch(device, pages, tokens, padded(tokens))))
+        device, pages = next(iter(self._pool.where(key).items()))
+        self._store.put(key, self._pool.fetch(device, pages, tokens))
 
 
 def _context_specs(context):
-  kv = PartitionSpec(None, None, pool_lib.AXIS)
-  return None if context is None else decode.Context(kv, kv, pool_lib.PAGES, context.axis)
+  kv = pool_lib.CONTEXT
+  return None if context is None else dataclasses.replace(context, k=kv, v=kv, visible=pool_lib.PAGES)
 
 
 @functools.partial(jax.jit, static_argnames=('room', 'cfg', 'compute', 'mesh'))
@@ -272,7 +267,7 @@ def _read(params, tokens, lengths, first_position, context, *, room, cfg, comput
     layout = pool_lib.one_block(lengths, first_position, tokens.shape[1])
     return decode.prefill(params, tokens, layout, cfg, compute, room, context)
 
-  every = PartitionSpec()
+  every = pool_lib.EVERYWHERE
   return pool_lib.on_mesh(mesh, here, (every, every, every, every, _context_specs(context)), every)(
       params, tokens, lengths, first_position, context)
 
@@ -283,7 +278,7 @@ def _next(params, token, cache, context, sampling, n, *, cfg, compute, mesh):
   def here(params, token, cache, context):
     return decode.extend(params, token, cache, cfg, compute, context)
 
-  every = PartitionSpec()
+  every = pool_lib.EVERYWHERE
   x_BD, cache = pool_lib.on_mesh(mesh, here, (every, every, every, _context_specs(context)), every)(
       params, token, cache, context)
   return sampling_lib.choose(transformer.logits(params, x_BD, cfg), sampling, n), cache
@@ -294,6 +289,4 @@ def _first(params, x_BD, sampling, *, cfg):
   return sampling_lib.choose(transformer.logits(params, x_BD, cfg), sampling, jnp.int32(0))
 
 
-@functools.partial(jax.jit, static_argnames='cfg')
-def _project(params, x_BD, *, cfg):
-  return transformer.logits(params, x_BD, cfg)
+_logits = jax.jit(transformer.logits, static_argnames='cfg')

@@ -1,6 +1,6 @@
 """What an engine has to do for its requests: plain functions of requests, lengths and pages, on the host.
 
-All shapes come from a few sizes (`padded`), so that after a while nothing is compiled any more.
+All shapes come from a few sizes (`pool.padded`), so that after a while nothing is compiled any more.
 """
 
 import collections
@@ -13,9 +13,8 @@ import numpy as np
 from blockattn import blocks as blocks_lib
 from blockattn.errors import UserError
 from blockattn.inference import cache as cache_lib, sampling as sampling_lib
+from blockattn.inference.pool import PAGE, padded, pages_of
 from blockattn.models import decode
-
-_SHORTEST = 32   # tokens of a block, a last block, an answer: no array is smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +64,6 @@ class Plan:
   question: blocks_lib.PlacedBlock
 
 
-def padded(tokens: int) -> int:
-  """The length of the array that so many tokens of a block, a last block or an answer stand in."""
-  return decode.bucket(tokens, _SHORTEST)
-
-
 def make(number: int, request: Request, options: blocks_lib.BlockOptions, keys: cache_lib.Keys) -> Plan:
   """The plan of a request.
 
@@ -93,15 +87,11 @@ def blocks_of(plans: Sequence[Plan]) -> dict[str, ContextBlock]:
   return dict(sorted(found.items(), key=lambda item: item[0] not in prefixes))
 
 
-def pages_of(plans: Sequence[Plan], pages: Callable[[int], int], devices: int) -> int:
-  """Pages of the blocks of these requests, each counted once, a shared prefix once on every device.
-
-  Args:
-    pages: tokens -> pages.
-  """
+def pages_in_all(plans: Sequence[Plan], devices: int) -> int:
+  """Pages of the blocks of these requests, each counted once, a shared prefix once on every device."""
   found = blocks_of(plans)
   copies = {block.prefix for block in found.values()}
-  return sum(pages(len(block.tokens)) * (devices if key in copies else 1) for key, block in found.items())
+  return sum(pages_of(len(block.tokens)) * (devices if key in copies else 1) for key, block in found.items())
 
 
 def batches(plans: Sequence[Plan], most: int, fits: Callable[[Sequence[Plan]], bool]) -> Iterator[list[Plan]]:
@@ -122,19 +112,18 @@ class Fill:
 
   Attributes:
     prefix: the key of the shared prefix that all of them read, ''.
-    rows: (tokens int32 [D R, T], lengths int32 [D R], pages int32 [D R, T / page]), see `pool.Pool.fill`.
+    rows: (tokens int32 [D R, T], lengths int32 [D R], pages int32 [D R, T / PAGE]), see `pool.Pool.fill`.
   """
   prefix: str
   rows: tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def fills(missing: Mapping[tuple[str, int], np.ndarray], blocks: Mapping[str, ContextBlock], *, devices: int, page: int,
+def fills(missing: Mapping[tuple[str, int], np.ndarray], blocks: Mapping[str, ContextBlock], *, devices: int,
           unused: int, most_tokens: int) -> Iterator[Fill]:
   """How missing blocks are computed: those of like length and of one prefix together, prefixes first.
 
   Args:
     missing: {(key, device): pages}.
-    page: tokens of a page.
     unused: the number that stands for no page.
     most_tokens: together on a device, if one block is not longer.
   """
@@ -147,38 +136,38 @@ def fills(missing: Mapping[tuple[str, int], np.ndarray], blocks: Mapping[str, Co
     most = max(1, most_tokens // length)
     for first in range(0, max(map(len, queues)), most):
       now = [queue[first:first + most] for queue in queues]
-      yield Fill(prefix, _fill_rows(now, length, decode.bucket(max(map(len, now)), 1), page, unused))
+      yield Fill(prefix, _fill_rows(now, length, decode.bucket(max(map(len, now)), 1), unused))
 
 
-def _fill_rows(queues, length, rows, page, unused):
+def _fill_rows(queues, length, rows, unused):
   tokens = np.zeros((len(queues) * rows, length), np.int32)
   lengths = np.zeros(len(queues) * rows, np.int32)
-  pages = np.full((len(queues) * rows, length // page), unused, np.int32)
+  pages = np.full((len(queues) * rows, length // PAGE), unused, np.int32)
   for device, queue in enumerate(queues):
     for row, (own, where) in enumerate(queue, start=device * rows):
       tokens[row, :len(own)], lengths[row], pages[row, :len(where)] = own, len(own), where
   return tokens, lengths, pages
 
 
-def context_arrays(plans: Sequence[Plan], rows: int, find: Callable[[str], tuple[int, np.ndarray]], *, devices: int,
-                   page: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def context_arrays(plans: Sequence[Plan], rows: int, where: Callable[[str], Mapping[int, np.ndarray]],
+                   devices: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Where the context of each prompt is: (pages, position, visible) as `pool.Pool.gather` takes them.
 
   Args:
-    find: key -> (device, pages).
+    where: key -> {device: pages}, on one device at least.
   """
   lists = [[[] for _ in range(devices)] for _ in range(rows)]   # (page, first position, tokens) of each row and device
   for row, plan in zip(lists, plans, strict=False):
     for block in plan.context:
-      device, pages = find(block.key)
-      row[device] += [(p, block.start + i * page, min(page, len(block.tokens) - i * page)) for i, p in enumerate(pages)]
-  width = decode.bucket(max(len(own) for row in lists for own in row) * page, 8 * page) // page
+      device, pages = next(iter(where(block.key).items()))
+      row[device] += [(p, block.start + i * PAGE, min(PAGE, len(block.tokens) - i * PAGE)) for i, p in enumerate(pages)]
+  width = decode.bucket(max(len(own) for row in lists for own in row) * PAGE, 8 * PAGE) // PAGE
   pages, first, used = (np.zeros((rows, devices, width), np.int32) for _ in range(3))
   for b, row in enumerate(lists):
     for d, own in enumerate(row):
       if own:
         pages[b, d, :len(own)], first[b, d, :len(own)], used[b, d, :len(own)] = np.array(own).T
-  slot = np.arange(page, dtype=np.int32)
+  slot = np.arange(PAGE, dtype=np.int32)
   visible = (slot < used[..., None]).reshape(rows, -1)
   position = np.where(visible, (first[..., None] + slot).reshape(rows, -1), 0).astype(np.int32)
   return pages.reshape(rows, -1), position, visible

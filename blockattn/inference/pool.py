@@ -22,10 +22,21 @@ from blockattn.inference import cache as cache_lib
 from blockattn.models import decode, transformer
 
 AXIS = 'context'
+EVERYWHERE, ROWS, PAGES, CONTEXT = (PartitionSpec(*axes) for axes in ((), (AXIS,), (None, AXIS), (None, None, AXIS)))
 PAGE = 16   # tokens: a block wastes half of this on average
 
 
-def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+def padded(tokens: int) -> int:
+  """The length of the array that so many tokens of a block, a last block or an answer stand in, in whole pages."""
+  return decode.bucket(tokens, 2 * PAGE)
+
+
+def pages_of(tokens: int) -> int:
+  """Pages that so many tokens of a block take."""
+  return -(-tokens // PAGE)
+
+
+def make_mesh(devices: Sequence[Any]) -> Mesh:
   return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -33,7 +44,6 @@ class Pool:
   """The pages, and which key holds which; least recently used keys are the first to lose theirs.
 
   Args:
-    cfg: ModelConfig.
     dtype: of the states, that of activations.
     mesh: from `make_mesh`.
     tokens: how many the pages hold in all, over all devices.
@@ -42,32 +52,31 @@ class Pool:
     ValueError: not one page on each device.
   """
 
-  page = PAGE
-
   def __init__(self, cfg: transformer.ModelConfig, dtype: str, mesh: Mesh, tokens: int):
-    self.pages, self.mesh = tokens // (PAGE * mesh.size), mesh
+    self.pages, self.devices, self.mesh = tokens // (PAGE * mesh.size), mesh.size, mesh
     if self.pages < 1:
       raise UserError(f'room for {tokens} tokens is not a page of {PAGE} tokens on each of {mesh.size} devices; give more')
     shape = (cfg.layers, mesh.size * self.pages, PAGE, cfg.kv_heads, cfg.head_dim)
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=NamedSharding(mesh, PartitionSpec(None, AXIS)))
-    self.k, self.v = zeros(), zeros()
-    self._free = [list(range(self.pages - 1, -1, -1)) for _ in range(mesh.size)]
-    self._held = [collections.OrderedDict() for _ in range(mesh.size)]   # key -> its pages, on each device
+    self._zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=NamedSharding(mesh, PAGES))
+    self._allocate()
 
-  @property
-  def devices(self) -> int:
-    return self.mesh.size
+  def _allocate(self):
+    self.k, self.v = self._zeros(), self._zeros()
+    self._free = [list(range(self.pages - 1, -1, -1)) for _ in range(self.devices)]
+    self._held = [collections.OrderedDict() for _ in range(self.devices)]   # key -> its pages, on each device
 
-  def pages_of(self, tokens: int) -> int:
-    return -(-tokens // self.page)
+  def clear(self) -> None:
+    """Frees every page. The arrays are made anew: a program that failed may have taken the old ones."""
+    self.k.delete()   # their memory has to be free before it is asked for again
+    self.v.delete()
+    self._allocate()
 
-  def find(self, key: str, device: int | None = None) -> tuple[int, np.ndarray] | None:
-    """(device, pages) of a key, now the last to go; None if it is on no device, or not on the one that is asked for."""
-    for d in range(self.devices) if device is None else (device,):
-      if key in self._held[d]:
-        self._held[d].move_to_end(key)
-        return d, self._held[d][key]
-    return None
+  def where(self, key: str) -> dict[int, np.ndarray]:
+    """{device: pages} of a key, which is now the last to go."""
+    there = {device: held[key] for device, held in enumerate(self._held) if key in held}
+    for device in there:
+      self._held[device].move_to_end(key)
+    return there
 
   def room(self, device: int, pinned: Collection[str]) -> int:
     """Pages that could be had on a device without those of pinned keys."""
@@ -99,19 +108,20 @@ class Pool:
     """
     self.k, self.v = _fill(params, self.k, self.v, *rows, *prefix, cfg=cfg, compute=compute, mesh=self.mesh)
 
-  def load(self, state: cache_lib.State, device: int, pages: np.ndarray, length: int) -> None:
-    """Writes a state from the host to pages. It is padded to `length` tokens, a multiple of the page."""
+  def load(self, state: cache_lib.State, device: int, pages: np.ndarray) -> None:
+    """Writes a state from the host to pages."""
+    length = padded(state.tokens)
     pad = lambda x: np.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
-    where = np.full((self.devices, length // self.page), self.pages, np.int32)
+    where = np.full((self.devices, length // PAGE), self.pages, np.int32)
     where[device, :len(pages)] = pages
     self.k, self.v = _load(self.k, self.v, pad(state.k), pad(state.v), state.k_scale, state.v_scale, where, mesh=self.mesh)
 
-  def fetch(self, device: int, pages: np.ndarray, tokens: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(k, v) [L, tokens, K, H] of a block, on the host; computed in arrays of `length` tokens."""
-    where = np.zeros(length // self.page, np.int32)
+  def fetch(self, device: int, pages: np.ndarray, tokens: int) -> cache_lib.State:
+    """The state of a block of so many tokens, on the host."""
+    where = np.zeros(padded(tokens) // PAGE, np.int32)
     where[:len(pages)] = device * self.pages + pages
     found = jax.device_get(_fetch(self.k, self.v, where))
-    return tuple(x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens] for x in found)
+    return cache_lib.State(*(x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens] for x in found))
 
   def gather(self, pages: np.ndarray, position: np.ndarray, visible: np.ndarray,
              cfg: transformer.ModelConfig) -> decode.Context:
@@ -121,17 +131,14 @@ class Pool:
       pages: int32 [B, D n], of each device n.
       position, visible: int32 and bool [B, D n page].
     """
-    k, v, visible = _gather(self.k, self.v, pages, position, visible, cfg=cfg, mesh=self.mesh)
-    return decode.Context(k, v, visible, None if self.devices == 1 else AXIS)
+    arrays = _gather(self.k, self.v, pages, position, visible, cfg=cfg, mesh=self.mesh)
+    return decode.Context(*arrays, axis=None if self.devices == 1 else AXIS)
 
 
 def on_mesh(mesh: Mesh, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
   """`fn` on each device on its own part; `fn` itself where there is one device."""
   # check_vma=False: loops start from zeros, which the check would want marked per device.
   return fn if mesh.size == 1 else jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-ROWS, PAGES, EVERYWHERE = PartitionSpec(AXIS), PartitionSpec(None, AXIS), PartitionSpec()
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'mesh'), donate_argnames=('k_pool', 'v_pool'))
@@ -143,9 +150,9 @@ def _fill(params, k_pool, v_pool, tokens, lengths, pages, prefix_pages, prefix_t
     if prefix_pages.shape[1]:
       slots = prefix_pages.shape[1] * k_pool.shape[2]
       position = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (1, slots))
-      one = _read_pages(k_pool, v_pool, prefix_pages, position, cfg)
+      k, v = _read_pages(k_pool, v_pool, prefix_pages, position, cfg)
       every = lambda x, axis: jnp.repeat(x, rows, axis=axis)
-      context = decode.Context(*(every(x, 1) for x in one), every(position < prefix_tokens, 0))
+      context = decode.Context(every(k, 1), every(v, 1), every(position < prefix_tokens, 0))
     _, kv = decode.read(params, tokens, layout, cfg, compute, context)
     paged = (x.reshape(x.shape[0], *pages.shape, k_pool.shape[2], *x.shape[3:]) for x in kv)
     return tuple(pool.at[:, pages].set(x.astype(pool.dtype), mode='drop')
@@ -186,7 +193,7 @@ def _fetch(k_pool, v_pool, pages):
 @functools.partial(jax.jit, static_argnames=('cfg', 'mesh'))
 def _gather(k_pool, v_pool, pages, position, visible, *, cfg, mesh):
   here = functools.partial(_read_pages, cfg=cfg)
-  k, v = on_mesh(mesh, here, (PAGES, PAGES, PAGES, PAGES), (PartitionSpec(None, None, AXIS),) * 2)(
+  k, v = on_mesh(mesh, here, (PAGES, PAGES, PAGES, PAGES), (CONTEXT, CONTEXT))(
       k_pool, v_pool, pages, position)
   return k, v, visible
 

@@ -111,7 +111,7 @@ def _tiles(tiles, impl, platform, x_BTNH):
 def block_attention_on_mesh(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, layout: blocks.BlockLayout, mesh: Mesh, *,
                             batch_axes: tuple[str, ...] = (), head_axes: tuple[str, ...] = (),
                             context_axes: tuple[str, ...] = (), impl: str = 'auto',
-                            tiles: tuple[int, int] | None = None, sent: int | None = None,
+                            tiles: tuple[int, int] | None = None, far_queries: int | None = None,
                             platform: str | None = None) -> Array:
   """`block_attention` with the batch, the heads and the sequence sharded over a mesh, each device on its own part.
 
@@ -125,8 +125,8 @@ def block_attention_on_mesh(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, layout:
     head_axes: mesh axes that divide both N and K.
     context_axes: mesh axes that divide T (context parallelism), into multiples of the tiles; not for impl 'reference'.
       Tiles that are not given are as large as divides.
-    sent: of a sharded row, how many queries that read far back are sent to the keys; if there are more, the keys and
-      values are brought to the queries. None: `context_parallel.most_sent`.
+    far_queries: of a sharded row, how many queries that read far back are sent to the keys; if there are more, the keys
+      and values are brought to the queries. None: `context_parallel.most_far_queries`.
     platform: as of `block_attention`.
 
   Raises:
@@ -147,8 +147,8 @@ def block_attention_on_mesh(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, layout:
       raise UserError(f'attention impl {impl!r} cannot divide the sequence over {context_axes}; use impl="xla"')
     own = None if tiles is None else _tiles(tiles, impl, platform, q_BTNH)
     attend = jax.named_scope('block_attention')(functools.partial(
-        context_parallel.attention, _MODULES[impl].attention, axes=context_axes, others=batch_axes, sent=sent,
-        tiles=_tiles(None, impl, platform, q_BTNH), own_tiles=own))
+        context_parallel.attention, _MODULES[impl].attention, axes=context_axes, others=batch_axes,
+        far_queries=far_queries, tiles=_tiles(None, impl, platform, q_BTNH), own_tiles=own))
   # check_vma=False: the loops of the kernel start from zeros, which the check would want marked per device.
   return jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,
                        check_vma=False)(q_BTNH, k_BSKH, v_BSKH, layout)

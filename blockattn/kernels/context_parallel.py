@@ -2,12 +2,12 @@
 
 Each device has its own queries, keys and values: a part of every row. What a block of context reads lies in its own part,
 or ends in the part before; only readers reach further back. So a device takes over the keys and values of the part before
-its own, and the queries that read beyond it are sent to all the others instead: everybody attends with them to its own keys,
-and the outputs are merged by their logsumexp. What is communicated grows with the part and with the readers, not with the
-row. Where more queries than were asked for read that far, as in causal attention over whole documents, the row's keys and
-values are gathered; this is decided from the layout when it is known, in one compiled program.
+its own, and the queries that read beyond it, the far queries, are sent to all the others instead: everybody attends with
+them to its own keys, and the outputs are merged by their logsumexp. What is communicated grows with the part and with the
+readers, not with the row. Where there are more far queries than may be sent, as in causal attention over whole documents,
+the row's keys and values are gathered; this is decided from the layout when it is known, in one compiled program.
 
-Axis names in this file beside the project's: R the queries that are sent, T the queries of a device, S the keys of the row.
+Axis names in this file beside the project's: R the far queries, T the queries of a device, S the keys of the row.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from blockattn.kernels import cached, schedule
 from blockattn.kernels.tiles import Tiles, dividing
 
 Array = jax.Array
-_ROUND = 128   # what sent queries are rounded up to: the widest smallest tile of a kernel
+_ROUND = 128   # what far queries are rounded up to: the widest smallest tile of a kernel
 
 
 def attention(run: Callable[..., tuple[Array, Array]], q_BTNH: Array, k_BTKH: Array, v_BTKH: Array,
               layout: blocks.BlockLayout, *, axes: tuple[str, ...], others: tuple[str, ...] = (), tiles: Tiles,
-              own_tiles: Tiles | None = None, sent: int | None = None) -> Array:
+              own_tiles: Tiles | None = None, far_queries: int | None = None) -> Array:
   """On one device, inside a shard_map: attention of its own queries.
 
   Args:
@@ -36,7 +36,7 @@ def attention(run: Callable[..., tuple[Array, Array]], q_BTNH: Array, k_BTKH: Ar
     others: further mesh axes over which layouts may differ.
     tiles: for these kernels; made as much smaller as the parts ask for.
     own_tiles: the same, to be taken as they are.
-    sent: how many queries of a row may be sent to the keys, see `most_sent`; 0: keys and values are always gathered.
+    far_queries: how many of a row may be sent to the keys, see `most_far_queries`; 0: keys and values are always gathered.
 
   Returns:
     out_BTNH.
@@ -46,7 +46,7 @@ def attention(run: Callable[..., tuple[Array, Array]], q_BTNH: Array, k_BTKH: Ar
   """
   T, devices = q_BTNH.shape[1], lax.axis_size(axes)
   S, here = T * devices, lax.axis_index(axes)
-  sent = most_sent(T, S, sent)
+  far_queries = most_far_queries(T, S, far_queries)
   sized = lambda queries, keys: own_tiles or dividing(tiles, queries, keys)
   gather = lambda x: lax.all_gather(x, axes, axis=1, tiled=True)
   marks = schedule.token_marks(jax.tree.map(gather, layout))   # of the whole row
@@ -57,17 +57,18 @@ def attention(run: Callable[..., tuple[Array, Array]], q_BTNH: Array, k_BTKH: Ar
 
   def sharded(q, k, v):
     near, near_lse = _near(run, axes, devices, q, k, v, mine, marks.key, sized(T, 2 * T))
-    return _far(run, axes, q, k, v, near, near_lse, marks, beyond, sent, dividing(own_tiles or tiles, sent, T))
+    return _far(run, axes, q, k, v, near, near_lse, marks, beyond, far_queries,
+                dividing(own_tiles or tiles, far_queries, T))
 
-  if devices <= 2 or not sent:
+  if devices <= 2 or not far_queries:
     return gathered(q_BTNH, k_BTKH, v_BTKH)
   beyond = reach_beyond(marks, T)
   most = lax.pmax(beyond.sum(axis=1).max(), (*axes, *others))   # one answer for all, whose branches communicate
-  return lax.cond(most <= sent, sharded, gathered, q_BTNH, k_BTKH, v_BTKH)
+  return lax.cond(most <= far_queries, sharded, gathered, q_BTNH, k_BTKH, v_BTKH)
 
 
-def most_sent(part_length: int, length: int, wanted: int | None = None) -> int:
-  """How many queries of a row are sent at most, in whole tiles; by default one in 64, about a long prompt's readers."""
+def most_far_queries(part_length: int, length: int, wanted: int | None = None) -> int:
+  """How many queries of a row may be sent, in whole tiles; by default one in 64, about a long prompt's readers."""
   wanted = length // 64 if wanted is None else wanted
   return min(part_length, -(-wanted // _ROUND) * _ROUND)
 
@@ -97,11 +98,11 @@ def _near(run, axes, devices, q, k, v, query_marks, key_marks, tiles):
   return out, jnp.where((query_marks[:, 0] != schedule.NO_QUERY)[..., None], lse, -jnp.inf)
 
 
-def _far(run, axes, q, k, v, near, near_lse, marks, beyond, sent, tiles):
+def _far(run, axes, q, k, v, near, near_lse, marks, beyond, far_queries, tiles):
   """`near` with the queries that read beyond it completed by what they read of the other parts."""
   T, here = q.shape[1], lax.axis_index(axes)
-  index_BR = jnp.argsort(~beyond, axis=1, stable=True)[:, :sent]
-  exists = jnp.arange(sent) < beyond.sum(axis=1)[:, None]
+  index_BR = jnp.argsort(~beyond, axis=1, stable=True)[:, :far_queries]
+  exists = jnp.arange(far_queries) < beyond.sum(axis=1)[:, None]
   at = index_BR - here * T
   mine = exists & (at >= 0) & (at < T)
   pick = lambda x: jnp.take_along_axis(x, jnp.clip(at, 0, T - 1).reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)

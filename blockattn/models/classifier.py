@@ -6,6 +6,7 @@ through one matrix each (`units.weight` [P, D, D]) and are added. transformers r
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def position_shape(cfg: ModelConfig) -> tuple[int, ...]:
   return (cfg.unit_tokens,) if isinstance(cfg, ClassifierConfig) and cfg.unit_tokens else ()
 
 
-def spec(cfg: ModelConfig):
+def spec(cfg: ModelConfig) -> dict[str, Any]:
   """The parameter tree as ParamSpec, of a classifier or of a language model."""
   specs = transformer.spec(cfg)
   if not isinstance(cfg, ClassifierConfig):
@@ -80,4 +81,4 @@ def embed(params, tokens, cfg: ModelConfig, compute: Compute) -> jax.Array:
 def logits(params, tokens, layout, cfg: ClassifierConfig, compute: Compute) -> jax.Array:
   """Float32 logits [B, T, C]; arguments as of `hidden`."""
   x_BTD = hidden(params, tokens, layout, cfg, compute)
-  return transformer.project(x_BTD, params['score']) + params['score_bias'].astype(jnp.float32)
+  return transformer.project(params['score'], x_BTD) + params['score_bias'].astype(jnp.float32)

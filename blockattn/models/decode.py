@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from blockattn import blocks
 from blockattn.kernels import api, cached
-from blockattn.models import transformer
+from blockattn.models import transformer, weights as weights_lib
 
 Array = jax.Array
 
@@ -75,16 +75,19 @@ def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transforme
   """
   x_BTD = transformer.embed(params, tokens, cfg, compute)
   run = functools.partial(transformer.run_layers, params, x_BTD, layout.position, cfg, compute, keep_kv=True)
-  how = dict(impl=compute.impl, tiles=compute.tiles)
   if context is None:
-    return run(lambda q, k, v: api.block_attention(q, k, v, layout, **how))
-  return run(lambda q, k, v, *known: _beside(q, *known, context, api.block_attention_and_lse(q, k, v, layout, **how)),
-             beside=(context.k, context.v))
+    return run(lambda q, k, v: api.block_attention(q, k, v, layout, impl=compute.impl, tiles=compute.tiles))
+
+  def attend(q, k, v, *known):
+    own = api.block_attention_and_lse(q, k, v, layout, impl=compute.impl, tiles=compute.tiles)
+    return _beside(q, known, context, own)
+
+  return run(attend, beside=(context.k, context.v))
 
 
-def _beside(q, k_context, v_context, context, own):
-  """Attention to a context merged with `own`, (output, logsumexp) of attention to other keys."""
-  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, k_context, v_context, context.visible))
+def _beside(q, known, context, own):
+  """Attention to a layer's (k, v) of the context, merged with `own`, (output, logsumexp) of attention to other keys."""
+  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, *known, context.visible))
   if context.axis is not None:   # every device has read its own part of the context
     parts = jax.tree.map(lambda x: jax.lax.all_gather(x[0], context.axis), parts)
   every = jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)[None]]), parts, own)
@@ -141,14 +144,15 @@ def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfi
   angles = transformer.rotary_angles(cache.position[:, None], cfg)
 
   def layer(x_B1D, scanned):
-    weights, k_cache, v_cache, *context_kv = scanned
+    weights, k_cache, v_cache, *known = scanned
     stored = []
     def attend(q, k, v):
-      stored[:] = [k_cache.at[:, slot].set(k[:, 0]), v_cache.at[:, slot].set(v[:, 0])]
-      own = cached.attend_cached(q, *stored, visible)
-      return own[0].astype(q.dtype) if context is None else _beside(q, *context_kv, context, own)
-    x_B1D, _ = transformer.decoder_layer(x_B1D, transformer.cast(weights, compute), angles, cfg, compute, attend)
-    return x_B1D, tuple(stored)
+      keys, values = k_cache.at[:, slot].set(k[:, 0]), v_cache.at[:, slot].set(v[:, 0])
+      stored.append((keys, values))
+      own = cached.attend_cached(q, keys, values, visible)
+      return own[0].astype(q.dtype) if context is None else _beside(q, known, context, own)
+    x_B1D, _ = transformer.decoder_layer(x_B1D, weights_lib.cast(weights, compute.dtype), angles, cfg, compute, attend)
+    return x_B1D, stored[0]
 
   x_B1D = transformer.embed(params, tokens[:, None], cfg, compute)
   scanned = (params['layers'], cache.k, cache.v) + (() if context is None else (context.k, context.v))
@@ -171,9 +175,8 @@ def greedy(params: Any, tokens: Array, layout: blocks.BlockLayout, *, cfg: trans
   Returns:
     int32 [B, length]; after a row's first of stop_ids, all stop_ids[0].
   """
-  head_VD = transformer.head_of(params, cfg)[:vocab]
-  choose = lambda x: jnp.argmax(transformer.project(x, head_VD), axis=-1).astype(jnp.int32)
-
+  head_VD = jax.tree.map(lambda w: w[:vocab], transformer.head_of(params, cfg))   # Int8 is two arrays
+  choose = lambda x: jnp.argmax(transformer.project(head_VD, x), axis=-1).astype(jnp.int32)
   stops = lambda token: jnp.isin(token, stop_ids)
 
   def step(carry):

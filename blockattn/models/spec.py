@@ -17,7 +17,6 @@ class ParamSpec:
   """One parameter.
 
   Attributes:
-    shape: its shape.
     axes: the logical name of each axis, which the rules table maps to mesh axes.
     std: standard deviation of the normal first values; None: `fill` everywhere.
     fill: the constant first value where std is None.

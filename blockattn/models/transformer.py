@@ -142,8 +142,6 @@ def apply(params: Params, tokens: Array, layout: blocks.BlockLayout, cfg: ModelC
     params: tree of `spec(cfg)`, in any float dtype; used in compute.dtype.
     tokens: int32 [B, T].
     layout: BlockLayout [B, T].
-    cfg: ModelConfig.
-    compute: Compute.
 
   Returns:
     x_BTD in compute.dtype.
@@ -158,7 +156,7 @@ def apply_embedded(params: Params, x_BTD: Array, layout: blocks.BlockLayout, cfg
 
 
 def run_layers(params: Params, x_BTD: Array, position: Array, cfg: ModelConfig, compute: Compute, attend: Attend, *,
-               keep_kv: bool, beside: tuple[Array, ...] = ()) -> tuple[Array, tuple[Array, Array] | None]:
+               keep_kv: bool, beside: tuple[Array, ...] = ()) -> tuple[Array, Any]:
   """All layers and the final norm, with any attention.
 
   Args:
@@ -175,7 +173,8 @@ def run_layers(params: Params, x_BTD: Array, position: Array, cfg: ModelConfig, 
 
   def layer(x_BTD, scanned):
     weights, own = scanned
-    x_BTD, kv = decoder_layer(x_BTD, cast(weights, compute), angles, cfg, compute, lambda *qkv: attend(*qkv, *own))
+    weights = weights_lib.cast(weights, compute.dtype)
+    x_BTD, kv = decoder_layer(x_BTD, weights, angles, cfg, compute, lambda *qkv: attend(*qkv, *own))
     return x_BTD, kv if keep_kv else None
 
   x_BTD = constrain(x_BTD, compute)
@@ -242,7 +241,7 @@ def head_of(params: Params, cfg: ModelConfig) -> weights_lib.Matrix:
 
 
 @jax.named_scope('head')
-def project(x: Array, head_VD: weights_lib.Matrix) -> Array:
+def project(head_VD: weights_lib.Matrix, x: Array) -> Array:
   """Float32 logits [..., V] of hidden states [..., D]."""
   turned = jax.tree.map(jnp.transpose, head_VD)   # Int8 is two arrays
   return dense(x, weights_lib.cast(turned, x.dtype), out=jnp.float32)
@@ -250,17 +249,12 @@ def project(x: Array, head_VD: weights_lib.Matrix) -> Array:
 
 def head_function(params: Params, cfg: ModelConfig) -> jax.tree_util.Partial:
   """Hidden states -> float32 logits, as a pytree of the head."""
-  return jax.tree_util.Partial(by_head, head_of(params, cfg))
-
-
-def by_head(head_VD: weights_lib.Matrix, x: Array) -> Array:
-  """`project`, the head first."""
-  return project(x, head_VD)
+  return jax.tree_util.Partial(project, head_of(params, cfg))
 
 
 def logits(params: Params, x: Array, cfg: ModelConfig) -> Array:
   """Float32 logits [..., V] of hidden states [..., D]."""
-  return project(x, head_of(params, cfg))
+  return project(head_of(params, cfg), x)
 
 
 @jax.named_scope('mlp')
@@ -280,7 +274,7 @@ def _attend(q, k, v, layout, compute):
   context_axes = place.mesh_axes('tokens') if compute.row_parts > 1 else ()
   return api.block_attention_on_mesh(q, k, v, layout, place.mesh, batch_axes=place.mesh_axes('batch'),
                                      head_axes=place.mesh_axes('kv_heads'), context_axes=context_axes, impl=compute.impl,
-                                     tiles=compute.tiles, sent=compute.far_queries, platform=compute.platform)
+                                     tiles=compute.tiles, far_queries=compute.far_queries, platform=compute.platform)
 
 
 @jax.named_scope('embed')
@@ -303,10 +297,6 @@ def _whole_rows(table, compute):
 
 def constrain(x_BTD: Array, compute: Compute) -> Array:
   return x_BTD if compute.placement is None else compute.placement.constrain(x_BTD, 'batch', 'tokens', 'width')
-
-
-def cast(weights: Params, compute: Compute) -> Params:
-  return weights_lib.cast(weights, compute.dtype)
 
 
 def _remat(layer, policy):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import blocks, disk, mesh as mesh_lib
+from blockattn import blocks, disk, errors, mesh as mesh_lib
 from blockattn.data import encode, packing
 from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, convert, files
@@ -98,6 +98,7 @@ def options_of(folder: pathlib.Path, **overrides) -> Options:
   place = f'{folder / files.META}: segmenter'
   disk.check_form(said, _NEEDED, place)
   disk.check_form(said, {name: form for name, form in _MAY.items() if name in said}, place)
+  errors.check_choice(f'{place}: markers', said['markers'], markers.STYLES)
   known = ('head', 'tail', 'inner', 'middle', 'ahead', 'cohesion', 'separators')
   read = {name: said[name] for name in known if name in said}
   own = {name: said[name] for name in ('length', 'overlap', 'threshold') if name in said} | overrides
@@ -106,7 +107,8 @@ def options_of(folder: pathlib.Path, **overrides) -> Options:
       own = {'outline': Shift(**said['outline'])} | own
     return Options(markers.ReadOptions(style=said['markers'], **read), **own)
   except (TypeError, ValueError) as error:
-    raise UserError(f'{place}: {error}') from error
+    own = str(error).removeprefix('config.segment.read.')   # the keys of the file, not of a config
+    raise UserError(f'{place}: {own}') from error
 
 
 class Segmenter:

@@ -351,7 +351,7 @@ def with_teacher_logits(options: Options, source):
   if not wanted['blocked']:
     del wanted['blocked']   # there, and not looked at
   check_teacher_logits(folder, found, wanted)
-  return teacher_logits.TaughtRows(source, folder, inputs.needed_rows(options, source))
+  return teacher_logits.StoredLogits(source, folder, inputs.needed_rows(options, source))
 
 
 def run(options: Options, workdir):

@@ -217,13 +217,12 @@ def _resume(saved, state, batches, meta):
   newest = saved.newest()
   if newest is None:
     return state, 0
-  like = checkpoint.abstract_like({'params': state.params, 'opt_state': state.opt_state})
   with multihost.timed(f'restoring step {newest}'):
     saved.verify(newest)
     batches.set_state(saved.data(newest))   # refuses other data before the large items are read
     convert.check_same_weights(saved.meta(newest).get('source_weights'), meta.get('source_weights'),
                                f'step {newest} in {saved.folder}', meta.get('source'), 'begin again with a new --workdir')
-    params, opt_state, _ = saved.restore(newest, like['params'], like['opt_state'])
+    params, opt_state = saved.restore(newest, state.params, state.opt_state)
   step = jax.device_put(jnp.asarray(newest, jnp.int32), state.step.sharding)
   return TrainState(step=step, params=params, opt_state=opt_state), newest
 

@@ -10,7 +10,7 @@ import pytest
 import run_cases
 
 from blockattn import checkpoint, losses as losses_lib, metrics
-from blockattn.data import encode, packing, teacher_logits as taught
+from blockattn.data import encode, packing, teacher_logits
 from blockattn.train import distill, inputs, job, teach
 
 folder = run_cases.folder   # a teacher, examples and a config file of both
@@ -30,7 +30,7 @@ def config_of(folder, **changes):
 def written(folder, tmp_path_factory):
   """All but one of the teacher's tokens."""
   with jax.numpy_dtype_promotion('standard'):
-    out = tmp_path_factory.mktemp('taught') / 'all'
+    out = tmp_path_factory.mktemp('logits') / 'all'
     teach.run(distill.read(config_of(folder, **{'teacher.top_k': VOCAB - 1})), out)
   return out
 
@@ -69,7 +69,7 @@ def test_few_tokens_are_nearly_enough_and_the_loss_is_told(folder, tmp_path, cap
 def test_a_stopped_writing_goes_on(folder, written, tmp_path, monkeypatch):
   monkeypatch.setattr(teach, 'PART_ROWS', 4)
   config, calls = config_of(folder, **{'teacher.top_k': 4}), []
-  write = taught.write_part
+  write = teacher_logits.write_part
 
   def stop_at_third(out, name, records):
     calls.append(name)
@@ -77,22 +77,23 @@ def test_a_stopped_writing_goes_on(folder, written, tmp_path, monkeypatch):
       raise OSError('no space left')
     write(out, name, records)
 
-  monkeypatch.setattr(taught, 'write_part', stop_at_third)
+  monkeypatch.setattr(teacher_logits, 'write_part', stop_at_third)
   with pytest.raises(OSError, match='no space'):
     teach.run(distill.read(config), tmp_path / 'x')
-  assert sum(map(len, taught.written_rows(tmp_path / 'x').values())) == 8
+  assert sum(map(len, teacher_logits.written_rows(tmp_path / 'x').values())) == 8
   config.teacher.logits = str(tmp_path / 'x')
   with pytest.raises(ValueError, match=r'lacks \d+ of \d+ rows that the training will read, first row \d+: run '
                                        'blockattn.train.teach with this config'):
     distill.run(distill.read(config), tmp_path / 'run')
   config.teacher.logits = ''
   calls.clear()
-  monkeypatch.setattr(taught, 'write_part', lambda out, name, records: (calls.append(name), write(out, name, records)))
+  noted = lambda out, name, records: (calls.append(name), write(out, name, records))
+  monkeypatch.setattr(teacher_logits, 'write_part', noted)
   teach.run(distill.read(config), tmp_path / 'x')
   options = distill.read(config)
   source = inputs.load_rows(options.data, job.load_tokenizer(options, job.model_config(options.model)))
   assert 'part-00000-0000' not in calls and 'part-00002-0000' in calls
-  written = [row for rows in taught.written_rows(tmp_path / 'x').values() for row in rows]
+  written = [row for rows in teacher_logits.written_rows(tmp_path / 'x').values() for row in rows]
   assert sorted(written) == inputs.needed_rows(options, source).tolist()
 
 
@@ -128,7 +129,7 @@ def test_more_tokens_than_there_are(folder, tmp_path):
 
 def test_a_folder_that_is_none(tmp_path):
   with pytest.raises(FileNotFoundError, match='meta.json is not there: config.teacher.logits names a folder'):
-    taught.read_meta(tmp_path)
+    teacher_logits.read_meta(tmp_path)
 
 
 # Records alone.
@@ -152,9 +153,9 @@ def test_a_record_comes_back_at_its_tokens(tmp_path):
   rows = Rows(map(row_of, range(3)))
   said = said_of(rows[0])
   for name, numbers in (('part-00000-0000', (2, 0)), ('part-00000-0001', (1,))):
-    taught.write_part(tmp_path, name, {i: taught.record(rows[i], said, VOCAB) for i in numbers})
-  (tmp_path / taught.META).write_text('{}')
-  source = taught.TaughtRows(rows, tmp_path, [0, 1, 2])
+    teacher_logits.write_part(tmp_path, name, {i: teacher_logits.record(rows[i], said, VOCAB) for i in numbers})
+  (tmp_path / teacher_logits.META).write_text('{}')
+  source = teacher_logits.StoredLogits(rows, tmp_path, [0, 1, 2])
   assert len(source) == 3 and source.length == 16
   for number in range(3):
     got, text = source[number], rows[number]['text']
@@ -171,8 +172,8 @@ def test_the_kl_from_what_is_stored_is_a_lower_bound():
   teacher = 3 * rng.standard_normal((16, VOCAB)).astype(np.float32)
   student = teacher + 1e-2 * rng.standard_normal((16, VOCAB)).astype(np.float32)
   log_p, ids = jax.lax.top_k(jax.nn.log_softmax(teacher), 64)
-  arrays = taught.record(row, {'ids': ids, 'log_p': log_p, 'target_log_p': log_p[:, 0]}, VOCAB)
-  stored = taught.spread(arrays, row['text'])
+  arrays = teacher_logits.record(row, {'ids': ids, 'log_p': log_p, 'target_log_p': log_p[:, 0]}, VOCAB)
+  stored = teacher_logits.spread(arrays, row['text'])
   kl = losses_lib.divergence_of_top(stored['log_p'], stored['ids'], student, 1.0)[row['text']]
   whole = losses_lib.divergence(teacher, student, 1.0)[row['text']]
   assert np.all(whole < 1e-4) and np.all(kl <= whole + 1e-6) and np.all(kl > 0.5 * whole)
@@ -180,11 +181,11 @@ def test_the_kl_from_what_is_stored_is_a_lower_bound():
 
 def test_other_tokens_and_broken_records_are_refused(tmp_path):
   rows = Rows([row_of(0)])
-  taught.write_part(tmp_path, 'part-00000-0000', {0: taught.record(rows[0], said_of(rows[0]), VOCAB)})
-  (tmp_path / taught.META).write_text('{}')
+  teacher_logits.write_part(tmp_path, 'part-00000-0000', {0: teacher_logits.record(rows[0], said_of(rows[0]), VOCAB)})
+  (tmp_path / teacher_logits.META).write_text('{}')
   with pytest.raises(ValueError, match='row 0 was written for other tokens'):
-    taught.TaughtRows(Rows([row_of(5)]), tmp_path, [0])[0]
-  source = taught.TaughtRows(rows, tmp_path, [0])
+    teacher_logits.StoredLogits(Rows([row_of(5)]), tmp_path, [0])[0]
+  source = teacher_logits.StoredLogits(rows, tmp_path, [0])
   source._records = [b'\x00' * 40]
   with pytest.raises(ValueError, match='row 0 cannot be read'):
     source[0]
@@ -192,6 +193,6 @@ def test_other_tokens_and_broken_records_are_refused(tmp_path):
 
 def test_a_part_is_there_when_its_list_is(tmp_path):
   rows = [row_of(0)]
-  taught.write_part(tmp_path, 'part-00000-0000', {0: taught.record(rows[0], said_of(rows[0]), VOCAB)})
+  teacher_logits.write_part(tmp_path, 'part-00000-0000', {0: teacher_logits.record(rows[0], said_of(rows[0]), VOCAB)})
   os.remove(tmp_path / 'part-00000-0000.json')
-  assert taught.written_rows(tmp_path) == {}
+  assert teacher_logits.written_rows(tmp_path) == {}

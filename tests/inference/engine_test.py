@@ -40,6 +40,12 @@ def words(tmp_path_factory):
   return tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
 
 
+@pytest.fixture(scope='module')
+def subject(words):
+  """An engine for tests that do not look at what others have left in its pool."""
+  return engine('qwen3_tied', words)
+
+
 def engine(name, words, positions='sequential', devices=1, dtype='float32', impl='reference', shared=False, **more):
   cfg, params = model(name)
   options = blocks.BlockOptions(SINKS[name], positions, max_blocks=1, shared_first=shared)
@@ -67,9 +73,9 @@ def masked(params, cfg, compute, options, prompt):
 _apply = jax.jit(transformer.apply, static_argnums=(3, 4))
 
 
-@pytest.mark.parametrize('positions', ['sequential', 'local'])
-@pytest.mark.parametrize('template, adds_bos', [(None, False), (None, True), (data_cases.CHATML, False),
-                                                (data_cases.TRIMMING, True)])
+@pytest.mark.parametrize('positions, template, adds_bos', [
+    ('sequential', None, False), ('local', None, True), ('local', data_cases.CHATML, False),
+    ('sequential', data_cases.TRIMMING, True)])
 def test_passages_in_another_order_are_all_found_again(positions, template, adds_bos):
   tokenizer = data_cases.tiny_tokenizer(template, adds_bos=adds_bos)
   cfg = dataclasses.replace(hf_cases.MODELS['llama_rope'], vocab=len(tokenizer), max_positions=2048)
@@ -166,14 +172,14 @@ def test_a_block_is_found_where_it_was_left(words, tmp_path):
 def test_int8_states_come_back_within_their_bound(words):
   rng = np.random.default_rng(2)
   prompts = [random_prompt(rng, (2, 4)) for _ in range(4)]
-  off, size = [], []
+  off, size, found = [], [], 0
+  store = cache.Store(quantize='int8')
+  subject = engine('qwen3_tied', words, store=store)
   for prompt in prompts:
-    store = cache.Store(quantize='int8')
-    subject = engine('qwen3_tied', words, store=store)
     subject.prepare([Request(prompt)])
     subject.forget()
-    got = subject.logits(Request(prompt, max_new=1))
-    assert store.counts.memory == len(prompt) - 1
+    got, found = subject.logits(Request(prompt, max_new=1)), found + len(prompt) - 1
+    assert store.counts.memory == found
     exact = masked_logits('qwen3_tied', prompt, 'sequential')
     off.append(got - exact)
     size.append(exact)
@@ -193,7 +199,7 @@ def test_answers_do_not_depend_on_their_neighbours(words):
   assert reseeded.tokens != together[1].tokens
 
 
-def test_greedy_answers_are_those_of_the_masked_forward_pass(words):
+def test_greedy_answers_are_those_of_the_masked_forward_pass(subject):
   rng = np.random.default_rng(4)
   cfg, params = model('qwen3_tied')
   prompts = [random_prompt(rng) for _ in range(3)]
@@ -204,7 +210,7 @@ def test_greedy_answers_are_those_of_the_masked_forward_pass(words):
   tokens, layout, _ = blocks.block_mode(tokens, layout, blocks.BlockOptions(SINKS['qwen3_tied'], 'sequential', 8))
   want = decode.greedy(params, tokens, layout, cfg=cfg, compute=Compute(impl='reference'), length=12,
                        stop_ids=np.array([STOP]), vocab=48)
-  got = engine('qwen3_tied', words).generate([Request(prompt, max_new=12) for prompt in prompts])
+  got = subject.generate([Request(prompt, max_new=12) for prompt in prompts])
   for row, answer in zip(np.asarray(want), got, strict=True):
     assert list(answer.tokens) == [t for t in row.tolist() if t != STOP]
 
@@ -263,8 +269,7 @@ def test_nothing_is_compiled_after_warm_up(words):
     (dict(temperature=-1.0), 'temperature=-1.0'), (dict(temperature=float('nan')), 'temperature=nan'),
     (dict(max_new=3000), 'the model has 2048'), (dict(prompt=[[1] * 1500, [1]]), 'device_tokens'),
 ])
-def test_what_cannot_be_answered_is_said_before_anything_is_computed(words, change, message):
-  subject = engine('qwen3_tied', words)
+def test_what_cannot_be_answered_is_said_before_anything_is_computed(subject, change, message):
   good = Request([[1, 2], [3]], max_new=2)
   with compilations() as seen, pytest.raises(ValueError, match=message):
     subject.generate([good, dataclasses.replace(good, **change)])
@@ -276,8 +281,7 @@ def test_a_shared_prefix_at_sequential_positions_is_refused(words):
     engine('qwen3_tied', words, shared=True)
 
 
-def test_a_watch_hears_every_part_of_an_answer(words):
-  subject = engine('qwen3_tied', words)
+def test_a_watch_hears_every_part_of_an_answer(subject):
   with stopwatch.running(wait=True) as watch:
     subject.generate([Request([[4, 5, 6], [7, 8]], max_new=3)], on_part=watch)
   assert tuple(watch.parts) == engine_lib.PARTS and min(watch.parts.values()) >= 0

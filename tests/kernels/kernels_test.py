@@ -301,15 +301,15 @@ def test_on_a_mesh_each_device_computes_its_part():
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
-@pytest.mark.parametrize('impl, sent', [('xla', 0), ('xla', 16), ('xla', None), ('tpu', 16)])
+@pytest.mark.parametrize('impl, far', [('xla', 0), ('xla', 16), ('xla', None), ('tpu', 16)])
 @several
 @given(layout=layout_cases.layouts(B, 64))
 @example(layout=blocks.from_lengths([[[40, 8, 16]], [[2, 30], [3, 20, 9]]], 64))   # blocks over parts, readers at all places
 @example(layout=blocks.from_lengths([[[12, 12, 12, 13, 15]], [[16, 16, 31, 1]]], 64, shared_first=True))
-def test_context_parallelism_gives_the_same(impl, sent, layout):
+def test_context_parallelism_gives_the_same(impl, far, layout):
   """Rows over two, tokens over four devices; outputs and gradients."""
   inputs = arrays(length=64)
-  for result, wanted in zip(sharded(impl, sent)(layout, *inputs), compiled('reference', None, 'float32')(layout, *inputs)):
+  for result, wanted in zip(sharded(impl, far)(layout, *inputs), compiled('reference', None, 'float32')(layout, *inputs)):
     np.testing.assert_allclose(result, wanted, rtol=0, atol=tolerance('float32', wanted))
 
 
@@ -330,9 +330,9 @@ def test_what_is_communicated_grows_with_the_part_and_the_readers():
   place = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P(None, 'context')))
   layout = jax.tree.map(lambda x: place((1, 8192), x.dtype), blocks.from_lengths([[[8192]]], 8192))
   inputs = [place((1, 8192, heads, 64), jnp.float32) for heads in (4, 4, 4)]
-  attend = lambda sent: jax.jit(lambda layout, *x: api.block_attention_on_mesh(
-      *x, layout, mesh, context_axes=('context',), impl='xla', tiles=(128, 128), sent=sent))
-  sizes = {sent: collectives(attend(sent).lower(layout, *inputs).compile().as_text()) for sent in (0, 128)}
+  attend = lambda far: jax.jit(lambda layout, *x: api.block_attention_on_mesh(
+      *x, layout, mesh, context_axes=('context',), impl='xla', tiles=(128, 128), far_queries=far))
+  sizes = {far: collectives(attend(far).lower(layout, *inputs).compile().as_text()) for far in (0, 128)}
   row = 8192 * 4 * 64 * 4
   assert sizes[0]['all-gather'] == 2 * row
   assert sizes[128]['collective-permute'] == 2 * row / 8
@@ -350,16 +350,17 @@ def collectives(program):
 
 
 @functools.cache
-def sharded(impl, sent):
+def sharded(impl, far):
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ('data', 'context', 'more'))
 
   @jax.jit
   def run(layout, *arrays):
     attend = lambda *x: api.block_attention_on_mesh(*x, layout, mesh, batch_axes=('data',), impl='xla',
-                                                    context_axes=('context', 'more'), tiles=(8, 16), sent=sent)
+                                                    context_axes=('context', 'more'), tiles=(8, 16), far_queries=far)
     if impl == 'tpu' and jax.default_backend() != 'tpu':
-      kernel = functools.partial(context_parallel.attention, functools.partial(tpu.attention, interpret=True), sent=sent,
-                                 axes=('context', 'more'), others=('data',), tiles=None, own_tiles=Tiles(8, 16))
+      kernel = functools.partial(context_parallel.attention, functools.partial(tpu.attention, interpret=True),
+                                 axes=('context', 'more'), others=('data',), far_queries=far, tiles=None,
+                                 own_tiles=Tiles(8, 16))
       spec = jax.P('data', ('context', 'more'))
       attend = lambda *x: jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec, check_vma=False)(*x, layout)
     out, pull = jax.vjp(attend, *arrays[:3])

@@ -112,7 +112,7 @@ def options_with(**changes) -> distill.Options:
   return distill.read(config)
 
 
-def curve(devices=1, shape=(), low_rank=lora.NONE, steps=5, **changes):
+def curve(devices=1, shape=(), low_rank=lora.NONE, steps=3, **changes):
   """(losses of some steps, trained parameters) of a distillation as distill.run sets it up."""
   options = options_with(**changes)
   options = dataclasses.replace(options, lora=low_rank)
@@ -143,9 +143,8 @@ def plain():
   return curve()[0]
 
 
-@pytest.mark.parametrize('rules', [
-    (('embed', None),), (('heads', None), ('kv_heads', None), ('mlp', 'fsdp'), ('embed', 'tensor'), ('vocab', None))])
-def test_a_teacher_by_other_rules_says_the_same(rules):
+def test_a_teacher_by_other_rules_says_the_same():
+  rules = (('heads', None), ('kv_heads', None), ('mlp', 'fsdp'), ('embed', 'tensor'), ('vocab', None))
   got, _ = curve(8, {'data': 2, 'fsdp': 2, 'tensor': 2}, **{'teacher.rules': rules})
   np.testing.assert_allclose(got, plain(), rtol=0, atol=1e-5)
 
@@ -199,7 +198,7 @@ folder = run_cases.folder   # a teacher, examples and a config file of both
 def adapted_run(folder, workdir, trainer):
   """The workdir of a run on eight devices, its model and what it has trained."""
   config = run_cases.get_config(folder, trainer.__name__.rpartition('.')[2])
-  config.update_from_flattened_dict({'steps': 4, 'save_every': 4, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
+  config.update_from_flattened_dict({'steps': 3, 'save_every': 3, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
                                      'lora.rank': 2, 'lora.alpha': 4.0})
   return workdir, *trainer.run(trainer.read(config), workdir)[:2]
 

@@ -235,7 +235,7 @@ def test_bfloat16_is_float32_to_its_rounding():
   error = np.sqrt(np.mean((rounded - exact) ** 2) / np.mean(exact ** 2))
   assert 2.0 ** -10 < error < (3 + 23 * FULL.layers) * 2.0 ** -9
   head = params['head']
-  assert transformer.project(jnp.asarray(rounded[0], jnp.bfloat16), head).dtype == jnp.float32
+  assert transformer.project(head, jnp.asarray(rounded[0], jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_a_mesh_changes_nothing():

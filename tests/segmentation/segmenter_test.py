@@ -200,7 +200,8 @@ def test_windows_too_short_for_two_units_are_refused(tmp_path):
     ({'threshold': math.nan}, ': threshold=nan'), ({'cohesion': 'yes'}, ": 'cohesion' is 'yes', not true or false"),
     ({'separators': '('}, r": separators='\(' is no regular expression: missing \), unterminated subpattern"),
     ({'separators': 3}, ": 'separators' is 3, not a text"), ({'length': 9.5}, ": 'length' is 9.5, not a whole number"),
-    ({'overlap': math.nan}, ': overlap=nan'), ({'markers': 'odd'}, ": .*style='odd'; choose one of"),
+    ({'overlap': math.nan}, ': overlap=nan'), ({'markers': 'odd'}, ": markers='odd'; choose one of"),
+    ({'head': 0}, ': head=0; give a number from 1'),
     ({'outline': {'since': []}}, ": 'outline' lacks 'average', 'chosen', 'until'"), ('x', " is 'x', not a JSON object"),
     ({'outline': {'average': [['x']], 'chosen': [], 'since': [], 'until': []}}, r": 'outline': 'average'\[0\]\[0\] is 'x'")])
 def test_what_a_folder_says_is_checked(tmp_path, said, message):

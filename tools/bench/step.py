@@ -44,7 +44,7 @@ def make_batch(rows: int, length: int, count: int, question: int, answer: int, v
 
 
 def stored_teacher(batch, vocab: int) -> dict:
-  """As data.teacher_logits.TaughtRows gives it, of a teacher that says the same everywhere."""
+  """As data.teacher_logits.StoredLogits gives it, of a teacher that says the same everywhere."""
   shape = batch['tokens'].shape
   log_p = jnp.log(0.9 * jax.nn.softmax(-jnp.arange(TOP_K) / 8.0))
   return {'ids': jnp.broadcast_to(jnp.arange(TOP_K) * (vocab // TOP_K), (*shape, TOP_K)),
@@ -151,7 +151,7 @@ def loss_memory(rows: int, length: int, width: int, vocab: int, chunk: int) -> i
   tokens, mask = (jax.ShapeDtypeStruct((rows, length), kind) for kind in (jnp.int32, bool))
 
   def loss(student_head, student, teacher_head, teacher, targets, mask):
-    by = lambda head: jax.tree_util.Partial(transformer.by_head, head)
+    by = lambda head: jax.tree_util.Partial(transformer.project, head)
     student, teacher = losses.Reading(by(student_head), student), losses.Reading(by(teacher_head), teacher)
     sums = losses.distillation_sums(student, teacher, targets, targets, mask, weights=losses.TokenWeights(), temperature=1.0,
                                     ce_weight=0.0, chunk=chunk)

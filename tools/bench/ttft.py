@@ -25,7 +25,7 @@ import tokenizers
 from blockattn import blocks as blocks_lib
 from blockattn.errors import UserError
 from blockattn.hf import convert
-from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, stopwatch
+from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, pool, stopwatch
 from blockattn.kernels import api
 from blockattn.models import decode, flops, sizes, spec, transformer
 from tools import arguments, charts
@@ -190,7 +190,7 @@ def split(model: Model, prompt: Prompt, samples: int, states=STATES) -> dict:
       found.append(timed(engine, request, wait=True).parts)
     parts[name] = {part: min(seconds[part] for seconds in found[1:]) for part in PARTS}
   rotate = jax.jit(decode.rotate_keys, static_argnums=2)
-  cfg, length = model.cfg, plan.padded(sum(prompt.with_sinks()[:-1]))
+  cfg, length = model.cfg, pool.padded(sum(prompt.with_sinks()[:-1]))
   k = jnp.zeros((cfg.layers, 1, length, cfg.kv_heads, cfg.head_dim), model.compute.dtype)
   position = jnp.arange(length, dtype=jnp.int32)[None]
   parts['rotate'] = min(measuring.seconds_of(lambda: rotate(k, position, cfg), samples))
