@@ -7,6 +7,7 @@ errors from faults of ours, whose traceback is needed.
 import argparse
 import contextlib
 import errno
+import importlib
 import math
 import numbers
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,15 @@ def line_of(error: BaseException) -> str | None:
   if isinstance(error, OSError) and error.filename is not None:
     return f'{error.filename}: {error.strerror}; repair it, or name another path'
   return None
+
+
+def library(module: str, who: str, extra: str) -> Any:
+  """A module of a library that an extra brings. Raises ImportError, saying who needs it and how to install it."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    package = module.partition('.')[0].replace('_', '-')
+    raise ImportError(f'{who} needs {package}: pip install "blockattn[{extra}]" ({error})') from error
 
 
 @contextlib.contextmanager

@@ -38,8 +38,8 @@ import rich.table
 from blockattn import disk, metrics
 from blockattn.data import encode, json_lines, prompts
 from blockattn.errors import UserError
-from blockattn.evals import answers, gap, subjects as subjects_lib
-from blockattn.evals.subjects import BEFORE, STUDENT, TEACHER
+from blockattn.evals import answers, gap
+from blockattn.evals.gap import BEFORE, STUDENT, TEACHER
 from blockattn.inference import cache as cache_lib
 from blockattn.kernels import api
 from blockattn.models import transformer
@@ -211,7 +211,7 @@ def run(options, console, err) -> dict:
   files = None if split else json_lines.find_files(options.data)   # before models are loaded
   attention = api.choose(options.impl, jax.devices()[0])
   err.print(str(attention))
-  subjects, teacher, tokenizer = subjects_lib.load_pair(options.model, options.teacher, modes,
+  subjects, teacher, tokenizer = gap.load_pair(options.model, options.teacher, modes,
                                                         transformer.Compute(dtype=options.dtype, impl=attention.impl),
                                                         template_args=options.template_args, chat=options.chat)
   if files is None:

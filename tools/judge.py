@@ -27,7 +27,7 @@ import rich.table
 
 from blockattn import metrics
 from blockattn.data import encode, json_lines
-from blockattn.evals import answers, gap, locomo, longbench, qa, subjects
+from blockattn.evals import answers, gap, locomo, longbench, qa
 from blockattn.hf import files
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan
 from blockattn.kernels import api
@@ -171,7 +171,7 @@ def run(options, console, err, make_answerer=answerer) -> dict[str, dict]:
   err.print(str(attention))
   modes = gap.MODES if options.mode == 'both' else (options.mode,)
   compute = transformer.Compute(dtype=options.dtype, impl=attention.impl)
-  subject, tokenizer = subjects.load(options.model, modes[0], compute, options.template_args, options.chat)
+  subject, tokenizer = gap.load(options.model, modes[0], compute, options.template_args, options.chat)
   chat = subject.chat
   options = argparse.Namespace(**vars(options) | {'chat': chat})
   benchmark = load(options, tokenizer, subject, data)

@@ -71,18 +71,11 @@ class DrawOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Coded:
-  """A text as units with their labels.
-
-  Attributes:
-    units: n units.
-    labels: int32 [n], of the candidate in front of each; IGNORED for the first.
-    starts: int64, the units that begin a line, 0 among them; () of a part of a text.
-    moved: gold cuts that were no candidates, and went to the nearest one.
-  """
-  units: markers.Units
-  labels: np.ndarray
-  starts: Any = ()
-  moved: int = 0
+  """A text as units with their labels."""
+  units: markers.Units   # n units
+  labels: np.ndarray   # int32 [n], of the candidate in front of each; IGNORED for the first
+  starts: Any = ()   # int64, the units that begin a line, 0 among them; () of a part of a text
+  moved: int = 0   # gold cuts that were no candidates, and went to the nearest one
 
   def __len__(self):
     return len(self.units)

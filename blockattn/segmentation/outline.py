@@ -143,17 +143,12 @@ def _steps(length):
 class Shift:
   """By how much log-odds of headings are raised: a sum over what `Levels` says, as JSON holds it.
 
-  Attributes:
-    average: by rank, then by step of the average length.
-    chosen: by rank, then by whether it is.
-    since, until: by step.
-
   Raises:
     ValueError: a list has not as many numbers as there are ranks, steps and answers.
   """
-  average: Sequence[Sequence[float]]
-  chosen: Sequence[Sequence[float]]
-  since: Sequence[float]
+  average: Sequence[Sequence[float]]   # by rank, then by step of the average length
+  chosen: Sequence[Sequence[float]]   # by rank, then by whether it is
+  since: Sequence[float]   # since, until: by step
   until: Sequence[float]
 
   def __post_init__(self):

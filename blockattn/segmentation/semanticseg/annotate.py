@@ -41,18 +41,11 @@ _TOKENS_PER_CUT = 5
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """How a document is asked about.
-
-  Attributes:
-    window: characters of text in a request.
-    overlap: characters that neighbouring windows share, at least, if that is less than all of one.
-    asks: how often an answer is asked for until it is valid.
-    instructions: the system message; {example} becomes a marker.
-  """
-  window: int = 24_000
-  overlap: int = 4_000
-  asks: int = 3
-  instructions: str = INSTRUCTIONS
+  """How a document is asked about."""
+  window: int = 24_000   # characters of text in a request
+  overlap: int = 4_000   # characters that neighbouring windows share, at least, if that is less than all of one
+  asks: int = 3   # how often an answer is asked for until it is valid
+  instructions: str = INSTRUCTIONS   # the system message; {example} becomes a marker
 
   def __post_init__(self):
     if self.asks < 1 or not 0 <= self.overlap < self.window:

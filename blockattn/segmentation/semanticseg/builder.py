@@ -67,18 +67,11 @@ class Beam:
 
 @dataclasses.dataclass(eq=False)
 class SemanticSegConfig(tfds.core.BuilderConfig):
-  """A part of the dataset.
-
-  Attributes:
-    files: its files.
-    dropped: ids of training documents to leave out.
-    fingerprint: of all that decides the records.
-    beam: None reads in this process.
-  """
-  files: tuple[schema.File, ...] = dataclasses.field(default=(), repr=False)
-  dropped: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
-  fingerprint: str = ''
-  beam: Beam | None = None
+  """A part of the dataset."""
+  files: tuple[schema.File, ...] = dataclasses.field(default=(), repr=False)   # its files
+  dropped: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)   # ids of training documents to leave out
+  fingerprint: str = ''   # of all that decides the records
+  beam: Beam | None = None   # None reads in this process
 
 
 @dataclasses.dataclass

@@ -43,33 +43,20 @@ class _Again(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What the model said.
-
-  Attributes:
-    text: the content of its message; '' if there is none.
-    finish: why it stopped, such as 'stop' or 'length'.
-    tokens_in, tokens_out: what the endpoint charges for; 0 if it does not say.
-  """
-  text: str
-  finish: str = 'stop'
-  tokens_in: int = 0
+  """What the model said."""
+  text: str   # the content of its message; '' if there is none
+  finish: str = 'stop'   # why it stopped, such as 'stop' or 'length'
+  tokens_in: int = 0   # tokens_in, tokens_out: what the endpoint charges for; 0 if it does not say
   tokens_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """When to give up.
-
-  Attributes:
-    timeout: seconds for one attempt, from its start to the last byte of the reply.
-    attempts: of one request.
-    backoff: seconds before the second attempt, twice as long before every further one, half of it by chance.
-    longest_wait: seconds; a server that asks for more is not waited for, and no backoff is longer.
-  """
-  timeout: float = 120
-  attempts: int = 6
-  backoff: float = 1
-  longest_wait: float = 300
+  """When to give up."""
+  timeout: float = 120   # seconds for one attempt, from its start to the last byte of the reply
+  attempts: int = 6   # of one request
+  backoff: float = 1   # seconds before the second attempt, twice as long before every further one, half of it by chance
+  longest_wait: float = 300   # seconds; a server that asks for more is not waited for, and no backoff is longer
 
   def __post_init__(self):
     if self.timeout <= 0 or self.attempts < 1 or self.backoff < 0 or self.longest_wait < 0:

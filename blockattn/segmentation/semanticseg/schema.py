@@ -34,20 +34,12 @@ _NAME = re.compile(rf'({"|".join(SPLITS)})_([a-z0-9_]+?)(?:-\d+-of-\d+)?\.jsonl(
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text and its blocks.
-
-  Attributes:
-    id: unique within a split.
-    category: the kind of text, such as 'books'.
-    source: where it is from.
-    license: under which it may be passed on.
-    blocks: pieces of the text, none of them blank.
-  """
-  id: str
-  category: str
-  source: str
-  license: str
-  blocks: tuple[str, ...]
+  """A text and its blocks."""
+  id: str   # unique within a split
+  category: str   # the kind of text, such as 'books'
+  source: str   # where it is from
+  license: str   # under which it may be passed on
+  blocks: tuple[str, ...]   # pieces of the text, none of them blank
 
   @property
   def text(self) -> str:

@@ -26,20 +26,12 @@ Key = tuple[str, str]   # (category, split); 'all' for either
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """Lengths of a set of documents.
-
-  Attributes:
-    documents: how many.
-    block_characters: int64 [blocks].
-    block_tokens: int64 [blocks], or None without a tokenizer.
-    document_tokens: int64 [documents], or None.
-    licenses: documents by licence.
-  """
-  documents: int
-  block_characters: np.ndarray
-  block_tokens: np.ndarray | None
-  document_tokens: np.ndarray | None
-  licenses: collections.Counter
+  """Lengths of a set of documents."""
+  documents: int   # how many
+  block_characters: np.ndarray   # int64 [blocks]
+  block_tokens: np.ndarray | None   # int64 [blocks], or None without a tokenizer
+  document_tokens: np.ndarray | None   # int64 [documents], or None
+  licenses: collections.Counter   # documents by licence
 
   def __add__(self, other: 'Measured') -> 'Measured':
     join = lambda a, b: None if a is None or b is None else np.concatenate([a, b])
