@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from blockattn.errors import UserError
+from blockattn.errors import UserError, check_number
 from blockattn.segmentation import markers
 from blockattn.segmentation.forced import SPACE_COST, Places, TokenEnds, forced_places, inside_clusters, offers
 
@@ -40,7 +40,7 @@ class Granularity:
   (no second sum without a target) among those whose blocks all have minimum <= length <= maximum, see `cuts_in_bounds`.
 
   Attributes:
-    threshold: probability from which on a cut is wanted for its own sake, 0 to 1; None: 0.5, or what a model says.
+    threshold: probability from which on a cut is wanted for its own sake; None: 0.5, or what a model says.
     depth: rounds of cutting again; 0: none.
     target: wanted length of a block; None: no wish.
     minimum: no block is shorter; None: a quarter of the target, or no bound without one.
@@ -61,22 +61,17 @@ class Granularity:
   adaptive: bool = False
 
   def __post_init__(self):
-    if self.threshold is not None and not 0 <= self.threshold <= 1:
-      raise UserError(f'threshold={self.threshold}: a probability from 0 to 1 is needed')
-    if self.depth < 0:
-      raise UserError(f'depth={self.depth}: use 0 or more')
+    if self.threshold is not None:
+      check_number('threshold', self.threshold, 0, 1)
+    check_number('depth', self.depth, 0)
+    check_number('weight', self.weight, 0)
     if self.depth and self.target is not None:
       raise UserError(f'depth={self.depth} and target={self.target}: choose one of the two')
-    for name in ('target', 'minimum', 'maximum'):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise UserError(f'{name}={value}: a length of at least 1 is needed')
-    if not (math.isfinite(self.weight) and self.weight >= 0):
-      raise UserError(f'weight={self.weight}: a finite number of at least 0 is needed')
-    named = [(name, getattr(self, name)) for name in ('minimum', 'target', 'maximum')]
-    named = [(name, value) for name, value in named if value is not None]
-    if [value for _, value in named] != sorted(value for _, value in named):
-      raise UserError(', '.join(f'{name}={value}' for name, value in named)
+    named = {name: value for name in ('minimum', 'target', 'maximum') if (value := getattr(self, name)) is not None}
+    for name, value in named.items():
+      check_number(name, value, 1)
+    if [*named.values()] != sorted(named.values()):
+      raise UserError(', '.join(f'{name}={value}' for name, value in named.items())
                       + ': needed are minimum <= target <= maximum')
 
   @property
@@ -84,9 +79,18 @@ class Granularity:
     """Of the threshold."""
     return 0.0 if self.threshold is None else logit(self.threshold)
 
+  def gains(self, log_odds: np.ndarray) -> np.ndarray:
+    """What cuts of these log-odds add to the sum, float64, none without end."""
+    clip = lambda odds: np.clip(odds, -MAX_LOG_ODDS, MAX_LOG_ODDS)
+    return clip(log_odds.astype(np.float64)) - clip(self.log_odds)
+
+  def pull(self, otherwise: int) -> tuple[int, float]:
+    """The target with its weight; without a target another length that has none."""
+    return (self.target, self.weight) if self.target else (otherwise, 0.0)
+
   @property
   def bounded(self) -> bool:
-    return self.depth == 0 and not (self.target is None and self.minimum is None and self.maximum is None)
+    return self.depth == 0 and (self.target, self.minimum, self.maximum) != (None, None, None)
 
   def bounds(self, total: int) -> tuple[int, int]:
     """(minimum, maximum) that a text of this length can keep.
@@ -139,21 +143,20 @@ def own_cuts(candidates: np.ndarray, log_odds: np.ndarray, threshold: float) -> 
 
 def blocks_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds,
               reader: TokenEnds | None = None) -> list[tuple[int, int]]:
-  """The (start, stop) of the blocks of a text.
-
-  Args:
-    text: the text.
-    scored: what a segmenter says of it: `candidates` int64 [m], `log_odds` [m], `tokens` int64 [m + 1].
-    granularity: lengths are in tokens.
-    token_ends: the segmenter's.
-    reader: of the tokenizer in whose tokens lengths are counted; None: the segmenter's.
-  """
+  """The (start, stop) of the blocks between the `cuts_of` a text."""
   return to_blocks(cuts_of(text, scored, granularity, token_ends, reader), len(text))
 
 
 def cuts_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds,
             reader: TokenEnds | None = None) -> np.ndarray:
-  """The cuts between the `blocks_of` a text."""
+  """The cuts of a text.
+
+  Args:
+    scored: what a segmenter says of it: `candidates` int64 [m], `log_odds` [m], `tokens` int64 [m + 1].
+    granularity: lengths are in tokens.
+    token_ends: the segmenter's.
+    reader: of the tokenizer in whose tokens lengths are counted; None: the segmenter's.
+  """
   inside = inside_clusters(text)   # such as a mark behind a blank
   kept = ~np.isin(scored.candidates, inside)
   candidates, log_odds = scored.candidates[kept], scored.log_odds[kept]
@@ -175,11 +178,9 @@ def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths
   """The cuts of a text at the wanted granularity.
 
   Args:
-    text: the text.
     candidates: int64 [m], strictly increasing offsets, 0 < c < len(text).
     log_odds: float [m], log p/(1-p) of a cut there; infinities are allowed.
     lengths: int64 [m + 1], length of the text up to each candidate and of all of it.
-    granularity: see there.
     token_ends: needed for bounds if lengths are not characters: the tokens of a piece of text.
 
   Returns:
@@ -243,12 +244,10 @@ def _counted_chain(text, candidates, log_odds, granularity, minimum, maximum, to
   offsets, gains = forced_places(text)
   if len(offsets) > COUNTED:
     return None
-  shift = min(max(granularity.log_odds, -MAX_LOG_ODDS), MAX_LOG_ODDS)
-  odds = np.clip(log_odds.astype(np.float64), -MAX_LOG_ODDS, MAX_LOG_ODDS) - shift
-  places = Places(candidates, candidates, odds) + Places(offsets, offsets, gains)
+  places = Places(candidates, candidates, granularity.gains(log_odds)) + Places(offsets, offsets, gains)
   at, gains = [0, *places.offsets.tolist(), len(text)], [0.0, *places.gains.tolist(), 0.0]
   upto = np.searchsorted(token_ends([text])[0], at, side='right')   # about; the blocks are counted below
-  target, weight = (granularity.target, granularity.weight) if granularity.target else (1, 0.0)
+  target, weight = granularity.pull(1)
   value, parent = [0.0] + [-math.inf] * (len(at) - 1), [0] * len(at)
   for j in range(1, len(at)):
     near = [i for i in range(int(np.searchsorted(upto, upto[j] - 2 * maximum - 8)), j) if value[i] > -math.inf]
@@ -287,7 +286,7 @@ def _torn(text, cuts, maximum, token_ends) -> np.ndarray:
 
 def _check(text, candidates, log_odds, lengths):
   m = len(candidates)
-  if candidates.shape != (m,) or log_odds.shape != (m,) or lengths.shape != (m + 1,):
+  if (candidates.shape, log_odds.shape, lengths.shape) != ((m,), (m,), (m + 1,)):
     raise UserError(f'candidates {candidates.shape}, log_odds {log_odds.shape}, lengths {lengths.shape}: expected '
                     '[m], [m] and [m + 1]')
   steps = np.diff(candidates, prepend=0, append=len(text))
@@ -318,21 +317,12 @@ def probability(log_odds: float) -> float:
 
 def cuts_by_depth(wanted: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, *, depth: int, limit: int,
                   minimum: int) -> np.ndarray:
-  """Cuts again inside long blocks, up to `depth` times.
+  """The cuts `wanted`, bool [m], and more inside long blocks, in up to `depth` rounds.
 
   In each round every block longer than `limit` gets one more cut: at the candidate inside it with the highest log-odds,
   of equal ones the one nearest to the block's middle, provided that both parts are at least `minimum` long. A block
   without such a candidate stays. After all rounds a block may still be longer than `limit`. Every round keeps the cuts
   before it, so depths are nested, and a block has at most 2^depth parts.
-
-  Args:
-    wanted: bool [m], the cuts of round 0.
-    log_odds: [m].
-    lengths: int64 [m + 1].
-    limit: 0 cuts every block again.
-
-  Returns:
-    bool [m].
   """
   wanted = wanted.copy()
   for _ in range(depth):
@@ -379,11 +369,9 @@ def cuts_in_bounds(text: str, candidates: np.ndarray, log_odds: np.ndarray, leng
   total = int(lengths[-1])
   if not total or len(text) < 2:
     return np.zeros(0, np.int64)
-  shift = min(max(granularity.log_odds, -MAX_LOG_ODDS), MAX_LOG_ODDS)
-  gains = np.clip(log_odds.astype(np.float64), -MAX_LOG_ODDS, MAX_LOG_ODDS) - shift
-  offered = Places(candidates, lengths[:-1], gains)
+  offered = Places(candidates, lengths[:-1], granularity.gains(log_odds))
   for places, minimum, maximum in offers(text, offered, total, granularity.bounds(total), token_ends):
-    target, weight = (granularity.target, granularity.weight) if granularity.target else (maximum, 0.0)
+    target, weight = granularity.pull(maximum)
     chain = best_chain([*places.lengths.tolist(), total], places.gains.tolist(), target=min(target, maximum),
                        minimum=minimum, maximum=maximum, weight=weight)
     if chain is not None:

@@ -13,10 +13,10 @@ import markdown_it
 import numpy as np
 
 from blockattn.errors import UserError
-from blockattn.segmentation.semanticseg import structure_cuts
+from blockattn.segmentation.semanticseg import structure_text
 
 # Characters of a section, and of one that is joined to the next: what builders of documents from structure go by, too.
-AVERAGE, SHORT = structure_cuts.DEFAULT.average, structure_cuts.DEFAULT.shortest
+AVERAGE, SHORT = structure_text.DEFAULT.average, structure_text.DEFAULT.shortest
 
 _RANKS = 7      # of a level, 0 for no heading
 _RIDGE = 0.1    # of the penalty in `fit`, _RIDGE / 2 times the sum of squares
@@ -47,7 +47,7 @@ def _fences(text: str) -> list[tuple[int, int]]:
   """(start, stop) of fenced code, as CommonMark has it: a longer fence ends it, one with a word does not."""
   if '```' not in text and '~~~' not in text:
     return []
-  lines = [*structure_cuts.line_starts(text), len(text)]
+  lines = [*structure_text.line_starts(text), len(text)]
   tokens = markdown_it.MarkdownIt('commonmark').disable('inline').parse(text)
   return [(lines[token.map[0]], lines[min(token.map[1], len(lines) - 1)]) for token in tokens if token.type == 'fence']
 

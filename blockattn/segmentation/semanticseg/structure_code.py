@@ -10,7 +10,8 @@ import itertools
 import re
 import warnings
 
-from blockattn.segmentation.semanticseg.structure_cuts import NoStructure, cut_at, line_starts
+from blockattn import errors
+from blockattn.segmentation.semanticseg.structure_text import NoStructure, cut_at, line_starts
 
 BIG = 4000   # characters; a class that is longer, or longer than half of its file, is cut at its members
 LANGUAGES = {
@@ -41,8 +42,7 @@ def python(text: str) -> list[str]:
     raise NoStructure(f'not Python 3: {error}') from error
   starts = line_starts(text)
   lines = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
-  cuts = [starts[line] for line in _python_cuts(tree.body, lines, starts, len(text))]
-  return _cut(text, cuts)
+  return _cut(text, [starts[line] for line in _python_cuts(tree.body, lines, starts, len(text))])
 
 
 def _python_cuts(body, lines, starts, length):
@@ -63,13 +63,8 @@ def _python_cuts(body, lines, starts, length):
 
 
 def _with_comments(first, last_end, comments):
-  """The line at which a block starts: the definition's own, or that of the first comment above that belongs to it.
-
-  Args:
-    first: line of the definition.
-    last_end: first line behind what stands before it.
-    comments: lines of the comments between the two, in order.
-  """
+  """The line at which a block starts: the definition's own, `first`, or that of the first comment above that belongs to it;
+  `comments` are lines in order, `last_end` is the first line behind what stands before."""
   own = [line for line in comments if last_end <= line < first]
   if own and own[0] == last_end:   # right behind what stands before: its own, unless it reaches down to the definition
     gap = next((i for i, line in enumerate(own) if line != last_end + i), len(own))
@@ -83,10 +78,7 @@ def _is_big(start, stop, length):
 
 
 def code(text: str, language: str) -> list[str]:
-  """Cuts source code of any language that tree-sitter knows at what spans several lines.
-
-  Args:
-    language: its name in tree-sitter-language-pack.
+  """Cuts source code at what spans several lines, of any language by its name in tree-sitter-language-pack.
 
   Raises:
     ImportError: tree-sitter-language-pack is not installed.
@@ -103,21 +95,14 @@ def code(text: str, language: str) -> list[str]:
 
 
 def _parse(data, language):
+  parser = errors.library('tree_sitter_language_pack', 'source code other than Python', 'semanticseg').get_parser(language)
   steps = itertools.count()   # tree-sitter reports a few for every hundred bytes, and has no end with some garbage
   try:
-    tree = _parser(language).parse(lambda start, _: data[start:start + 65_536],
-                                   progress_callback=lambda *_: next(steps) > 1000 + len(data) // 5)
+    tree = parser.parse(lambda start, _: data[start:start + 65_536],
+                        progress_callback=lambda *_: next(steps) > 1000 + len(data) // 5)
   except ValueError as error:   # stopped
     raise NoStructure(f'not {language}: too many mistakes') from error
   return tree.root_node
-
-
-def _parser(language):
-  try:
-    import tree_sitter_language_pack
-  except ImportError as error:
-    raise ImportError("source code other than Python is cut by tree-sitter: pip install 'blockattn[semanticseg]'") from error
-  return tree_sitter_language_pack.get_parser(language)
 
 
 def _rows(root, length):
