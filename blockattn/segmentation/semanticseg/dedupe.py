@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from blockattn import errors
 from blockattn.errors import UserError
 from blockattn.segmentation.semanticseg import schema
 
@@ -43,10 +44,6 @@ class Pair:
   b: Place
   similarity: float    # Jaccard, 1.0 for the same words
   exact: bool
-
-  @property
-  def across(self) -> bool:
-    return self.a[0] != self.b[0]
 
 
 def words_of(text: str) -> list[str]:
@@ -104,12 +101,9 @@ def find(documents: Documents, *, threshold: float = THRESHOLD) -> list[Pair]:
   places = set(itertools.chain.from_iterable(candidates))
   shingles = {place: shingles_of(words_of(document.text)) for split, document in documents()
               if (place := _place(split, document)) in places}
-  pairs = [_pair(first[digest], place, 1.0, True) for digest, place in same]
-  for a, b in candidates:
-    similarity = jaccard(shingles[a], shingles[b])
-    if similarity >= threshold:
-      pairs.append(_pair(a, b, similarity, False))
-  return sorted(pairs)
+  near = [(a, b, jaccard(shingles[a], shingles[b])) for a, b in candidates]
+  return sorted([_pair(first[digest], place, 1.0, True) for digest, place in same]
+                + [_pair(a, b, similarity, False) for a, b, similarity in near if similarity >= threshold])
 
 
 def _candidates(documents):
@@ -134,7 +128,8 @@ def _place(split, document):
 
 def _pair(a, b, similarity, exact):
   rank = lambda place: (-schema.SPLITS.index(place[0]), *place[1:])   # test, validation, train
-  return Pair(*sorted((a, b), key=rank), similarity, exact)
+  first, second = sorted((a, b), key=rank)
+  return Pair(first, second, similarity, exact)
 
 
 def dropped(pairs: Iterable[Pair]) -> frozenset[tuple[str, str]]:
@@ -154,10 +149,8 @@ def counts_of(pairs: Iterable[Pair]) -> Iterator[tuple[str, str, int, int]]:
   counts = {}
   for pair in pairs:
     category = ', '.join(sorted({pair.a[1], pair.b[1]}))
-    row = counts.setdefault((category, f'{pair.a[0]}-{pair.b[0]}'), [0, 0])
-    row[0 if pair.exact else 1] += 1
-  for key, row in sorted(counts.items()):
-    yield (*key, *row)
+    counts.setdefault((category, f'{pair.a[0]}-{pair.b[0]}'), [0, 0])[not pair.exact] += 1
+  return ((*key, *row) for key, row in sorted(counts.items()))
 
 
 def to_json(pairs: Iterable[Pair]) -> list[dict]:
@@ -166,8 +159,4 @@ def to_json(pairs: Iterable[Pair]) -> list[dict]:
 
 
 def _datasketch():
-  try:
-    import datasketch
-  except ImportError as error:
-    raise ImportError("finding duplicates needs datasketch: pip install 'blockattn[semanticseg]'") from error
-  return datasketch
+  return errors.library('datasketch', 'finding duplicates', 'semanticseg')

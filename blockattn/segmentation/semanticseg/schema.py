@@ -60,11 +60,7 @@ class File:
 
 
 def name_of(path: str | os.PathLike) -> File:
-  """What a file's name says of it.
-
-  Raises:
-    ValueError: the name is not {split}_{category}.jsonl, or .jsonl.gz.
-  """
+  """What a file's name says of it; ValueError if that is not {split}_{category}.jsonl, or .jsonl.gz."""
   match = _NAME.fullmatch(os.path.basename(path))
   if match is None:
     raise UserError(f'{path}: the name must be {{split}}_{{category}}.jsonl or .jsonl.gz, the split one of '
@@ -91,12 +87,9 @@ def find(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
 
 def read(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: json_lines.Report | None = None, *,
          strict: bool = False) -> Iterator[Document]:
-  """Reads documents, file by file, line by line.
-
-  Ids are compared within a split: files whose names say none are one split.
+  """The documents of files, see `json_lines.find_files`; files whose names say no split, in which ids differ, are one.
 
   Args:
-    paths: see `json_lines.find_files`.
     report: counts lines, documents (`examples`) and bad lines as they are read.
     strict: raise at the first bad line instead of counting it.
 
@@ -136,18 +129,14 @@ def check_new(document: Document, first: tuple[str, int], here: tuple[str, int])
 
 
 def parse(line: bytes | str) -> Document:
-  """One line as a document.
-
-  Raises:
-    json_lines.Malformed: the line is none; it has a reason and a detail.
-  """
+  """One line as a document, or json_lines.Malformed, with a reason and a detail."""
   record = json_lines.load_object(line)
   values = [json_lines.get_text(record, key) for key in KEYS[:-1]]
   blocks = json_lines.get_value(record, 'blocks', list)
   if not blocks:
     raise json_lines.Malformed('empty blocks', '"blocks" is empty')
-  return Document(*values, tuple(json_lines.check_text(block, f'"blocks"[{i}]', 'empty block')
-                                 for i, block in enumerate(blocks)))
+  return Document(*values, blocks=tuple(json_lines.check_text(block, f'"blocks"[{i}]', 'empty block')
+                                        for i, block in enumerate(blocks)))
 
 
 def to_line(document: Document) -> str:
@@ -164,15 +153,11 @@ def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
   if not path.name.endswith(json_lines.SUFFIXES):
     raise UserError(f'{path}: the name must end in {" or ".join(json_lines.SUFFIXES)}')
   path.parent.mkdir(parents=True, exist_ok=True)
-  with disk.replacing(path) as raw:
-    return _write_lines(raw, documents, compressed=path.name.endswith('.gz'))
-
-
-def _write_lines(raw, documents, *, compressed):
   count = 0
-  binary = gzip.GzipFile(filename='', fileobj=raw, mode='wb', mtime=0) if compressed else raw
-  with io.TextIOWrapper(binary, encoding='utf-8', newline='\n') as stream:
-    for document in documents:
-      stream.write(to_line(document) + '\n')
-      count += 1
+  with disk.replacing(path) as raw:
+    binary = gzip.GzipFile(filename='', fileobj=raw, mode='wb', mtime=0) if path.name.endswith('.gz') else raw
+    with io.TextIOWrapper(binary, encoding='utf-8', newline='\n') as stream:
+      for document in documents:
+        stream.write(to_line(document) + '\n')
+        count += 1
   return count
