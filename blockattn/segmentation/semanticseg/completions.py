@@ -125,10 +125,7 @@ class Completions:
     await self.client.aclose()
 
   def ask(self, messages: Sequence[dict]) -> Answer:
-    """The answer to a chat.
-
-    Args:
-      messages: of {"role", "content"}.
+    """The answer to a chat of {"role", "content"}.
 
     Raises:
       Failed: none after all attempts, or the request itself is wrong (too long, say).
@@ -136,24 +133,18 @@ class Completions:
     """
     for attempt in range(self.limits.attempts):
       try:
-        self._wait_for_others()
+        with self.lock:
+          wait = self.not_before - time.monotonic()
+        if wait > 0:
+          self.sleep(wait)
         return self._attempt(messages)
       except _Again as error:
         if attempt + 1 == self.limits.attempts:
-          raise Failed(f'{self._redacted(error)} (attempt {attempt + 1}, the last)') from None
+          raise Failed(f'{redacted(str(error), self._secrets)} (attempt {attempt + 1}, the last)') from None
         self._wait(error, attempt)
       except (Failed, Refused) as error:   # servers and proxies repeat what they were sent
-        raise type(error)(self._redacted(error)) from None
+        raise type(error)(redacted(str(error), self._secrets)) from None
     raise AssertionError('no attempt')
-
-  def _redacted(self, error):
-    return redacted(str(error), self._secrets)
-
-  def _wait_for_others(self):
-    with self.lock:
-      wait = self.not_before - time.monotonic()
-    if wait > 0:
-      self.sleep(wait)
 
   def _wait(self, error, attempt):
     backoff = min(self.limits.longest_wait, self.limits.backoff * 2 ** attempt) * random.uniform(.5, 1)
@@ -161,7 +152,7 @@ class Completions:
       self.sleep(backoff)
       return
     if error.wait > self.limits.longest_wait:
-      raise Failed(f'{self._redacted(error)}, and asks to wait {error.wait:.0f} s, longer than '
+      raise Failed(f'{redacted(str(error), self._secrets)}, and asks to wait {error.wait:.0f} s, longer than '
                    f'{self.limits.longest_wait:.0f} s') from None
     with self.lock:
       self.not_before = max(self.not_before, time.monotonic() + error.wait)

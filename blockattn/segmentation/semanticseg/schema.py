@@ -87,7 +87,7 @@ def find(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
 
 def read(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: json_lines.Report | None = None, *,
          strict: bool = False) -> Iterator[Document]:
-  """The documents of files, see `json_lines.find_files`; files whose names say no split, in which ids differ, are one.
+  """The documents of files, see `json_lines.find_files`. Ids differ within a split; files whose names say none are one.
 
   Args:
     report: counts lines, documents (`examples`) and bad lines as they are read.
