@@ -90,7 +90,7 @@ class Coded:
 
   def then(self, other: 'Coded') -> 'Coded':
     """This text with another one behind it: the change is a cut."""
-    return Coded(self.units + other.units, np.concatenate([self.labels, [1], other.labels[1:]]))
+    return Coded(markers.joined([self.units, other.units]), np.concatenate([self.labels, [1], other.labels[1:]]))
 
 
 def code(blocks: Sequence[str], reader: markers.Reader, tolerance: int = 0) -> Coded:
@@ -106,10 +106,9 @@ def code(blocks: Sequence[str], reader: markers.Reader, tolerance: int = 0) -> C
 def labels_of(blocks: Sequence[str], candidates: np.ndarray, tolerance: int = 0) -> tuple[np.ndarray, int]:
   """The labels of a text's candidates.
 
-  A cut that is no candidate is that of the nearest one, the earlier of two.
-
   Returns:
-    (int32 [m]: 1 a cut, 0 none, IGNORED within `tolerance` candidates of a cut; the number of cuts that were moved).
+    (int32 [m]: 1 a cut, 0 none, IGNORED within `tolerance` candidates of a cut; the number of cuts that were no candidates,
+    and went to the nearest one, the earlier of two).
   """
   labels = np.zeros(len(candidates), np.int32)
   cuts = np.fromiter(itertools.accumulate(map(len, blocks[:-1])), np.int64)
@@ -150,13 +149,7 @@ def pack(parts: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> dict:
 
 
 class DrawnRows:
-  """Training rows: a source for `stream.batches`.
-
-  Args:
-    documents: `semanticseg.schema.Document`s.
-    reader: `markers.Reader`.
-    options: `DrawOptions`.
-    seed: of the draws.
+  """Training rows of `semanticseg.schema.Document`s: a source for `stream.batches`.
 
   Raises:
     ValueError: no documents, or rows too short for the longest unit that the reader reads.
@@ -268,19 +261,15 @@ def windows(document: Any, reader: markers.Reader, length: int) -> list[dict]:
 
 def validation_rows(documents: Sequence[Any], reader: markers.Reader, length: int,
                     per_category: int) -> tuple[list[dict], list[str]]:
-  """Windows of every category, at most `per_category` of each, taken evenly from its documents.
-
-  Returns:
-    (rows, the category of each), in a fixed order.
-  """
+  """(Windows of every category, at most `per_category` of each, taken evenly from its documents; the category of each)."""
   grouped = collections.defaultdict(list)
   for document in some(documents, per_category):
     grouped[document.category].append(windows(document, reader, length))
   rows, names = [], []
-  for category in sorted(grouped):
+  for category, windowed in sorted(grouped.items()):
     # One window of every document, then a second of each, ...: the beginnings do not crowd out the rest.
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*grouped[category]))
-    taken = [row for row in turns if row is not None][:per_category]
+    turns = (row for rows in itertools.zip_longest(*windowed) for row in rows if row is not None)
+    taken = list(itertools.islice(turns, per_category))
     rows += taken
     names += [category] * len(taken)
   return rows, names
