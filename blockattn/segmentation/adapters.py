@@ -1,8 +1,8 @@
 """Blocks for retrieval libraries: a LangChain TextSplitter, a LlamaIndex NodeParser, a Chonkie chunker.
 
 Each is made by a function, so that none of the libraries is needed to import this module (ImportError says which is
-missing), and takes the options of `blockattn.segment_many` (target_tokens=512, model=...). Chunks are blocks as they stand: joined, they are the text, and
-the offsets that a library keeps are exact, also where a text repeats itself.
+missing), and takes the options of `blockattn.segment_many` (target_tokens=512, model=...). Chunks are blocks as they stand:
+joined, they are the text, and the offsets that a library keeps are exact, also where a text repeats itself.
 
 What is made can be pickled, as pipelines of several processes do: a class is known by the function here that makes it, and
 a model by its name, so that each process loads its own.

@@ -224,8 +224,8 @@ def texttiling(w: int, k: int) -> Cutter:
 
 
 def block_comparison(k: int, sequences: Sequence[Any], table: Any = None) -> list[float]:
-  """Similarity of the words on both sides of each gap between pseudo-sentences, as nltk's `_block_comparison` (whose table is
-  not needed): len(sequences) - 1 cosines.
+  """Similarity of the words on both sides of each gap between pseudo-sentences, as nltk's `_block_comparison`, without
+  its table: len(sequences) - 1 cosines.
 
   Args:
     k: pseudo-sentences on each side; fewer near the ends.
