@@ -99,20 +99,16 @@ def run(items: Sequence[Item], *, prompt: Callable[[Example], list[list[int]]], 
   start = time.perf_counter()
   prompts, too_long = _prompts(items, prompt, fits)
   out = pathlib.Path(out)
-  rows = resume(out, dict(facts) | {'version': _VERSION}, {p.item.id: p.key for p in prompts})
-  todo = [p for p in prompts if p.item.id not in rows]
-  done = len(prompts) - len(todo)
-  for group in _batches(todo, batch):
-    if progress:
-      progress(done, len(prompts))
+  by_id = {p.item.id: p for p in prompts}
+
+  def make(names):
+    group = [by_id[name] for name in names]
     made = answer([p.blocks() for p in group], max_new=group[0].item.max_new, stop=group[0].item.stop)
-    new = {p.item.id: _row(p, said, score) for p, said in zip(group, made, strict=True)}
-    append_rows(out / PREDICTIONS, new.values())
-    rows |= new
-    done += len(group)
-  if progress:
-    progress(len(prompts), len(prompts))
-  summary = summarize([rows[p.item.id] for p in prompts], averages)
+    return [_row(p, said, score) for p, said in zip(group, made, strict=True)]
+
+  rows = kept_rows(out, dict(facts) | {'version': _VERSION}, {p.item.id: p.key for p in prompts},
+                   lambda names: _batches([by_id[name] for name in names], batch), make, progress=progress)
+  summary = summarize(rows, averages)
   summary |= {'too_long': {'n': len(too_long), 'ids': too_long[:_LISTED]}, 'facts': dict(facts) | dict(more or {}),
               'seconds': round(time.perf_counter() - start, 3)}
   metrics.write_json(out / SUMMARY, summary)
@@ -139,14 +135,12 @@ def _prompts(items, prompt, fits):
   return found, too_long
 
 
-def _batches(prompts: Sequence[_Prompt], batch: int) -> Iterator[list[_Prompt]]:
-  """Prompts that are asked alike, by length: the shortest first within each kind."""
+def _batches(prompts: Sequence[_Prompt], batch: int) -> Iterator[list[str]]:
+  """Ids of prompts that are asked alike, by length: the shortest first within each kind."""
   kinds = {}
   for p in sorted(prompts, key=lambda p: len(p.tokens)):
-    kinds.setdefault((p.item.max_new, p.item.stop), []).append(p)
-  for group in kinds.values():
-    for i in range(0, len(group), batch):
-      yield group[i:i + batch]
+    kinds.setdefault((p.item.max_new, p.item.stop), []).append(p.item.id)
+  yield from (names[i:i + batch] for names in kinds.values() for i in range(0, len(names), batch))
 
 
 def _row(p, said, score):
@@ -155,26 +149,46 @@ def _row(p, said, score):
           'scores': score(item, said), 'tokens': len(p.tokens), 'blocks': len(p.lengths), 'key': p.key}
 
 
-# What a run before left.
+# Rows that are kept.
 
-
-def resume(out: pathlib.Path, facts: Mapping[str, Any], keys: Mapping[Any, str], file: str = PREDICTIONS,
-           form: Mapping = _ROW, by: str = 'id') -> dict[Any, dict]:
-  """The rows that are there already, by name, maybe more than `keys` has; makes the folder and its run.json.
+def kept_rows(out: pathlib.Path | None, facts: Mapping[str, Any], keys: Mapping[Any, str],
+              batches: Callable[[list], Iterable[Sequence]], make: Callable[[Sequence], Iterable[dict]], *,
+              file: str = PREDICTIONS, form: Mapping = _ROW, by: str = 'id',
+              progress: Callable[[int, int], None] | None = None) -> list[dict]:
+  """A row for each key, in their order: those that a run before left, and the others, on the disk as they are made.
 
   Args:
+    out: a folder, made if absent; None: nothing is kept.
     facts: what decides a row beside its key; JSON values, in run.json.
     keys: by what names a row, a hash of all that is asked.
+    batches: of the names that lack a row.
+    make: of a batch, its rows.
     file: of the rows, in the folder; each of the `form` of disk.check_form, and named by its value at `by`.
+    progress: called with (rows, all).
 
   Raises:
-    ValueError: they are another run's, naming what differs.
+    ValueError: what is there is another run's, naming what differs.
   """
+  rows = {} if out is None else _resumed(out, facts, keys, out / file, form, by)
+  for names in batches([name for name in keys if name not in rows]):
+    if progress:
+      progress(len(rows), len(keys))
+    new = {row[by]: row for row in make(names)}
+    if out is not None:
+      with open(out / file, 'a', encoding='utf-8') as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in new.values())
+    rows |= new
+  if progress:
+    progress(len(keys), len(keys))
+  return [rows[name] for name in keys]
+
+
+def _resumed(out, facts, keys, path, form, by):
+  """{name: row} of the keys that are there already; makes the folder and its run.json."""
   facts = json.loads(json.dumps(facts))   # tuples are lists in a file
   if not (out / RUN).exists():
-    if (out / file).exists():
-      raise UserError(f'{out / file}: there is no {RUN} beside it that says whose answers these are; name '
-                      'another folder')
+    if path.exists():
+      raise UserError(f'{path}: there is no {RUN} beside it that says whose answers these are; name another folder')
     out.mkdir(parents=True, exist_ok=True)
     metrics.write_json(out / RUN, facts)
   there = disk.read_json(out / RUN)
@@ -184,20 +198,14 @@ def resume(out: pathlib.Path, facts: Mapping[str, Any], keys: Mapping[Any, str],
   if differs:
     raise UserError(f'{out / RUN}: the answers there come from another run: {"; ".join(differs)}; name another folder, '
                     'or delete this one')
-  if (out / file).exists():
-    os.truncate(out / file, (out / file).read_bytes().rfind(b'\n') + 1)   # less the line that a killed run was writing
-  rows = {row[by]: row for row in _read_rows(out / file, form)}
-  other = [name for name, row in rows.items() if name in keys and row['key'] != keys[name]]
+  if path.exists():
+    os.truncate(path, path.read_bytes().rfind(b'\n') + 1)   # less the line that a killed run was writing
+  rows = {row[by]: row for row in _read_rows(path, form) if row[by] in keys}   # there may be more
+  other = [name for name, row in rows.items() if row['key'] != keys[name]]
   if other:
-    raise UserError(f'{out / file}: {len(other)} items, first {other[0]!r}, were asked with another prompt than '
+    raise UserError(f'{path}: {len(other)} items, first {other[0]!r}, were asked with another prompt than '
                     'now; the data or how they are cut have changed, name another folder or delete this one')
   return rows
-
-
-def append_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
-  """Adds lines to a file of rows, so that a run that is killed afterwards has them."""
-  with open(path, 'a', encoding='utf-8') as file:
-    file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
 
 
 def read_predictions(folder: str | os.PathLike) -> list[dict]:
@@ -222,7 +230,6 @@ def _read_rows(path, form):
 
 
 # Summing up.
-
 
 def summarize(rows: Sequence[Mapping], averages: Averages | None = None) -> dict:
   """Means of a run's rows with their intervals.

@@ -118,23 +118,20 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
       encode.check_ids(doc.tokens, subject.cfg.vocab, tokenizer, f'{name}: {example.id}')
   facts = {'subjects': list(subjects), 'max_new': max_new, 'stop': stop} | dict(facts or {})
   keys = {number: _key(doc) for number, doc in enumerate(docs)}
-  rows = {} if out is None else answers.resume(pathlib.Path(out), facts, keys, DOCUMENTS, _ROW, 'document')
-  rows = {number: rows[number] for number in keys if number in rows}   # there may be more, of a larger --limit
-  todo = sorted(keys.keys() - rows.keys(), key=lambda number: (-len(docs[number].tokens), number))
-  batch = min(batch, max(len(todo), 1))
-  for start in range(0, len(todo), batch):
-    if progress:
-      progress(len(rows), len(docs))
-    numbers = todo[start:start + batch]
+
+  def batches(todo):
+    nonlocal batch
+    batch = min(batch, max(len(todo), 1))
+    todo = sorted(todo, key=lambda number: (-len(docs[number].tokens), number))
+    return (todo[start:start + batch] for start in range(0, len(todo), batch))
+
+  def make(numbers):
     made = _measure_batch(subjects, teacher, [docs[n] for n in numbers], [examples[n] for n in numbers], tokenizer, batch,
                           max_new, stop)
-    new = {number: {'document': number, **row, 'key': keys[number]} for number, row in zip(numbers, made, strict=True)}
-    if out is not None:
-      answers.append_rows(pathlib.Path(out) / DOCUMENTS, new.values())
-    rows |= new
-  if progress:
-    progress(len(docs), len(docs))
-  return [rows[number] for number in keys]
+    return [{'document': number, **row, 'key': keys[number]} for number, row in zip(numbers, made, strict=True)]
+
+  return answers.kept_rows(None if out is None else pathlib.Path(out), facts, keys, batches, make, file=DOCUMENTS, form=_ROW,
+                           by='document', progress=progress)
 
 
 def _check_positions(subjects, docs, examples, max_new):

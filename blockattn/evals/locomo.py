@@ -179,7 +179,6 @@ def _ask(name, asked, task, trap):
 
 # Scores.
 
-
 def score(item: answers.Item, prediction: str, letters: str = 'alone') -> dict[str, float]:
   """{'score'}, by the rule of the item's category; `letters`: of LETTERS."""
   said = prediction.strip().split('\n')[0].strip()

@@ -94,7 +94,6 @@ def task_of(name: str) -> Task:
 
 # Data.
 
-
 @dataclasses.dataclass(frozen=True)
 class Record:
   """A line of the published data; `where` is 'file:line'."""
@@ -140,20 +139,18 @@ def _lines(data, task) -> Iterator[tuple[tuple[str, int], bytes]]:
 def _zipped_lines(archive, task):
   try:
     with zipfile.ZipFile(archive) as file:
-      names = [name for name in file.namelist() if name.split('/')[-1] == f'{task}.jsonl']
-      if not names:
+      name = next((name for name in file.namelist() if name.split('/')[-1] == f'{task}.jsonl'), None)
+      if name is None:
         raise FileNotFoundError(f'{archive}: no {task}.jsonl in it; name the tasks that are there with --tasks')
-      with file.open(names[0]) as stream:
-        for number, line in enumerate(stream, start=1):
-          if line.strip():
-            yield (f'{archive}/{names[0]}', number), line
+      with file.open(name) as stream:
+        yield from (((f'{archive}/{name}', number), line) for number, line in enumerate(stream, start=1) if line.strip())
   except zipfile.BadZipFile as error:
     raise UserError(f'{archive}: no zip file, or a damaged one ({error}); fetch it again') from error
 
 
 def _download(name):
   repo, _, revision = str(name).partition('@')
-  if os.path.isabs(repo) or repo.startswith(('.', '~')) or repo.count('/') != 1 or '' in repo.split('/'):
+  if not re.fullmatch(r'[^./~][^/]*/[^/]+', repo):
     raise FileNotFoundError(f'{name}: no folder and no zip file, and no name on the hub (owner/dataset) either')
   import huggingface_hub
   with errors.hub(str(name)):
@@ -181,7 +178,6 @@ def _record(line, where):
 
 # Prompts.
 
-
 def load_prompts() -> tuple[dict[str, str], dict[str, int]]:
   """(template, most tokens of an answer) of every task, as published."""
   return tuple(json.loads((ASSETS / name).read_text(encoding='utf-8'))
@@ -195,12 +191,6 @@ class Prompt:
   context: str
   after: str
   seam: int = 0   # where in the context its middle was left out; 0 where nothing was
-
-
-def fill(template: str, record: Record) -> Prompt:
-  """The published prompt of a record, not truncated."""
-  before, after = template.split('{context}')
-  return Prompt(before, record.context, after.format(input=record.input))
 
 
 def truncate(prompt: Prompt, tokenizer: Any, most: int) -> Prompt:
@@ -234,11 +224,8 @@ def cut_at_headings(context: str, heading: str) -> list[int]:
 
 
 def cut_prompts(prompts: Sequence[Prompt], heading: str, cut: Cut | None) -> list[list[str]]:
-  """Texts of the blocks of each prompt's context; none is empty, and joined they are the context.
-
-  Args:
-    cut: cuts the contexts that lack headings; None: they are one block.
-  """
+  """Texts of the blocks of each prompt's context; none is empty, and joined they are the context. What lacks headings is cut
+  by `cut`; None: it is one block."""
   cuts = [cut_at_headings(prompt.context, heading) for prompt in prompts]
   bare = [i for i, prompt in enumerate(prompts) if not cuts[i] and prompt.context]
   if cut is not None and bare:
@@ -263,7 +250,8 @@ def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut
   known = task_of(task)
   templates, lengths = load_prompts()
   name = task.removesuffix(EVEN)
-  prompts = [fill(templates[name], record) for record in records]
+  before, after = templates[name].split('{context}')
+  prompts = [Prompt(before, record.context, after.format(input=record.input)) for record in records]
   if max_length is not None:
     prompts = [truncate(prompt, tokenizer, max_length) for prompt in prompts]
   items = []
@@ -282,7 +270,6 @@ def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut
 
 
 # Scores.
-
 
 def score(item: answers.Item, prediction: str) -> dict[str, float]:
   """{'score'}: the best over the accepted answers, at least 0."""

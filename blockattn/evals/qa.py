@@ -61,6 +61,5 @@ def read_items(files: Sequence[str], tokenizer: Any, *, chat: bool, max_new: int
 
 def score(item: answers.Item, prediction: str) -> dict[str, float]:
   """{'exact_match', 'substring', 'f1'}, each the best over the references."""
-  return {'exact_match': scores.normalized_match(prediction, item.references),
-          'substring': scores.substring(prediction, item.references),
-          'f1': scores.f1(prediction, item.references)}
+  return scores.score(prediction, item.references) | {
+      'exact_match': scores.normalized_match(prediction, item.references)}

@@ -76,7 +76,6 @@ def bag_f1(said: Sequence[str], right: Sequence[str]) -> float:
 
 # LongBench.
 
-
 def qa_f1(prediction: str, answer: str, classes: Sequence[str] | None = None) -> float:
   """F1 of the bags of words after SQuAD's normalisation."""
   return bag_f1(normalize(prediction).split(), normalize(answer).split())

@@ -145,7 +145,6 @@ def _counter(options):
 
 # What pickle calls.
 
-
 def _splitter(state):
   splitter = _langchain_class().__new__(_langchain_class())
   splitter.__dict__.update(state)

@@ -104,7 +104,7 @@ class Granularity:
     return (minimum if blocks * minimum <= total else total // blocks), maximum
 
 
-def wanted(**wishes: float | None) -> Granularity:
+def wanted(**wishes: Any) -> Granularity:
   """The granularity with these attributes; those that are None keep their defaults."""
   return Granularity(**{name: value for name, value in wishes.items() if value is not None})
 
@@ -168,9 +168,12 @@ def cuts_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenE
 
 def tokens_of_units(text: str, candidates: np.ndarray, token_ends: TokenEnds) -> np.ndarray:
   """The tokens up to each candidate, and in all, each unit encoded alone: int64 [m + 1]."""
-  if not text:
-    return np.zeros(1, np.int64)
-  return np.cumsum([len(ends) for ends in token_ends(markers.split(text, candidates))], dtype=np.int64)
+  return np.cumsum(_counts(token_ends, markers.split(text, candidates) if text else []) or [0], dtype=np.int64)
+
+
+def _counts(token_ends, pieces) -> list[int]:
+  """Tokens of each piece of text alone."""
+  return [len(ends) for ends in token_ends(pieces)] if pieces else []
 
 
 def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, granularity: Granularity,
@@ -219,7 +222,7 @@ def cuts_in_tokens(text: str, candidates: np.ndarray, log_odds: np.ndarray, toke
   minimum, maximum = low, high = granularity.bounds(int(tokens[-1]))
   found = []   # (tokens over the maximum, tokens under the minimum, round, cuts)
   for step in range(ROUNDS):
-    counts = [len(ends) for ends in token_ends(markers.split(text, cuts))]
+    counts = _counts(token_ends, markers.split(text, cuts))
     over = max(max(counts) - maximum, 0)
     under = max(minimum - min(counts), 0) if len(cuts) else 0
     found.append((over, under, step, cuts))
@@ -251,8 +254,7 @@ def _counted_chain(text, candidates, log_odds, granularity, minimum, maximum, to
   value, parent = [0.0] + [-math.inf] * (len(at) - 1), [0] * len(at)
   for j in range(1, len(at)):
     near = [i for i in range(int(np.searchsorted(upto, upto[j] - 2 * maximum - 8)), j) if value[i] > -math.inf]
-    counts = [len(ends) for ends in token_ends([text[at[i]:at[j]] for i in near])] if near else []
-    for i, count in zip(near, counts, strict=True):
+    for i, count in zip(near, _counts(token_ends, [text[at[i]:at[j]] for i in near]), strict=True):
       reached = value[i] + gains[j] - weight * abs(count / target - 1)
       if minimum <= count <= maximum and reached > value[j]:
         value[j], parent[j] = reached, i
@@ -267,19 +269,19 @@ def _torn(text, cuts, maximum, token_ends) -> np.ndarray:
   todo, starts = to_blocks(cuts, len(text))[::-1], []
   while todo:
     a, b = todo.pop()
-    count = len(token_ends([text[a:b]])[0])
+    [count] = _counts(token_ends, [text[a:b]])
     if count <= maximum:
       starts.append(a)
       continue
-    first, stop = np.searchsorted(offsets, [a, b], side='left')
-    first += first < len(offsets) and offsets[first] == a
+    first, stop = np.searchsorted(offsets, a, side='right'), np.searchsorted(offsets, b)
     if first == stop:
       raise UserError(f'blocks of at most {maximum} tokens cannot hold {text[a:b]!r}, which has {count}: ask for a maximum '
                       f'of at least {count}')
     middle = (a + b) / 2
-    near = np.flatnonzero((np.abs(offsets[first:stop] - middle) <= (b - a) / 6) & (gains[first:stop] >= -SPACE_COST))
-    among = near if len(near) else np.arange(stop - first)
-    cut = int(offsets[first + among[np.argmin(np.abs(offsets[first + among] - middle))]])
+    inside = offsets[first:stop]
+    near = inside[(np.abs(inside - middle) <= (b - a) / 6) & (gains[first:stop] >= -SPACE_COST)]
+    among = near if len(near) else inside
+    cut = int(among[np.argmin(np.abs(among - middle))])
     todo += [(cut, b), (a, cut)]
   return np.array(starts[1:], np.int64)
 
@@ -299,7 +301,7 @@ def _check(text, candidates, log_odds, lengths):
     raise UserError('lengths must not decrease: they count the text up to each candidate, then all of it')
 
 
-def to_blocks(cuts: Sequence[int], length: int) -> list[tuple[int, int]]:
+def to_blocks(cuts: Sequence[int] | np.ndarray, length: int) -> list[tuple[int, int]]:
   """(start, stop) of each block of a text of this length; none if it is empty."""
   edges = [0, *map(int, cuts), length]
   return list(zip(edges[:-1], edges[1:])) if length else []
@@ -329,27 +331,16 @@ def cuts_by_depth(wanted: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray,
     edges = np.concatenate([[-1], np.flatnonzero(wanted), [len(wanted)]])   # candidate -1 is the start, m the end
     at = np.concatenate([[0], lengths[edges[1:]]])
     long = np.flatnonzero((np.diff(at) > limit) & (np.diff(edges) > 1))
-    new = [_best_inside(log_odds, lengths, edges[b] + 1, edges[b + 1], at[b], at[b + 1], minimum) for b in long]
-    new = [c for c in new if c is not None]
-    if not new:
-      break
-    wanted[new] = True
+    for b in long:
+      inside = np.arange(edges[b] + 1, edges[b + 1])
+      inside = inside[(lengths[inside] - at[b] >= minimum) & (at[b + 1] - lengths[inside] >= minimum)]
+      best = inside[log_odds[inside] == log_odds[inside].max(initial=-np.inf)]
+      if len(best):
+        wanted[best[np.argmin(np.abs(2 * lengths[best] - at[b] - at[b + 1]))]] = True
   return wanted
 
 
-def _best_inside(log_odds, lengths, first, stop, start_length, stop_length, minimum):
-  """The best of the candidates first..stop-1 inside a block, or None."""
-  at = lengths[first:stop]
-  fits = (at - start_length >= minimum) & (stop_length - at >= minimum)
-  if not fits.any():
-    return None
-  odds = np.where(fits, log_odds[first:stop], -np.inf)
-  best = np.flatnonzero(fits & (odds == odds.max()))
-  return first + best[np.argmin(np.abs(2 * at[best] - start_length - stop_length))]
-
-
 # Hard bounds.
-
 
 def cuts_in_bounds(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray,
                    granularity: Granularity, token_ends: TokenEnds | None = None) -> np.ndarray:

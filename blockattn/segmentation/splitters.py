@@ -144,12 +144,9 @@ def sentences(count: int) -> Cutter:
 
 def random_candidates(rate: float, seed: int = 0) -> Cutter:
   """Each candidate with probability `rate`; the same text is always cut in the same way."""
-  def cut(text):
-    places = markers.candidates(text)
-    random = np.random.default_rng([seed, zlib.crc32(text.encode(errors='surrogatepass'))])
-    return places[random.random(len(places)) < rate].tolist()
-
-  return cut
+  draw = lambda text: np.random.default_rng([seed, zlib.crc32(text.encode(errors='surrogatepass'))])
+  cut = lambda text, places: places[draw(text).random(len(places)) < rate].tolist()
+  return lambda text: cut(text, markers.candidates(text))
 
 
 # Separators and headings.

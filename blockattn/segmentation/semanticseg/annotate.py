@@ -250,8 +250,7 @@ def annotate_all(documents: Iterable[Plain], ask: Callable[[list[dict]], complet
     executor.shutdown(wait=False, cancel_futures=True)   # closing the endpoint ends what is under way
 
 
-# Cost
-
+# Cost.
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -289,8 +288,7 @@ def quarter(text: str) -> int:
   return math.ceil(len(text) / 4)
 
 
-# Files
-
+# Files.
 
 def read_plain(paths: Sequence[str | os.PathLike], defaults: dict[str, str], report: json_lines.Report) -> Iterator[Plain]:
   """Documents without cuts from JSON lines {"id", "text"} (or "blocks", then joined), or from text files as a whole.

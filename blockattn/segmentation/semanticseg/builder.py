@@ -178,7 +178,6 @@ def _files_of(config, split):
 
 # The pipeline. Its functions stand in a module, so that other machines find them.
 
-
 def _read_in_pipeline(pipeline, files, dropped, path):
   """(key, record) of the documents to keep; their summary is written to `path`."""
   beam = _beam()
@@ -227,7 +226,6 @@ def _beam():
 
 
 # Building and reading.
-
 
 def configs(files: Sequence[schema.File], *, dropped: Iterable[tuple[str, str]] = (),
             beam: Beam | None = None) -> list[SemanticSegConfig]:

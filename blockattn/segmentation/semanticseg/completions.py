@@ -69,13 +69,10 @@ class Completions:
   def __init__(self, base_url: str, model: str, key: str = '', *, body: dict | None = None, limits: Limits = Limits(),
                sleep: Callable[[float], object] | None = None):
     """Args:
-      base_url: up to and without /chat/completions, such as https://api.openai.com/v1.
+      base_url: up to and without /chat/completions, such as https://api.openai.com/v1. ValueError if it or the key is none.
       key: sent as a bearer token; '' sends none, which local servers are content with.
       body: further keys of the request, such as {"temperature": 0}.
       sleep: called with seconds to wait; None: really waits, until the endpoint is closed.
-
-    Raises:
-      ValueError: the URL or the key cannot be one.
     """
     shown = redacted(base_url)
     try:
@@ -147,13 +144,13 @@ class Completions:
     raise AssertionError('no attempt')
 
   def _wait(self, error, attempt):
-    backoff = min(self.limits.longest_wait, self.limits.backoff * 2 ** attempt) * random.uniform(.5, 1)
+    longest = self.limits.longest_wait
     if error.wait is None:
-      self.sleep(backoff)
+      self.sleep(min(longest, self.limits.backoff * 2 ** attempt) * random.uniform(.5, 1))
       return
-    if error.wait > self.limits.longest_wait:
+    if error.wait > longest:
       raise Failed(f'{redacted(str(error), self._secrets)}, and asks to wait {error.wait:.0f} s, longer than '
-                   f'{self.limits.longest_wait:.0f} s') from None
+                   f'{longest:.0f} s') from None
     with self.lock:
       self.not_before = max(self.not_before, time.monotonic() + error.wait)
     self.sleep(error.wait)

@@ -100,7 +100,7 @@ def find(documents: Documents, *, threshold: float = THRESHOLD) -> list[Pair]:
   first, same, candidates = _candidates(documents())
   places = set(itertools.chain.from_iterable(candidates))
   shingles = {place: shingles_of(words_of(document.text)) for split, document in documents()
-              if (place := _place(split, document)) in places}
+              if (place := (split, document.category, document.id)) in places}
   near = [(a, b, jaccard(shingles[a], shingles[b])) for a, b in candidates]
   return sorted([_pair(first[digest], place, 1.0, True) for digest, place in same]
                 + [_pair(a, b, similarity, False) for a, b, similarity in near if similarity >= threshold])
@@ -111,7 +111,7 @@ def _candidates(documents):
   first, same, candidates = {}, [], []
   index = _datasketch().MinHashLSH(num_perm=BANDS[0] * BANDS[1], params=BANDS)
   for split, document in documents:
-    place, words = _place(split, document), words_of(document.text)
+    place, words = (split, document.category, document.id), words_of(document.text)
     digest = digest_of(words)
     if first.setdefault(digest, place) != place:
       same.append((digest, place))
@@ -120,10 +120,6 @@ def _candidates(documents):
     candidates += [(other, place) for other in index.query(hashed)]
     index.insert(place, hashed)
   return first, same, candidates
-
-
-def _place(split, document):
-  return (split, document.category, document.id)
 
 
 def _pair(a, b, similarity, exact):

@@ -167,8 +167,7 @@ def _merged(spans):
   return merged
 
 
-# Lines
-
+# Lines.
 
 def _line_end(text, stop):
   """The position behind the line end at `stop`."""

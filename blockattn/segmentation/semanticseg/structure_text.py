@@ -112,7 +112,6 @@ def split_work(blocks: Sequence[str], options: Options) -> list[list[str]]:
 
 # Readers of headings.
 
-
 def markdown(text: str) -> tuple[str, list[Heading]]:
   """The text and its CommonMark headings (`#` and underlined ones), not those in code, lists, quotes or front matter."""
   front = _FRONT_MATTER.match(text)
