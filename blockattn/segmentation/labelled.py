@@ -80,13 +80,9 @@ class Coded:
   def __len__(self):
     return len(self.units)
 
-  def part(self, first, stop) -> 'Coded':
-    return Coded(self.units[first:stop], self.labels[first:stop])
-
-  def without(self, units: np.ndarray) -> 'Coded':
-    """The text without these units, bool [n]."""
-    kept = np.flatnonzero(~units)
-    return Coded(self.units.take(kept), self.labels[kept])
+  def take(self, numbers: np.ndarray) -> 'Coded':
+    """The text that these units make."""
+    return Coded(self.units.take(numbers), self.labels[numbers])
 
   def then(self, other: 'Coded') -> 'Coded':
     """This text with another one behind it: the change is a cut."""
@@ -228,10 +224,10 @@ class DrawnRows:
     if stop < len(coded):   # whole lines, so that another text can follow
       stop = int(starts[min(np.searchsorted(starts, stop), len(starts) - 1)])
       stop = stop if stop > first else len(coded)
-    part = coded.part(first, stop)
+    numbers = np.arange(first, stop)
     if rng.random() < 0.5:
-      part = part.without((part.labels == 0) & (rng.random(len(part)) < self._options.skip))
-    return part, stop == len(coded)
+      numbers = numbers[(coded.labels[numbers] != 0) | (rng.random(len(numbers)) >= self._options.skip)]
+    return coded.take(numbers), stop == len(coded)
 
   def _variant(self, number, variant) -> Coded:
     """The text of a variant of a document."""

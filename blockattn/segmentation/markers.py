@@ -123,9 +123,6 @@ class Units:
   def __len__(self):
     return len(self.ids)
 
-  def __getitem__(self, part: slice) -> 'Units':
-    return Units(self.ids[part], self.texts[part], self.sizes[part], self.counts[part])
-
   def take(self, numbers: np.ndarray) -> 'Units':
     """The units of these numbers."""
     pick = lambda items: items[numbers] if isinstance(items, np.ndarray) else tuple(items[i] for i in numbers.tolist())

@@ -156,10 +156,9 @@ def requests(text: str, candidates: Sequence[int], options: Options) -> Iterator
 
 def ask_for_cuts(text: str, candidates: Sequence[int], ask: Callable[[list[dict]], completions.Answer], options: Options,
                  usage: collections.Counter | None = None) -> list[int]:
-  """Offsets at which the model cuts the text, all of them candidates.
+  """Those of the candidates, strictly increasing offsets in the text, at which the model cuts it.
 
   Args:
-    candidates: strictly increasing offsets, 0 < offset < len(text).
     ask: `Completions.ask`, or what stands in for it.
     usage: counts 'requests', 'tokens_in', 'tokens_out' and 'asked again'.
 
@@ -167,11 +166,9 @@ def ask_for_cuts(text: str, candidates: Sequence[int], ask: Callable[[list[dict]
     completions.Failed: a request failed, or no answer was usable.
   """
   usage = collections.Counter() if usage is None else usage
-  cuts = []
-  for window, shown, messages in requests(text, candidates, options):
-    numbers = _ask_until_usable(messages, len(shown), ask, options, usage)
-    cuts += [shown[number - 1] for number in numbers if window.low <= shown[number - 1] < window.high]
-  return cuts
+  return [shown[number - 1] for window, shown, messages in requests(text, candidates, options)
+          for number in _ask_until_usable(messages, len(shown), ask, options, usage)
+          if window.low <= shown[number - 1] < window.high]
 
 
 def _ask_until_usable(messages, count, ask, options, usage):
@@ -334,13 +331,12 @@ class Output:
   """A .jsonl file to which documents are appended, whole lines that are on the disk when `add` returns.
 
   Opening it repairs what an interrupted run left: a last line without an end is completed if it is whole, else removed.
-  Only one process at a time may hold it.
+
+  Raises:
+    ValueError: the name does not end in .jsonl, a line is no document, or another process holds the file.
   """
 
   def __init__(self, path: str | os.PathLike):
-    """Raises:
-      ValueError: the name does not end in .jsonl, a line is no document, or another process writes to it.
-    """
     self.path = pathlib.Path(path)
     if self.path.suffix != '.jsonl':
       raise UserError(f'{path}: rows are appended to a .jsonl file; choose a name that ends so')
@@ -367,12 +363,8 @@ class Output:
     os.close(self.file)
 
   def is_finished(self, document: Plain) -> bool:
-    """True if the file holds the document.
-
-    Raises:
-      ValueError: it holds one of that id with another text.
-    """
-    if document.id in self.finished and self.finished[document.id] != _digest(document.text):
+    """True if the file holds the document; ValueError if it holds one of that id with another text."""
+    if self.finished.get(document.id, _digest(document.text)) != _digest(document.text):
       raise UserError(f'{self.path}: {document.id!r} has another text there; give the document another id, remove the '
                       'line, or write to a new file')
     return document.id in self.finished

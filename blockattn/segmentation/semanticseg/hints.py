@@ -23,14 +23,13 @@ Left alone: fenced and verbatim code (but for its blank lines), indentation, cap
 """
 
 import bisect
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from blockattn.errors import UserError
+import numpy as np
 
-Spans = list[tuple[int, int]]   # (start, stop) in characters, to be deleted
+from blockattn.errors import UserError
 
 TEXT = ('blank', 'heading', 'label', 'number', 'question')
 TALK = ('blank', 'time')
@@ -119,7 +118,7 @@ def random_hints(blocks: Sequence[str], category: str, rng: Any, rate: float) ->
 
 
 def kinds_of(category: str) -> tuple[str, ...]:
-  return KINDS[category] if category in KINDS else TEXT
+  return KINDS.get(category, TEXT)
 
 
 def without(blocks: Sequence[str], category: str, kinds: Sequence[str]) -> tuple[str, ...]:
@@ -129,42 +128,19 @@ def without(blocks: Sequence[str], category: str, kinds: Sequence[str]) -> tuple
   if not kinds:
     return tuple(blocks)
   text = ''.join(blocks)
-  spans = _merged(itertools.chain.from_iterable(find_hints(text, category, kinds).values()))
-  cuts = list(itertools.accumulate(map(len, blocks), initial=0))
-  return tuple(_rest(text, spans, start, stop) or (_BLANK.sub(r'\1', block) if 'blank' in kinds else block)
-               for block, start, stop in zip(blocks, cuts, cuts[1:], strict=False))
-
-
-def find_hints(text: str, category: str, kinds: Sequence[str]) -> dict[str, Spans]:
-  """What to delete for each kind: spans in order of their starts for a kind; those of different kinds may overlap."""
-  found = {kind: [] for kind in kinds}
-  for kind, start, stop in _hints(text, category, found):
-    found[kind].append((start, stop))
-  return found
-
-
-def _rest(text, spans, start, stop):
-  """What the spans leave of text[start:stop]; '' if that is only white space and was not before."""
-  at = bisect.bisect_left(spans, (start, start))
-  at -= at > 0 and spans[at - 1][1] > start
-  parts = []
-  position = start
-  while at < len(spans) and spans[at][0] < stop:
-    parts.append(text[position:max(position, spans[at][0])])
-    position = min(stop, max(position, spans[at][1]))
-    at += 1
-  rest = ''.join(parts) + text[position:stop]
-  return rest if rest.strip() or not text[start:stop].strip() else ''
-
-
-def _merged(spans):
-  merged = []
-  for start, stop in sorted(spans):
-    if merged and start <= merged[-1][1]:
-      merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-    elif start < stop:
-      merged.append((start, stop))
-  return merged
+  codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+  kept = np.ones(len(codes), bool)
+  for _, start, stop in find_hints(text, category, kinds):
+    kept[start:stop] = False
+  found, start = [], 0
+  for block in blocks:
+    part = slice(start, start + len(block))
+    rest = codes[part][kept[part]].tobytes().decode('utf-32-le', 'surrogatepass')
+    if not rest or block.strip() and not rest.strip():
+      rest = _BLANK.sub(r'\1', block) if 'blank' in kinds else block
+    found.append(rest)
+    start = part.stop
+  return tuple(found)
 
 
 # Lines.
@@ -179,7 +155,7 @@ def _touch(text, before, after):
   return _line_end(text, before[1]) == after[0]
 
 
-def _code(text, lines) -> Spans:
+def _code(text, lines) -> list[tuple[int, int]]:
   """Fenced and verbatim code: spans of whole lines, fences included. A fence that nothing closes is none."""
   spans, opened, hopeless = [], None, set()
   for i, (start, stop) in enumerate(lines):
@@ -205,7 +181,8 @@ def _underlines(text, lines, i, mark, info):
   return lines[i - 1][1] - lines[i - 1][0] <= len(mark)
 
 
-def _hints(text, category, kinds) -> Iterator[tuple[str, int, int]]:
+def find_hints(text: str, category: str, kinds: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+  """(kind, start, stop) in characters of what to delete; spans may overlap."""
   if 'blank' in kinds:
     yield from (('blank', match.end(1), match.end()) for match in _BLANK.finditer(text))
   # (start, stop without the line end) of every line that is not blank.
