@@ -209,11 +209,8 @@ def _resumed(out, facts, keys, path, form, by):
 
 
 def read_predictions(folder: str | os.PathLike) -> list[dict]:
-  """The rows of a run's predictions, an unfinished last line left out; [] where there are none.
-
-  Raises:
-    ValueError: a line is not one of a run, naming file and line.
-  """
+  """The rows of a run's predictions, an unfinished last line left out; [] where there are none. Raises ValueError: a line is
+  not one of a run, naming file and line."""
   return _read_rows(pathlib.Path(folder) / PREDICTIONS, _ROW)
 
 

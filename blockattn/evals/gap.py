@@ -61,11 +61,8 @@ def load_pair(model: str | os.PathLike, teacher: str | os.PathLike, modes: Seque
               **prompts: Any) -> tuple[dict[str, Subject], Subject, Any]:
   """({name: Subject} of the teacher and of the student by mode, the teacher, the student's tokenizer).
 
-  With block mode comes the teacher under the student's block mask, without sinks: it never saw one.
-
-  Raises:
-    ValueError: the two tokenizers differ, so that tokens of one mean nothing to the other.
-  """
+  With block mode comes the teacher under the student's block mask, without sinks: it never saw one. Raises ValueError: the
+  two tokenizers differ, so that tokens of one mean nothing to the other."""
   teacher_subject, teacher_tokenizer = load(teacher, 'full', compute)
   student, tokenizer = load(model, 'block', compute, **prompts)
   ours = tokenizer.get_vocab()

@@ -66,12 +66,9 @@ class Conversation:
 
 
 def read_conversations(path: str | os.PathLike) -> list[Conversation]:
-  """The conversations of the published file, or of the folder that holds it under its published name.
-
-  Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is not of the published form; the message names file, conversation and key.
-  """
+  """The conversations of the published file, or of the folder that holds it under its published name. Raises
+  FileNotFoundError: there is none; ValueError: it is not of the published form; the message names file, conversation and
+  key."""
   place = pathlib.Path(path).expanduser()
   found = [place / name for name in FILES if (place / name).is_file()] if place.is_dir() else [place]
   if not found or not found[0].is_file():

@@ -108,12 +108,8 @@ class Record:
 
 def read_records(data: str | os.PathLike, task: str, limit: int | None = None) -> list[Record]:
   """The published lines of a task, at most `limit`, in a folder, a zip file, or on the hub ('THUDM/LongBench', also with
-  '@revision').
-
-  Raises:
-    FileNotFoundError: no such place, or no such task there.
-    json_lines.BadLineError: a line is not of the published form: a benchmark that lacks a line is another one.
-  """
+  '@revision'). Raises FileNotFoundError: no such place, or no such task there; json_lines.BadLineError: a line is not of the
+  published form: a benchmark that lacks a line is another one."""
   task_of(task)
   return [_record(line, where) for where, line in itertools.islice(_lines(data, task), limit)]
 

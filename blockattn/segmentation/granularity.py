@@ -208,14 +208,11 @@ def cuts_in_tokens(text: str, candidates: np.ndarray, log_odds: np.ndarray, toke
                    token_ends: TokenEnds) -> np.ndarray:
   """`choose_cuts` with bounds that hold for the tokens of every block when it is tokenised alone.
 
-  A tokenizer makes of a block some tokens more or less than the sum of those of its units. Where that breaks a bound,
-  the bound is drawn tighter by as much, doubled in each round, and the cuts are chosen anew, at most ROUNDS times. If
-  that does not help either, every block that there could be is counted, in texts of up to COUNTED places. Where there is
-  no way to keep both bounds, the maximum goes before the minimum: what is too long is divided in the middle until it is not.
-
-  Raises:
-    ValueError: a single character, with its marks, has more tokens than the maximum.
-  """
+  A tokenizer makes of a block some tokens more or less than the sum of those of its units. Where that breaks a bound, the
+  bound is drawn tighter by as much, doubled in each round, and the cuts are chosen anew, at most ROUNDS times. If that does
+  not help either, every block that there could be is counted, in texts of up to COUNTED places. Where there is no way to
+  keep both bounds, the maximum goes before the minimum: what is too long is divided in the middle until it is not. Raises
+  ValueError: a single character, with its marks, has more tokens than the maximum."""
   cuts = choose_cuts(text, candidates, log_odds, tokens, granularity, token_ends)
   if not granularity.bounded or not text:
     return cuts

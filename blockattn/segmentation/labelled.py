@@ -145,11 +145,8 @@ def pack(parts: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> dict:
 
 
 class DrawnRows:
-  """Training rows of `semanticseg.schema.Document`s: a source for `stream.batches`.
-
-  Raises:
-    ValueError: no documents, or rows too short for the longest unit that the reader reads.
-  """
+  """Training rows of `semanticseg.schema.Document`s: a source for `stream.batches`. Raises ValueError: no documents, or rows
+  too short for the longest unit that the reader reads."""
 
   def __init__(self, documents: Sequence[Any], reader: markers.Reader, options: DrawOptions, seed: int):
     self._documents = list(documents)

@@ -136,11 +136,8 @@ def joined(texts: Sequence[Units]) -> Units:
 
 
 class Reader:
-  """Turns units into tokens of a `tokenizers.Tokenizer`. Text that looks like a special token is read as text.
-
-  Raises:
-    ValueError: the style is 'token' and the tokenizer has no CUT_TOKEN.
-  """
+  """Turns units into tokens of a `tokenizers.Tokenizer`. Text that looks like a special token is read as text. Raises
+  ValueError: the style is 'token' and the tokenizer has no CUT_TOKEN."""
 
   def __init__(self, tokenizer: Any, options: ReadOptions):
     self.options, self._tokenizer = options, tokenizer
@@ -194,11 +191,8 @@ class Reader:
     return [self.read(units, i, i + 1)[0] for i in range(len(units))]
 
   def fit(self, units: Units, first: int, room: int) -> int:
-    """The end of the longest run of units from `first` on that takes at most `room` positions.
-
-    Raises:
-      ValueError: not even one unit fits.
-    """
+    """The end of the longest run of units from `first` on that takes at most `room` positions. Raises ValueError: not even
+    one unit fits."""
     sizes = units.sizes[first:first + room]   # a unit is one position at least
     self._need_markers(len(sizes) + 1)
     cost = np.cumsum(sizes) + self._marker_ends[2:len(sizes) + 2] + self.options.ahead - 1

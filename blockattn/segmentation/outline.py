@@ -129,11 +129,8 @@ def _steps(length):
 
 @dataclasses.dataclass(frozen=True)
 class Shift:
-  """By how much log-odds of headings are raised: a sum over what `Levels` says, as JSON holds it.
-
-  Raises:
-    ValueError: a list has not as many numbers as there are ranks, steps and answers.
-  """
+  """By how much log-odds of headings are raised: a sum over what `Levels` says, as JSON holds it. Raises ValueError: a list
+  has not as many numbers as there are ranks, steps and answers."""
   average: Sequence[Sequence[float]]   # by rank, then by step of the average length
   chosen: Sequence[Sequence[float]]   # by rank, then by whether it is
   since: Sequence[float]   # since, until: by step

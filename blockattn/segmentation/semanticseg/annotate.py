@@ -222,11 +222,8 @@ class Result:
 
 def annotate_all(documents: Iterable[Plain], ask: Callable[[list[dict]], completions.Answer],
                  candidates_of: Callable[[str], Sequence[int]], options: Options, concurrency: int) -> Iterator[Result]:
-  """Annotates several documents at a time, each in one thread; results come as they are finished.
-
-  Raises:
-    completions.Refused: the endpoint refuses all; documents under way are given up.
-  """
+  """Annotates several documents at a time, each in one thread; results come as they are finished. Raises
+  completions.Refused: the endpoint refuses all; documents under way are given up."""
   def one(document):
     usage = collections.Counter()
     try:
@@ -331,10 +328,7 @@ class Output:
   """A .jsonl file to which documents are appended, whole lines that are on the disk when `add` returns.
 
   Opening it repairs what an interrupted run left: a last line without an end is completed if it is whole, else removed.
-
-  Raises:
-    ValueError: the name does not end in .jsonl, a line is no document, or another process holds the file.
-  """
+  Raises ValueError: the name does not end in .jsonl, a line is no document, or another process holds the file."""
 
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path)

@@ -229,11 +229,8 @@ def _beam():
 
 def configs(files: Sequence[schema.File], *, dropped: Iterable[tuple[str, str]] = (),
             beam: Beam | None = None) -> list[SemanticSegConfig]:
-  """A config for every category of the files, in order, and `all`; `dropped` as of `dedupe.dropped`.
-
-  Raises:
-    ValueError: there are no files, or a category is called 'all'.
-  """
+  """A config for every category of the files, in order, and `all`; `dropped` as of `dedupe.dropped`. Raises ValueError:
+  there are no files, or a category is called 'all'."""
   categories = sorted({file.category for file in files})
   if not files or ALL in categories:
     raise UserError(f'a category {ALL!r}: rename its files, the name is for the whole' if files
@@ -300,11 +297,8 @@ def is_whole(folder: Any, fingerprint: str | None = None) -> bool:
 
 
 def metadata_of(folder: Any) -> dict[str, Any]:
-  """What the build noted: fingerprint, licenses, splits (a summary each), files.
-
-  Raises:
-    FileNotFoundError: no built config there.
-  """
+  """What the build noted: fingerprint, licenses, splits (a summary each), files. Raises FileNotFoundError: no built config
+  there."""
   return json.loads((epath.Path(folder) / 'metadata.json').read_text())
 
 
@@ -341,12 +335,8 @@ def splits_of(out: str | os.PathLike, name: str) -> list[str]:
 
 
 def open_split(out: str | os.PathLike, name: str, split: str) -> DocumentSource:
-  """The documents of a split such as 'train' or 'train[:10%]', in the order of the records.
-
-  Raises:
-    FileNotFoundError: no such config below `out`.
-    ValueError: no such split.
-  """
+  """The documents of a split such as 'train' or 'train[:10%]', in the order of the records. Raises FileNotFoundError: no
+  such config below `out`; ValueError: no such split."""
   builder = _open(out, name)
   if split.split('[')[0] not in builder.info.splits:
     raise UserError(f'{name}: no split {split!r}; there are {", ".join(builder.info.splits)}')

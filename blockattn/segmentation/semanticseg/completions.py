@@ -122,12 +122,8 @@ class Completions:
     await self.client.aclose()
 
   def ask(self, messages: Sequence[dict]) -> Answer:
-    """The answer to a chat of {"role", "content"}.
-
-    Raises:
-      Failed: none after all attempts, or the request itself is wrong (too long, say).
-      Refused: the key, the permission, the URL or the model is wrong.
-    """
+    """The answer to a chat of {"role", "content"}. Raises Failed: none after all attempts, or the request itself is wrong
+    (too long, say); Refused: the key, the permission, the URL or the model is wrong."""
     for attempt in range(self.limits.attempts):
       try:
         with self.lock:

@@ -71,11 +71,8 @@ def name_of(path: str | os.PathLike) -> File:
 def find(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
          categories: Sequence[str] | None = None) -> list[File]:
   """The files that paths, folders and globs name, by category, split and path; those of some categories only if asked.
-
-  Raises:
-    FileNotFoundError: a pattern names nothing.
-    ValueError: a file's name says no split, or there is no file of a category.
-  """
+  Raises FileNotFoundError: a pattern names nothing; ValueError: a file's name says no split, or there is no file of a
+  category."""
   files = [name_of(path) for path in json_lines.find_files(patterns)]
   found = {file.category for file in files}
   missing = sorted(set(categories or ()) - found)

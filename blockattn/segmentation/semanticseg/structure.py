@@ -30,12 +30,8 @@ class Skipped(ValueError):
 
 
 def documents(text: str, suffix: str, options: Options = structure_text.DEFAULT) -> list[tuple[str, ...]]:
-  """The documents of one text, each as its blocks: one, or several if it is long or a mailbox.
-
-  Raises:
-    NoStructure: there is nothing to cut at.
-    ValueError: no builder reads that ending.
-  """
+  """The documents of one text, each as its blocks: one, or several if it is long or a mailbox. Raises NoStructure: there is
+  nothing to cut at; ValueError: no builder reads that ending."""
   works = _works(text, suffix.lower(), options)
   joined = [structure_text.join_short(blocks, options.shortest) for blocks in works]
   if not any(len(blocks) > 1 for blocks in joined):

@@ -29,11 +29,8 @@ _ATTACHED = re.compile(r'comment|attribute|decorator|annotation')
 
 
 def python(text: str) -> list[str]:
-  """Cuts Python 3 at top-level functions and classes, and at the members of big classes.
-
-  Raises:
-    NoStructure: it is not Python 3, or defines nothing.
-  """
+  """Cuts Python 3 at top-level functions and classes, and at the members of big classes. Raises NoStructure: it is not
+  Python 3, or defines nothing."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')   # of invalid escapes and the like in somebody else's code
@@ -78,12 +75,9 @@ def _is_big(start, stop, length):
 
 
 def code(text: str, language: str) -> list[str]:
-  """Cuts source code at what spans several lines, of any language by its name in tree-sitter-language-pack.
-
-  Raises:
-    ImportError: tree-sitter-language-pack is not installed.
-    NoStructure: nothing in it spans several lines, or it is nothing like that language.
-  """
+  """Cuts source code at what spans several lines, of any language by its name in tree-sitter-language-pack. Raises
+  ImportError: tree-sitter-language-pack is not installed; NoStructure: nothing in it spans several lines, or it is nothing
+  like that language."""
   root = _parse(text.encode(), language)
   if root.type == 'ERROR':
     raise NoStructure(f'not {language}')

@@ -20,12 +20,9 @@ _REPLY_WORDS = re.compile(r'^(?:(?:re|fwd?|aw|sv|wg)(?:\[\d+\])?:\s*|\[[^\]]{1,4
 def transcript(text: str) -> list[str]:
   """Cuts a transcript where the topic changes.
 
-  The JSON object holds "turns", a list of {"speaker", "text", "topic"}; a turn without a topic goes on with the one
-  before, and a speaker may be missing. The blocks join to lines 'speaker: text'.
-
-  Raises:
-    NoStructure: no JSON of that form, or all of one topic.
-  """
+  The JSON object holds "turns", a list of {"speaker", "text", "topic"}; a turn without a topic goes on with the one before,
+  and a speaker may be missing. The blocks join to lines 'speaker: text'. Raises NoStructure: no JSON of that form, or all of
+  one topic."""
   blocks, topic = [], None
   for number, turn in enumerate(_turns(text)):
     said, speaker, new = turn.get('text'), turn.get('speaker', ''), turn.get('topic', topic)
@@ -54,12 +51,8 @@ def _turns(text):
 def message(text: str) -> list[str]:
   """Cuts a message (an .eml file) where it starts to repeat older ones below the answer, at every level of quoting.
 
-  Quotes with answers between them stay with their answers: an answer alone could not be understood. The blocks join to
-  the sender, date and subject, and the text of the message.
-
-  Raises:
-    NoStructure: no message is quoted as a whole.
-  """
+  Quotes with answers between them stay with their answers: an answer alone could not be understood. The blocks join to the
+  sender, date and subject, and the text of the message. Raises NoStructure: no message is quoted as a whole."""
   rendered = _render(text)
   starts = [match.start() for match in _ATTRIBUTION.finditer(rendered)
             if _only_quotes(rendered[match.end():], match['quoted'], match[0])]
@@ -80,11 +73,8 @@ def _only_quotes(rest, quoted, attribution):
 def threads(text: str) -> list[list[str]]:
   """The threads of an mbox file, in order of their first messages; a block is a message.
 
-  Messages belong together by the ids that they refer to, those without any by their subject.
-
-  Raises:
-    NoStructure: there is no mbox envelope, or no thread of more than one message.
-  """
+  Messages belong together by the ids that they refer to, those without any by their subject. Raises NoStructure: there is no
+  mbox envelope, or no thread of more than one message."""
   envelopes = list(_ENVELOPE.finditer(text))
   if not envelopes:
     raise NoStructure('no mbox: no line "From sender date" before a message')

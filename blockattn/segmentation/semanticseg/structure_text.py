@@ -67,10 +67,7 @@ def cut_at_headings(text: str, headings: Sequence[Heading], options: Options = D
   `options.average` characters, else the highest of them.
 
   Sections are counted after the short ones are joined; levels that leave one section, such as a title's, do not count.
-
-  Raises:
-    NoStructure: there is no heading.
-  """
+  Raises NoStructure: there is no heading."""
   if not headings:
     raise NoStructure('no headings')
   levels = sorted({heading.level for heading in headings})
@@ -155,11 +152,8 @@ def latex(text: str) -> tuple[str, list[Heading]]:
 
 
 def html_text(text: str) -> tuple[str, list[Heading]]:
-  """The text of a page without its tags, paragraphs between blank lines, and its <h1> .. <h6>.
-
-  Raises:
-    NoStructure: the parser cannot read it.
-  """
+  """The text of a page without its tags, paragraphs between blank lines, and its <h1> .. <h6>. Raises NoStructure: the
+  parser cannot read it."""
   page = _Page()
   try:
     page.feed(text)
