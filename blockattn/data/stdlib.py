@@ -88,15 +88,15 @@ class PageStyle:
   seed: int = 0
 
   def __post_init__(self):
+    where = 'config.data.pages.'
     for name in ('members', 'questions'):
       pair = getattr(self, name)
       if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
-        raise UserError(f'config.data.pages.{name}={pair}; give two numbers, the fewest and the most: 2,4')
-      errors.check_number(f'config.data.pages.{name}', pair[0], 1)
-      errors.check_number(f'config.data.pages.{name}', pair[1], pair[0])
-    errors.check_number('config.data.pages.renamed', self.renamed, 0, 1)
-    for name in ('doc_chars', 'split_words', 'seed'):
-      errors.check_number(f'config.data.pages.{name}', getattr(self, name), 0)
+        raise UserError(f'{where}{name}={pair}; give two numbers, the fewest and the most: 2,4')
+      errors.check_number(where + name, pair[0], 1)
+      errors.check_number(where + name, pair[1], pair[0])
+    for name, most in (('renamed', 1), ('doc_chars', None), ('split_words', None), ('seed', None)):
+      errors.check_number(where + name, getattr(self, name), 0, most)
 
 
 def first_sentence(doc: str) -> str:
@@ -188,8 +188,8 @@ def _name_pools(containers):
 
 
 def _other_name(rng, pools, kind):
-  if pools[kind] and rng.random() < 0.5:
-    return pools[kind][rng.integers(len(pools[kind]))]
+  if (names := pools[kind]) and rng.random() < 0.5:
+    return names[rng.integers(len(names))]
   words = [pools['words'][i] for i in rng.integers(len(pools['words']), size=rng.integers(1, 4))]
   if rng.random() < 0.3:   # letters that are no word at all
     words[0] = ''.join(chr(97 + i) for i in rng.integers(26, size=rng.integers(2, 6)))

@@ -105,10 +105,9 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
     ValueError: there is no document, one is longer than a model has positions for or has tokens that it has no rows for,
       or the folder holds another run.
   """
-  if len(docs) != len(examples):
-    raise UserError(f'{len(docs)} documents but {len(examples)} examples')
-  if not docs:
-    raise UserError('nothing to evaluate: no document was left')
+  if len(docs) != len(examples) or not docs:
+    raise UserError(f'{len(docs)} documents but {len(examples)} examples' if docs or examples else
+                    'nothing to evaluate: no document was left')
   _check_positions(subjects, docs, examples, max_new)
   for name, subject in subjects.items():
     for doc, example in zip(docs, examples, strict=True):
@@ -144,8 +143,7 @@ def _check_positions(subjects, docs, examples, max_new):
                       '(max_position_embeddings); leave them out, or take a model with more')
 
 
-def _key(doc) -> str:
-  """Of the tokens, blocks and answer of a document."""
+def _key(doc):
   said = repr((tuple(map(int, doc.lengths)), tuple(map(int, doc.answer)))).encode()
   return hashlib.sha256(said + np.asarray(doc.tokens, np.int32).tobytes()).hexdigest()[:16]
 
@@ -157,8 +155,7 @@ def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new,
   stop_ids = files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id)
   for name, subject in subjects.items():
     tokens = answer(subject, docs, stop_ids, batch=batch, max_new=max_new)
-    filled = sums[name][:len(docs)]   # the other rows are empty
-    for own, example, said, (count, ce, kl) in zip(models, examples, tokens, filled, strict=True):
+    for own, example, said, (count, ce, kl) in zip(models, examples, tokens, sums[name], strict=False):   # others are empty
       said = tokenizer.decode(said, skip_special_tokens=True)
       said = said if stop is None else said.partition(stop)[0]
       own[name] = {'prediction': said, 'scores': scores.score(said, _accepted(example)),
@@ -286,9 +283,8 @@ def _gap_sums(heads, hidden, rows):
 
 
 def _prompt_of(doc):
-  start = doc.answer[0]
-  return encode.EncodedDoc(tokens=doc.tokens[:start], lengths=(*doc.lengths[:-1], start - sum(doc.lengths[:-1])),
-                           answer=(start, start))
+  start, lengths = doc.answer[0], doc.lengths[:-1]
+  return encode.EncodedDoc(doc.tokens[:start], (*lengths, start - sum(lengths)), (start, start))
 
 
 def _rows(docs, batch) -> dict:

@@ -70,10 +70,9 @@ def read_conversations(path: str | os.PathLike) -> list[Conversation]:
   FileNotFoundError: there is none; ValueError: it is not of the published form; the message names file, conversation and
   key."""
   place = pathlib.Path(path).expanduser()
-  found = [place / name for name in FILES if (place / name).is_file()] if place.is_dir() else [place]
-  if not found or not found[0].is_file():
+  file = next((place / name for name in FILES if (place / name).is_file()), place)
+  if not file.is_file():
     raise FileNotFoundError(f'{place}: no {" or ".join(FILES)} here; give the published file or its folder')
-  file = found[0]
   try:
     data = file.read_bytes()
     samples = disk.parse_json(gzip.decompress(data) if file.name.endswith('.gz') else data, str(file), object)
@@ -96,17 +95,13 @@ def _conversation(sample, where):
     if not numbers:
       raise KeyError('session_1')
     for i, question in enumerate(asked):
-      _check(question, f'{where}, question {i}')
+      if question['category'] not in CATEGORIES:
+        raise UserError(f'{where}, question {i}: category {question["category"]!r}, where 1 to 5 are known')
+      if not isinstance(question['question'], str) or not {'answer', 'adversarial_answer'} & set(question):
+        raise UserError(f'{where}, question {i}: lacks a question, or both "answer" and "adversarial_answer"')
     return Conversation(name, (said['speaker_a'], said['speaker_b']), dates, sessions, tuple(asked))
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{where}: not of the published form ({type(error).__name__}: {error})') from error
-
-
-def _check(question, where):
-  if question['category'] not in CATEGORIES:
-    raise UserError(f'{where}: category {question["category"]!r}, where 1 to 5 are known')
-  if not isinstance(question['question'], str) or not {'answer', 'adversarial_answer'} & set(question):
-    raise UserError(f'{where}: lacks a question, or both "answer" and "adversarial_answer"')
 
 
 def make_items(conversations: Sequence[Conversation], tokenizer: Any, *, chat: bool, tasks: Sequence[str] | None = None,
@@ -178,8 +173,7 @@ def _ask(name, asked, task, trap):
 
 def score(item: answers.Item, prediction: str, letters: str = 'alone') -> dict[str, float]:
   """{'score'}, by the rule of the item's category; `letters`: of LETTERS."""
-  said = prediction.strip().split('\n')[0].strip()
-  gold = item.references[0]
+  said, gold = prediction.strip().split('\n')[0].strip(), item.references[0]
   if item.task == 'adversarial':
     said = chosen(said, item.facts['offered'], letters)
     return {'score': float(any(refusal in said.lower() for refusal in _REFUSALS))}

@@ -39,26 +39,17 @@ class Granularity:
 
   (no second sum without a target) among those whose blocks all have minimum <= length <= maximum, see `cuts_in_bounds`.
 
-  Attributes:
-    threshold: probability from which on a cut is wanted for its own sake; None: 0.5, or what a model says.
-    depth: rounds of cutting again; 0: none.
-    target: wanted length of a block; None: no wish.
-    minimum: no block is shorter; None: a quarter of the target, or no bound without one.
-    maximum: no block is longer; None: twice the target, or no bound without one.
-    weight: what a block pays, in nats, for being nothing or twice as long as the target. 6 lets a better cut (log-odds
-      that are 3 above those of its neighbours) move the two blocks beside it by a quarter of the target.
-    adaptive: the threshold is that of a long text; it is lowered in a short one, see `adapted`.
-
-  Raises:
-    ValueError: a value is out of its range, the bounds and the target are not in order, or `depth` has a target.
+  Raises ValueError: a value is out of its range, the bounds and the target are not in order, or `depth` has a target.
   """
-  threshold: float | None = None
-  depth: int = 0
-  target: int | None = None
-  minimum: int | None = None
-  maximum: int | None = None
+  threshold: float | None = None   # from which probability on a cut is wanted for its own sake; None: 0.5, or a model's own
+  depth: int = 0   # rounds of cutting again
+  target: int | None = None   # wanted length of a block; None: no wish
+  minimum: int | None = None   # no block is shorter; None: a quarter of the target, or no bound without one
+  maximum: int | None = None   # no block is longer; None: twice the target, or no bound without one
+  # What a block pays, in nats, for being nothing or twice as long as the target. 6 lets a better cut (log-odds that are 3
+  # above those of its neighbours) move the two blocks beside it by a quarter of the target.
   weight: float = 6.0
-  adaptive: bool = False
+  adaptive: bool = False   # the threshold is that of a long text; it is lowered in a short one, see `adapted`
 
   def __post_init__(self):
     if self.threshold is not None:

@@ -133,7 +133,7 @@ class Shift:
   has not as many numbers as there are ranks, steps and answers."""
   average: Sequence[Sequence[float]]   # by rank, then by step of the average length
   chosen: Sequence[Sequence[float]]   # by rank, then by whether it is
-  since: Sequence[float]   # since, until: by step
+  since: Sequence[float]   # by step
   until: Sequence[float]
 
   def __post_init__(self):

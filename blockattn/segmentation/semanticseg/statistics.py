@@ -27,7 +27,6 @@ Key = tuple[str, str]   # (category, split)
 @dataclasses.dataclass(frozen=True)
 class Measured:
   """Lengths of a set of documents."""
-  documents: int   # how many
   block_characters: np.ndarray   # int64 [blocks]
   block_tokens: np.ndarray | None   # int64 [blocks], or None without a tokenizer
   document_tokens: np.ndarray | None   # int64 [documents], or None
@@ -35,7 +34,7 @@ class Measured:
 
   def __add__(self, other: 'Measured') -> 'Measured':
     join = lambda a, b: None if a is None or b is None else np.concatenate([a, b])
-    return Measured(self.documents + other.documents, np.concatenate([self.block_characters, other.block_characters]),
+    return Measured(np.concatenate([self.block_characters, other.block_characters]),
                     join(self.block_tokens, other.block_tokens), join(self.document_tokens, other.document_tokens),
                     self.licenses + other.licenses)
 
@@ -43,7 +42,7 @@ class Measured:
     """Counts and quantiles; what needs tokens is None without."""
     tokens = self.document_tokens
     inside = None if tokens is None else int(((tokens >= WANTED[0]) & (tokens <= WANTED[1])).sum())
-    return {'documents': self.documents, 'characters': int(self.block_characters.sum()),
+    return {'documents': self.licenses.total(), 'characters': int(self.block_characters.sum()),
             'tokens': None if tokens is None else int(tokens.sum()), 'blocks': len(self.block_characters),
             'block_characters': quantiles(self.block_characters), 'block_tokens': quantiles(self.block_tokens),
             'documents_of_2k_to_32k_tokens': inside, 'licenses': dict(sorted(self.licenses.items()))}
@@ -71,7 +70,7 @@ def measure(documents: Iterable[schema.Document], encoder: encode.Encoder | None
       rest = iter(lengths)
       sums += [sum(itertools.islice(rest, len(document.blocks))) for document in batch]
   counted = lambda lengths: np.array(lengths, np.int64) if encoder else None
-  return Measured(licenses.total(), np.array(characters, np.int64), counted(tokens), counted(sums), licenses)
+  return Measured(np.array(characters, np.int64), counted(tokens), counted(sums), licenses)
 
 
 def to_json(measured: Mapping[Key, Measured]) -> dict[str, dict[str, Any]]:

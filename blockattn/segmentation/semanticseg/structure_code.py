@@ -79,8 +79,6 @@ def code(text: str, language: str) -> list[str]:
   ImportError: tree-sitter-language-pack is not installed; NoStructure: nothing in it spans several lines, or it is nothing
   like that language."""
   root = _parse(text.encode(), language)
-  if root.type == 'ERROR':
-    raise NoStructure(f'not {language}')
   starts = [0, *(match.end() for match in re.finditer('\n', text))]   # tree-sitter's rows
   try:
     return _cut(text, [starts[row] for row in _rows(root, len(text.encode()))])
@@ -96,6 +94,8 @@ def _parse(data, language):
                         progress_callback=lambda *_: next(steps) > 1000 + len(data) // 5)
   except ValueError as error:   # stopped
     raise NoStructure(f'not {language}: too many mistakes') from error
+  if tree.root_node.type == 'ERROR':
+    raise NoStructure(f'not {language}')
   return tree.root_node
 
 
