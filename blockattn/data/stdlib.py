@@ -202,7 +202,7 @@ def _other_name(rng, pools, kind):
 
 def _renamed(rng, container, members, pools):
   """The container and its members under other names, all different."""
-  taken = {None}
+  taken: set[str | None] = {None}
 
   def fresh(kind):
     name = None

@@ -176,10 +176,10 @@ def summarize(rows: Sequence[Mapping]) -> dict:
   ce and kl are means over answer tokens. Intervals come from resampling documents, see `answers.interval`."""
   figures = {}
   for name, means in sampled(rows).items():
-    own = [row['models'][name] for row in rows]
+    sums = np.sum([_by_bin(row['models'][name]) for row in rows], axis=0)
     figures[name] = ({'n': len(rows)} | {m: float(x[0]) for m, x in means.items()}
                      | {'by_distance': [{'from': low, 'tokens': int(n), 'ce': float(c / n), 'kl': float(k / n)}
-                                        for low, n, c, k in zip(BINS, *sum(map(_by_bin, own)), strict=True) if n],
+                                        for low, n, c, k in zip(BINS, *sums, strict=True) if n],
                         'intervals': {m: answers.interval(x) for m, x in means.items()}})
   return figures
 

@@ -169,7 +169,7 @@ def _record(line, where):
     asked, context = (said.encode('utf-8', 'replace').decode() for said in (asked, context))
     return Record(name, asked, context, tuple(accepted), length, tuple(classes or ()), f'{where[0]}:{where[1]}')
   except json_lines.Malformed as error:
-    raise json_lines.BadLineError(json_lines.BadLine(*where, error.reason, error.detail)) from error
+    raise json_lines.BadLineError(json_lines.BadLine(where[0], where[1], error.reason, error.detail)) from error
 
 
 # Prompts.

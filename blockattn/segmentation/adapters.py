@@ -75,7 +75,7 @@ def _llama_index_class():
     _blocks_of: Callable = pydantic.PrivateAttr()
 
     def __reduce__(self):
-      return _parser, (self.__getstate__()['__dict__'], self._blocks_of)
+      return _parser, (self.__dict__, self._blocks_of)
 
     def _parse_nodes(self, nodes, show_progress=False, **kwargs):
       texts = [node.get_content() for node in nodes]

@@ -89,7 +89,8 @@ class Granularity:
     Blocks of these bounds can make up the text if k * minimum <= total <= k * maximum for some number k of blocks. If
     there is none, the maximum stands and the minimum is lowered as far as it must: to total // ceil(total / maximum).
     """
-    minimum = self.minimum or min(max(1, (self.target or 0) // 4), self.maximum or math.inf)
+    quarter = max(1, (self.target or 0) // 4)
+    minimum = self.minimum or min(quarter, self.maximum or quarter)
     maximum = self.maximum or max(2 * self.target if self.target else total, minimum, 1)
     blocks = math.ceil(total / maximum)
     return (minimum if blocks * minimum <= total else total // blocks), maximum

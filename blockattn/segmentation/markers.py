@@ -125,14 +125,21 @@ class Units:
 
   def take(self, numbers: np.ndarray) -> 'Units':
     """The units of these numbers."""
-    pick = lambda items: items[numbers] if isinstance(items, np.ndarray) else tuple(items[i] for i in numbers.tolist())
-    return Units(pick(self.ids), self.texts and pick(self.texts), pick(self.sizes), pick(self.counts))
+    texts = self.texts and _pick(self.texts, numbers)
+    return Units(_pick(self.ids, numbers), texts, self.sizes[numbers], self.counts[numbers])
+
+
+def _pick(items, numbers) -> Any:
+  return items[numbers] if isinstance(items, np.ndarray) else tuple(items[i] for i in numbers.tolist())
+
+
+def _chain(parts) -> Any:
+  return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else tuple(itertools.chain(*parts))
 
 
 def joined(texts: Sequence[Units]) -> Units:
   """The units of texts, one behind the other."""
-  join = lambda parts: np.concatenate(parts) if isinstance(parts[0], np.ndarray) else tuple(itertools.chain(*parts))
-  return Units(*(join([getattr(units, field.name) for units in texts]) for field in dataclasses.fields(Units)))
+  return Units(*(_chain([getattr(units, field.name) for units in texts]) for field in dataclasses.fields(Units)))
 
 
 class Reader:

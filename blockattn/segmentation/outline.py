@@ -119,7 +119,8 @@ def levels(text: str, places: np.ndarray) -> Levels:
   at, *found = np.concatenate(columns, axis=1) if columns else np.zeros((5, 0), np.int64)
   order = np.argsort(at)
   order = order[np.isin(at[order], places)]   # a heading may begin where there is no candidate
-  return Levels(np.searchsorted(places, at[order]), *(column[order] for column in found),
+  rank, average, since, until = (column[order] for column in found)
+  return Levels(np.searchsorted(places, at[order]), rank, average, since, until,
                 np.isin(at[order], cuts(lines, length)).astype(np.int64))
 
 

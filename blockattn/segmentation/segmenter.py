@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,9 +98,9 @@ def options_of(folder: pathlib.Path, **overrides) -> Options:
   said = hf_config.read_meta(folder).get('segmenter', {'markers': 'text', 'length': 8192})
   place = f'{folder / files.META}: segmenter'
   disk.check_form(said, _NEEDED | {name: form for name, form in _MAY.items() if name in said}, place)
-  pick = lambda cls: {name: said[name] for name in cls.__dataclass_fields__ if name in said}
+  pick: Callable[[Any], dict[str, Any]] = lambda cls: {n: said[n] for n in cls.__dataclass_fields__ if n in said}
   try:
-    shift = {'outline': Shift(**said['outline'])} if 'outline' in said else {}
+    shift: dict[str, Any] = {'outline': Shift(**said['outline'])} if 'outline' in said else {}
     read = markers.ReadOptions(style=said['markers'], **pick(markers.ReadOptions))
     return Options(read, **pick(Options) | shift | overrides)
   except (TypeError, ValueError) as error:

@@ -26,7 +26,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -235,7 +234,7 @@ def configs(files: Sequence[schema.File], *, dropped: Iterable[tuple[str, str]] 
   if not files or ALL in categories:
     raise UserError(f'a category {ALL!r}: rename its files, the name is for the whole' if files
                     else 'no files: give some, as `schema.find` names them')
-  hashes = {file: hashlib.sha256(pathlib.Path(file.path).read_bytes()).hexdigest() for file in files}
+  hashes = {file: _hash_file(file.path) for file in files}
   result = []
   for name in (*categories, ALL):
     own = tuple(file for file in files if name in (file.category, ALL))
@@ -244,6 +243,11 @@ def configs(files: Sequence[schema.File], *, dropped: Iterable[tuple[str, str]] 
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     result.append(SemanticSegConfig(name=name, files=own, dropped=without, fingerprint=fingerprint, beam=beam))
   return result
+
+
+def _hash_file(path):
+  with open(path, 'rb') as stream:
+    return hashlib.file_digest(stream, 'sha256').hexdigest()
 
 
 def build(config: SemanticSegConfig, out: str | os.PathLike, *, num_shards: int | None = None) -> bool:

@@ -186,7 +186,7 @@ def find_hints(text: str, category: str, kinds: Sequence[str]) -> Iterator[tuple
   if 'blank' in kinds:
     yield from (('blank', match.end(1), match.end()) for match in _BLANK.finditer(text))
   # (start, stop without the line end) of every line that is not blank.
-  lines = [m.span() for m in _LINE.finditer(text) if _SPACE.match(text, *m.span()).end() < m.end()]
+  lines = [m.span() for m in _LINE.finditer(text) if not _SPACE.fullmatch(text, *m.span())]
   for start, stop in lines:
     if 'rule' in kinds and _CODE_RULE.match(text, start, stop):
       yield 'rule', start, _line_end(text, stop)
@@ -252,8 +252,8 @@ _PLACE_NAMES = frozenset(place.capitalize() for place in _PLACES.split('|'))
 def _marked_title(text, start, stop):
   """(spans of the marks, span of the title) of a heading that a mark shows, None of any other line."""
   first = text[start]
-  if first in '# ' and (match := _ATX.match(text, start, stop)):
-    end = _ATX_END.search(text, max(match.end() - 1, stop - _LONGEST), stop)
+  if (first in '# ' and (match := _ATX.match(text, start, stop))
+      and (end := _ATX_END.search(text, max(match.end() - 1, stop - _LONGEST), stop))):
     marks, at, to = [(start, match.end()), end.span()], match.end(), max(match.end(), end.start())
     bold = _BOLD.match(text, at, to)   # ** around the whole title counts among the marks
     return ([*marks, (at, bold.start(1)), (bold.end(1), to)], bold.span(1)) if bold else (marks, (at, to))

@@ -50,12 +50,12 @@ def _python_cuts(body, lines, starts, length):
     definition = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
     comments = [line for line in range(last_end, first)
                 if not lines[line][:node.col_offset].strip() and lines[line][node.col_offset:].startswith('#')]
-    start = _with_comments(first, last_end, comments)
+    start, end = _with_comments(first, last_end, comments), node.end_lineno or node.lineno
     if first >= last_end and (definition or after_definition and start > last_end):
       found.append(start)
-    if isinstance(node, ast.ClassDef) and _is_big(starts[first], starts[min(node.end_lineno, len(starts) - 1)], length):
+    if isinstance(node, ast.ClassDef) and _is_big(starts[first], starts[min(end, len(starts) - 1)], length):
       found += _python_cuts(node.body, lines, starts, length)
-    last_end, after_definition = node.end_lineno, definition
+    last_end, after_definition = end, definition
   return found
 
 
