@@ -121,7 +121,7 @@ def test_no_gap_to_itself_in_batches_of_any_size(docs):
 
 
 def test_documents_without_an_answer_have_no_gap(docs):
-  blank = dataclasses.replace(docs[0], answer=(9, 9))
+  blank = dataclasses.replace(docs[0], answer=(len(docs[0].tokens),) * 2)
   figures = one_gap(subject('block', 1), subject('full'), [blank], batch=2)
   assert (figures['ce'], figures['kl'], figures['by_distance']) == (0, 0, [])
 
