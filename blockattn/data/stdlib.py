@@ -141,9 +141,7 @@ def read_containers(root=None):
   Args:
     root: the folder of the library's source; None: the running interpreter's own.
 
-  Raises:
-    FileNotFoundError: it holds no Python source (an interpreter that ships compiled files only).
-  """
+  Raises FileNotFoundError: it holds no Python source (an interpreter that ships compiled files only)."""
   root = pathlib.Path(root or sysconfig.get_paths()['stdlib'])
   containers = {}
   for path in sorted(root.rglob('*.py')):
@@ -261,9 +259,7 @@ def make_page(index, containers, style):
     {'id', 'blocks', 'prompt', 'response', 'gold'}: the header and member blocks, the questions, the last one's answer,
     and the indices of the two blocks that hold it.
 
-  Raises:
-    ValueError: the containers are too few for such a page.
-  """
+  Raises ValueError: the containers are too few for such a page."""
   rng = np.random.default_rng((style.seed, index))
   container, members = _choose(rng, containers, style)
   asked = rng.permutation(len(members))[:rng.integers(style.questions[0], style.questions[1] + 1)]

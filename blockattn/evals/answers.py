@@ -93,9 +93,7 @@ def run(items: Sequence[Item], *, prompt: Callable[[Example], list[list[int]]], 
   Returns:
     `summarize`'s, with 'too_long', 'facts' and 'seconds' (of this start only).
 
-  Raises:
-    ValueError: no item is left, two items have one id, or the folder holds another run.
-  """
+  Raises ValueError: no item is left, two items have one id, or the folder holds another run."""
   start = time.perf_counter()
   prompts, too_long = _prompts(items, prompt, fits)
   out = pathlib.Path(out)
@@ -166,9 +164,7 @@ def kept_rows(out: pathlib.Path | None, facts: Mapping[str, Any], keys: Mapping[
     file: of the rows, in the folder; each of the `form` of disk.check_form, and named by its value at `by`.
     progress: called with (rows, all).
 
-  Raises:
-    ValueError: what is there is another run's, naming what differs.
-  """
+  Raises ValueError: what is there is another run's, naming what differs."""
   rows = {} if out is None else _resumed(out, facts, keys, out / file, form, by)
   for names in batches([name for name in keys if name not in rows]):
     if progress:

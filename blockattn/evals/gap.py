@@ -101,10 +101,8 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
     `exact_match` compares the text to the letter, `substring` and `f1` after SQuAD's normalisation; ce and kl are sums
     over answer tokens, in nats, by the distance of the predicted token from the start of its block.
 
-  Raises:
-    ValueError: there is no document, one is longer than a model has positions for or has tokens that it has no rows for,
-      or the folder holds another run.
-  """
+  Raises ValueError: there is no document, one is longer than a model has positions for or has tokens that it has no rows
+  for, or the folder holds another run."""
   if len(docs) != len(examples) or not docs:
     raise UserError(f'{len(docs)} documents but {len(examples)} examples' if docs or examples else
                     'nothing to evaluate: no document was left')

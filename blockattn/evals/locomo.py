@@ -115,9 +115,7 @@ def make_items(conversations: Sequence[Conversation], tokenizer: Any, *, chat: b
     fits: of an Example, whether it is short enough; None: all are. The last sessions of a conversation are left out until
       it is, as the published code does; one that no session helps stays as it is.
 
-  Raises:
-    ValueError: an unknown category.
-  """
+  Raises ValueError: an unknown category."""
   unknown = sorted(set(tasks or ()) - set(CATEGORIES.values()))
   if unknown:
     raise UserError(f'LoCoMo has no category {", ".join(unknown)}; it has {", ".join(CATEGORIES.values())}')

@@ -240,9 +240,7 @@ def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut
     chat: put the chat template around prompts, in the tasks that are published so.
     max_length: most tokens of a prompt before the chat template; None: any number.
 
-  Raises:
-    json_lines.BadLineError: a chat template that cannot take a prompt.
-  """
+  Raises json_lines.BadLineError: a chat template that cannot take a prompt."""
   known = task_of(task)
   templates, lengths = load_prompts()
   name = task.removesuffix(EVEN)

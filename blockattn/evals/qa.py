@@ -37,9 +37,7 @@ def read_items(files: Sequence[str], tokenizer: Any, *, chat: bool, max_new: int
     limit: most questions per task, from its beginning.
     strict: raise json_lines.BadLineError at the first malformed line instead of counting it.
 
-  Raises:
-    ValueError: a task of `tasks` is not there, or two files have one name.
-  """
+  Raises ValueError: a task of `tasks` is not there, or two files have one name."""
   found: dict[str, str] = {}
   for file in files:
     task = task_of(file)

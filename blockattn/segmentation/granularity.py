@@ -181,9 +181,7 @@ def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths
   Returns:
     int64 offsets of the cuts, strictly increasing. Candidates all of them, unless bounds asked for others.
 
-  Raises:
-    ValueError: the arrays do not fit each other or the text.
-  """
+  Raises ValueError: the arrays do not fit each other or the text."""
   candidates, log_odds, lengths = np.asarray(candidates, np.int64), np.asarray(log_odds), np.asarray(lengths, np.int64)
   _check(text, candidates, log_odds, lengths)
   if granularity.bounded:

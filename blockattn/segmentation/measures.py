@@ -75,9 +75,7 @@ def measure(gold: Sequence[int], predicted: Sequence[int], candidates: np.ndarra
     gold, predicted: offsets, strictly increasing.
     candidates: int64 [m], strictly increasing offsets.
 
-  Raises:
-    ValueError: cuts that do not increase strictly.
-  """
+  Raises ValueError: cuts that do not increase strictly."""
   right, said = _offsets('gold', gold), _offsets('predicted', predicted)
   exact = Pairs(len(right), len(said), len(np.intersect1d(right, said, assume_unique=True)))
   count = len(candidates)

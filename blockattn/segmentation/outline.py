@@ -161,9 +161,7 @@ def fit(found: Sequence[Levels], log_odds: Sequence[np.ndarray], cut: Sequence[n
   Args:
     found, log_odds, cut: of each text the Levels, and of all its places the log-odds and whether there is a cut.
 
-  Raises:
-    ValueError: there are no headings.
-  """
+  Raises ValueError: there are no headings."""
   rows = np.concatenate([_indices(f) for f in found])
   if not len(rows):
     raise UserError('no headings in these texts; give texts that have some')

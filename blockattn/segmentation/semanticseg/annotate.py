@@ -162,9 +162,7 @@ def ask_for_cuts(text: str, candidates: Sequence[int], ask: Callable[[list[dict]
     ask: `Completions.ask`, or what stands in for it.
     usage: counts 'requests', 'tokens_in', 'tokens_out' and 'asked again'.
 
-  Raises:
-    completions.Failed: a request failed, or no answer was usable.
-  """
+  Raises completions.Failed: a request failed, or no answer was usable."""
   usage = collections.Counter() if usage is None else usage
   return [shown[number - 1] for window, shown, messages in requests(text, candidates, options)
           for number in _ask_until_usable(messages, len(shown), ask, options, usage)

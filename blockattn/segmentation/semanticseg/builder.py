@@ -259,9 +259,7 @@ def build(config: SemanticSegConfig, out: str | os.PathLike, *, num_shards: int 
     out: a folder; one build at a time in it.
     num_shards: of every split; None: one, and more from 64 MiB on.
 
-  Raises:
-    ValueError: not one good document.
-  """
+  Raises ValueError: not one good document."""
   folder = folder_of(out, config.name)
   _remove_incomplete(folder)
   if is_whole(folder, config.fingerprint):

@@ -91,10 +91,7 @@ def find(documents: Documents, *, threshold: float = THRESHOLD) -> list[Pair]:
       category.
     threshold: similarity from which two texts are near duplicates, above 0.5 (the index would miss many below) to 1.
 
-  Raises:
-    ValueError: a threshold out of range.
-    ImportError: datasketch is not installed.
-  """
+  Raises ValueError: a threshold out of range; ImportError: datasketch is not installed."""
   if not 0.5 < threshold <= 1:
     raise UserError(f'threshold {threshold}: give a similarity above 0.5, at most 1')
   first, same, candidates = _candidates(documents())

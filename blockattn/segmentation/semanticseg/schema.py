@@ -90,10 +90,7 @@ def read(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: json_
     report: counts lines, documents (`examples`) and bad lines as they are read.
     strict: raise at the first bad line instead of counting it.
 
-  Raises:
-    BadLineError: a bad line, if `strict`.
-    ValueError: a file's compression is damaged.
-  """
+  Raises BadLineError: a bad line, if `strict`; ValueError: a file's compression is damaged."""
   return (document for _, _, document in read_numbered(paths, report, strict=strict))
 
 

@@ -77,9 +77,7 @@ def read_folder(folder: pathlib.Path, category: str, source: str, license: str, 
     skipped: called with every file that gives no document, or loses one, and why: 'unknown ending', 'symbolic link',
       'empty', 'binary', 'not UTF-8', 'no structure', 'too long' (one block is longer than a document may be).
 
-  Raises:
-    NotADirectoryError: it is no folder.
-  """
+  Raises NotADirectoryError: it is no folder."""
   if not folder.is_dir():
     raise NotADirectoryError(f'{folder}: no folder; give the one that holds the files')
   for path in sorted(folder.rglob('*')):
