@@ -153,7 +153,7 @@ def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new,
   stop_ids = files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id)
   for name, subject in subjects.items():
     tokens = answer(subject, docs, stop_ids, batch=batch, max_new=max_new)
-    for own, example, said, (count, ce, kl) in zip(models, examples, tokens, sums[name], strict=False):   # others are empty
+    for own, example, said, (count, ce, kl) in zip(models, examples, tokens, sums[name][:len(docs)], strict=True):
       said = tokenizer.decode(said, skip_special_tokens=True)
       said = said if stop is None else said.partition(stop)[0]
       own[name] = {'prediction': said, 'scores': scores.score(said, _accepted(example)),
