@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import importlib
 import math
 import numbers
 import sys
@@ -85,6 +86,15 @@ def line_of(error: BaseException) -> str | None:
 
 def _is_ours(error):
   return isinstance(error, OSError) and type(error) in _NAMED and error.errno is None   # without a number: raised by us
+
+
+def library(module: str, who: str, extra: str) -> Any:
+  """A module of a library that an extra brings. Raises ImportError, saying who needs it and how to install it."""
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    package = module.partition('.')[0].replace('_', '-')
+    raise ImportError(f'{who} needs {package}: pip install "blockattn[{extra}]" ({error})') from error
 
 
 @contextlib.contextmanager

@@ -34,8 +34,8 @@ import rich.console
 from blockattn import disk, metrics
 from blockattn.data import encode, json_lines, prompts
 from blockattn.errors import UserError
-from blockattn.evals import answers, gap, pages, subjects as subjects_lib
-from blockattn.evals.subjects import BEFORE, STUDENT, TEACHER
+from blockattn.evals import answers, gap, pages
+from blockattn.evals.gap import BEFORE, STUDENT, TEACHER
 from blockattn.inference import cache as cache_lib
 from tools import arguments, compare, report as report_page
 
@@ -163,8 +163,8 @@ def run(options) -> None:
   split = pages.SPLITS.get(options.data[0]) if len(options.data) == 1 else None
   files = None if split else json_lines.find_files(options.data)   # before models are loaded
   compute = arguments.compute_of(options, err)
-  subjects, teacher, tokenizer = subjects_lib.load_pair(options.model, options.teacher, modes, compute,
-                                                        template_args=options.template_args, chat=options.chat)
+  subjects, teacher, tokenizer = gap.load_pair(options.model, options.teacher, modes, compute,
+                                             template_args=options.template_args, chat=options.chat)
   if files is None:
     docs, examples = pages.load(tokenizer, options.limit or _PAGES_BY_DEFAULT, split=split)
     report, stop = json_lines.Report(), options.stop or pages.STOP

@@ -24,7 +24,7 @@ import rich.console
 
 from blockattn import metrics
 from blockattn.data import encode, json_lines
-from blockattn.evals import answers, gap, locomo, longbench, qa, subjects
+from blockattn.evals import answers, gap, locomo, longbench, qa
 from blockattn.hf import files
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, pool
 from blockattn.segmentation import cutter
@@ -164,7 +164,7 @@ def run(options, make_answerer=answerer) -> None:
   data = read(options)
   compute = arguments.compute_of(options, err)
   modes = gap.MODES if options.mode == 'both' else (options.mode,)
-  subject, tokenizer = subjects.load(options.model, modes[0], compute, options.template_args, options.chat)
+  subject, tokenizer = gap.load(options.model, modes[0], compute, options.template_args, options.chat)
   chat = subject.chat
   options = argparse.Namespace(**vars(options) | {'chat': chat})
   benchmark = load(options, tokenizer, subject, data)

@@ -42,13 +42,14 @@ _SKIPPED = frozenset({'test', 'tests', 'idlelib', 'idle_test', 'site-packages', 
                       'ensurepip', '__pycache__', '__phello__', '_pyrepl'})
 _LONGEST_SENTENCE = 160   # characters; longer "sentences" are tables and listings
 _SHORTEST_SENTENCE = 12
+SPLITS = ('train', 'validation', 'test')
 _MOST_DRAWS = 1000         # of containers for one page, before it is called impossible
 
 
 @dataclasses.dataclass(frozen=True, eq=False)   # by identity: tuples of these are keys of a cache
 class Member:
   name: str
-  arguments: str   # '(self, last=True)'
+  arguments: str   # '(key, last)'
   doc: str         # the cleaned docstring
   sentence: str    # its first sentence
 
@@ -87,18 +88,18 @@ class PageStyle:
   seed: int = 0
 
   def __post_init__(self):
+    where = 'config.data.pages.'
     for name in ('members', 'questions'):
       pair = getattr(self, name)
       if len(pair) != 2 or not all(isinstance(number, int) for number in pair):
-        raise UserError(f'config.data.pages.{name}={pair}; give two numbers, the fewest and the most: 2,4')
-      errors.check_number(f'config.data.pages.{name}', pair[0], 1)
-      errors.check_number(f'config.data.pages.{name}', pair[1], pair[0])
-    errors.check_number('config.data.pages.renamed', self.renamed, 0, 1)
-    for name in ('doc_chars', 'split_words', 'seed'):
-      errors.check_number(f'config.data.pages.{name}', getattr(self, name), 0)
+        raise UserError(f'{where}{name}={pair}; give two numbers, the fewest and the most: 2,4')
+      errors.check_number(where + name, pair[0], 1)
+      errors.check_number(where + name, pair[1], pair[0])
+    for name, most in (('renamed', 1), ('doc_chars', None), ('split_words', None), ('seed', None)):
+      errors.check_number(where + name, getattr(self, name), 0, most)
 
 
-def first_sentence(doc):
+def first_sentence(doc: str) -> str:
   """The first sentence of a docstring's first paragraph, on one line."""
   paragraph = ' '.join(doc.strip().split('\n\n')[0].split())
   match = re.match(r'(.+?[.!?])(?= [A-Z]|$)', paragraph)
@@ -106,51 +107,41 @@ def first_sentence(doc):
 
 
 def _sentence(doc):
-  """The first sentence if it is of a length that a question can hold, else None."""
-  sentence = first_sentence(doc or '')
-  return sentence if _SHORTEST_SENTENCE <= len(sentence) <= _LONGEST_SENTENCE else None
-
-
-def _member(node):
-  doc = ast.get_docstring(node)
-  sentence = _sentence(doc)
-  if sentence is None:
-    return None
-  return Member(node.name, f'({_arguments(node.args)})', ' '.join(doc.split()), sentence)
+  """The first sentence if it is of a length that a question can hold, else ''."""
+  sentence = first_sentence(doc)
+  return sentence if _SHORTEST_SENTENCE <= len(sentence) <= _LONGEST_SENTENCE else ''
 
 
 def _arguments(arguments):
   names = [a.arg for a in arguments.posonlyargs + arguments.args]
-  if arguments.vararg:
-    names.append('*' + arguments.vararg.arg)
+  names += ['*' + arguments.vararg.arg] if arguments.vararg else []
   names += [a.arg for a in arguments.kwonlyargs]
-  if arguments.kwarg:
-    names.append('**' + arguments.kwarg.arg)
+  names += ['**' + arguments.kwarg.arg] if arguments.kwarg else []
   names = [n for n in names if n not in ('self', 'cls')]
-  return ', '.join(names[:4] + (['...'] if len(names) > 4 else []))
+  return ', '.join(names[:4] + ['...'] * (len(names) > 4))
 
 
-def _container(kind, name, where, doc, body):
-  functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-  members = [_member(node) for node in body if isinstance(node, functions)]
-  unique = {}
-  for member in members:
-    # A sentence that two members share has no single answer; a name that occurs twice is a property's setter.
-    if member and member.name not in unique and all(member.sentence != m.sentence for m in unique.values()):
-      unique[member.name] = member
-  return Container(kind, name, where, ' '.join((doc or '').split()), _sentence(doc), tuple(unique.values()))
+def _container(kind, name, where, node):
+  members = {}
+  for one in node.body:
+    if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef):
+      doc = ast.get_docstring(one) or ''
+      sentence = _sentence(doc)
+      # A sentence that two members share has no single answer; a name that occurs twice is a property's setter.
+      if sentence and one.name not in members and all(sentence != m.sentence for m in members.values()):
+        members[one.name] = Member(one.name, f'({_arguments(one.args)})', ' '.join(doc.split()), sentence)
+  doc = ast.get_docstring(node) or ''
+  return Container(kind, name, where, ' '.join(doc.split()), _sentence(doc), tuple(members.values()))
 
 
 @functools.cache
 def read_containers(root=None):
-  """Every documented class and module of the library with at least two documented members, sorted by `where`.
+  """Every documented class and module with at least two documented members, sorted by `where`.
 
   Args:
-    root: the folder of the library's source; the running interpreter's own if None.
+    root: the folder of the library's source; None: the running interpreter's own.
 
-  Raises:
-    FileNotFoundError: the folder holds no Python source (an interpreter that ships compiled files only).
-  """
+  Raises FileNotFoundError: it holds no Python source (an interpreter that ships compiled files only)."""
   root = pathlib.Path(root or sysconfig.get_paths()['stdlib'])
   containers = {}
   for path in sorted(root.rglob('*.py')):
@@ -164,16 +155,13 @@ def read_containers(root=None):
         tree = ast.parse(path.read_text(encoding='utf-8'))
     except (SyntaxError, UnicodeDecodeError):
       continue                            # the library ships templates and samples that are not valid source
-    found = [_container('module', module, module, ast.get_docstring(tree), tree.body)]
-    found += [_container('class', node.name, f'{module}.{node.name}', ast.get_docstring(node), node.body)
+    found = [_container('module', module, module, tree)]
+    found += [_container('class', node.name, f'{module}.{node.name}', node)
               for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     containers.update({c.where: c for c in found if c.sentence and len(c.members) >= 2})
   if not containers:
     raise FileNotFoundError(f'{root}: no Python source with docstrings; install the full standard library')
   return tuple(containers[where] for where in sorted(containers))
-
-
-SPLITS = ('train', 'validation', 'test')
 
 
 def split_of(container):
@@ -184,8 +172,7 @@ def split_of(container):
 
 def split_containers(containers, split):
   """The containers of a split, in order, as a tuple."""
-  if split not in SPLITS:
-    raise UserError(f'split {split!r}; choose one of {", ".join(SPLITS)}')
+  errors.check_choice('split', split, SPLITS)
   return tuple(c for c in containers if split_of(c) == split)
 
 
@@ -199,8 +186,8 @@ def _name_pools(containers):
 
 
 def _other_name(rng, pools, kind):
-  if pools[kind] and rng.random() < 0.5:
-    return pools[kind][rng.integers(len(pools[kind]))]
+  if (names := pools[kind]) and rng.random() < 0.5:
+    return names[rng.integers(len(names))]
   words = [pools['words'][i] for i in rng.integers(len(pools['words']), size=rng.integers(1, 4))]
   if rng.random() < 0.3:   # letters that are no word at all
     words[0] = ''.join(chr(97 + i) for i in rng.integers(26, size=rng.integers(2, 6)))
@@ -213,13 +200,15 @@ def _other_name(rng, pools, kind):
 
 def _renamed(rng, container, members, pools):
   """The container and its members under other names, all different."""
-  taken = set()
+  taken: set[str | None] = {None}
+
   def fresh(kind):
-    while True:
+    name = None
+    while name in taken:
       name = _other_name(rng, pools, kind)
-      if name not in taken:
-        taken.add(name)
-        return name
+    taken.add(name)
+    return name
+
   return (dataclasses.replace(container, name=fresh(container.kind)),
           [dataclasses.replace(m, name=fresh('member')) for m in members])
 
@@ -261,20 +250,16 @@ def _blocks(container, members, style):
 
 
 def make_page(index, containers, style):
-  """One example.
+  """One example; page `index`, any integer, of a (containers, style) pair is always the same.
 
   Args:
-    index: any integer; page `index` of a (containers, style) pair is always the same.
     containers: tuple of `Container` to draw from.
-    style: `PageStyle`.
 
   Returns:
     {'id', 'blocks', 'prompt', 'response', 'gold'}: the header and member blocks, the questions, the last one's answer,
     and the indices of the two blocks that hold it.
 
-  Raises:
-    ValueError: the containers are too few for such a page.
-  """
+  Raises ValueError: the containers are too few for such a page."""
   rng = np.random.default_rng((style.seed, index))
   container, members = _choose(rng, containers, style)
   asked = rng.permutation(len(members))[:rng.integers(style.questions[0], style.questions[1] + 1)]

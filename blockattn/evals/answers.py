@@ -9,8 +9,8 @@ A run's folder holds
 A run that is started again in the same folder answers what is missing. A line that a killed run left unfinished is
 dropped; a run.json that says otherwise, or an item whose prompt is another one now, is an error.
 
-Every average is a mean of means over items; its interval comes from resampling the items of each task on their own, with
-replacement, and taking percentiles. It says how far the figure depends on the choice of items, nothing more.
+Every average is a mean of means over items; its interval, percentiles of means over items of each task drawn with
+replacement, says how far the figure depends on the choice of items, nothing more.
 """
 
 import dataclasses
@@ -42,47 +42,31 @@ Answer = Callable[..., list[str]]   # (prompts: Sequence[list[list[int]]], *, ma
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """One question of a benchmark.
-
-  Attributes:
-    id: unique in the run.
-    task: what its score is averaged over first.
-    example: blocks and prompt, a chat template already around them.
-    max_new: most tokens of the answer.
-    stop: the answer ends before any of these texts.
-    references: accepted answers.
-    part: a part of the task that is also averaged on its own, such as a range of lengths; '' for none.
-    facts: what else its score depends on.
-  """
-  id: str
-  task: str
-  example: Example
-  max_new: int
-  stop: tuple[str, ...] = ()
-  references: tuple[str, ...] = ()
-  part: str = ''
-  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  """One question of a benchmark."""
+  id: str   # unique in the run
+  task: str   # what its score is averaged over first
+  example: Example   # blocks and prompt, a chat template already around them
+  max_new: int   # most tokens of the answer
+  stop: tuple[str, ...] = ()   # the answer ends before any of these texts
+  references: tuple[str, ...] = ()   # accepted answers
+  part: str = ''   # a part of the task that is also averaged on its own, such as a range of lengths; '' for none
+  facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)   # what else its score depends on
 
 
 @dataclasses.dataclass(frozen=True)
 class Averages:
-  """What is averaged over tasks. An average is left out where one of its tasks has no item.
-
-  Attributes:
-    macro: {name: groups of tasks}: the mean over the groups of the mean over a group's tasks.
-    pooled: {name: tasks}: the mean over all items of these tasks.
-  """
+  """What is averaged over tasks, by name. An average is left out where one of its tasks has no item."""
+  # Groups of tasks: the mean over the groups of the mean over a group's tasks. Tasks: the mean over all their items.
   macro: Mapping[str, Sequence[Sequence[str]]] = dataclasses.field(default_factory=dict)
   pooled: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Prompt:
-  """Tokens of an item: int32 [n], the lengths of its blocks, and a hash of all that is asked."""
   item: Item
-  tokens: np.ndarray
-  lengths: tuple[int, ...]
-  key: str
+  tokens: np.ndarray   # int32 [n]
+  lengths: tuple[int, ...]   # of its blocks
+  key: str   # a hash of all that is asked
 
   def blocks(self) -> list[list[int]]:
     return [part.tolist() for part in np.split(self.tokens, np.cumsum(self.lengths)[:-1])]
@@ -96,7 +80,6 @@ def run(items: Sequence[Item], *, prompt: Callable[[Example], list[list[int]]], 
   """Answers and scores items, and sums up.
 
   Args:
-    items: their ids differ.
     prompt: a prompt's tokens by block, as `encode.Encoder.prompt` gives them.
     answer: called with (prompts, max_new=, stop=) for at most `batch` prompts, the shortest first; gives their answers.
     score: of one answer, by measure, each 0 to 1; every item of a task has the same measures, the main one first.
@@ -108,28 +91,22 @@ def run(items: Sequence[Item], *, prompt: Callable[[Example], list[list[int]]], 
     progress: called with (items done, all).
 
   Returns:
-    The summary, see `summarize`, with 'too_long', 'facts' and 'seconds' (of this start only).
+    `summarize`'s, with 'too_long', 'facts' and 'seconds' (of this start only).
 
-  Raises:
-    ValueError: no item is left, two items have one id, or the folder holds another run.
-  """
+  Raises ValueError: no item is left, two items have one id, or the folder holds another run."""
   start = time.perf_counter()
   prompts, too_long = _prompts(items, prompt, fits)
   out = pathlib.Path(out)
-  rows = resume(out, dict(facts) | {'version': _VERSION}, {p.item.id: p.key for p in prompts})
-  todo = [p for p in prompts if p.item.id not in rows]
-  done = len(prompts) - len(todo)
-  for group in _batches(todo, batch):
-    if progress:
-      progress(done, len(prompts))
+  by_id = {p.item.id: p for p in prompts}
+
+  def make(names):
+    group = [by_id[name] for name in names]
     made = answer([p.blocks() for p in group], max_new=group[0].item.max_new, stop=group[0].item.stop)
-    new = {p.item.id: _row(p, said, score) for p, said in zip(group, made, strict=True)}
-    append_rows(out / PREDICTIONS, new.values())
-    rows |= new
-    done += len(group)
-  if progress:
-    progress(len(prompts), len(prompts))
-  summary = summarize([rows[p.item.id] for p in prompts], averages)
+    return [_row(p, said, score) for p, said in zip(group, made, strict=True)]
+
+  rows = kept_rows(out, dict(facts) | {'version': _VERSION}, {p.item.id: p.key for p in prompts},
+                   lambda names: _batches([by_id[name] for name in names], batch), make, progress=progress)
+  summary = summarize(rows, averages)
   summary |= {'too_long': {'n': len(too_long), 'ids': too_long[:_LISTED]}, 'facts': dict(facts) | dict(more or {}),
               'seconds': round(time.perf_counter() - start, 3)}
   metrics.write_json(out / SUMMARY, summary)
@@ -156,111 +133,96 @@ def _prompts(items, prompt, fits):
   return found, too_long
 
 
-def _batches(prompts: Sequence[_Prompt], batch: int) -> Iterator[list[_Prompt]]:
-  """Prompts that are asked alike, by length: the shortest first within each kind."""
+def _batches(prompts: Sequence[_Prompt], batch: int) -> Iterator[list[str]]:
+  """Ids of prompts that are asked alike, by length: the shortest first within each kind."""
   kinds = {}
   for p in sorted(prompts, key=lambda p: len(p.tokens)):
-    kinds.setdefault((p.item.max_new, p.item.stop), []).append(p)
-  for group in kinds.values():
-    for i in range(0, len(group), batch):
-      yield group[i:i + batch]
+    kinds.setdefault((p.item.max_new, p.item.stop), []).append(p.item.id)
+  yield from (names[i:i + batch] for names in kinds.values() for i in range(0, len(names), batch))
 
 
 def _row(p, said, score):
-  item = p.item
-  row = {'id': item.id, 'task': item.task}
-  row |= {'part': item.part} if item.part else {}
-  return row | {'prediction': said, 'references': list(item.references), 'scores': score(item, said),
-                'tokens': len(p.tokens), 'blocks': len(p.lengths), 'key': p.key}
+  item, part = p.item, {'part': p.item.part} if p.item.part else {}
+  return {'id': item.id, 'task': item.task, **part, 'prediction': said, 'references': list(item.references),
+          'scores': score(item, said), 'tokens': len(p.tokens), 'blocks': len(p.lengths), 'key': p.key}
 
 
-# What a run before left.
+# Rows that are kept.
 
-
-def resume(out: pathlib.Path, facts: Mapping[str, Any], keys: Mapping[Any, str], file: str = PREDICTIONS,
-           form: Mapping = _ROW, by: str = 'id') -> dict[Any, dict]:
-  """The rows that are there already; makes the folder and its run.json.
+def kept_rows(out: pathlib.Path | None, facts: Mapping[str, Any], keys: Mapping[Any, str],
+              batches: Callable[[list], Iterable[Sequence]], make: Callable[[Sequence], Iterable[dict]], *,
+              file: str = PREDICTIONS, form: Mapping = _ROW, by: str = 'id',
+              progress: Callable[[int, int], None] | None = None) -> list[dict]:
+  """A row for each key, in their order: those that a run before left, and the others, on the disk as they are made.
 
   Args:
+    out: a folder, made if absent; None: nothing is kept.
     facts: what decides a row beside its key; JSON values, in run.json.
     keys: by what names a row, a hash of all that is asked.
-    file: of the rows, in the folder.
-    form: of a row, see disk.check_form.
-    by: that of them which names it.
+    batches: of the names that lack a row.
+    make: of a batch, its rows.
+    file: of the rows, in the folder; each of the `form` of disk.check_form, and named by its value at `by`.
+    progress: called with (rows, all).
 
-  Returns:
-    {name: row}; they may be more than `keys` has.
+  Raises ValueError: what is there is another run's, naming what differs."""
+  rows = {} if out is None else _resumed(out, facts, keys, out / file, form, by)
+  for names in batches([name for name in keys if name not in rows]):
+    if progress:
+      progress(len(rows), len(keys))
+    new = {row[by]: row for row in make(names)}
+    if out is not None:
+      with open(out / file, 'a', encoding='utf-8') as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in new.values())
+    rows |= new
+  if progress:
+    progress(len(keys), len(keys))
+  return [rows[name] for name in keys]
 
-  Raises:
-    ValueError: they are another run's, naming what differs.
-  """
+
+def _resumed(out, facts, keys, path, form, by):
+  """{name: row} of the keys that are there already; makes the folder and its run.json."""
   facts = json.loads(json.dumps(facts))   # tuples are lists in a file
   if not (out / RUN).exists():
-    if (out / file).exists():
-      raise UserError(f'{out / file}: there is no {RUN} beside it that says whose answers these are; name '
-                      'another folder')
+    if path.exists():
+      raise UserError(f'{path}: there is no {RUN} beside it that says whose answers these are; name another folder')
     out.mkdir(parents=True, exist_ok=True)
     metrics.write_json(out / RUN, facts)
-  said = disk.read_json(out / RUN)
-  differs = [f'{key} was {_said(said, key)} and is {_said(facts, key)}' for key in sorted({*said, *facts})
-             if (key in said, key in facts) != (True, True) or said[key] != facts[key]]
+  there = disk.read_json(out / RUN)
+  said = lambda values, key: f'{values[key]!r:.100}' if key in values else 'not there'
+  differs = [f'{key} was {said(there, key)} and is {said(facts, key)}' for key in sorted({*there, *facts})
+             if key not in there or key not in facts or there[key] != facts[key]]
   if differs:
     raise UserError(f'{out / RUN}: the answers there come from another run: {"; ".join(differs)}; name another folder, '
                     'or delete this one')
-  _drop_half_line(out / file)
-  rows = {row[by]: row for row in _read_rows(out / file, form)}
-  other = [name for name, row in rows.items() if name in keys and row['key'] != keys[name]]
+  if path.exists():
+    os.truncate(path, path.read_bytes().rfind(b'\n') + 1)   # less the line that a killed run was writing
+  rows = {row[by]: row for row in _read_rows(path, form) if row[by] in keys}   # there may be more
+  other = [name for name, row in rows.items() if row['key'] != keys[name]]
   if other:
-    raise UserError(f'{out / file}: {len(other)} items, first {other[0]!r}, were asked with another prompt than '
+    raise UserError(f'{path}: {len(other)} items, first {other[0]!r}, were asked with another prompt than '
                     'now; the data or how they are cut have changed, name another folder or delete this one')
   return rows
 
 
-def append_rows(path: pathlib.Path, rows: Iterable[Mapping]) -> None:
-  """Adds lines to a file of rows, so that a run that is killed afterwards has them."""
-  with open(path, 'a', encoding='utf-8') as file:
-    file.writelines(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
-
-
-def _said(values, key):
-  return f'{values[key]!r:.100}' if key in values else 'not there'
-
-
-def _drop_half_line(path):
-  if path.exists():
-    whole = path.read_bytes().rfind(b'\n') + 1
-    if whole < path.stat().st_size:
-      os.truncate(path, whole)   # a killed run was writing it
-
-
 def read_predictions(folder: str | os.PathLike) -> list[dict]:
-  """The rows of a run's predictions, an unfinished last line left out; [] where there are none.
-
-  Raises:
-    ValueError: a line is not one of a run, naming file and line.
-  """
+  """The rows of a run's predictions, an unfinished last line left out; [] where there are none. Raises ValueError: a line is
+  not one of a run, naming file and line."""
   return _read_rows(pathlib.Path(folder) / PREDICTIONS, _ROW)
 
 
 def _read_rows(path, form):
   rows = []
-  if not path.exists():
-    return rows
-  with open(path, 'rb') as file:
-    for number, line in enumerate(file, start=1):
-      if not line.endswith(b'\n'):
-        break
-      try:
-        rows.append(disk.parse_json(line, f'{path}:{number}', form))
-        if not rows[-1].get('scores', True):
-          raise UserError(f'{path}:{number} has no scores')
-      except ValueError as error:
-        raise UserError(f'{error}; delete the line, and it will be answered again') from error
+  for number, line in enumerate(path.read_bytes().split(b'\n')[:-1] if path.exists() else (), start=1):
+    try:
+      rows.append(disk.parse_json(line, f'{path}:{number}', form))
+      if not rows[-1].get('scores', True):
+        raise UserError(f'{path}:{number} has no scores')
+    except ValueError as error:
+      raise UserError(f'{error}; delete the line, and it will be answered again') from error
   return rows
 
 
 # Summing up.
-
 
 def summarize(rows: Sequence[Mapping], averages: Averages | None = None) -> dict:
   """Means of a run's rows with their intervals.
@@ -278,21 +240,18 @@ def summarize(rows: Sequence[Mapping], averages: Averages | None = None) -> dict
   sampled = {task: sampled_means(own, task) for task, own in sorted(tasks.items())}
   if averages is None:
     averages = Averages(macro={'macro': [[task] for task in sampled]})
+  averaged = average_over(sampled, {task: len(own) for task, own in tasks.items()}, averages)
+  intervals = lambda means: {measure: interval(x) for measure, x in means.items()}
+  mean_of = lambda key, own: round(float(np.mean([row[key] for row in own])), 1)
   return {
       'n': len(rows),
-      'tasks': {task: {'n': len(tasks[task]), 'tokens': _mean_of(tasks[task], 'tokens'),
-                       'blocks': _mean_of(tasks[task], 'blocks')} | {m: interval(x) for m, x in sampled[task].items()}
-                for task in sampled},
-      'parts': {task: {part: {'n': len(own)} | {m: interval(x) for m, x in sampled_means(own, task + part).items()}
+      'tasks': {task: {'n': len(tasks[task]), 'tokens': mean_of('tokens', tasks[task]),
+                       'blocks': mean_of('blocks', tasks[task])} | intervals(means) for task, means in sampled.items()},
+      'parts': {task: {part: {'n': len(own)} | intervals(sampled_means(own, task + part))
                        for part, own in sorted(by_part.items())} for task, by_part in sorted(parts.items())},
-      'averages': {name: {m: interval(x) for m, x in average.items()}
-                   for name, average in average_over(sampled, {t: len(own) for t, own in tasks.items()}, averages).items()},
+      'averages': {name: intervals(means) for name, means in averaged.items()},
       'bootstrap': {'resamples': RESAMPLES, 'level': LEVEL, 'seed': SEED},
   }
-
-
-def _mean_of(rows, key):
-  return round(float(np.mean([row[key] for row in rows])), 1)
 
 
 def sampled_means(rows: Sequence[Mapping], name: str) -> dict[str, np.ndarray]:
@@ -327,11 +286,9 @@ def average_over(sampled: Mapping[str, Mapping[str, np.ndarray]], counts: Mappin
     tasks = [task for group in groups for task in group]
     if not tasks or not set(tasks) <= set(sampled):
       continue
-    weights = {task: counts[task] if name in averages.pooled else 1 for task in tasks}
-    found[name] = {measure: np.mean([_weighted(sampled, group, measure, weights) for group in groups], axis=0)
-                   for measure in sampled[tasks[0]] if all(measure in sampled[task] for task in tasks)}
+    weights = counts if name in averages.pooled else dict.fromkeys(tasks, 1)
+    found[name] = {
+        measure: np.mean([np.average([sampled[task][measure] for task in group], 0, [weights[task] for task in group])
+                          for group in groups], axis=0)
+        for measure in sampled[tasks[0]] if all(measure in sampled[task] for task in tasks)}
   return found
-
-
-def _weighted(sampled, tasks, measure, weights):
-  return np.average([sampled[task][measure] for task in tasks], axis=0, weights=[weights[task] for task in tasks])

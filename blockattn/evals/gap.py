@@ -10,14 +10,14 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import blocks, losses
+from blockattn import blocks, loading, losses
 from blockattn.data import encode, packing
 from blockattn.data.example import Example
 from blockattn.errors import UserError
@@ -26,6 +26,7 @@ from blockattn.hf import files
 from blockattn.models import decode, transformer
 
 MODES = ('full', 'block')
+TEACHER, BEFORE, STUDENT = 'teacher_full', 'teacher_block', 'student_block'   # names of subjects
 DOCUMENTS = 'documents.jsonl'
 BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)   # lower edges of the distance bins, in tokens
 _ROW = {'document': int, 'key': str, 'models': {str: dict}}   # what each line has
@@ -35,26 +36,47 @@ _CHUNK = 32       # tokens per row whose logits exist at a time: answers are sho
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """A model as it is evaluated.
-
-  Attributes:
-    params: its parameters.
-    cfg: ModelConfig.
-    compute: Compute.
-    mode: 'full': plain causal attention, no sinks. 'block': the block mask with the sinks of `options`.
-    options: BlockOptions of block mode; its max_blocks is set by the documents at hand.
-    chat: whether its prompts are to be put into the chat template.
-  """
+  """A model as it is evaluated. Without its parameters it is what a compiled function is specialised to."""
   params: Any
   cfg: transformer.ModelConfig
   compute: transformer.Compute
-  mode: str
-  options: blocks.BlockOptions
-  chat: bool = False
+  mode: str   # 'full': plain causal attention, no sinks. 'block': the block mask with the sinks of `options`
+  options: blocks.BlockOptions   # of block mode; max_blocks is set by the documents at hand
+  chat: bool = False   # whether its prompts are to be put into the chat template
 
   def __post_init__(self):
     if self.mode not in MODES:
       raise UserError(f'evaluation mode {self.mode!r}; choose one of {", ".join(MODES)}')
+
+
+def load(path: str | os.PathLike, mode: str, compute: transformer.Compute, template_args: str | None = None,
+         chat: bool | None = None) -> tuple[Subject, Any]:
+  """(a model to evaluate, its parameters in compute.dtype; its tokenizer); see `loading.load`, and what it raises.
+  `dataclasses.replace(subject, mode=...)` gives the other mode without loading again."""
+  loaded = loading.load(path, compute.dtype, template_args=template_args, chat=chat)
+  return Subject(loaded.params, loaded.cfg, compute, mode, loaded.blocks, loaded.chat), loaded.tokenizer
+
+
+def load_pair(model: str | os.PathLike, teacher: str | os.PathLike, modes: Sequence[str], compute: transformer.Compute,
+              **prompts: Any) -> tuple[dict[str, Subject], Subject, Any]:
+  """({name: Subject} of the teacher and of the student by mode, the teacher, the student's tokenizer).
+
+  With block mode comes the teacher under the student's block mask, without sinks: it never saw one. Raises ValueError: the
+  two tokenizers differ, so that tokens of one mean nothing to the other."""
+  teacher_subject, teacher_tokenizer = load(teacher, 'full', compute)
+  student, tokenizer = load(model, 'block', compute, **prompts)
+  ours = tokenizer.get_vocab()
+  other = [text for text, i in teacher_tokenizer.get_vocab().items() if text not in ours or ours[text] != i]
+  if other:
+    raise UserError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
+                    f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
+  subjects = {TEACHER: teacher_subject}
+  if 'block' in modes:
+    options = dataclasses.replace(student.options, sink_ids=())
+    subjects[BEFORE] = dataclasses.replace(teacher_subject, mode='block', options=options)
+  for mode in modes:
+    subjects[f'student_{mode}'] = dataclasses.replace(student, mode=mode)
+  return subjects, teacher_subject, tokenizer
 
 
 def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc],
@@ -64,11 +86,9 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
   """Every subject on every document, the longest documents first.
 
   Args:
-    subjects: by name.
-    teacher: what their distance is measured to; one of the subjects may be the teacher itself.
+    teacher: what the subjects' distance is measured to; one of them may be the teacher itself.
     docs: encoded examples, answers included, in the order of `examples`.
     batch: documents per forward pass.
-    max_new: most tokens of an answer.
     stop: an answer ends before this text, as it does at the tokens of `files.stop_ids`.
     out: a folder, made if absent: run.json holds the facts, documents.jsonl gets a line per document as they come. What is
       there is not computed again.
@@ -81,41 +101,34 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
     `exact_match` compares the text to the letter, `substring` and `f1` after SQuAD's normalisation; ce and kl are sums
     over answer tokens, in nats, by the distance of the predicted token from the start of its block.
 
-  Raises:
-    ValueError: there is no document, one is longer than a model has positions for or has tokens that it has no rows for,
-      or the folder holds another run.
-  """
-  if len(docs) != len(examples):
-    raise UserError(f'{len(docs)} documents but {len(examples)} examples')
-  if not docs:
-    raise UserError('nothing to evaluate: no document was left')
-  check_positions(subjects, docs, examples, max_new)
+  Raises ValueError: there is no document, one is longer than a model has positions for or has tokens that it has no rows
+  for, or the folder holds another run."""
+  if len(docs) != len(examples) or not docs:
+    raise UserError(f'{len(docs)} documents but {len(examples)} examples' if docs or examples else
+                    'nothing to evaluate: no document was left')
+  _check_positions(subjects, docs, examples, max_new)
   for name, subject in subjects.items():
     for doc, example in zip(docs, examples, strict=True):
       encode.check_ids(doc.tokens, subject.cfg.vocab, tokenizer, f'{name}: {example.id}')
   facts = {'subjects': list(subjects), 'max_new': max_new, 'stop': stop} | dict(facts or {})
   keys = {number: _key(doc) for number, doc in enumerate(docs)}
-  rows = {} if out is None else answers.resume(pathlib.Path(out), facts, keys, DOCUMENTS, _ROW, 'document')
-  rows = {number: rows[number] for number in keys if number in rows}   # there may be more, of a larger --limit
-  todo = sorted(keys.keys() - rows.keys(), key=lambda number: (-len(docs[number].tokens), number))
-  batch = min(batch, max(len(todo), 1))
-  for start in range(0, len(todo), batch):
-    if progress:
-      progress(len(rows), len(docs))
-    numbers = todo[start:start + batch]
+
+  def batches(todo):
+    nonlocal batch
+    batch = min(batch, max(len(todo), 1))
+    todo = sorted(todo, key=lambda number: (-len(docs[number].tokens), number))
+    return (todo[start:start + batch] for start in range(0, len(todo), batch))
+
+  def make(numbers):
     made = _measure_batch(subjects, teacher, [docs[n] for n in numbers], [examples[n] for n in numbers], tokenizer, batch,
                           max_new, stop)
-    new = {number: {'document': number, **row, 'key': keys[number]} for number, row in zip(numbers, made, strict=True)}
-    if out is not None:
-      answers.append_rows(pathlib.Path(out) / DOCUMENTS, new.values())
-    rows |= new
-  if progress:
-    progress(len(docs), len(docs))
-  return [rows[number] for number in keys]
+    return [{'document': number, **row, 'key': keys[number]} for number, row in zip(numbers, made, strict=True)]
+
+  return answers.kept_rows(None if out is None else pathlib.Path(out), facts, keys, batches, make, file=DOCUMENTS, form=_ROW,
+                           by='document', progress=progress)
 
 
-def check_positions(subjects: Mapping[str, Subject], docs: Sequence[encode.EncodedDoc], examples: Sequence[Example],
-                    max_new: int):
+def _check_positions(subjects, docs, examples, max_new):
   """Raises ValueError, naming the first document that, with sinks or with its longest answer, has more tokens than a
   subject has positions."""
   for name, subject in subjects.items():
@@ -128,8 +141,7 @@ def check_positions(subjects: Mapping[str, Subject], docs: Sequence[encode.Encod
                       '(max_position_embeddings); leave them out, or take a model with more')
 
 
-def _key(doc) -> str:
-  """Of the tokens, blocks and answer of a document."""
+def _key(doc):
   said = repr((tuple(map(int, doc.lengths)), tuple(map(int, doc.answer)))).encode()
   return hashlib.sha256(said + np.asarray(doc.tokens, np.int32).tobytes()).hexdigest()[:16]
 
@@ -141,8 +153,7 @@ def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new,
   stop_ids = files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id)
   for name, subject in subjects.items():
     tokens = answer(subject, docs, stop_ids, batch=batch, max_new=max_new)
-    filled = sums[name][:len(docs)]   # the other rows are empty
-    for own, example, said, (count, ce, kl) in zip(models, examples, tokens, filled, strict=True):
+    for own, example, said, (count, ce, kl) in zip(models, examples, tokens, sums[name][:len(docs)], strict=True):
       said = tokenizer.decode(said, skip_special_tokens=True)
       said = said if stop is None else said.partition(stop)[0]
       own[name] = {'prediction': said, 'scores': scores.score(said, _accepted(example)),
@@ -157,18 +168,16 @@ def _accepted(example):
 
 
 def summarize(rows: Sequence[Mapping]) -> dict:
-  """The figures of every subject from the rows of `measure`.
+  """The figures of every subject from the rows of `measure`: {name: {'n', 'exact_match', 'substring', 'f1', 'ce', 'kl',
+  'by_distance': [{'from', 'tokens', 'ce', 'kl'}], 'intervals': {measure: {'mean', 'low', 'high'}}}}.
 
-  Returns:
-    {name: {'n', 'exact_match', 'substring', 'f1', 'ce', 'kl', 'by_distance': [{'from', 'tokens', 'ce', 'kl'}], 'intervals':
-    {measure: {'mean', 'low', 'high'}}}}; ce and kl are means over answer tokens. Intervals come from resampling documents,
-    as `answers.interval` says.
-  """
+  ce and kl are means over answer tokens. Intervals come from resampling documents, see `answers.interval`."""
   figures = {}
   for name, means in sampled(rows).items():
-    own = [row['models'][name] for row in rows]
+    sums = np.sum([_by_bin(row['models'][name]) for row in rows], axis=0)
     figures[name] = ({'n': len(rows)} | {m: float(x[0]) for m, x in means.items()}
-                     | {'by_distance': _gap_figures(sum(map(_by_bin, own)))['by_distance'],
+                     | {'by_distance': [{'from': low, 'tokens': int(n), 'ce': float(c / n), 'kl': float(k / n)}
+                                        for low, n, c, k in zip(BINS, *sums, strict=True) if n],
                         'intervals': {m: answers.interval(x) for m, x in means.items()}})
   return figures
 
@@ -188,14 +197,10 @@ def sampled(rows: Sequence[Mapping]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def share_closed(rows: Sequence[Mapping], teacher: str, before: str, after: str) -> dict[str, dict[str, float]]:
-  """How much of what blocks cost a teacher is made good, by measure: (before - after) / (before - teacher).
+  """How much of what blocks cost a teacher is made good, by measure: (before - after) / (before - teacher), of subjects by
+  name: with full attention, the same weights under the block mask, the student.
 
-  Args:
-    teacher, before, after: names of subjects: with full attention, the same weights under the block mask, the student.
-
-  Returns:
-    {measure: {'mean', 'low', 'high'}}, without the measures where the cost itself is not clear of 0.
-  """
+  Returns {measure: {'mean', 'low', 'high'}}, without the measures where the cost itself is not clear of 0."""
   means, shares = sampled(rows), {}
   for measure in means[teacher]:
     cost, gain = (means[before][measure] - means[name][measure] for name in (teacher, after))
@@ -205,22 +210,12 @@ def share_closed(rows: Sequence[Mapping], teacher: str, before: str, after: str)
   return shares
 
 
-def token_gap(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc], *,
-              batch: int) -> dict:
-  """{name: 'ce', 'kl' and 'by_distance' of `summarize`}, from teacher-forced answers. The teacher reads a batch once."""
-  totals = {name: np.zeros((3, len(BINS))) for name in subjects}
-  for _, rows in _batches(docs, batch):
-    for name, sums in _token_sums(subjects, teacher, rows).items():
-      totals[name] += sums.sum(axis=0)
-  return {name: _gap_figures(total) for name, total in totals.items()}
-
-
 def _token_sums(subjects, teacher, rows) -> dict[str, np.ndarray]:
-  """{name: [rows, 3, bins]} of `_gap_sums`."""
-  right = _hidden(teacher.params, rows, _static(teacher, rows))
+  """{name: [rows, 3, bins]} of `_gap_sums`; the teacher reads the rows once."""
+  right = _hidden(teacher.params, rows, _bare(teacher, rows))
   found = {}
   for name, subject in subjects.items():
-    hidden = right if subject is teacher else _hidden(subject.params, rows, _static(subject, rows))
+    hidden = right if subject is teacher else _hidden(subject.params, rows, _bare(subject, rows))
     heads = tuple(transformer.head_of(s.params, s.cfg) for s in (subject, teacher))
     found[name] = np.asarray(_gap_sums(heads, (hidden, right), rows), np.float64)
   return found
@@ -234,21 +229,15 @@ def _by_bin(one) -> np.ndarray:
   return sums
 
 
-def _gap_figures(sums):
-  """From sums by bin, [3, bins]."""
-  every = max(sums[0].sum(), 1)
-  by_distance = [{'from': low, 'tokens': int(n), 'ce': float(c / n), 'kl': float(k / n)}
-                 for low, n, c, k in zip(BINS, *sums, strict=True) if n]
-  return {'ce': float(sums[1].sum() / every), 'kl': float(sums[2].sum() / every), 'by_distance': by_distance}
-
-
 def answer(subject: Subject, docs: Sequence[encode.EncodedDoc], stop_ids: Sequence[int], *, batch: int,
            max_new: int) -> list[list[int]]:
   """The greedy answer to each document's prompt: token ids without the one of `stop_ids` that ends it."""
-  found = [[] for _ in docs]
-  for numbers, rows in _batches([_prompt_of(doc) for doc in docs], batch):
-    static = _static(subject, rows)
-    tokens, layout = _view(rows, static)[:2]
+  found, prompts = [[] for _ in docs], [_prompt_of(doc) for doc in docs]
+  order = np.argsort([len(doc.tokens) for doc in prompts], kind='stable')   # the shortest first
+  for numbers in (order[i:i + batch] for i in range(0, len(docs), batch)):
+    rows = _rows([prompts[n] for n in numbers], batch)
+    bare = _bare(subject, rows)
+    tokens, layout = _view(rows, bare)[:2]
     out = decode.greedy(subject.params, tokens, layout, cfg=subject.cfg, compute=subject.compute, length=max_new,
                         stop_ids=np.array(stop_ids, np.int32), vocab=subject.cfg.vocab)
     for number, row in zip(numbers, np.asarray(out), strict=False):   # the rows after the last document are empty
@@ -256,32 +245,23 @@ def answer(subject: Subject, docs: Sequence[encode.EncodedDoc], stop_ids: Sequen
   return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Static:
-  """The part of a Subject that a compiled function is specialised to."""
-  cfg: transformer.ModelConfig
-  compute: transformer.Compute
-  mode: str
-  options: blocks.BlockOptions
-
-
-def _static(subject, rows):
+def _bare(subject, rows):
   most = int(rows['layout'].block.max()) + 1
   most = 1 << (most - 1).bit_length()   # few sizes, few compilations
-  return _Static(subject.cfg, subject.compute, subject.mode, dataclasses.replace(subject.options, max_blocks=most))
+  return dataclasses.replace(subject, params=None, options=dataclasses.replace(subject.options, max_blocks=most))
 
 
-def _view(rows, static):
-  if static.mode == 'block':
-    return blocks.block_mode(rows['tokens'], rows['layout'], static.options)
+def _view(rows, bare):
+  if bare.mode == 'block':
+    return blocks.block_mode(rows['tokens'], rows['layout'], bare.options)
   shape = rows['tokens'].shape
   return rows['tokens'], blocks.as_one_block(rows['layout']), jnp.broadcast_to(jnp.arange(shape[1]), shape)
 
 
-@functools.partial(jax.jit, static_argnames='static')
-def _hidden(params, rows, static):
-  tokens, layout, index = _view(rows, static)
-  x_BTD = transformer.apply(params, tokens, layout, static.cfg, static.compute)
+@functools.partial(jax.jit, static_argnames='bare')
+def _hidden(params, rows, bare):
+  tokens, layout, index = _view(rows, bare)
+  x_BTD = transformer.apply(params, tokens, layout, bare.cfg, bare.compute)
   return jnp.take_along_axis(x_BTD, index[..., None], axis=1)
 
 
@@ -301,17 +281,8 @@ def _gap_sums(heads, hidden, rows):
 
 
 def _prompt_of(doc):
-  start = doc.answer[0]
-  return encode.EncodedDoc(tokens=doc.tokens[:start], lengths=(*doc.lengths[:-1], start - sum(doc.lengths[:-1])),
-                           answer=(start, start))
-
-
-def _batches(docs, batch) -> Iterable[tuple[Sequence[int], dict]]:
-  """(numbers of the documents, their rows), shortest documents first. The last batch is filled up with empty rows."""
-  order = np.argsort([len(doc.tokens) for doc in docs], kind='stable')
-  for i in range(0, len(docs), batch):
-    numbers = order[i:i + batch]
-    yield numbers, _rows([docs[n] for n in numbers], batch)
+  start, lengths = doc.answer[0], doc.lengths[:-1]
+  return encode.EncodedDoc(doc.tokens[:start], (*lengths, start - sum(lengths)), (start, start))
 
 
 def _rows(docs, batch) -> dict:

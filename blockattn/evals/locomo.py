@@ -32,7 +32,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from blockattn import disk
+from blockattn import disk, errors
 from blockattn.data import chat_template
 from blockattn.data.example import Example
 from blockattn.errors import UserError
@@ -66,20 +66,13 @@ class Conversation:
 
 
 def read_conversations(path: str | os.PathLike) -> list[Conversation]:
-  """The conversations of the published file.
-
-  Args:
-    path: the file, or the folder that holds it under its published name.
-
-  Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is not of the published form; the message names file, conversation and key.
-  """
+  """The conversations of the published file, or of the folder that holds it under its published name. Raises
+  FileNotFoundError: there is none; ValueError: it is not of the published form; the message names file, conversation and
+  key."""
   place = pathlib.Path(path).expanduser()
-  found = [place / name for name in FILES if (place / name).is_file()] if place.is_dir() else [place]
-  if not found or not found[0].is_file():
+  file = next((place / name for name in FILES if (place / name).is_file()), place)
+  if not file.is_file():
     raise FileNotFoundError(f'{place}: no {" or ".join(FILES)} here; give the published file or its folder')
-  file = found[0]
   try:
     data = file.read_bytes()
     samples = disk.parse_json(gzip.decompress(data) if file.name.endswith('.gz') else data, str(file), object)
@@ -95,27 +88,20 @@ def _conversation(sample, where):
     name, said, asked = sample['sample_id'], sample['conversation'], sample['qa']
     numbers = sorted(int(match[1]) for match in map(re.compile(r'session_(\d+)').fullmatch, said) if match)
     numbers = [n for n in numbers if said[f'session_{n}']]   # the file has dates of sessions that it lacks
-    sessions = tuple(''.join(map(_turn, said[f'session_{n}'])) for n in numbers)
+    photo = lambda turn: _PHOTO.format(turn['blip_caption']) if 'blip_caption' in turn else ''
+    spoken = lambda turn: _TURN.format(turn['speaker'], turn['text'] + photo(turn))
+    sessions = tuple(''.join(map(spoken, said[f'session_{n}'])) for n in numbers)
     dates = tuple(said[f'session_{n}_date_time'] for n in numbers)
     if not numbers:
       raise KeyError('session_1')
     for i, question in enumerate(asked):
-      _check(question, f'{where}, question {i}')
+      if question['category'] not in CATEGORIES:
+        raise UserError(f'{where}, question {i}: category {question["category"]!r}, where 1 to 5 are known')
+      if not isinstance(question['question'], str) or not {'answer', 'adversarial_answer'} & set(question):
+        raise UserError(f'{where}, question {i}: lacks a question, or both "answer" and "adversarial_answer"')
     return Conversation(name, (said['speaker_a'], said['speaker_b']), dates, sessions, tuple(asked))
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{where}: not of the published form ({type(error).__name__}: {error})') from error
-
-
-def _turn(turn):
-  photo = _PHOTO.format(turn['blip_caption']) if 'blip_caption' in turn else ''
-  return _TURN.format(turn['speaker'], turn['text'] + photo)
-
-
-def _check(question, where):
-  if question['category'] not in CATEGORIES:
-    raise UserError(f'{where}: category {question["category"]!r}, where 1 to 5 are known')
-  if not isinstance(question['question'], str) or not {'answer', 'adversarial_answer'} & set(question):
-    raise UserError(f'{where}: lacks a question, or both "answer" and "adversarial_answer"')
 
 
 def make_items(conversations: Sequence[Conversation], tokenizer: Any, *, chat: bool, tasks: Sequence[str] | None = None,
@@ -123,17 +109,13 @@ def make_items(conversations: Sequence[Conversation], tokenizer: Any, *, chat: b
   """The questions, a block per session.
 
   Args:
-    conversations: from `read_conversations`.
-    tokenizer: with a chat template if `chat`.
-    chat: put the chat template around prompts.
+    tokenizer: with a chat template if `chat`, which is then put around prompts.
     tasks: names of categories; None: all.
     limit: most questions per category, spread over the conversations in their order.
     fits: of an Example, whether it is short enough; None: all are. The last sessions of a conversation are left out until
       it is, as the published code does; one that no session helps stays as it is.
 
-  Raises:
-    ValueError: an unknown category.
-  """
+  Raises ValueError: an unknown category."""
   unknown = sorted(set(tasks or ()) - set(CATEGORIES.values()))
   if unknown:
     raise UserError(f'LoCoMo has no category {", ".join(unknown)}; it has {", ".join(CATEGORIES.values())}')
@@ -149,13 +131,16 @@ def make_items(conversations: Sequence[Conversation], tokenizer: Any, *, chat: b
 
 def _item(conversation, number, task, tokenizer, chat, fits):
   question = conversation.questions[number]
-  name = f'{conversation.id}/{number}'
-  asked, offered = _ask(name, question, task)
-  right = str(question['answer'] if 'answer' in question else question['adversarial_answer'])
-  reference = ABSENT if task == 'adversarial' else right
+  name, other = f'{conversation.id}/{number}', str(question['answer'] if 'answer' in question else
+                                                   question['adversarial_answer'])
+  asked, offered = _ask(name, question['question'], task, other)
+  reference = ABSENT if task == 'adversarial' else other
   texts = [_SESSION.format(date, turns.rstrip('\n')) for date, turns in zip(conversation.dates, conversation.sessions)]
-  header = _BEFORE.format(*conversation.speakers)
-  make = lambda count: _example(header, texts[:count], asked, name, reference, tokenizer, chat)
+
+  def make(count):
+    example = Example(tuple(texts[:count]), asked, '', name, (reference,), header=_BEFORE.format(*conversation.speakers))
+    return chat_template.wrap_in_turn(example, tokenizer) if chat else example
+
   count = _most_sessions(make, len(texts), fits) if fits is not None else len(texts)
   return answers.Item(name, task, make(count), MAX_NEW, references=(reference,),
                       facts={'offered': offered, 'sessions_left_out': len(texts) - count})
@@ -163,39 +148,30 @@ def _item(conversation, number, task, tokenizer, chat, fits):
 
 def _most_sessions(make, count, fits):
   """By halves: a prompt grows with its sessions."""
-  low, high = 1, count
   if fits(make(count)):
     return count
+  low, high = 1, count
   while low < high - 1:
     middle = (low + high) // 2
     low, high = (middle, high) if fits(make(middle)) else (low, middle)
   return low
 
 
-def _example(header, blocks, asked, name, reference, tokenizer, chat):
-  example = Example(tuple(blocks), asked, '', name, (reference,), header=header)
-  return chat_template.wrap_in_turn(example, tokenizer) if chat else example
-
-
-def _ask(name, question, task):
+def _ask(name, asked, task, trap):
   """(the question's text, what '(a)' and '(b)' offer)."""
-  asked = question['question']
   if task == 'temporal':
     return _QUESTION.format(asked + _DATED), ()
   if task != 'adversarial':
     return _QUESTION.format(asked), ()
-  trap = str(question['answer'] if 'answer' in question else question['adversarial_answer'])
   offered = (ABSENT, trap) if zlib.crc32(name.encode()) % 2 else (trap, ABSENT)
   return _CHOICE.format(asked + _OFFERED.format(*offered)), offered
 
 
 # Scores.
 
-
 def score(item: answers.Item, prediction: str, letters: str = 'alone') -> dict[str, float]:
   """{'score'}, by the rule of the item's category; `letters`: of LETTERS."""
-  said = prediction.strip().split('\n')[0].strip()
-  gold = item.references[0]
+  said, gold = prediction.strip().split('\n')[0].strip(), item.references[0]
   if item.task == 'adversarial':
     said = chosen(said, item.facts['offered'], letters)
     return {'score': float(any(refusal in said.lower() for refusal in _REFUSALS))}
@@ -233,11 +209,7 @@ def stems(said: str) -> list[str]:
 
 @functools.cache
 def _stemmer():
-  try:
-    from nltk.stem import porter
-  except ImportError as error:
-    raise ImportError(f'LoCoMo compares stems and needs nltk: {error}; pip install "blockattn[eval]"') from error
-  return porter.PorterStemmer()
+  return errors.library('nltk.stem.porter', 'LoCoMo, which compares stems,', 'eval').PorterStemmer()
 
 
 def averages() -> answers.Averages:

@@ -20,7 +20,7 @@ TASK_e; their items are also averaged by length, in the published ranges.
 """
 
 import dataclasses
-import io
+import functools
 import itertools
 import json
 import os
@@ -34,7 +34,7 @@ from blockattn import errors
 from blockattn.data import chat_template, json_lines
 from blockattn.data.example import Example, pieces
 from blockattn.errors import UserError
-from blockattn.evals import answers, longbench_scores as scores
+from blockattn.evals import answers, scores
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / 'assets' / 'longbench'
 ARCHIVE = 'data.zip'   # on the hub and in its folder
@@ -44,22 +44,13 @@ Cut = Callable[[Sequence[str]], list[list[tuple[int, int]]]]   # texts -> (start
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """What the published code says of a task, and where we cut.
-
-  Attributes:
-    category: the published group of tasks.
-    score: see `longbench_scores`.
-    heading: a regular expression that begins a block; '' where the segmenter cuts.
-    chat: a chat model gets its template.
-    first_line: only the first line of an answer is scored.
-    language: 'en', 'zh'; code counts in both.
-  """
-  category: str
-  score: Callable[..., float]
-  heading: str = ''
-  chat: bool = True
-  first_line: bool = False
-  language: str = 'en'
+  """What the published code says of a task, and where we cut."""
+  category: str   # the published group of tasks
+  score: Callable[..., float]   # see `scores`
+  heading: str = ''   # a regular expression that begins a block; '' where the segmenter cuts
+  chat: bool = True   # a chat model gets its template
+  first_line: bool = False   # only the first line of an answer is scored
+  language: str = 'en'   # 'en', 'zh'; code counts in both
 
 
 _PASSAGE, _PARAGRAPH = r'^Passage \d+:', r'^Paragraph \d+:'
@@ -95,18 +86,13 @@ _RANGES = ((4000, '0-4k'), (8000, '4-8k'), (float('inf'), '8k+'))   # below so m
 
 
 def task_of(name: str) -> Task:
-  """The task of that name, of LongBench or LongBench-E.
-
-  Raises:
-    ValueError: there is none; the message lists them.
-  """
+  """The task of that name, of LongBench or LongBench-E; ValueError, with a list of them, if there is none."""
   if name not in TASKS and name not in EVEN_TASKS:
     raise UserError(f'LongBench has no task {name!r}; it has {", ".join(TASKS)}; LongBench-E has {", ".join(EVEN_TASKS)}')
   return TASKS[name.removesuffix(EVEN)]
 
 
 # Data.
-
 
 @dataclasses.dataclass(frozen=True)
 class Record:
@@ -121,15 +107,9 @@ class Record:
 
 
 def read_records(data: str | os.PathLike, task: str, limit: int | None = None) -> list[Record]:
-  """The published lines of a task, at most `limit`.
-
-  Args:
-    data: a folder, a zip file, or a name on the hub ('THUDM/LongBench', also with '@revision').
-
-  Raises:
-    FileNotFoundError: no such place, or no such task there.
-    json_lines.BadLineError: a line is not of the published form: a benchmark that lacks a line is another one.
-  """
+  """The published lines of a task, at most `limit`, in a folder, a zip file, or on the hub ('THUDM/LongBench', also with
+  '@revision'). Raises FileNotFoundError: no such place, or no such task there; json_lines.BadLineError: a line is not of the
+  published form: a benchmark that lacks a line is another one."""
   task_of(task)
   return [_record(line, where) for where, line in itertools.islice(_lines(data, task), limit)]
 
@@ -139,10 +119,10 @@ def _lines(data, task) -> Iterator[tuple[tuple[str, int], bytes]]:
   place = pathlib.Path(data).expanduser()
   if place.is_dir():
     folders = (place, place / 'data')
-    found = [path for path in (folder / f'{task}.jsonl' for folder in folders) if path.is_file()]
-    if found:
-      yield from (((str(found[0]), number), line) for number, line in json_lines.numbered_lines(str(found[0])))
-      return
+    for path in (folder / f'{task}.jsonl' for folder in folders):
+      if path.is_file():
+        yield from (((str(path), number), line) for number, line in json_lines.numbered_lines(str(path)))
+        return
     if not (place / ARCHIVE).is_file():
       there = sorted({path.stem for folder in folders for path in folder.glob('*.jsonl')} & {*TASKS, *EVEN_TASKS})
       raise FileNotFoundError(f'{place}: no {task}.jsonl, data/{task}.jsonl or {ARCHIVE} in this folder; '
@@ -155,20 +135,18 @@ def _lines(data, task) -> Iterator[tuple[tuple[str, int], bytes]]:
 def _zipped_lines(archive, task):
   try:
     with zipfile.ZipFile(archive) as file:
-      names = [name for name in file.namelist() if name.split('/')[-1] == f'{task}.jsonl']
-      if not names:
+      name = next((name for name in file.namelist() if name.split('/')[-1] == f'{task}.jsonl'), None)
+      if name is None:
         raise FileNotFoundError(f'{archive}: no {task}.jsonl in it; name the tasks that are there with --tasks')
-      with file.open(names[0]) as stream:
-        for number, line in enumerate(io.BufferedReader(stream), start=1):
-          if line.strip():
-            yield (f'{archive}/{names[0]}', number), line
+      with file.open(name) as stream:
+        yield from (((f'{archive}/{name}', number), line) for number, line in enumerate(stream, start=1) if line.strip())
   except zipfile.BadZipFile as error:
     raise UserError(f'{archive}: no zip file, or a damaged one ({error}); fetch it again') from error
 
 
 def _download(name):
   repo, _, revision = str(name).partition('@')
-  if os.path.isabs(repo) or repo.startswith(('.', '~')) or repo.count('/') != 1 or '' in repo.split('/'):
+  if not re.fullmatch(r'[^./~][^/]*/[^/]+', repo):
     raise FileNotFoundError(f'{name}: no folder and no zip file, and no name on the hub (owner/dataset) either')
   import huggingface_hub
   with errors.hub(str(name)):
@@ -179,27 +157,22 @@ def _record(line, where):
   try:
     record = json_lines.load_object(line)
     # Texts from PDF files may hold anything; only what is no text at all is refused.
-    said = {key: json_lines.get_value(record, key, kind) for key, kind in (
-        ('_id', str), ('input', str), ('context', str), ('answers', list), ('length', int))}
-    classes = record['all_classes'] if 'all_classes' in record else None
-    for i, answer in enumerate(said['answers']):
+    get = functools.partial(json_lines.get_value, record)
+    name, asked, context = get('_id', str), get('input', str), get('context', str)
+    accepted, length, classes = get('answers', list), get('length', int), record.get('all_classes')
+    for i, answer in enumerate(accepted):
       if not isinstance(answer, str):
         raise json_lines.Malformed('wrong type', f'"answers"[{i}] is {type(answer).__name__}, not str')
     if classes is not None and not isinstance(classes, list):
       raise json_lines.Malformed('wrong type', f'"all_classes" is {type(classes).__name__}, not list or null')
-    return Record(said['_id'], _whole(said['input']), _whole(said['context']), tuple(said['answers']), said['length'],
-                  tuple(classes or ()), f'{where[0]}:{where[1]}')
+    # Half surrogates, which no tokenizer takes, go.
+    asked, context = (said.encode('utf-8', 'replace').decode() for said in (asked, context))
+    return Record(name, asked, context, tuple(accepted), length, tuple(classes or ()), f'{where[0]}:{where[1]}')
   except json_lines.Malformed as error:
-    raise json_lines.BadLineError(json_lines.BadLine(*where, error.reason, error.detail)) from error
-
-
-def _whole(said):
-  """Without half surrogates, which no tokenizer takes."""
-  return said.encode('utf-8', 'replace').decode()
+    raise json_lines.BadLineError(json_lines.BadLine(where[0], where[1], error.reason, error.detail)) from error
 
 
 # Prompts.
-
 
 def load_prompts() -> tuple[dict[str, str], dict[str, int]]:
   """(template, most tokens of an answer) of every task, as published."""
@@ -209,22 +182,11 @@ def load_prompts() -> tuple[dict[str, str], dict[str, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """A prompt in pieces; joined, it is what the model reads, but for a chat template.
-
-  Attributes:
-    before, context, after: of the template, see `truncate` for what is left of them.
-    seam: where in the context its middle was left out; 0 where nothing was.
-  """
-  before: str
+  """A prompt in pieces; joined, it is what the model reads, but for a chat template."""
+  before: str   # with context and after: of the template, see `truncate` for what is left of them
   context: str
   after: str
-  seam: int = 0
-
-
-def fill(template: str, record: Record) -> Prompt:
-  """The published prompt of a record, not truncated."""
-  before, after = template.split('{context}')
-  return Prompt(before, record.context, after.format(input=record.input))
+  seam: int = 0   # where in the context its middle was left out; 0 where nothing was
 
 
 def truncate(prompt: Prompt, tokenizer: Any, most: int) -> Prompt:
@@ -258,11 +220,8 @@ def cut_at_headings(context: str, heading: str) -> list[int]:
 
 
 def cut_prompts(prompts: Sequence[Prompt], heading: str, cut: Cut | None) -> list[list[str]]:
-  """Texts of the blocks of each prompt's context; none is empty, and joined they are the context.
-
-  Args:
-    cut: cuts the contexts that lack headings; None: they are one block.
-  """
+  """Texts of the blocks of each prompt's context; none is empty, and joined they are the context. What lacks headings is cut
+  by `cut`; None: it is one block."""
   cuts = [cut_at_headings(prompt.context, heading) for prompt in prompts]
   bare = [i for i, prompt in enumerate(prompts) if not cuts[i] and prompt.context]
   if cut is not None and bare:
@@ -276,43 +235,35 @@ def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut
   """The items of a task.
 
   Args:
-    task: its name.
-    records: from `read_records`.
     tokenizer: a transformers tokenizer, with a chat template if `chat`.
     cut: see `cut_prompts`.
     chat: put the chat template around prompts, in the tasks that are published so.
     max_length: most tokens of a prompt before the chat template; None: any number.
 
-  Raises:
-    json_lines.BadLineError: a chat template that cannot take a prompt.
-  """
+  Raises json_lines.BadLineError: a chat template that cannot take a prompt."""
   known = task_of(task)
   templates, lengths = load_prompts()
   name = task.removesuffix(EVEN)
-  prompts = [fill(templates[name], record) for record in records]
+  before, after = templates[name].split('{context}')
+  prompts = [Prompt(before, record.context, after.format(input=record.input)) for record in records]
   if max_length is not None:
     prompts = [truncate(prompt, tokenizer, max_length) for prompt in prompts]
   items = []
   for record, prompt, blocks in zip(records, prompts, cut_prompts(prompts, known.heading, cut)):
     example = Example(tuple(blocks), prompt.after, '', record.id, record.answers, header=prompt.before)
     if chat and known.chat:
-      example = _in_turn(example, tokenizer, record.where)
+      try:
+        example = chat_template.wrap_in_turn(example, tokenizer)
+      except json_lines.Malformed as error:
+        file, _, number = record.where.rpartition(':')
+        raise json_lines.BadLineError(json_lines.BadLine(file, int(number), error.reason, error.detail)) from error
     part = next(part for below, part in _RANGES if record.length < below) if task.endswith(EVEN) else ''
     items.append(answers.Item(f'{task}:{record.id}', task, example, lengths[name], references=record.answers, part=part,
                               facts={'classes': record.classes}))
   return items
 
 
-def _in_turn(example, tokenizer, where):
-  try:
-    return chat_template.wrap_in_turn(example, tokenizer)
-  except json_lines.Malformed as error:
-    file, _, number = where.rpartition(':')
-    raise json_lines.BadLineError(json_lines.BadLine(file, int(number), error.reason, error.detail)) from error
-
-
 # Scores.
-
 
 def score(item: answers.Item, prediction: str) -> dict[str, float]:
   """{'score'}: the best over the accepted answers, at least 0."""

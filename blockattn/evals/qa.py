@@ -9,7 +9,7 @@ such an answer to every prediction.
 """
 
 import itertools
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,9 +22,7 @@ STOP = ('\n',)   # without a chat template a model goes on with questions of its
 
 def task_of(file: str) -> str:
   """The task that a file's questions make: its name without what says the form."""
-  name = pathlib.Path(file).name
-  return next(name.removesuffix(suffix) for suffix in sorted(json_lines.SUFFIXES, key=len, reverse=True)
-              if name.endswith(suffix))
+  return os.path.basename(file).removesuffix('.gz').removesuffix('.jsonl')
 
 
 def read_items(files: Sequence[str], tokenizer: Any, *, chat: bool, max_new: int, stop: tuple[str, ...],
@@ -35,14 +33,11 @@ def read_items(files: Sequence[str], tokenizer: Any, *, chat: bool, max_new: int
   Args:
     files: as of json_lines.find_files.
     tokenizer: of the model; its chat template is put around prompts if `chat`.
-    max_new, stop: of every answer.
     tasks: names of those to read; None: all.
     limit: most questions per task, from its beginning.
     strict: raise json_lines.BadLineError at the first malformed line instead of counting it.
 
-  Raises:
-    ValueError: a task of `tasks` is not there, or two files have one name.
-  """
+  Raises ValueError: a task of `tasks` is not there, or two files have one name."""
   found: dict[str, str] = {}
   for file in files:
     task = task_of(file)
@@ -56,18 +51,13 @@ def read_items(files: Sequence[str], tokenizer: Any, *, chat: bool, max_new: int
   for task, file in found.items():
     if tasks is None or task in tasks:
       lines = prompts.read_examples(file, report=report, strict=strict, chat=chat, tokenizer=tokenizer)
-      items += [_item(task, file, example, max_new, stop) for example in itertools.islice(lines, limit)]
+      # A line without an id is named by file and number; the folder does not matter.
+      items += [answers.Item(f'{task}:{example.id.removeprefix(file).removeprefix(":")}', task, example, max_new, stop,
+                             example.answers or (example.response,)) for example in itertools.islice(lines, limit)]
   return items, report
-
-
-def _item(task, file, example, max_new, stop):
-  name = example.id.removeprefix(file)   # a line without an id is named by file and number; the folder does not matter
-  return answers.Item(f'{task}:{name.removeprefix(":")}', task, example, max_new, stop,
-                      example.answers or (example.response,))
 
 
 def score(item: answers.Item, prediction: str) -> dict[str, float]:
   """{'exact_match', 'substring', 'f1'}, each the best over the references."""
-  return {'exact_match': scores.normalized_match(prediction, item.references),
-          'substring': scores.substring(prediction, item.references),
-          'f1': scores.f1(prediction, item.references)}
+  return scores.score(prediction, item.references) | {
+      'exact_match': scores.normalized_match(prediction, item.references)}

@@ -1,20 +1,22 @@
 """Blocks for retrieval libraries: a LangChain TextSplitter, a LlamaIndex NodeParser, a Chonkie chunker.
 
-Each is made by a function, so that none of the libraries is needed to import this module, and takes the options of
-`blockattn.segment_many` (target_tokens=512, model=...). Chunks are blocks as they stand: joined, they are the text, and
-the offsets that a library keeps are exact, also where a text repeats itself.
+Each is made by a function, so that none of the libraries is needed to import this module (ImportError says which is
+missing), and takes the options of `blockattn.segment_many` (target_tokens=512, model=...). Chunks are blocks as they stand:
+joined, they are the text, and the offsets that a library keeps are exact, also where a text repeats itself.
 
 What is made can be pickled, as pipelines of several processes do: a class is known by the function here that makes it, and
 a model by its name, so that each process loads its own.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
+from blockattn import errors
 from blockattn.data import encode
 from blockattn.segmentation import api
+
+_library = functools.partial(errors.library, who='this adapter', extra='text')
 
 
 def langchain_splitter(*, add_start_index: bool = True, **options: Any):
@@ -23,9 +25,6 @@ def langchain_splitter(*, add_start_index: bool = True, **options: Any):
   Args:
     add_start_index: as in LangChain.
     options: of `blockattn.segment_many`.
-
-  Raises:
-    ImportError: langchain-text-splitters is not installed.
   """
   # LangChain looks for a chunk from the end of the one before it, less the overlap: there it stands.
   return _langchain_class()(blocks_of=functools.partial(api.segment_many, **options), chunk_overlap=0,
@@ -34,7 +33,7 @@ def langchain_splitter(*, add_start_index: bool = True, **options: Any):
 
 @functools.cache
 def _langchain_class():
-  base = _library('langchain_text_splitters', 'langchain-text-splitters').TextSplitter
+  base = _library('langchain_text_splitters').TextSplitter
 
   class BlockSplitter(base):
     """Splits texts into blocks."""
@@ -58,9 +57,6 @@ def llama_index_parser(*, include_metadata: bool = True, include_prev_next_rel: 
   Args:
     include_metadata, include_prev_next_rel: as in LlamaIndex.
     options: of `blockattn.segment_many`.
-
-  Raises:
-    ImportError: llama-index-core is not installed.
   """
   fields = {'options': {name: str(value) for name, value in options.items()}, 'include_metadata': include_metadata,
             'include_prev_next_rel': include_prev_next_rel}
@@ -69,8 +65,8 @@ def llama_index_parser(*, include_metadata: bool = True, include_prev_next_rel: 
 
 @functools.cache
 def _llama_index_class():
-  library = _library('llama_index.core.node_parser', 'llama-index-core')
-  node_utils = _library('llama_index.core.node_parser.node_utils', 'llama-index-core')
+  library = _library('llama_index.core.node_parser')
+  node_utils = _library('llama_index.core.node_parser.node_utils')
   import pydantic  # llama-index's own
 
   class BlockNodeParser(library.NodeParser):
@@ -79,7 +75,7 @@ def _llama_index_class():
     _blocks_of: Callable = pydantic.PrivateAttr()
 
     def __reduce__(self):
-      return _parser, (self.__getstate__()['__dict__'], self._blocks_of)
+      return _parser, (self.__dict__, self._blocks_of)
 
     def _parse_nodes(self, nodes, show_progress=False, **kwargs):
       texts = [node.get_content() for node in nodes]
@@ -104,21 +100,14 @@ def _llama_index_class():
 
 def chonkie_chunker(**options: Any):
   """A `chonkie.BaseChunker` whose chunks have `start_index`, `end_index` and `token_count`, in the tokens that
-  `tokenizer=` counts, by default the segmenter's.
-
-  Args:
-    options: of `blockattn.segment_many`.
-
-  Raises:
-    ImportError: chonkie is not installed.
-  """
+  `tokenizer=` counts, by default the segmenter's."""
   return _chonkie_class()(options)
 
 
 @functools.cache
 def _chonkie_class():
-  base = _library('chonkie', 'chonkie').BaseChunker
-  chunk_type = _library('chonkie.types', 'chonkie').Chunk
+  base = _library('chonkie').BaseChunker
+  chunk_type = _library('chonkie.types').Chunk
 
   class BlockChunker(base):
     """Chunks texts into blocks, a batch at a time."""
@@ -154,15 +143,7 @@ def _counter(options):
   return lambda text: len(ends([text])[0])
 
 
-def _library(module, package):
-  try:
-    return importlib.import_module(module)
-  except ImportError as error:
-    raise ImportError(f'this adapter needs {package}: pip install "blockattn[text]" ({error})') from error
-
-
 # What pickle calls.
-
 
 def _splitter(state):
   splitter = _langchain_class().__new__(_langchain_class())

@@ -48,7 +48,11 @@ def segment_many(texts: Sequence[str], *, threshold: float | None = None, depth:
     TypeError: a text is no string.
     FileNotFoundError: there is no such model.
   """
-  texts = _checked(texts)
+  if isinstance(texts, str):
+    raise TypeError('segment_many takes a list of texts; for one text use segment')
+  for i, text in enumerate(texts := list(texts)):
+    if not isinstance(text, str):
+      raise TypeError(f'text {i} is {type(text).__name__}, not str')
   want = granularity.wanted(threshold=threshold, depth=depth, target=target_tokens, minimum=min_tokens,
                             maximum=max_tokens)
   model = load_segmenter(model)
@@ -63,16 +67,6 @@ def load_segmenter(model: Any = None) -> Any:
   if model is None:
     return segmenter.embedded()
   return _load(os.fspath(model)) if isinstance(model, str | os.PathLike) else model
-
-
-def _checked(texts):
-  if isinstance(texts, str):
-    raise TypeError('segment_many takes a list of texts; for one text use segment')
-  texts = list(texts)
-  for i, text in enumerate(texts):
-    if not isinstance(text, str):
-      raise TypeError(f'text {i} is {type(text).__name__}, not str')
-  return texts
 
 
 @functools.cache

@@ -21,16 +21,9 @@ class Cutter:
   """Cuts texts with a segmenter, which is loaded when the first text is there.
 
   Args:
-    name: folder or hub name; EMBEDDED: the segmenter that comes with the package.
-    wanted: how fine.
+    name: folder or hub name (FileNotFoundError: none such); EMBEDDED: the segmenter that comes with the package.
     place: the devices that it runs on; by default all.
     tokenizer: of the model that reads the blocks, a transformers fast one: lengths count its tokens.
-
-  Attributes:
-    fingerprint: of the segmenter's files and of `wanted`.
-
-  Raises:
-    FileNotFoundError: no such folder.
   """
 
   def __init__(self, name: str, wanted: granularity.Granularity, place: mesh_lib.Placement | None = None,

@@ -51,12 +51,8 @@ class Places:
 
 def offers(text: str, candidates: Places, total: int, bounds: tuple[int, int],
            token_ends: TokenEnds | None) -> Iterator[tuple[Places, int, int]]:
-  """(places, minimum, maximum), ever more places; with the last there is always a chain of cuts.
-
-  Args:
-    candidates: of the text, of the length `total`.
-    bounds: (minimum, maximum) of a block.
-  """
+  """(places, minimum, maximum), ever more places; with the last there is always a chain of cuts. `total` is the text's
+  length, `bounds` are (minimum, maximum) of a block."""
   minimum, maximum = bounds
   yield candidates, minimum, maximum
   # Between places at most maximum - minimum apart a block can always end in its bounds.
@@ -79,8 +75,8 @@ def with_forced(text: str, places: Places, total: int, room: int, token_ends: To
   forced = forced_places(text)
   places += _spaces(_inner_places(text, forced, gaps, token_ends))
   blobs = _inner_places(text, forced, _gaps(places, len(text), total, room), token_ends)
-  # Characters a quarter of the room apart are enough, and keep a megabyte of base64 quick.
-  return places + _thin(blobs, max(1, room // 4))
+  # The first character of each quarter of the room is enough, and keeps a megabyte of base64 quick.
+  return places + blobs[np.diff(blobs.lengths // max(1, room // 4), prepend=-1) > 0]
 
 
 def _gaps(places, stop, total, room) -> np.ndarray:
@@ -93,11 +89,6 @@ def _gaps(places, stop, total, room) -> np.ndarray:
 
 def _spaces(places):
   return places[places.gains >= -SPACE_COST]
-
-
-def _thin(places, step):
-  """The first place of each stretch of `step`."""
-  return places[np.diff(places.lengths // step, prepend=-1) > 0]
 
 
 def _even(places, total, maximum):
@@ -123,7 +114,9 @@ def _inner_places(text, forced, gaps, token_ends) -> Places:
     if (gaps[:, 1] - gaps[:, 0] != gaps[:, 3] - gaps[:, 2]).any():
       raise UserError('lengths are not characters; bounds then need token_ends, to count inside a wide gap')
     return Places(offsets, low + offsets - start, gains)
-  ends, first = _ends_in_text(text, gaps, token_ends)
+  ends = token_ends([text[start:stop] for start, stop, _, _ in gaps.tolist()])
+  counts = np.array([len(e) for e in ends])
+  ends, first = np.concatenate(ends) + np.repeat(gaps[:, 0], counts), np.cumsum(counts) - counts   # as offsets; before each
   done = np.searchsorted(ends, offsets, side='right')
   at_end = (done > first[gap]) & (ends[done - 1] == offsets)
   lengths = np.minimum(low + done - first[gap] + ~at_end, high)   # a divided token counts to the left
@@ -131,21 +124,10 @@ def _inner_places(text, forced, gaps, token_ends) -> Places:
   return Places(offsets[usable], lengths[usable], gains[usable])
 
 
-def _ends_in_text(text, gaps, token_ends):
-  """Ends of the tokens of all gaps, as offsets into the text, and how many stand before each gap."""
-  ends = token_ends([text[start:stop] for start, stop, _, _ in gaps.tolist()])
-  counts = np.array([len(e) for e in ends])
-  return np.concatenate(ends) + np.repeat(gaps[:, 0], counts), np.cumsum(counts) - counts
-
-
 def forced_places(piece: str) -> tuple[np.ndarray, np.ndarray]:
-  """Where a piece of text may be cut if it must be.
-
-  Returns:
-    Offsets int64 [n] between two characters, but not of \\r\\n or a surrogate pair; and their gains float [n]:
-    -SPACE_COST behind white space, else -INSIDE_COST. None is inside a grapheme cluster (a character with its marks, a
-    flag, a Hangul syllable in parts), unless that is one of more than LONGEST_CLUSTER characters.
-  """
+  """Where a piece of text may be cut if it must be: offsets int64 [n] between two characters, but not of \\r\\n or a
+  surrogate pair, and their gains float [n], -SPACE_COST behind white space, else -INSIDE_COST. None is inside a grapheme
+  cluster (a character with its marks, a flag, a Hangul syllable in parts) of up to LONGEST_CLUSTER characters."""
   codes = np.frombuffer(piece.encode('utf-32-le', 'surrogatepass'), np.uint32)
   before, after = codes[:-1], codes[1:]
   gains = np.where(np.isin(before, _SPACES) & ~np.isin(after, _SPACES), -SPACE_COST, -INSIDE_COST)

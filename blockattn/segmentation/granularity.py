@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from blockattn.errors import UserError
+from blockattn.errors import UserError, check_number
 from blockattn.segmentation import markers
 from blockattn.segmentation.forced import SPACE_COST, Places, TokenEnds, forced_places, inside_clusters, offers
 
@@ -39,44 +39,30 @@ class Granularity:
 
   (no second sum without a target) among those whose blocks all have minimum <= length <= maximum, see `cuts_in_bounds`.
 
-  Attributes:
-    threshold: probability from which on a cut is wanted for its own sake, 0 to 1; None: 0.5, or what a model says.
-    depth: rounds of cutting again; 0: none.
-    target: wanted length of a block; None: no wish.
-    minimum: no block is shorter; None: a quarter of the target, or no bound without one.
-    maximum: no block is longer; None: twice the target, or no bound without one.
-    weight: what a block pays, in nats, for being nothing or twice as long as the target. 6 lets a better cut (log-odds
-      that are 3 above those of its neighbours) move the two blocks beside it by a quarter of the target.
-    adaptive: the threshold is that of a long text; it is lowered in a short one, see `adapted`.
-
-  Raises:
-    ValueError: a value is out of its range, the bounds and the target are not in order, or `depth` has a target.
+  Raises ValueError: a value is out of its range, the bounds and the target are not in order, or `depth` has a target.
   """
-  threshold: float | None = None
-  depth: int = 0
-  target: int | None = None
-  minimum: int | None = None
-  maximum: int | None = None
+  threshold: float | None = None   # from which probability on a cut is wanted for its own sake; None: 0.5, or a model's own
+  depth: int = 0   # rounds of cutting again
+  target: int | None = None   # wanted length of a block; None: no wish
+  minimum: int | None = None   # no block is shorter; None: a quarter of the target, or no bound without one
+  maximum: int | None = None   # no block is longer; None: twice the target, or no bound without one
+  # What a block pays, in nats, for being nothing or twice as long as the target. 6 lets a better cut (log-odds that are 3
+  # above those of its neighbours) move the two blocks beside it by a quarter of the target.
   weight: float = 6.0
-  adaptive: bool = False
+  adaptive: bool = False   # the threshold is that of a long text; it is lowered in a short one, see `adapted`
 
   def __post_init__(self):
-    if self.threshold is not None and not 0 <= self.threshold <= 1:
-      raise UserError(f'threshold={self.threshold}: a probability from 0 to 1 is needed')
-    if self.depth < 0:
-      raise UserError(f'depth={self.depth}: use 0 or more')
+    if self.threshold is not None:
+      check_number('threshold', self.threshold, 0, 1)
+    check_number('depth', self.depth, 0)
+    check_number('weight', self.weight, 0)
     if self.depth and self.target is not None:
       raise UserError(f'depth={self.depth} and target={self.target}: choose one of the two')
-    for name in ('target', 'minimum', 'maximum'):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise UserError(f'{name}={value}: a length of at least 1 is needed')
-    if not (math.isfinite(self.weight) and self.weight >= 0):
-      raise UserError(f'weight={self.weight}: a finite number of at least 0 is needed')
-    named = [(name, getattr(self, name)) for name in ('minimum', 'target', 'maximum')]
-    named = [(name, value) for name, value in named if value is not None]
-    if [value for _, value in named] != sorted(value for _, value in named):
-      raise UserError(', '.join(f'{name}={value}' for name, value in named)
+    named = {name: value for name in ('minimum', 'target', 'maximum') if (value := getattr(self, name)) is not None}
+    for name, value in named.items():
+      check_number(name, value, 1)
+    if [*named.values()] != sorted(named.values()):
+      raise UserError(', '.join(f'{name}={value}' for name, value in named.items())
                       + ': needed are minimum <= target <= maximum')
 
   @property
@@ -84,9 +70,18 @@ class Granularity:
     """Of the threshold."""
     return 0.0 if self.threshold is None else logit(self.threshold)
 
+  def gains(self, log_odds: np.ndarray) -> np.ndarray:
+    """What cuts of these log-odds add to the sum, float64, none without end."""
+    clip = lambda odds: np.clip(odds, -MAX_LOG_ODDS, MAX_LOG_ODDS)
+    return clip(log_odds.astype(np.float64)) - clip(self.log_odds)
+
+  def pull(self, otherwise: int) -> tuple[int, float]:
+    """The target with its weight; without a target another length that has none."""
+    return (self.target, self.weight) if self.target else (otherwise, 0.0)
+
   @property
   def bounded(self) -> bool:
-    return self.depth == 0 and not (self.target is None and self.minimum is None and self.maximum is None)
+    return self.depth == 0 and (self.target, self.minimum, self.maximum) != (None, None, None)
 
   def bounds(self, total: int) -> tuple[int, int]:
     """(minimum, maximum) that a text of this length can keep.
@@ -94,13 +89,14 @@ class Granularity:
     Blocks of these bounds can make up the text if k * minimum <= total <= k * maximum for some number k of blocks. If
     there is none, the maximum stands and the minimum is lowered as far as it must: to total // ceil(total / maximum).
     """
-    minimum = self.minimum or min(max(1, (self.target or 0) // 4), self.maximum or math.inf)
+    quarter = max(1, (self.target or 0) // 4)
+    minimum = self.minimum or min(quarter, self.maximum or quarter)
     maximum = self.maximum or max(2 * self.target if self.target else total, minimum, 1)
     blocks = math.ceil(total / maximum)
     return (minimum if blocks * minimum <= total else total // blocks), maximum
 
 
-def wanted(**wishes: float | None) -> Granularity:
+def wanted(**wishes: Any) -> Granularity:
   """The granularity with these attributes; those that are None keep their defaults."""
   return Granularity(**{name: value for name, value in wishes.items() if value is not None})
 
@@ -139,21 +135,20 @@ def own_cuts(candidates: np.ndarray, log_odds: np.ndarray, threshold: float) -> 
 
 def blocks_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds,
               reader: TokenEnds | None = None) -> list[tuple[int, int]]:
-  """The (start, stop) of the blocks of a text.
-
-  Args:
-    text: the text.
-    scored: what a segmenter says of it: `candidates` int64 [m], `log_odds` [m], `tokens` int64 [m + 1].
-    granularity: lengths are in tokens.
-    token_ends: the segmenter's.
-    reader: of the tokenizer in whose tokens lengths are counted; None: the segmenter's.
-  """
+  """The (start, stop) of the blocks between the `cuts_of` a text."""
   return to_blocks(cuts_of(text, scored, granularity, token_ends, reader), len(text))
 
 
 def cuts_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenEnds,
             reader: TokenEnds | None = None) -> np.ndarray:
-  """The cuts between the `blocks_of` a text."""
+  """The cuts of a text.
+
+  Args:
+    scored: what a segmenter says of it: `candidates` int64 [m], `log_odds` [m], `tokens` int64 [m + 1].
+    granularity: lengths are in tokens.
+    token_ends: the segmenter's.
+    reader: of the tokenizer in whose tokens lengths are counted; None: the segmenter's.
+  """
   inside = inside_clusters(text)   # such as a mark behind a blank
   kept = ~np.isin(scored.candidates, inside)
   candidates, log_odds = scored.candidates[kept], scored.log_odds[kept]
@@ -165,9 +160,12 @@ def cuts_of(text: str, scored: Any, granularity: Granularity, token_ends: TokenE
 
 def tokens_of_units(text: str, candidates: np.ndarray, token_ends: TokenEnds) -> np.ndarray:
   """The tokens up to each candidate, and in all, each unit encoded alone: int64 [m + 1]."""
-  if not text:
-    return np.zeros(1, np.int64)
-  return np.cumsum([len(ends) for ends in token_ends(markers.split(text, candidates))], dtype=np.int64)
+  return np.cumsum(_counts(token_ends, markers.split(text, candidates) if text else []) or [0], dtype=np.int64)
+
+
+def _counts(token_ends, pieces) -> list[int]:
+  """Tokens of each piece of text alone."""
+  return [len(ends) for ends in token_ends(pieces)] if pieces else []
 
 
 def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, granularity: Granularity,
@@ -175,19 +173,15 @@ def choose_cuts(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths
   """The cuts of a text at the wanted granularity.
 
   Args:
-    text: the text.
     candidates: int64 [m], strictly increasing offsets, 0 < c < len(text).
     log_odds: float [m], log p/(1-p) of a cut there; infinities are allowed.
     lengths: int64 [m + 1], length of the text up to each candidate and of all of it.
-    granularity: see there.
     token_ends: needed for bounds if lengths are not characters: the tokens of a piece of text.
 
   Returns:
     int64 offsets of the cuts, strictly increasing. Candidates all of them, unless bounds asked for others.
 
-  Raises:
-    ValueError: the arrays do not fit each other or the text.
-  """
+  Raises ValueError: the arrays do not fit each other or the text."""
   candidates, log_odds, lengths = np.asarray(candidates, np.int64), np.asarray(log_odds), np.asarray(lengths, np.int64)
   _check(text, candidates, log_odds, lengths)
   if granularity.bounded:
@@ -204,21 +198,18 @@ def cuts_in_tokens(text: str, candidates: np.ndarray, log_odds: np.ndarray, toke
                    token_ends: TokenEnds) -> np.ndarray:
   """`choose_cuts` with bounds that hold for the tokens of every block when it is tokenised alone.
 
-  A tokenizer makes of a block some tokens more or less than the sum of those of its units. Where that breaks a bound,
-  the bound is drawn tighter by as much, doubled in each round, and the cuts are chosen anew, at most ROUNDS times. If
-  that does not help either, every block that there could be is counted, in texts of up to COUNTED places. Where there is
-  no way to keep both bounds, the maximum goes before the minimum: what is too long is divided in the middle until it is not.
-
-  Raises:
-    ValueError: a single character, with its marks, has more tokens than the maximum.
-  """
+  A tokenizer makes of a block some tokens more or less than the sum of those of its units. Where that breaks a bound, the
+  bound is drawn tighter by as much, doubled in each round, and the cuts are chosen anew, at most ROUNDS times. If that does
+  not help either, every block that there could be is counted, in texts of up to COUNTED places. Where there is no way to
+  keep both bounds, the maximum goes before the minimum: what is too long is divided in the middle until it is not. Raises
+  ValueError: a single character, with its marks, has more tokens than the maximum."""
   cuts = choose_cuts(text, candidates, log_odds, tokens, granularity, token_ends)
   if not granularity.bounded or not text:
     return cuts
   minimum, maximum = low, high = granularity.bounds(int(tokens[-1]))
   found = []   # (tokens over the maximum, tokens under the minimum, round, cuts)
   for step in range(ROUNDS):
-    counts = [len(ends) for ends in token_ends(markers.split(text, cuts))]
+    counts = _counts(token_ends, markers.split(text, cuts))
     over = max(max(counts) - maximum, 0)
     under = max(minimum - min(counts), 0) if len(cuts) else 0
     found.append((over, under, step, cuts))
@@ -243,17 +234,14 @@ def _counted_chain(text, candidates, log_odds, granularity, minimum, maximum, to
   offsets, gains = forced_places(text)
   if len(offsets) > COUNTED:
     return None
-  shift = min(max(granularity.log_odds, -MAX_LOG_ODDS), MAX_LOG_ODDS)
-  odds = np.clip(log_odds.astype(np.float64), -MAX_LOG_ODDS, MAX_LOG_ODDS) - shift
-  places = Places(candidates, candidates, odds) + Places(offsets, offsets, gains)
+  places = Places(candidates, candidates, granularity.gains(log_odds)) + Places(offsets, offsets, gains)
   at, gains = [0, *places.offsets.tolist(), len(text)], [0.0, *places.gains.tolist(), 0.0]
   upto = np.searchsorted(token_ends([text])[0], at, side='right')   # about; the blocks are counted below
-  target, weight = (granularity.target, granularity.weight) if granularity.target else (1, 0.0)
+  target, weight = granularity.pull(1)
   value, parent = [0.0] + [-math.inf] * (len(at) - 1), [0] * len(at)
   for j in range(1, len(at)):
     near = [i for i in range(int(np.searchsorted(upto, upto[j] - 2 * maximum - 8)), j) if value[i] > -math.inf]
-    counts = [len(ends) for ends in token_ends([text[at[i]:at[j]] for i in near])] if near else []
-    for i, count in zip(near, counts, strict=True):
+    for i, count in zip(near, _counts(token_ends, [text[at[i]:at[j]] for i in near]), strict=True):
       reached = value[i] + gains[j] - weight * abs(count / target - 1)
       if minimum <= count <= maximum and reached > value[j]:
         value[j], parent[j] = reached, i
@@ -268,26 +256,26 @@ def _torn(text, cuts, maximum, token_ends) -> np.ndarray:
   todo, starts = to_blocks(cuts, len(text))[::-1], []
   while todo:
     a, b = todo.pop()
-    count = len(token_ends([text[a:b]])[0])
+    [count] = _counts(token_ends, [text[a:b]])
     if count <= maximum:
       starts.append(a)
       continue
-    first, stop = np.searchsorted(offsets, [a, b], side='left')
-    first += first < len(offsets) and offsets[first] == a
+    first, stop = np.searchsorted(offsets, a, side='right'), np.searchsorted(offsets, b)
     if first == stop:
       raise UserError(f'blocks of at most {maximum} tokens cannot hold {text[a:b]!r}, which has {count}: ask for a maximum '
                       f'of at least {count}')
     middle = (a + b) / 2
-    near = np.flatnonzero((np.abs(offsets[first:stop] - middle) <= (b - a) / 6) & (gains[first:stop] >= -SPACE_COST))
-    among = near if len(near) else np.arange(stop - first)
-    cut = int(offsets[first + among[np.argmin(np.abs(offsets[first + among] - middle))]])
+    inside = offsets[first:stop]
+    near = inside[(np.abs(inside - middle) <= (b - a) / 6) & (gains[first:stop] >= -SPACE_COST)]
+    among = near if len(near) else inside
+    cut = int(among[np.argmin(np.abs(among - middle))])
     todo += [(cut, b), (a, cut)]
   return np.array(starts[1:], np.int64)
 
 
 def _check(text, candidates, log_odds, lengths):
   m = len(candidates)
-  if candidates.shape != (m,) or log_odds.shape != (m,) or lengths.shape != (m + 1,):
+  if (candidates.shape, log_odds.shape, lengths.shape) != ((m,), (m,), (m + 1,)):
     raise UserError(f'candidates {candidates.shape}, log_odds {log_odds.shape}, lengths {lengths.shape}: expected '
                     '[m], [m] and [m + 1]')
   steps = np.diff(candidates, prepend=0, append=len(text))
@@ -300,7 +288,7 @@ def _check(text, candidates, log_odds, lengths):
     raise UserError('lengths must not decrease: they count the text up to each candidate, then all of it')
 
 
-def to_blocks(cuts: Sequence[int], length: int) -> list[tuple[int, int]]:
+def to_blocks(cuts: Sequence[int] | np.ndarray, length: int) -> list[tuple[int, int]]:
   """(start, stop) of each block of a text of this length; none if it is empty."""
   edges = [0, *map(int, cuts), length]
   return list(zip(edges[:-1], edges[1:])) if length else []
@@ -318,48 +306,28 @@ def probability(log_odds: float) -> float:
 
 def cuts_by_depth(wanted: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray, *, depth: int, limit: int,
                   minimum: int) -> np.ndarray:
-  """Cuts again inside long blocks, up to `depth` times.
+  """The cuts `wanted`, bool [m], and more inside long blocks, in up to `depth` rounds.
 
   In each round every block longer than `limit` gets one more cut: at the candidate inside it with the highest log-odds,
   of equal ones the one nearest to the block's middle, provided that both parts are at least `minimum` long. A block
   without such a candidate stays. After all rounds a block may still be longer than `limit`. Every round keeps the cuts
   before it, so depths are nested, and a block has at most 2^depth parts.
-
-  Args:
-    wanted: bool [m], the cuts of round 0.
-    log_odds: [m].
-    lengths: int64 [m + 1].
-    limit: 0 cuts every block again.
-
-  Returns:
-    bool [m].
   """
   wanted = wanted.copy()
   for _ in range(depth):
     edges = np.concatenate([[-1], np.flatnonzero(wanted), [len(wanted)]])   # candidate -1 is the start, m the end
     at = np.concatenate([[0], lengths[edges[1:]]])
     long = np.flatnonzero((np.diff(at) > limit) & (np.diff(edges) > 1))
-    new = [_best_inside(log_odds, lengths, edges[b] + 1, edges[b + 1], at[b], at[b + 1], minimum) for b in long]
-    new = [c for c in new if c is not None]
-    if not new:
-      break
-    wanted[new] = True
+    for b in long:
+      inside = np.arange(edges[b] + 1, edges[b + 1])
+      inside = inside[(lengths[inside] - at[b] >= minimum) & (at[b + 1] - lengths[inside] >= minimum)]
+      best = inside[log_odds[inside] == log_odds[inside].max(initial=-np.inf)]
+      if len(best):
+        wanted[best[np.argmin(np.abs(2 * lengths[best] - at[b] - at[b + 1]))]] = True
   return wanted
 
 
-def _best_inside(log_odds, lengths, first, stop, start_length, stop_length, minimum):
-  """The best of the candidates first..stop-1 inside a block, or None."""
-  at = lengths[first:stop]
-  fits = (at - start_length >= minimum) & (stop_length - at >= minimum)
-  if not fits.any():
-    return None
-  odds = np.where(fits, log_odds[first:stop], -np.inf)
-  best = np.flatnonzero(fits & (odds == odds.max()))
-  return first + best[np.argmin(np.abs(2 * at[best] - start_length - stop_length))]
-
-
 # Hard bounds.
-
 
 def cuts_in_bounds(text: str, candidates: np.ndarray, log_odds: np.ndarray, lengths: np.ndarray,
                    granularity: Granularity, token_ends: TokenEnds | None = None) -> np.ndarray:
@@ -379,11 +347,9 @@ def cuts_in_bounds(text: str, candidates: np.ndarray, log_odds: np.ndarray, leng
   total = int(lengths[-1])
   if not total or len(text) < 2:
     return np.zeros(0, np.int64)
-  shift = min(max(granularity.log_odds, -MAX_LOG_ODDS), MAX_LOG_ODDS)
-  gains = np.clip(log_odds.astype(np.float64), -MAX_LOG_ODDS, MAX_LOG_ODDS) - shift
-  offered = Places(candidates, lengths[:-1], gains)
+  offered = Places(candidates, lengths[:-1], granularity.gains(log_odds))
   for places, minimum, maximum in offers(text, offered, total, granularity.bounds(total), token_ends):
-    target, weight = (granularity.target, granularity.weight) if granularity.target else (maximum, 0.0)
+    target, weight = granularity.pull(maximum)
     chain = best_chain([*places.lengths.tolist(), total], places.gains.tolist(), target=min(target, maximum),
                        minimum=minimum, maximum=maximum, weight=weight)
     if chain is not None:

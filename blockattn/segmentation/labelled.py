@@ -71,33 +71,22 @@ class DrawOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Coded:
-  """A text as units with their labels.
-
-  Attributes:
-    units: n units.
-    labels: int32 [n], of the candidate in front of each; IGNORED for the first.
-    starts: int64, the units that begin a line, 0 among them; () of a part of a text.
-    moved: gold cuts that were no candidates, and went to the nearest one.
-  """
-  units: markers.Units
-  labels: np.ndarray
-  starts: Any = ()
-  moved: int = 0
+  """A text as units with their labels."""
+  units: markers.Units   # n units
+  labels: np.ndarray   # int32 [n], of the candidate in front of each; IGNORED for the first
+  starts: Any = ()   # int64, the units that begin a line, 0 among them; () of a part of a text
+  moved: int = 0   # gold cuts that were no candidates, and went to the nearest one
 
   def __len__(self):
     return len(self.units)
 
-  def part(self, first, stop) -> 'Coded':
-    return Coded(self.units[first:stop], self.labels[first:stop])
-
-  def without(self, units: np.ndarray) -> 'Coded':
-    """The text without these units, bool [n]."""
-    kept = np.flatnonzero(~units)
-    return Coded(self.units.take(kept), self.labels[kept])
+  def take(self, numbers: np.ndarray) -> 'Coded':
+    """The text that these units make."""
+    return Coded(self.units.take(numbers), self.labels[numbers])
 
   def then(self, other: 'Coded') -> 'Coded':
     """This text with another one behind it: the change is a cut."""
-    return Coded(self.units + other.units, np.concatenate([self.labels, [1], other.labels[1:]]))
+    return Coded(markers.joined([self.units, other.units]), np.concatenate([self.labels, [1], other.labels[1:]]))
 
 
 def code(blocks: Sequence[str], reader: markers.Reader, tolerance: int = 0) -> Coded:
@@ -113,10 +102,9 @@ def code(blocks: Sequence[str], reader: markers.Reader, tolerance: int = 0) -> C
 def labels_of(blocks: Sequence[str], candidates: np.ndarray, tolerance: int = 0) -> tuple[np.ndarray, int]:
   """The labels of a text's candidates.
 
-  A cut that is no candidate is that of the nearest one, the earlier of two.
-
   Returns:
-    (int32 [m]: 1 a cut, 0 none, IGNORED within `tolerance` candidates of a cut; the number of cuts that were moved).
+    (int32 [m]: 1 a cut, 0 none, IGNORED within `tolerance` candidates of a cut; the number of cuts that were no candidates,
+    and went to the nearest one, the earlier of two).
   """
   labels = np.zeros(len(candidates), np.int32)
   cuts = np.fromiter(itertools.accumulate(map(len, blocks[:-1])), np.int64)
@@ -157,17 +145,8 @@ def pack(parts: Sequence[tuple[np.ndarray, np.ndarray]], length: int) -> dict:
 
 
 class DrawnRows:
-  """Training rows: a source for `stream.batches`.
-
-  Args:
-    documents: `semanticseg.schema.Document`s.
-    reader: `markers.Reader`.
-    options: `DrawOptions`.
-    seed: of the draws.
-
-  Raises:
-    ValueError: no documents, or rows too short for the longest unit that the reader reads.
-  """
+  """Training rows of `semanticseg.schema.Document`s: a source for `stream.batches`. Raises ValueError: no documents, or rows
+  too short for the longest unit that the reader reads."""
 
   def __init__(self, documents: Sequence[Any], reader: markers.Reader, options: DrawOptions, seed: int):
     self._documents = list(documents)
@@ -242,10 +221,10 @@ class DrawnRows:
     if stop < len(coded):   # whole lines, so that another text can follow
       stop = int(starts[min(np.searchsorted(starts, stop), len(starts) - 1)])
       stop = stop if stop > first else len(coded)
-    part = coded.part(first, stop)
+    numbers = np.arange(first, stop)
     if rng.random() < 0.5:
-      part = part.without((part.labels == 0) & (rng.random(len(part)) < self._options.skip))
-    return part, stop == len(coded)
+      numbers = numbers[(coded.labels[numbers] != 0) | (rng.random(len(numbers)) >= self._options.skip)]
+    return coded.take(numbers), stop == len(coded)
 
   def _variant(self, number, variant) -> Coded:
     """The text of a variant of a document."""
@@ -275,19 +254,15 @@ def windows(document: Any, reader: markers.Reader, length: int) -> list[dict]:
 
 def validation_rows(documents: Sequence[Any], reader: markers.Reader, length: int,
                     per_category: int) -> tuple[list[dict], list[str]]:
-  """Windows of every category, at most `per_category` of each, taken evenly from its documents.
-
-  Returns:
-    (rows, the category of each), in a fixed order.
-  """
+  """(Windows of every category, at most `per_category` of each, taken evenly from its documents; the category of each)."""
   grouped = collections.defaultdict(list)
   for document in some(documents, per_category):
     grouped[document.category].append(windows(document, reader, length))
   rows, names = [], []
-  for category in sorted(grouped):
+  for category, windowed in sorted(grouped.items()):
     # One window of every document, then a second of each, ...: the beginnings do not crowd out the rest.
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*grouped[category]))
-    taken = [row for row in turns if row is not None][:per_category]
+    turns = (row for rows in itertools.zip_longest(*windowed) for row in rows if row is not None)
+    taken = list(itertools.islice(turns, per_category))
     rows += taken
     names += [category] * len(taken)
   return rows, names

@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,11 +51,7 @@ SEPARATORS = (
 
 
 def candidates(text: str, separators: str = SEPARATORS) -> np.ndarray:
-  """Places where the text may be cut: the ends of all separators.
-
-  Args:
-    text: any text.
-    separators: a regular expression; a match may be empty.
+  """Places where any text may be cut: the ends of all matches, maybe empty ones, of the regular expression.
 
   Returns:
     int64 [m], strictly increasing offsets c with 0 < c < len(text).
@@ -91,13 +88,9 @@ class ReadOptions:
     errors.check_choice('config.segment.read.style', self.style, STYLES)
     for name, least in (('head', 1), ('tail', 1), ('inner', 0), ('middle', 0), ('ahead', 1)):
       errors.check_number(f'config.segment.read.{name}', getattr(self, name), least)
-    if self.middle and self.style != 'pooled':
-      raise UserError(f'middle={self.middle} with marker style {self.style!r}; only pooled units have a middle')
-    if self.ahead > 1 and self.style != 'pooled':
-      raise UserError(f'ahead={self.ahead} with marker style {self.style!r}; a decision is read at the next marker '
-                      '(ahead=1), or, in the pooled style, some units later')
-    if self.cohesion and self.style != 'pooled':
-      raise UserError(f'cohesion with marker style {self.style!r}; only pooled units are read with it')
+    for name, none in (('middle', 0), ('ahead', 1), ('cohesion', False)):
+      if (value := getattr(self, name)) != none and self.style != 'pooled':
+        raise UserError(f'{name}={value} with marker style {self.style!r}; give {name}={none}, or read units pooled')
     try:
       re.compile(self.separators)
     except re.error as error:
@@ -121,57 +114,40 @@ class ReadOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-  """The units of a text as the model reads them.
-
-  Attributes:
-    ids: the tokens of each unit: int32 arrays of different lengths, or, in the pooled style, one integer array [n, P].
-    texts: for each unit what stands in `ids`; () but in the text style.
-    sizes: positions of each unit, int64.
-    counts: tokens of each whole unit, int64.
-  """
-  ids: Sequence[np.ndarray] | np.ndarray
-  texts: tuple[str, ...]
-  sizes: np.ndarray
-  counts: np.ndarray
+  """The units of a text as the model reads them."""
+  ids: Any   # tokens of each unit: int32 arrays of different lengths, or, in the pooled style, one integer array [n, P]
+  texts: tuple[str, ...]   # for each unit what stands in `ids`; () but in the text style
+  sizes: np.ndarray   # int64 [n], positions of each unit
+  counts: np.ndarray   # int64 [n], tokens of each whole unit
 
   def __len__(self):
     return len(self.ids)
 
-  def __getitem__(self, part: slice) -> 'Units':
-    return Units(self.ids[part], self.texts[part], self.sizes[part], self.counts[part])
-
   def take(self, numbers: np.ndarray) -> 'Units':
     """The units of these numbers."""
-    pick = lambda items: tuple(items[i] for i in numbers.tolist())
-    ids = self.ids[numbers] if isinstance(self.ids, np.ndarray) else pick(self.ids)
-    return Units(ids, pick(self.texts) if self.texts else (), self.sizes[numbers], self.counts[numbers])
-
-  def __add__(self, other: 'Units') -> 'Units':
-    """The units of both, one text behind the other."""
-    return _joined([self, other])
+    texts = self.texts and _pick(self.texts, numbers)
+    return Units(_pick(self.ids, numbers), texts, self.sizes[numbers], self.counts[numbers])
 
 
-def _joined(chunks: Sequence[Units]) -> Units:
-  ids = [chunk.ids for chunk in chunks]
-  join = np.concatenate if isinstance(ids[0], np.ndarray) else lambda lists: tuple(itertools.chain.from_iterable(lists))
-  return Units(join(ids), tuple(itertools.chain.from_iterable(chunk.texts for chunk in chunks)),
-               np.concatenate([chunk.sizes for chunk in chunks]), np.concatenate([chunk.counts for chunk in chunks]))
+def _pick(items, numbers) -> Any:
+  return items[numbers] if isinstance(items, np.ndarray) else tuple(items[i] for i in numbers.tolist())
+
+
+def _chain(parts) -> Any:
+  return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else tuple(itertools.chain(*parts))
+
+
+def joined(texts: Sequence[Units]) -> Units:
+  """The units of texts, one behind the other."""
+  return Units(*(_chain([getattr(units, field.name) for units in texts]) for field in dataclasses.fields(Units)))
 
 
 class Reader:
-  """Turns units into tokens.
+  """Turns units into tokens of a `tokenizers.Tokenizer`. Text that looks like a special token is read as text. Raises
+  ValueError: the style is 'token' and the tokenizer has no CUT_TOKEN."""
 
-  Args:
-    tokenizer: a `tokenizers.Tokenizer`. Text that looks like a special token is read as text.
-    options: `ReadOptions`.
-
-  Raises:
-    ValueError: the style is 'token' and the tokenizer has no CUT_TOKEN.
-  """
-
-  def __init__(self, tokenizer, options: ReadOptions):
-    self.options = options
-    self._tokenizer = tokenizer
+  def __init__(self, tokenizer: Any, options: ReadOptions):
+    self.options, self._tokenizer = options, tokenizer
     self._tokenizer.encode_special_tokens = True
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
@@ -194,17 +170,18 @@ class Reader:
       all_ids = [e.ids or [0] for e in encodings]   # some normalizers leave nothing of a unit
       chunks.append(self._units(chunk, encodings, all_ids, before, last))
       before, last = (chunk[-1], all_ids[-1][-1]) if chunk else (before, last)
-    return _joined(chunks)
+    return joined(chunks)
 
   def _units(self, texts, encodings, all_ids, before, last) -> Units:
     """The units of a piece of a text, behind the text `before` and the token `last`."""
-    counts = np.array([len(ids) for ids in all_ids], np.int64)
-    if self.options.style == 'pooled':
+    o, counts = self.options, np.array([len(ids) for ids in all_ids], np.int64)
+    if o.style == 'pooled':
       return Units(self._pool(all_ids, last), (), np.ones(len(texts), np.int64), counts)
-    heads = [self._head(text) for text in (before, *texts[:-1])]
+    begins_line = lambda before: before.rstrip(_BLANKS)[-1:] in _LINE_ENDS
+    heads = [o.head if begins_line(text) or not o.inner else o.inner for text in (before, *texts[:-1])]
     ids = tuple(self._shorten(own, head) for own, head in zip(all_ids, heads, strict=True))
     kept = ()
-    if self.options.style == 'text':
+    if o.style == 'text':
       kept = tuple(self._shorten_text(text, e, head) for text, e, head in zip(texts, encodings, heads, strict=True))
     return Units(ids, kept, np.array([len(i) for i in ids], np.int64), counts)
 
@@ -221,11 +198,8 @@ class Reader:
     return [self.read(units, i, i + 1)[0] for i in range(len(units))]
 
   def fit(self, units: Units, first: int, room: int) -> int:
-    """The end of the longest run of units from `first` on that takes at most `room` positions.
-
-    Raises:
-      ValueError: not even one unit fits.
-    """
+    """The end of the longest run of units from `first` on that takes at most `room` positions. Raises ValueError: not even
+    one unit fits."""
     sizes = units.sizes[first:first + room]   # a unit is one position at least
     self._need_markers(len(sizes) + 1)
     cost = np.cumsum(sizes) + self._marker_ends[2:len(sizes) + 2] + self.options.ahead - 1
@@ -276,10 +250,9 @@ class Reader:
     known = len(self._marker_ends) - 1
     if count <= known:
       return
-    if self.options.style == 'text':
-      new = [len(e) for e in self._encode([f'<cut {i}>' for i in range(known, 2 * count)])]
-    else:
-      new = [int(self.options.style == 'token')] * (2 * count - known)
+    numbers, style = range(known, 2 * count), self.options.style
+    new = [len(e) for e in self._encode([f'<cut {i}>' for i in numbers])] if style == 'text' else [
+        int(style == 'token')] * len(numbers)
     self._marker_ends = np.concatenate([self._marker_ends, self._marker_ends[-1] + np.cumsum(new)])
 
   def _encode(self, texts):
@@ -295,19 +268,15 @@ class Reader:
       row[1:1 + len(first)] = first
       left_out = ids[o.head:max(o.head, len(ids) - o.tail)]
       row[1 + o.head] = self._gap(len(left_out)) or 0
-      if left_out and o.middle:
-        row[2 + o.head:2 + o.head + o.middle] = _spread(left_out, o.middle)
+      if len(left_out) > o.middle:   # evenly spaced
+        left_out = [left_out[(2 * i + 1) * len(left_out) // (2 * o.middle)] for i in range(o.middle)]
+      row[2 + o.head:2 + o.head + len(left_out)] = left_out
       row[len(row) - len(last):] = last
     return out
 
   def _gap(self, out):
     """The token that says that `out` tokens are left out; None if none are, or if the tokenizer has no such token."""
     return None if out <= 0 else self._gaps[min(max(out.bit_length() - 2, 1) // 2, 3)]
-
-  def _head(self, before):
-    """Tokens of the head of the unit behind `before`."""
-    begins_line = before.rstrip(_BLANKS)[-1:] in _LINE_ENDS or not self.options.inner
-    return self.options.head if begins_line else self.options.inner
 
   def _shorten(self, ids, head):
     if len(ids) <= head + self.options.tail:
@@ -353,14 +322,7 @@ def cohesion_levels(ids: np.ndarray) -> np.ndarray:
   return levels
 
 
-def _spread(ids, count):
-  """At most `count` of the ids, evenly spaced, filled up with zeros."""
-  if len(ids) > count:
-    ids = [ids[(2 * i + 1) * len(ids) // (2 * count)] for i in range(count)]
-  return ids + [0] * (count - len(ids))
-
-
-def split(text: str, cuts: Sequence[int]) -> list[str]:
+def split(text: str, cuts: Sequence[int] | np.ndarray) -> list[str]:
   """The parts of a text between neighbouring cuts."""
   bounds = [0, *map(int, cuts), len(text)]
   return [text[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
@@ -368,7 +330,4 @@ def split(text: str, cuts: Sequence[int]) -> list[str]:
 
 def _encodable(text):
   """The text with each half surrogate, which UTF-8 cannot express, as one replacement character."""
-  return _SURROGATES.sub('\ufffd', text)
-
-
-_SURROGATES = re.compile('[\ud800-\udfff]')
+  return re.sub('[\ud800-\udfff]', '\ufffd', text)

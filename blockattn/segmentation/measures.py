@@ -72,25 +72,22 @@ def measure(gold: Sequence[int], predicted: Sequence[int], candidates: np.ndarra
   """Compares predicted cuts with the gold ones.
 
   Args:
-    gold: offsets, strictly increasing.
-    predicted: offsets, strictly increasing.
+    gold, predicted: offsets, strictly increasing.
     candidates: int64 [m], strictly increasing offsets.
 
-  Raises:
-    ValueError: offsets that do not increase strictly.
-  """
-  gold, predicted = _offsets('gold', gold), _offsets('predicted', predicted)
-  exact = Pairs(len(gold), len(predicted), len(np.intersect1d(gold, predicted, assume_unique=True)))
+  Raises ValueError: cuts that do not increase strictly."""
+  right, said = _offsets('gold', gold), _offsets('predicted', predicted)
+  exact = Pairs(len(right), len(said), len(np.intersect1d(right, said, assume_unique=True)))
   count = len(candidates)
   if not count:
     return Measured(exact, exact, math.nan, math.nan, math.nan)
-  gold, predicted = nearest(gold, candidates), nearest(predicted, candidates)
-  k = window(len(gold), count)
-  return Measured(exact, Pairs(len(gold), len(predicted), matches(gold, predicted, within=1)),
-                  pk(gold, predicted, count, k), window_diff(gold, predicted, count, k), similarity(gold, predicted))
+  right, said = nearest(right, candidates), nearest(said, candidates)
+  k = window(len(right), count)
+  return Measured(exact, Pairs(len(right), len(said), matches(right, said, within=1)),
+                  pk(right, said, count, k), window_diff(right, said, count, k), similarity(right, said))
 
 
-def _offsets(name: str, cuts: Sequence[int]) -> np.ndarray:
+def _offsets(name, cuts) -> np.ndarray:
   cuts = np.asarray(cuts, np.int64)
   if (np.diff(cuts) <= 0).any():
     raise UserError(f'{name} cuts do not increase strictly: {cuts[:-1][np.diff(cuts) <= 0][:3]} is followed by '
@@ -98,15 +95,13 @@ def _offsets(name: str, cuts: Sequence[int]) -> np.ndarray:
   return cuts
 
 
-def nearest(cuts: Sequence[int], candidates: np.ndarray) -> np.ndarray:
+def nearest(cuts: Sequence[int] | np.ndarray, candidates: np.ndarray) -> np.ndarray:
   """Indices of the candidates nearest to the cuts: int64, strictly increasing; of two as near the earlier."""
   return np.unique(nearest_to_each(cuts, candidates)) if len(candidates) else np.zeros(0, np.int64)
 
 
-def nearest_to_each(cuts: Sequence[int], candidates: np.ndarray) -> np.ndarray:
-  """For each cut the index of the candidate nearest to it, int64; of two as near the earlier. There is one candidate at
-  least."""
-  cuts = np.asarray(cuts, np.int64)
+def nearest_to_each(cuts: Sequence[int] | np.ndarray, candidates: np.ndarray) -> np.ndarray:
+  """For each cut the index of the candidate, of one at least, nearest to it, int64; of two as near the earlier."""
   after = np.minimum(np.searchsorted(candidates, cuts), len(candidates) - 1)
   before = np.maximum(after - 1, 0)
   return np.where(np.abs(candidates[before] - cuts) <= np.abs(candidates[after] - cuts), before, after)
@@ -131,16 +126,13 @@ def window(gold_cuts: int, candidates: int) -> int:
   return min(candidates, max(2, round((candidates + 1) / (gold_cuts + 1) / 2)))
 
 
-def _cuts_before(cuts: np.ndarray, count: int) -> np.ndarray:
-  """For each of count + 1 units how many cuts stand in front of it; cut i stands in front of unit i + 1."""
-  made = np.zeros(count + 1, np.int64)
-  made[cuts + 1] = 1
-  return np.cumsum(made)
-
-
 def _between(gold, predicted, count, k):
-  """Cuts between units i and i + k for every i, in the gold and in the predicted segmentation."""
-  return [before[k:] - before[:-k] for before in (_cuts_before(gold, count), _cuts_before(predicted, count))]
+  """Cuts between units i and i + k of count + 1 for every i, in the gold and in the predicted segmentation; cut i stands in
+  front of unit i + 1."""
+  made = np.zeros((2, count + 1), np.int64)
+  made[0, gold + 1] = made[1, predicted + 1] = 1
+  before = np.cumsum(made, axis=1)
+  return before[:, k:] - before[:, :-k]
 
 
 def pk(gold: np.ndarray, predicted: np.ndarray, count: int, k: int) -> float:
@@ -174,11 +166,7 @@ def similarity(gold: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def summary(documents: Iterable[Measured]) -> dict[str, float]:
-  """MEASURES of a category, with the number of its documents, of their gold cuts and of the predicted ones.
-
-  Raises:
-    ValueError: no document.
-  """
+  """MEASURES of a category, with the number of its documents (one at least), of their gold cuts and predicted ones."""
   documents = list(documents)
   if not documents:
     raise UserError('a category without documents has no measures; leave it out')

@@ -16,11 +16,8 @@ IGNORED = -100   # the label of a position that is not trained on, as in torch
 
 
 def architecture(backbone: ModelConfig, unit_tokens: int = 0) -> ClassifierConfig:
-  """The backbone with a two-way head in place of its output matrix.
-
-  Args:
-    unit_tokens: 0, or tokens that are read at one position (`markers`, style 'pooled').
-  """
+  """The backbone with a two-way head in place of its output matrix; `unit_tokens` are read at one position (`markers`, style
+  'pooled'), or one for 0."""
   return classifier.of_backbone(backbone, LABELS, unit_tokens)
 
 
@@ -30,26 +27,16 @@ def is_segmenter(cfg: ModelConfig) -> bool:
 
 
 def from_backbone(params, cfg: ClassifierConfig, key):
-  """A language model's parameters as a segmenter's, with a new head.
-
-  Args:
-    params: tree of the language model, with or without an output matrix of its own.
-    cfg: the segmenter's architecture.
-    key: of the head's first values.
-
-  Returns:
-    Tree of `classifier.spec(cfg)`, backbone arrays as they are.
-  """
+  """A language model's parameters, with or without an output matrix of its own, as a segmenter's: the backbone's arrays as
+  they are, with a new head drawn from `key`."""
   head = {name: leaf for name, leaf in classifier.spec(cfg).items() if name in ('score', 'score_bias')}
   backbone = {name: leaf for name, leaf in params.items() if name != 'head'}
   return backbone | spec_lib.init(head, key, params['final_norm'].dtype)
 
 
 def apply(params, tokens, layout, cfg: ClassifierConfig, compute: Compute) -> jax.Array:
-  """Float32 logits [B, T, 2]; arguments as of `classifier.hidden`.
-
-  Every document of the layout is read as one block: blocks are what a segmenter is to find.
-  """
+  """Float32 logits [B, T, 2]; arguments as of `classifier.hidden`. Every document of the layout is read as one block: blocks
+  are what a segmenter is to find."""
   return classifier.logits(params, tokens, blocks.as_one_block(layout), cfg, compute)
 
 

@@ -13,10 +13,10 @@ import markdown_it
 import numpy as np
 
 from blockattn.errors import UserError
-from blockattn.segmentation.semanticseg import structure_cuts
+from blockattn.segmentation.semanticseg import structure_text
 
 # Characters of a section, and of one that is joined to the next: what builders of documents from structure go by, too.
-AVERAGE, SHORT = structure_cuts.DEFAULT.average, structure_cuts.DEFAULT.shortest
+AVERAGE, SHORT = structure_text.DEFAULT.average, structure_text.DEFAULT.shortest
 
 _RANKS = 7      # of a level, 0 for no heading
 _RIDGE = 0.1    # of the penalty in `fit`, _RIDGE / 2 times the sum of squares
@@ -25,7 +25,7 @@ _STEPS = 25     # of a length: 0 for none, then half powers of two from 2 ** 5 c
 _HEADING = r'''(?mx)^(?:
     (?P<marks>\#{1,6}|={2,6})[ \t]+\S.*                                             # Markdown, wiki
   | [^\S\n]*\\(?P<latex>part|chapter|(?:ol)?(?:sub)*section)\*?[\[{].*
-  | (?=\S).{1,120}\r?\n(?P<under>(?P<mark>[=\-~^"'*+\#`])(?P=mark){2,})[ \t]*\r?$   # setext, reStructuredText
+  | (?=\S).{1,120}\r?\n(?P<mark>[=\-~^"'*+\#`])(?P=mark){2,}[ \t]*\r?$            # setext, reStructuredText
   | (?P<number>\d{1,2}(?:\.\d{1,2})*)\.?[ \t]+[A-Z][^.!?\n]{0,80}$
   | (?P<word>(?i:part|book|chapter|act|item|article|appendix|scene|section|note|§))[ \t]*(?:\d|[IVXLC]+\b).{0,150}$
 )'''
@@ -47,22 +47,23 @@ def _fences(text: str) -> list[tuple[int, int]]:
   """(start, stop) of fenced code, as CommonMark has it: a longer fence ends it, one with a word does not."""
   if '```' not in text and '~~~' not in text:
     return []
-  lines = [*structure_cuts.line_starts(text), len(text)]
+  lines = [*structure_text.line_starts(text), len(text)]
   tokens = markdown_it.MarkdownIt('commonmark').disable('inline').parse(text)
-  return [(lines[token.map[0]], lines[min(token.map[1], len(lines) - 1)]) for token in tokens if token.type == 'fence']
+  return [(lines[token.map[0]], lines[min(token.map[1], len(lines) - 1)])
+          for token in tokens if token.type == 'fence' and token.map]
 
 
 def _level(match: re.Match, underlines: list[str]) -> int:
   """Underlines rank in the order in which a document uses them."""
-  kind = match.lastgroup if match.lastgroup != 'mark' else 'under'
-  found = match[kind]
-  if kind == 'under':
-    if found[0] not in underlines:
-      underlines.append(found[0])
-    return underlines.index(found[0]) + 1
-  if kind == 'latex':
-    return 1 if found in ('part', 'chapter') else 2 + found.count('sub')
-  return {'marks': len(found), 'number': found.count('.') + 1, 'word': _WORDS.get(found.lower(), 2)}[kind]
+  said = match.groupdict()
+  if mark := said['mark']:
+    underlines += [mark] if mark not in underlines else []
+    return underlines.index(mark) + 1
+  if latex := said['latex']:
+    return 1 if latex in ('part', 'chapter') else 2 + latex.count('sub')
+  if number := said['number']:
+    return number.count('.') + 1
+  return len(said['marks']) if said['marks'] else _WORDS.get(said['word'].lower(), 2)
 
 
 def cuts(lines: Sequence[tuple[int, int]], length: int, average: int = AVERAGE, least: int = SHORT) -> list[int]:
@@ -75,43 +76,30 @@ def cuts(lines: Sequence[tuple[int, int]], length: int, average: int = AVERAGE, 
   """
   chosen = []
   for level in sorted({level for _, level in lines}):
-    kept = _joined_to_next([offset for offset, depth in lines if depth <= level], length, least)
+    kept, start = [], 0
+    for offset in sorted({offset for offset, depth in lines if depth <= level} - {0, length}):
+      if offset - start >= least:
+        kept.append(offset)
+        start = offset
     if chosen and length / (len(kept) + 1) < average:
       break
     chosen = kept
   return chosen
 
 
-def _joined_to_next(offsets: Sequence[int], length: int, least: int) -> list[int]:
-  """The first cut, and those that stand at least `least` characters behind the one kept before."""
-  kept, start = [], 0
-  for cut in sorted(set(offsets) - {0, length}):
-    if cut - start >= least:
-      kept.append(cut)
-      start = cut
-  return kept
-
-
 @dataclasses.dataclass(frozen=True)
 class Levels:
   """What the outline says of the headings among some places of a text, int arrays [n], n the headings.
 
-  Attributes:
-    place: which place.
-    rank: of the heading's level among those of the text: 2 is the highest that cuts it, 1 those above, such as a title's.
-    average: length of the sections that headings of its level and above make.
-    since, until: lengths of the text since the last of these, or the beginning, and up to the next one, or the end.
-    chosen: whether `cuts` cuts there.
-
   Sections of fewer than SHORT characters do not count as sections. Lengths are 1 plus the number of half powers of two above
   32 characters.
   """
-  place: np.ndarray
-  rank: np.ndarray
-  average: np.ndarray
-  since: np.ndarray
-  until: np.ndarray
-  chosen: np.ndarray
+  place: np.ndarray   # which place
+  rank: np.ndarray   # of its level among those of the text: 2 is the highest that cuts, 1 those above, such as a title's
+  average: np.ndarray   # length of the sections that headings of its level and above make
+  since: np.ndarray   # length of the text since the last of these, or the beginning
+  until: np.ndarray   # and up to the next one, or the end
+  chosen: np.ndarray   # whether `cuts` cuts there
 
 
 def levels(text: str, places: np.ndarray) -> Levels:
@@ -131,7 +119,8 @@ def levels(text: str, places: np.ndarray) -> Levels:
   at, *found = np.concatenate(columns, axis=1) if columns else np.zeros((5, 0), np.int64)
   order = np.argsort(at)
   order = order[np.isin(at[order], places)]   # a heading may begin where there is no candidate
-  return Levels(np.searchsorted(places, at[order]), *(column[order] for column in found),
+  rank, average, since, until = (column[order] for column in found)
+  return Levels(np.searchsorted(places, at[order]), rank, average, since, until,
                 np.isin(at[order], cuts(lines, length)).astype(np.int64))
 
 
@@ -141,19 +130,11 @@ def _steps(length):
 
 @dataclasses.dataclass(frozen=True)
 class Shift:
-  """By how much log-odds of headings are raised: a sum over what `Levels` says, as JSON holds it.
-
-  Attributes:
-    average: by rank, then by step of the average length.
-    chosen: by rank, then by whether it is.
-    since, until: by step.
-
-  Raises:
-    ValueError: a list has not as many numbers as there are ranks, steps and answers.
-  """
-  average: Sequence[Sequence[float]]
-  chosen: Sequence[Sequence[float]]
-  since: Sequence[float]
+  """By how much log-odds of headings are raised: a sum over what `Levels` says, as JSON holds it. Raises ValueError: a list
+  has not as many numbers as there are ranks, steps and answers."""
+  average: Sequence[Sequence[float]]   # by rank, then by step of the average length
+  chosen: Sequence[Sequence[float]]   # by rank, then by whether it is
+  since: Sequence[float]   # by step
   until: Sequence[float]
 
   def __post_init__(self):
@@ -180,9 +161,7 @@ def fit(found: Sequence[Levels], log_odds: Sequence[np.ndarray], cut: Sequence[n
   Args:
     found, log_odds, cut: of each text the Levels, and of all its places the log-odds and whether there is a cut.
 
-  Raises:
-    ValueError: there are no headings.
-  """
+  Raises ValueError: there are no headings."""
   rows = np.concatenate([_indices(f) for f in found])
   if not len(rows):
     raise UserError('no headings in these texts; give texts that have some')
@@ -200,9 +179,10 @@ def fit(found: Sequence[Levels], log_odds: Sequence[np.ndarray], cut: Sequence[n
     weights -= step
     if np.abs(step).max() < 1e-6:
       break
-  flat = np.zeros(sum(map(np.prod, _SHAPES.values())))
+  ends = np.cumsum([np.prod(shape) for shape in _SHAPES.values()])
+  flat = np.zeros(ends[-1])
   flat[used] = weights.round(3)
-  parts = np.split(flat, np.cumsum([np.prod(shape) for shape in _SHAPES.values()])[:-1])
+  parts = np.split(flat, ends[:-1])
   return Shift(**{name: part.reshape(shape).tolist() for (name, shape), part in zip(_SHAPES.items(), parts, strict=True)})
 
 

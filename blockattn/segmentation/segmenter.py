@@ -8,10 +8,12 @@ devices.
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,19 +95,15 @@ def options_of(folder: pathlib.Path, **overrides) -> Options:
   Raises:
     ValueError: the file says something that is not known.
   """
-  meta = hf_config.read_meta(folder)
-  said = meta['segmenter'] if 'segmenter' in meta else {'markers': 'text', 'length': 8192}
+  said = hf_config.read_meta(folder).get('segmenter', {'markers': 'text', 'length': 8192})
   place = f'{folder / files.META}: segmenter'
-  disk.check_form(said, _NEEDED, place)
-  disk.check_form(said, {name: form for name, form in _MAY.items() if name in said}, place)
+  disk.check_form(said, _NEEDED | {name: form for name, form in _MAY.items() if name in said}, place)
   errors.check_choice(f'{place}: markers', said['markers'], markers.STYLES)
-  known = ('head', 'tail', 'inner', 'middle', 'ahead', 'cohesion', 'separators')
-  read = {name: said[name] for name in known if name in said}
-  own = {name: said[name] for name in ('length', 'overlap', 'threshold') if name in said} | overrides
+  pick: Callable[[Any], dict[str, Any]] = lambda cls: {n: said[n] for n in cls.__dataclass_fields__ if n in said}
   try:
-    if 'outline' in said:
-      own = {'outline': Shift(**said['outline'])} | own
-    return Options(markers.ReadOptions(style=said['markers'], **read), **own)
+    shift: dict[str, Any] = {'outline': Shift(**said['outline'])} if 'outline' in said else {}
+    read = markers.ReadOptions(style=said['markers'], **pick(markers.ReadOptions))
+    return Options(read, **pick(Options) | shift | overrides)
   except (TypeError, ValueError) as error:
     own = str(error).removeprefix('config.segment.read.')   # the keys of the file, not of a config
     raise UserError(f'{place}: {own}') from error
@@ -190,12 +188,9 @@ class Segmenter:
 
   def embed(self, texts: Sequence[str]) -> np.ndarray:
     """The backbone's last hidden state of each text, read as one unit alone: float32 [n, D]. None may be empty."""
-    out = np.zeros((len(texts), self.cfg.width), np.float32)
-    parts = [(tokens, None) for tokens in self.reader.alone(texts)]
-    for rows, states in self._compute(parts, self._hidden):
-      for row, members in enumerate(rows):
-        for i, start in zip(members, _starts(parts[i][0] for i in members), strict=True):
-          out[i] = states[row, start + len(parts[i][0]) - 1]
+    out, parts = np.zeros((len(texts), self.cfg.width), np.float32), self.reader.alone(texts)
+    for i, states in self._compute(parts, self._hidden):
+      out[i] = states[-1]
     return out
 
   def _score(self, texts, progress):
@@ -220,22 +215,26 @@ class Segmenter:
     """(window, log-odds of what it decides) of every window of the texts, in any order."""
     plan = [w for i, u in enumerate(units) if u is not None and len(u) > 1 for w in self._windows(i, u)]
     parts = [self.reader.read(units[w.text], w.first, w.stop, w.stop == len(units[w.text])) for w in plan]
-    for rows, odds in self._compute(parts, self._predict):
-      for row, members in enumerate(rows):
-        for i, start in zip(members, _starts(parts[i][0] for i in members), strict=True):
-          window, read = plan[i], parts[i][1]
-          yield window, odds[row, start + read[window.new - window.first:window.decided - window.first]]
+    for i, odds in self._compute([tokens for tokens, _ in parts], self._predict):
+      window, read = plan[i], parts[i][1]
+      yield window, odds[read[window.new - window.first:window.decided - window.first]]
 
-  def _compute(self, parts, function) -> Iterator[tuple[list, np.ndarray]]:
-    """(rows, what `function` gives) of every batch; a row is a list of indices of parts that are read in it."""
-    rows = packing.plan_rows([len(tokens) for tokens, _ in parts], [1] * len(parts), length=self._longest(parts),
+  def _compute(self, parts, function) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the part, what `function` gives at each of its positions) of every part, in any order."""
+    # A window of words whose tokens joined otherwise than they were counted may be longer than windows are.
+    length = max([self.options.length, *map(len, parts)])
+    rows = packing.plan_rows([len(part) for part in parts], [1] * len(parts), length=length,
                              max_blocks=self.options.length)
     for length, some in self._batches(rows, parts):
-      yield some, self._run(function, some, parts, length)
-
-  def _longest(self, parts):
-    """The window's length, but for a window of words whose tokens joined otherwise than they were counted."""
-    return max([self.options.length, *(len(tokens) for tokens, _ in parts)])
+      starts = [list(itertools.accumulate((len(parts[i]) for i in row), initial=0)) for row in some]
+      tokens = np.zeros((len(some), length, *classifier.position_shape(self.cfg)), np.int32)
+      for at, row in enumerate(some):
+        for i, start in zip(row, starts[at]):
+          tokens[at, start:start + len(parts[i])] = parts[i]
+      layout = blocks.from_lengths([[[len(parts[i])] for i in row] for row in some], length)
+      values = np.asarray(function(self._params, *self._place.put_batch((tokens, layout))))
+      yield from ((i, values[at, start:start + len(parts[i])]) for at, row in enumerate(some)
+                  for i, start in zip(row, starts[at]))
 
   def _windows(self, text, units) -> Iterator[Window]:
     length, wait = self.options.length, self.options.read.ahead - 1
@@ -253,10 +252,12 @@ class Segmenter:
     """(tokens of a row, rows) of every batch; the rows of a batch are about as long, the longest come first."""
     by_length = {}
     for row in rows:
-      by_length.setdefault(self._row_length(sum(len(parts[i][0]) for i in row)), []).append(row)
+      tokens = sum(len(parts[i]) for i in row)
+      length = SHORTEST_ROW << max(0, math.ceil(tokens / SHORTEST_ROW) - 1).bit_length()
+      by_length.setdefault(max(tokens, min(length, self.options.length)), []).append(row)
     devices = self._place.size('batch')
-    for length in sorted(by_length, reverse=True):
-      group, full = by_length[length], devices * max(1, self._batch_tokens // length)
+    for length, group in sorted(by_length.items(), reverse=True):
+      full = devices * max(1, self._batch_tokens // length)
       whole = len(group) - len(group) % full
       for start in range(0, whole, full):
         yield length, group[start:start + full]
@@ -265,38 +266,17 @@ class Segmenter:
       for start in range(0, len(rest), few):
         yield length, rest[start:start + few] + [[]] * (few - len(rest[start:start + few]))
 
-  def _row_length(self, tokens):
-    length = SHORTEST_ROW
-    while length < tokens:
-      length *= 2
-    return max(tokens, min(length, self.options.length))
-
-  def _run(self, function, rows, parts, length):
-    tokens = np.zeros((len(rows), length, *classifier.position_shape(self.cfg)), np.int32)
-    for row, members in enumerate(rows):
-      for i, start in zip(members, _starts(parts[i][0] for i in members), strict=True):
-        tokens[row, start:start + len(parts[i][0])] = parts[i][0]
-    layout = blocks.from_lengths([[[len(parts[i][0])] for i in members] for members in rows], length)
-    return np.asarray(function(self._params, *self._place.put_batch((tokens, layout))))
-
-
-def _starts(parts) -> list[int]:
-  """Where each of the parts of a row begins."""
-  sizes = [len(part) for part in parts]
-  return [sum(sizes[:i]) for i in range(len(sizes))]
-
 
 def _groups(texts):
   """The texts in their order, in groups of about _CHARACTERS."""
-  group, size = [], 0
+  groups, size = [], 0
   for text in texts:
-    if group and size + len(text) > _CHARACTERS:
-      yield group
-      group, size = [], 0
-    group.append(text)
+    if not groups or size + len(text) > _CHARACTERS:
+      groups.append([])
+      size = 0
+    groups[-1].append(text)
     size += len(text)
-  if group:
-    yield group
+  return groups
 
 
 @functools.cache

@@ -13,7 +13,6 @@ are those of the extra `text`.
 import collections
 import dataclasses
 import functools
-import importlib
 import itertools
 import math
 import re
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from blockattn import errors
 from blockattn.errors import UserError
 from blockattn.segmentation import markers, outline
 
@@ -42,27 +42,16 @@ STOPWORDS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-  """A way to cut.
-
-  Attributes:
-    what: one line for a legend.
-    build: (**options) -> cutter.
-    grid: options to choose among, from fine to coarse.
-    by_count: choose the options whose number of cuts is nearest to the gold one, not those with the best measure.
-  """
-  what: str
-  build: Callable[..., Cutter]
-  grid: tuple[dict[str, Any], ...] = ({},)
-  by_count: bool = False
+  """A way to cut."""
+  what: str   # one line for a legend
+  build: Callable[..., Cutter]   # (**options) -> cutter
+  grid: tuple[dict[str, Any], ...] = ({},)   # options to choose among, from fine to coarse
+  by_count: bool = False   # choose those whose number of cuts is nearest to the gold one, not those with the best measure
 
 
 def baselines(embedders: dict[str, Embed] | None = None, token_starts: TokenStarts | None = None) -> dict[str, Baseline]:
-  """All baselines by name.
-
-  Args:
-    embedders: by name; each gives an embedding valley. None: the hashed bag of words.
-    token_starts: where a text's tokens start; None: there is no fixed length in tokens.
-  """
+  """All baselines by name; each embedder (None: the hashed bag of words) gives an embedding valley, and without
+  `token_starts`, where a text's tokens start, there is no fixed length in tokens."""
   sizes = _grid(size=SIZES)
   ways = {
       'no cut': Baseline('the text as one block', lambda: lambda text: []),
@@ -99,12 +88,7 @@ def _grid(**values: Sequence) -> tuple[dict[str, Any], ...]:
 
 
 def _library(name: str):
-  """The module, or an ImportError that says how to get it."""
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    package = name.split('.')[0].replace('_', '-')
-    raise ImportError(f'this baseline needs {package}: {error}; pip install "blockattn[text]"') from error
+  return errors.library(name, 'this baseline', 'text')
 
 
 # Cuts from pieces.
@@ -117,15 +101,12 @@ def inner(offsets: Sequence[int], text: str) -> list[int]:
 def behind_space(offsets: Sequence[int], text: str) -> list[int]:
   """Cuts moved behind the white space that follows them: it belongs to the earlier block."""
   space = re.compile(r'\s*')
-  return inner([space.match(text, offset).end() for offset in offsets], text)
+  return inner([match.end() for offset in offsets if (match := space.match(text, offset))], text)
 
 
 def starts(pieces: Sequence[str], text: str) -> list[int]:
-  """Offsets of pieces that follow one another in the text, but for white space that was dropped between them.
-
-  Raises:
-    ValueError: a piece is not there, or text that is not white space was lost.
-  """
+  """Offsets of pieces that follow one another in the text, but for white space that was dropped between them; ValueError if
+  a piece is not there, or other text was lost."""
   found, end = [], 0
   for piece in pieces:
     start = text.find(piece, end)
@@ -163,36 +144,29 @@ def sentences(count: int) -> Cutter:
 
 def random_candidates(rate: float, seed: int = 0) -> Cutter:
   """Each candidate with probability `rate`; the same text is always cut in the same way."""
-  def cut(text):
-    places = markers.candidates(text)
-    random = np.random.default_rng([seed, zlib.crc32(text.encode(errors='surrogatepass'))])
-    return places[random.random(len(places)) < rate].tolist()
-
-  return cut
+  draw = lambda text: np.random.default_rng([seed, zlib.crc32(text.encode(errors='surrogatepass'))])
+  cut = lambda text, places: places[draw(text).random(len(places)) < rate].tolist()
+  return lambda text: cut(text, markers.candidates(text))
 
 
 # Separators and headings.
 
 def blank_lines() -> Cutter:
   """After every run of two or more line ends, with blanks between them."""
-  return lambda text: inner([match.end() for match in re.finditer(r'(?:\r\n?|\n)(?:[ \t\f]*(?:\r\n?|\n))+', text)], text)
+  return lambda text: _behind(r'(?:\r\n?|\n)(?:[ \t\f]*(?:\r\n?|\n))+', text)
+
+
+def _behind(pattern, text):
+  return inner([match.end() for match in re.finditer(pattern, text)], text)
 
 
 def separator_rule(size: int, kinds: int = len(RULE)) -> Cutter:
   """Block-Attention's rule (arXiv 2409.15355): after each of the first `kinds` separators of RULE, then `merged`."""
-  pattern = '|'.join(RULE[:kinds])
-
-  def cut(text):
-    return merged(inner([match.end() for match in re.finditer(pattern, text)], text), len(text), size)
-
-  return cut
+  return lambda text: merged(_behind('|'.join(RULE[:kinds]), text), len(text), size)
 
 
 def headings(average: int, least: int = outline.SHORT) -> Cutter:
-  """Before headings of the deepest level whose sections average `average` characters, or else of the highest level.
-
-  A section of fewer than `least` characters, such as a lone heading, is joined to the next one.
-  """
+  """See `outline.cuts`."""
   return lambda text: outline.cuts(outline.heading_lines(text), len(text), average, least)
 
 
@@ -247,15 +221,12 @@ def texttiling(w: int, k: int) -> Cutter:
 
 
 def block_comparison(k: int, sequences: Sequence[Any], table: Any = None) -> list[float]:
-  """Similarity of the words on both sides of each gap between pseudo-sentences, as nltk's `_block_comparison`.
+  """Similarity of the words on both sides of each gap between pseudo-sentences, as nltk's `_block_comparison`, without
+  its table: len(sequences) - 1 cosines.
 
   Args:
     k: pseudo-sentences on each side; fewer near the ends.
     sequences: nltk's TokenSequences: `wrdindex_list` holds (word, offset) pairs.
-    table: not needed.
-
-  Returns:
-    len(sequences) - 1 cosines.
   """
   words = [[word for word, _ in sequence.wrdindex_list] for sequence in sequences]
   gaps, scores = len(words) - 1, []
@@ -301,16 +272,8 @@ def embedding_valleys(embed: Embed, window: int, size: int) -> Cutter:
 
 
 def window_similarities(units_UD: np.ndarray, edges: np.ndarray, window: int) -> np.ndarray:
-  """Cosine of the windows on both sides of each inner edge.
-
-  Args:
-    units_UD: embeddings of U units.
-    edges: offsets [U + 1] of the units' ends.
-    window: characters.
-
-  Returns:
-    [U - 1]; 0 where a window's embedding is zero.
-  """
+  """Cosine of the windows of so many characters on both sides of each inner edge of U units with ends `edges`, offsets
+  [U + 1]: [U - 1], 0 where a window's embedding is zero."""
   sums = np.concatenate([np.zeros_like(units_UD[:1]), np.cumsum(units_UD * np.diff(edges)[:, None], 0)])
   index = np.arange(1, len(edges) - 1)
   left = np.minimum(np.searchsorted(edges, edges[index] - window), index - 1)
@@ -324,9 +287,8 @@ def valley_depths(values: np.ndarray) -> np.ndarray:
   """Climb from each local minimum to the peaks on both sides, 0 at places that are none (of a plateau: its first)."""
   def climbs(values):
     peaks = np.array(values, np.float64)
-    for i in range(1, len(values)):
-      if values[i - 1] >= values[i]:
-        peaks[i] = peaks[i - 1]
+    for i in np.flatnonzero(values[:-1] >= values[1:]) + 1:
+      peaks[i] = peaks[i - 1]
     return peaks - values
 
   left, right = climbs(values), climbs(values[::-1])[::-1]

@@ -46,12 +46,11 @@ def vary(blocks: Sequence[str], category: str, rng: np.random.Generator, rate: f
       blocks = wrap(blocks, int(rng.integers(50, 120)) if rng.random() < 0.5 else 0)
   if category not in UNJOINED and rng.random() < rate / 8:
     blocks = tuple(_SENTENCE_END.sub(' ', block) for block in blocks)   # paragraphs run on in one line
-  if rng.random() < rate / 8:
-    blocks = tuple(block.replace('\r\n', '\n').replace('\n', '\r\n') for block in blocks)
-  if rng.random() < rate / 8:
-    blocks = tuple(re.sub(r'(?<=\S)\n(?=\S)', '\n\n', block) for block in blocks)   # a blank line between any two
-  if rng.random() < rate / 8:
-    blocks = tuple(block.lower() for block in blocks)
+  for change in (lambda block: block.replace('\r\n', '\n').replace('\n', '\r\n'),
+                 lambda block: re.sub(r'(?<=\S)\n(?=\S)', '\n\n', block),   # a blank line between any two
+                 str.lower):
+    if rng.random() < rate / 8:
+      blocks = tuple(map(change, blocks))
   return blocks
 
 

@@ -136,7 +136,7 @@ def test_the_splits_are_the_same_for_ever():
   train, validation, test = (stdlib.split_containers(everything, name) for name in stdlib.SPLITS)
   assert sorted(c.where for c in train + validation + test) == sorted(c.where for c in everything)
   assert all(80 < len(part) < 170 for part in (validation, test))   # one in sixteen, +- 4 standard deviations
-  with pytest.raises(ValueError, match="split 'dev'; choose one of train, validation, test"):
+  with pytest.raises(ValueError, match="split='dev'; choose one of train, validation, test"):
     stdlib.split_containers(everything, 'dev')
 
 

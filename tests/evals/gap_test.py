@@ -92,8 +92,13 @@ def assert_figures(figures, rows):
     np.testing.assert_allclose([row['ce'], row['kl']], mine[:, 1:].mean(axis=0), rtol=1e-4, atol=1e-6)
 
 
+def figures_of(subjects, teacher, docs, batch):
+  """The summary of one greedy token per document, by subject."""
+  return gap.summarize(gap.measure(subjects, teacher, docs, examples_of(docs), Words(), batch=batch, max_new=1))
+
+
 def one_gap(student, teacher, docs, batch):
-  return gap.token_gap({'it': student}, teacher, docs, batch=batch)['it']
+  return figures_of({'it': student}, teacher, docs, batch)['it']
 
 
 def test_gap_is_what_it_says(docs):
@@ -101,7 +106,7 @@ def test_gap_is_what_it_says(docs):
   rows = direct(student, teacher, docs)
   assert len(rows) == sum(answer for _, answer in DOCS) and rows[:, 2].min() > 1e-3
   # Three batches, the last one not full; with several subjects, each gets its own figures.
-  figures = gap.token_gap({'student': student, 'teacher': teacher}, teacher, docs, batch=2)
+  figures = figures_of({'student': student, 'teacher': teacher}, teacher, docs, batch=2)
   assert list(figures) == ['student', 'teacher'] and len(figures['student']['by_distance']) >= 4
   assert_figures(figures['student'], rows)
   assert_figures(figures['teacher'], direct(teacher, teacher, docs))
@@ -116,8 +121,9 @@ def test_no_gap_to_itself_in_batches_of_any_size(docs):
 
 
 def test_documents_without_an_answer_have_no_gap(docs):
-  blank = dataclasses.replace(docs[0], answer=(9, 9))
-  assert one_gap(subject('block', 1), subject('full'), [blank], batch=2) == {'ce': 0, 'kl': 0, 'by_distance': []}
+  blank = dataclasses.replace(docs[0], answer=(len(docs[0].tokens),) * 2)
+  figures = one_gap(subject('block', 1), subject('full'), [blank], batch=2)
+  assert (figures['ce'], figures['kl'], figures['by_distance']) == (0, 0, [])
 
 
 def test_answers_come_back_in_order(docs):

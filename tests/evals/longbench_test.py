@@ -11,7 +11,7 @@ import pytest
 
 from blockattn.data import encode, json_lines
 from blockattn.data.example import Example
-from blockattn.evals import answers, longbench, longbench_scores as scores
+from blockattn.evals import answers, longbench, scores
 
 needs_jieba = pytest.mark.skipif(importlib.util.find_spec('jieba') is None, reason='needs jieba')
 

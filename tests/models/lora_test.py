@@ -12,7 +12,7 @@ import run_cases
 import train_cases
 
 from blockattn import blocks, checkpoint, losses, optim, tree
-from blockattn.evals import subjects
+from blockattn.evals import gap
 from blockattn.hf import config as hf_config, convert as hf_convert
 from blockattn.models import lora, transformer, weights
 from blockattn.train import distill, finetune, job, loop
@@ -223,7 +223,7 @@ def test_a_run_is_exported_as_one_model(folder, distilled, tmp_path, kind, capsy
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7, err_msg=name)
   assert np.abs(np.asarray(merged['layers']['q']) - np.asarray(base['layers']['q'])).max() > 1e-4
   np.testing.assert_array_equal(merged['embed'], base['embed'])
-  subject, _ = subjects.load(str(run), 'block', transformer.Compute(impl='xla'))
+  subject, _ = gap.load(str(run), 'block', transformer.Compute(impl='xla'))
   np.testing.assert_allclose(subject.params['layers']['down'], merged['layers']['down'], rtol=1e-6, atol=1e-7)
 
 
@@ -235,7 +235,7 @@ def test_a_base_that_is_gone_or_another_is_named(folder, distilled, tmp_path, ca
     assert convert.main(['to_hf', str(run), str(tmp_path / 'out')]) == 2
     assert 'is not there now: say where it is with --source' in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match='holds a LoRA student, to be merged with the model that it started from'):
-      subjects.load(str(run), 'block', transformer.Compute(impl='xla'))
+      gap.load(str(run), 'block', transformer.Compute(impl='xla'))
     assert convert.main(['to_hf', str(run), str(tmp_path / 'out'), '--source', str(moved), '--dtype',
                          'bfloat16']) == 0   # rounded, but the same
   finally:

@@ -115,7 +115,7 @@ def test_chonkie():
 
 
 @pytest.mark.parametrize('make, package', [(adapters.langchain_splitter, 'langchain-text-splitters'),
-                                           (adapters.llama_index_parser, 'llama-index-core'),
+                                           (adapters.llama_index_parser, 'llama-index'),
                                            (adapters.chonkie_chunker, 'chonkie')])
 def test_a_library_that_is_not_there_is_named(make, package, monkeypatch):
   def absent(name, *args):

@@ -51,7 +51,7 @@ def test_near_and_exact_pairs_across_splits():
   same = ('train', 'wiki', 'same')
   assert {(pair.a, pair.b) for pair in pairs} == {(('test', 'wiki', 'gold'), same), (('validation', 'specs', 'near'), same)}
   exact, near = pairs
-  assert exact.exact and exact.similarity == 1 and exact.across
+  assert exact.exact and exact.similarity == 1
   assert not near.exact and near.similarity == pytest.approx(391 / 401)
   assert list(dedupe.counts_of(pairs)) == [('specs, wiki', 'validation-train', 0, 1), ('wiki', 'test-train', 1, 0)]
   assert dedupe.dropped(pairs) == {('wiki', 'same')}
@@ -65,7 +65,7 @@ def test_every_copy_in_train_is_dropped_whichever_was_compared():
   pairs = find([('train', document('b', text)), ('train', document('a', text)), ('test', document('t', near))])
   assert dedupe.dropped(pairs) == {('wiki', 'a'), ('wiki', 'b')}
   pairs = find([('train', document('b', text)), ('train', document('a', text))])
-  assert len(pairs) == 1 and not dedupe.dropped(pairs) and not pairs[0].across
+  assert len(pairs) == 1 and not dedupe.dropped(pairs)
 
 
 def test_the_order_of_reading_does_not_matter_for_what_is_dropped():

@@ -256,11 +256,11 @@ def test_a_megabyte_without_a_blank_takes_seconds():
 
 def test_wishes_that_cannot_be():
   for want, message in (
-      (dict(threshold=1.5), 'threshold=1.5: a probability from 0 to 1'),
+      (dict(threshold=1.5), 'threshold=1.5; give a number from 0 to 1'),
       (dict(threshold=math.nan), 'threshold=nan'),
       (dict(depth=-1), 'depth=-1'),
       (dict(depth=1, target=5), 'depth=1 and target=5: choose one'),
-      (dict(target=0), 'target=0: a length of at least 1'),
+      (dict(target=0), 'target=0; give a number from 1'),
       (dict(minimum=10, maximum=5), 'minimum=10, maximum=5: needed are minimum <= target <= maximum'),
       (dict(target=100, maximum=50), 'target=100, maximum=50'),
       (dict(weight=math.inf), 'weight=inf')):

@@ -178,8 +178,8 @@ def test_token_ends_are_offsets_of_the_text():
 
 @pytest.mark.parametrize('options, message', [
     ({'style': 'words'}, 'choose one of'), ({'head': 0}, 'head=0; give a number from 1'),
-    ({'style': 'none', 'ahead': 2}, 'next marker'),
-    ({'style': 'token', 'cohesion': True}, 'only pooled'),
+    ({'style': 'none', 'ahead': 2}, "ahead=2 with marker style 'none'; give ahead=1"),
+    ({'style': 'token', 'cohesion': True}, 'read units pooled'),
 ])
 def test_bad_options_are_refused(options, message):
   with pytest.raises(ValueError, match=message):

@@ -91,13 +91,10 @@ def test_shapes_at_full_size(size):
 def test_a_language_model_gets_a_head():
   backbone = hf_cases.MODELS['qwen3_bias']
   cfg = model.architecture(backbone)
+  assert model.is_segmenter(cfg) and not model.is_segmenter(backbone)
   params = model.from_backbone(hf_cases.random_params(backbone, 'float32'), cfg, jax.random.key(0))
   expected = spec.abstract(classifier.spec(cfg), 'float32')
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, expected)
-
-
-def test_a_language_model_is_no_segmenter(tmp_path):
-  assert not model.is_segmenter(hf_cases.MODELS['qwen3_tied'])
 
 
 def test_the_loss_is_over_labelled_positions_and_weighs_cuts():

@@ -1,5 +1,6 @@
 """Baselines of cutting: each gives valid cuts of any text, what its rule says, and what its library says."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -133,6 +134,6 @@ def test_windows_and_depths_by_hand():
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
   def missing(name):
     raise ImportError(f'No module named {name!r}')
-  monkeypatch.setattr(splitters.importlib, 'import_module', missing)
+  monkeypatch.setattr(importlib, 'import_module', missing)
   with pytest.raises(ImportError, match=r'needs semchunk: .*pip install "blockattn\[text\]"'):
     splitters.semchunk_chunks(100)

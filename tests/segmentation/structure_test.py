@@ -12,21 +12,25 @@ from blockattn.segmentation.semanticseg import (
   schema,
   structure,
   structure_code,
-  structure_cuts,
   structure_talk,
   structure_text,
 )
 from tools import structure as tool
 
 few = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-EVERY = structure_cuts.Options(average=0, shortest=0, smallest=0)
-NoStructure = structure_cuts.NoStructure
+EVERY = structure_text.Options(average=0, shortest=0, smallest=0)
+NoStructure = structure_text.NoStructure
 PIECES = st.sampled_from([
     '# A\n', '## B', '\n', '\r\n', '\r', '\n\n', 'word ', '====', '----\n', '```\n', '---\n', '> # q\n', '%',
     '\\section{A}\n', '\\begin{verbatim}', '\\end{verbatim}', '~~~~\n', 'def f():\n  pass\n', '@x\n', '\f',
     'class A:\n  x = 1\n', '# c\n', '{', '}', 'int f() {\n}\n', '// c\n', '<h1>', '</h1>', '&amp;', '<pre>',
     '<![x[', '<!--', '😀', '\u2028', 'é', '\t', '/* c */'])
 TEXTS = st.lists(PIECES, max_size=20).map(''.join)
+
+
+def cut_at(headings_of, options=structure_text.DEFAULT):
+  """A builder from a reader of headings."""
+  return lambda text: structure_text.cut_at_headings(*headings_of(text), options)
 
 
 def blocks_of(builder, text, *args):
@@ -42,27 +46,27 @@ def test_markdown():
   blocks = ['---\ntitle: x\n---\nIntro\n\n', '# One\n\n```\n# no\n```\n\n',
             'Two\n---\n- # no\n\n> # no\n\n    # no\n\n', '## 3 ##\nx']
   text = ''.join(blocks)
-  assert blocks_of(structure_text.markdown, text, EVERY) == blocks
-  assert blocks_of(structure_text.markdown, text.replace('\n', '\r\n'), EVERY)[1].startswith('# One\r\n')
+  assert blocks_of(cut_at(structure_text.markdown, EVERY), text) == blocks
+  assert blocks_of(cut_at(structure_text.markdown, EVERY), text.replace('\n', '\r\n'))[1].startswith('# One\r\n')
   with pytest.raises(NoStructure, match='no headings'):
-    structure_text.markdown('plain\n')
+    cut_at(structure_text.markdown)('plain\n')
 
 
 def test_rst():
   text = ('=====\nTitle\n=====\n\nOne\n---\ntext\n\n::\n\n  no\n  --\n\nTwo\n---\n\nDeep\n~~~~~\n\nno, too long\n---\n\n'
           '====  ====\na     b\n====  ====\n')
-  blocks = blocks_of(structure_text.rst, text, EVERY)
+  blocks = blocks_of(cut_at(structure_text.rst, EVERY), text)
   assert [block.split('\n')[0] for block in blocks] == ['=====', 'One', 'Two', 'Deep']
-  assert [h.level for h in structure_text.rst_headings(text)] == [0, 1, 1, 2]
+  assert [h.level for h in structure_text.rst(text)[1]] == [0, 1, 1, 2]
 
 
 def test_latex():
   text = ('\\documentclass{a}\n\\section{One}\nx % \\section{no}\n%\\section{no}\n'
           '\\begin{verbatim}\n\\section{no}\n\\end{verbatim}\n50\\% \\verb|%| y\n'
           '  \\subsection*[s]{Two}\n\\newcommand{\\a}{\\section{no}}\n\\olsection{Three}\n')
-  blocks = blocks_of(structure_text.latex, text, EVERY)
+  blocks = blocks_of(cut_at(structure_text.latex, EVERY), text)
   assert [block.strip()[:9] for block in blocks] == ['\\document', '\\section{', '\\subsecti', '\\olsectio']
-  assert [h.level for h in structure_text.latex_headings(text)] == [2, 3, 2]
+  assert [h.level for h in structure_text.latex(text)[1]] == [2, 3, 2]
 
 
 def test_html():
@@ -72,34 +76,34 @@ def test_html():
   text, headings = structure_text.html_text(page)
   assert text == 'A b\n\nOne & two\nthree\n\n- x\n- y\n\na\n  b\n\nC\n\n1 2\n3\n'
   assert [(text[h.offset], h.level) for h in headings] == [('A', 1), ('C', 2)]
-  assert structure_text.html_page(page, EVERY) == [text[:text.index('C\n')], 'C\n\n1 2\n3\n']
+  assert cut_at(structure_text.html_text, EVERY)(page) == [text[:text.index('C\n')], 'C\n\n1 2\n3\n']
 
 
 def test_the_level_is_the_deepest_that_is_long_enough():
   section = '## S\n' + 'x' * 400 + '\n'
   sub = '### T\n' + 'y' * 600 + '\n'
   text = '# Title\n' + (section + sub) * 3
-  assert len(structure_text.markdown(text)) == 3 + 1                     # sections with their sub-sections: 1000 each
-  assert len(structure_text.markdown(text, structure_cuts.Options(average=300))) == 7
+  assert len(cut_at(structure_text.markdown)(text)) == 3 + 1   # sections with their sub-sections: 1000 each
+  assert len(cut_at(structure_text.markdown, structure_text.Options(average=300))(text)) == 7
   deep = '# Title\n' + ''.join(f'{"#" * level} H\n{"z" * 900}\n' for level in (2, 3, 4, 5, 2))
-  assert len(structure_text.markdown(deep)) == 5   # of the levels below the title only three: 2, 3 and 4
+  assert len(cut_at(structure_text.markdown)(deep)) == 5   # of the levels below the title only three: 2, 3 and 4
   short = '# a\n' + 'x' * 130 + '\n# b\n' + 'y' * 130
-  assert len(structure_text.markdown(short)) == 2   # none is long enough: the highest
+  assert len(cut_at(structure_text.markdown)(short)) == 2   # none is long enough: the highest
 
 
 def test_short_sections_are_joined():
-  assert structure_cuts.join_short(['ab', 'cde', 'f\n', '\n', 'gh'], 3) == ['abcde', 'f\n\ngh']
-  assert structure_cuts.join_short(['abc', ' \n', 'd'], 3) == ['abc \nd']
-  assert structure_cuts.join_short(['a', '\n', ' b'], 0) == ['a', '\n b']
-  assert structure_cuts.join_short(['\n'], 5) == ['\n'] and structure_cuts.join_short([], 5) == []
+  assert structure_text.join_short(['ab', 'cde', 'f\n', '\n', 'gh'], 3) == ['abcde', 'f\n\ngh']
+  assert structure_text.join_short(['abc', ' \n', 'd'], 3) == ['abc \nd']
+  assert structure_text.join_short(['a', '\n', ' b'], 0) == ['a', '\n b']
+  assert structure_text.join_short(['\n'], 5) == ['\n'] and structure_text.join_short([], 5) == []
 
 
 @few
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(0, 40))
 def test_long_works_become_documents(sizes, smallest):
-  options = structure_cuts.Options(longest=100, smallest=smallest, shortest=0)
+  options = structure_text.Options(longest=100, smallest=smallest, shortest=0)
   blocks = ['x' * size for size in sizes]
-  parts = structure_cuts.split_work(blocks, options)
+  parts = structure_text.split_work(blocks, options)
   assert list(itertools.chain.from_iterable(parts)) == blocks
   assert all(parts) and all(sum(map(len, part)) <= 100 for part in parts)
   if len(parts) > 1 and sum(sizes) <= 100:
@@ -108,7 +112,7 @@ def test_long_works_become_documents(sizes, smallest):
 
 def test_options_are_checked():
   with pytest.raises(ValueError, match='between 0 and longest'):
-    structure_cuts.Options(longest=100)
+    structure_text.Options(longest=100)
 
 
 # Code
@@ -267,7 +271,7 @@ def test_threads():
 def test_any_text_is_cut_without_loss_or_refused(text, suffix, shortest):
   if suffix in structure_code.LANGUAGES:
     pytest.importorskip('tree_sitter_language_pack')
-  options = structure_cuts.Options(average=0, shortest=shortest, longest=200, smallest=10)
+  options = structure_text.Options(average=0, shortest=shortest, longest=200, smallest=10)
   try:
     documents = structure.documents(text, suffix, options)
   except NoStructure:

@@ -42,7 +42,7 @@ def test_the_summary_has_every_figure(workdir):
 
 
 def test_the_export_is_a_subject_of_the_evaluation(workdir):
-  from blockattn.evals import subjects
+  from blockattn.evals import gap
   from blockattn.models import transformer
-  subject, tokenizer = subjects.load(workdir / 'student', 'block', transformer.Compute())
+  subject, tokenizer = gap.load(workdir / 'student', 'block', transformer.Compute())
   assert subject.options.sink_ids == tuple(tokenizer.encode('\n', add_special_tokens=False))

@@ -13,7 +13,7 @@ import rich.console
 
 from blockattn import blocks, checkpoint, loading
 from blockattn.data import json_lines
-from blockattn.evals import gap, subjects as subjects_lib
+from blockattn.evals import gap
 from blockattn.hf import config as hf_config
 from blockattn.models import transformer
 from blockattn.segmentation import segmenter
@@ -29,7 +29,7 @@ BLOCKS = {'blocks': ['one two ', 'three '], 'prompt': 'count:', 'response': ' fo
 
 def test_a_segmenter_is_no_model_to_ask():
   with pytest.raises(ValueError, match='assets/tiny_segmenter is a segmenter .*ForTokenClassification.: it cuts texts'):
-    subjects_lib.load(segmenter.EMBEDDED, 'block', COMPUTE)
+    gap.load(segmenter.EMBEDDED, 'block', COMPUTE)
 
 
 @pytest.fixture(scope='module')
@@ -85,7 +85,7 @@ def test_from_folders_to_summary(models, data, tmp_path, capsys, monkeypatch):
 
 def test_a_student_is_loaded_once_for_all_modes(models):
   teacher, student = models
-  subjects, teacher_subject, _ = subjects_lib.load_pair(student, teacher, ('full', 'block'), COMPUTE)
+  subjects, teacher_subject, _ = gap.load_pair(student, teacher, ('full', 'block'), COMPUTE)
   assert list(subjects) == ['teacher_full', 'teacher_block', 'student_full', 'student_block']
   assert [subject.mode for subject in subjects.values()] == ['full', 'block', 'full', 'block']
   assert subjects['teacher_full'] is teacher_subject
@@ -95,12 +95,12 @@ def test_a_student_is_loaded_once_for_all_modes(models):
 
 def test_subject_of_a_folder_and_of_a_workdir(models, tmp_path):
   teacher, student = models
-  from_folder, tokenizer = subjects_lib.load(student, 'block', COMPUTE)
+  from_folder, tokenizer = gap.load(student, 'block', COMPUTE)
   assert from_folder.options == OPTIONS and from_folder.mode == 'block'
-  assert subjects_lib.load(teacher, 'full', COMPUTE)[0].options.sink_ids == ()
+  assert gap.load(teacher, 'full', COMPUTE)[0].options.sink_ids == ()
   meta = job.model_meta(from_folder.cfg, OPTIONS, str(student), 'distill')
   checkpoint.save_params(tmp_path / 'checkpoints', from_folder.params, meta)
-  from_workdir, same_tokenizer = subjects_lib.load(tmp_path, 'block', COMPUTE)
+  from_workdir, same_tokenizer = gap.load(tmp_path, 'block', COMPUTE)
   assert (from_workdir.cfg, from_workdir.options) == (from_folder.cfg, OPTIONS)
   jax.tree.map(np.testing.assert_array_equal, from_workdir.params, from_folder.params)
   assert same_tokenizer.get_vocab() == tokenizer.get_vocab()
@@ -142,7 +142,7 @@ def test_students_of_another_rule_for_sinks_are_refused():
 
 
 def test_documents_and_examples_stay_together(models, data):
-  tokenizer = subjects_lib.load(models[1], 'full', COMPUTE)[1]
+  tokenizer = gap.load(models[1], 'full', COMPUTE)[1]
   docs, examples, report = evaluate.file_docs([data], tokenizer, limit=2)
   assert [len(doc.lengths) for doc in docs] == [len(example.blocks) + 1 for example in examples] == [4, 3]
   assert (report.examples, report.docs) == (2, 2)

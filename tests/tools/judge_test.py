@@ -11,7 +11,7 @@ import pytest
 import blockattn
 from blockattn import blocks
 from blockattn.data import encode
-from blockattn.evals import gap, subjects
+from blockattn.evals import gap
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import transformer
 from tools import evaluate, judge
@@ -195,7 +195,7 @@ def test_answers_are_those_of_the_masked_forward_pass(model, data, tmp_path, mon
   """In both modes, and where the device's room has to grow."""
   monkeypatch.setattr(judge, '_DEVICE_TOKENS', 64)
   compute = transformer.Compute(dtype='float32', impl='reference')
-  subject, tokenizer = subjects.load(model, 'block', compute)
+  subject, tokenizer = gap.load(model, 'block', compute)
   docs, _, _ = evaluate.file_docs([data['qa']], tokenizer, limit=3)
   prompts = []
   for doc in docs:

@@ -41,18 +41,11 @@ _TOKENS_PER_CUT = 5
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """How a document is asked about.
-
-  Attributes:
-    window: characters of text in a request.
-    overlap: characters that neighbouring windows share, at least, if that is less than all of one.
-    asks: how often an answer is asked for until it is valid.
-    instructions: the system message; {example} becomes a marker.
-  """
-  window: int = 24_000
-  overlap: int = 4_000
-  asks: int = 3
-  instructions: str = INSTRUCTIONS
+  """How a document is asked about."""
+  window: int = 24_000   # characters of text in a request
+  overlap: int = 4_000   # characters that neighbouring windows share, at least, if that is less than all of one
+  asks: int = 3   # how often an answer is asked for until it is valid
+  instructions: str = INSTRUCTIONS   # the system message; {example} becomes a marker
 
   def __post_init__(self):
     if self.asks < 1 or not 0 <= self.overlap < self.window:
@@ -107,11 +100,7 @@ def windows(candidates: Sequence[int], length: int, options: Options) -> list[Wi
 
 
 def marker_for(text: str) -> str:
-  """A format string for markers that the text itself does not hold.
-
-  Raises:
-    completions.Failed: it holds all that are known here.
-  """
+  """A format string for markers that the text itself does not hold; completions.Failed if it holds all that are known."""
   for marker in _MARKERS:
     if not _marker_regex(marker).search(text):
       return marker
@@ -132,11 +121,7 @@ def mark(text: str, offsets: Sequence[int], marker: str) -> str:
 
 
 def read_answer(answer: completions.Answer, count: int) -> list[int]:
-  """The numbers of an answer, strictly increasing, all from 1 to count.
-
-  Raises:
-    Unusable: it says anything else.
-  """
+  """The numbers of an answer, strictly increasing, all from 1 to count, or Unusable."""
   if answer.finish == 'length':
     raise Unusable('the answer was cut off before its end; answer with the JSON object alone')
   said = _THOUGHT.sub('', answer.text).strip()
@@ -157,41 +142,31 @@ def read_answer(answer: completions.Answer, count: int) -> list[int]:
   return cuts
 
 
-def first_messages(text: str, window: Window, shown: Sequence[int], marker: str, options: Options) -> list[dict]:
-  """The chat that asks about one window; `shown` are the candidates inside it."""
-  marked = mark(text[window.start:window.stop], [offset - window.start for offset in shown], marker)
-  parts = ('' if window.start == 0 else 'The document began earlier. ') + (
-      '' if window.stop == len(text) else 'The document goes on after the excerpt. ')
-  return [{'role': 'system', 'content': options.instructions.format(example=marker.format(7))},
-          {'role': 'user', 'content': f'{parts}Markers: 1 to {len(shown)}.\n\n{marked}'}]
-
-
 def requests(text: str, candidates: Sequence[int], options: Options) -> Iterator[tuple[Window, list[int], list[dict]]]:
-  """For each window: itself, the candidates that it shows, and the chat."""
+  """For each window: itself, the candidates inside it, and the chat that asks about it."""
   marker = marker_for(text)
   for window in windows(candidates, len(text), options):
     shown = [int(offset) for offset in candidates if window.start < offset < window.stop]
-    yield window, shown, first_messages(text, window, shown, marker, options)
+    marked = mark(text[window.start:window.stop], [offset - window.start for offset in shown], marker)
+    parts = ('' if window.start == 0 else 'The document began earlier. ') + (
+        '' if window.stop == len(text) else 'The document goes on after the excerpt. ')
+    yield window, shown, [{'role': 'system', 'content': options.instructions.format(example=marker.format(7))},
+                          {'role': 'user', 'content': f'{parts}Markers: 1 to {len(shown)}.\n\n{marked}'}]
 
 
 def ask_for_cuts(text: str, candidates: Sequence[int], ask: Callable[[list[dict]], completions.Answer], options: Options,
                  usage: collections.Counter | None = None) -> list[int]:
-  """Offsets at which the model cuts the text, all of them candidates.
+  """Those of the candidates, strictly increasing offsets in the text, at which the model cuts it.
 
   Args:
-    candidates: strictly increasing offsets, 0 < offset < len(text).
     ask: `Completions.ask`, or what stands in for it.
     usage: counts 'requests', 'tokens_in', 'tokens_out' and 'asked again'.
 
-  Raises:
-    completions.Failed: a request failed, or no answer was usable.
-  """
+  Raises completions.Failed: a request failed, or no answer was usable."""
   usage = collections.Counter() if usage is None else usage
-  cuts = []
-  for window, shown, messages in requests(text, candidates, options):
-    numbers = _ask_until_usable(messages, len(shown), ask, options, usage)
-    cuts += [shown[number - 1] for number in numbers if window.low <= shown[number - 1] < window.high]
-  return cuts
+  return [shown[number - 1] for window, shown, messages in requests(text, candidates, options)
+          for number in _ask_until_usable(messages, len(shown), ask, options, usage)
+          if window.low <= shown[number - 1] < window.high]
 
 
 def _ask_until_usable(messages, count, ask, options, usage):
@@ -229,11 +204,7 @@ def blocks_at(text: str, cuts: Sequence[int]) -> tuple[str, ...]:
 def annotate(document: Plain, ask: Callable[[list[dict]], completions.Answer],
              candidates_of: Callable[[str], Sequence[int]], options: Options,
              usage: collections.Counter | None = None) -> schema.Document:
-  """The document with the cuts of the model.
-
-  Raises:
-    completions.Failed: there is no valid answer for some part of it.
-  """
+  """The document with the cuts of the model, or completions.Failed: no valid answer for some part of it."""
   cuts = ask_for_cuts(document.text, candidates_of(document.text), ask, options, usage)
   return schema.Document(document.id, document.category, document.source, document.license, blocks_at(document.text, cuts))
 
@@ -249,11 +220,8 @@ class Result:
 
 def annotate_all(documents: Iterable[Plain], ask: Callable[[list[dict]], completions.Answer],
                  candidates_of: Callable[[str], Sequence[int]], options: Options, concurrency: int) -> Iterator[Result]:
-  """Annotates several documents at a time, each in one thread; results come as they are finished.
-
-  Raises:
-    completions.Refused: the endpoint refuses all; documents under way are given up.
-  """
+  """Annotates several documents at a time, each in one thread; results come as they are finished. Raises
+  completions.Refused: the endpoint refuses all; documents under way are given up."""
   def one(document):
     usage = collections.Counter()
     try:
@@ -274,8 +242,7 @@ def annotate_all(documents: Iterable[Plain], ask: Callable[[list[dict]], complet
     executor.shutdown(wait=False, cancel_futures=True)   # closing the endpoint ends what is under way
 
 
-# Cost
-
+# Cost.
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -292,11 +259,8 @@ class Estimate:
 
 def estimate(documents: Iterable[Plain], candidates_of: Callable[[str], Sequence[int]], options: Options,
              count: Callable[[str], int]) -> Estimate:
-  """What asking once about every window takes; an answer is taken to hold a cut for every 1000 characters.
-
-  Args:
-    count: tokens of a text.
-  """
+  """What asking once about every window takes; an answer is taken to hold a cut for every 1000 characters, and `count` to
+  give the tokens of a text."""
   totals = collections.Counter()
   for document in documents:
     totals.update(documents=1, characters=len(document.text))
@@ -316,8 +280,7 @@ def quarter(text: str) -> int:
   return math.ceil(len(text) / 4)
 
 
-# Files
-
+# Files.
 
 def read_plain(paths: Sequence[str | os.PathLike], defaults: dict[str, str], report: json_lines.Report) -> Iterator[Plain]:
   """Documents without cuts from JSON lines {"id", "text"} (or "blocks", then joined), or from text files as a whole.
@@ -329,8 +292,9 @@ def read_plain(paths: Sequence[str | os.PathLike], defaults: dict[str, str], rep
       came before is bad, 'duplicate id'.
   """
   seen = set()
-  for path in map(os.fspath, paths):
-    for number, raw in _raw_documents(path):
+  for path in [os.fspath(path) for path in paths]:
+    lines = json_lines.numbered_lines(path) if path.endswith(json_lines.SUFFIXES) else [(1, pathlib.Path(path))]
+    for number, raw in lines:
       report.lines += 1
       try:
         document = _plain(raw, path, defaults)
@@ -342,13 +306,6 @@ def read_plain(paths: Sequence[str | os.PathLike], defaults: dict[str, str], rep
       seen.add(document.id)
       report.examples += 1
       yield document
-
-
-def _raw_documents(path):
-  if path.endswith(json_lines.SUFFIXES):
-    yield from json_lines.numbered_lines(path)
-  else:
-    yield 1, pathlib.Path(path)
 
 
 def _plain(raw, path, defaults):
@@ -369,23 +326,24 @@ class Output:
   """A .jsonl file to which documents are appended, whole lines that are on the disk when `add` returns.
 
   Opening it repairs what an interrupted run left: a last line without an end is completed if it is whole, else removed.
-  Only one process at a time may hold it.
-  """
+  Raises ValueError: the name does not end in .jsonl, a line is no document, or another process holds the file."""
 
   def __init__(self, path: str | os.PathLike):
-    """Raises:
-      ValueError: the name does not end in .jsonl, a line is no document, or another process writes to it.
-    """
     self.path = pathlib.Path(path)
     if self.path.suffix != '.jsonl':
       raise UserError(f'{path}: rows are appended to a .jsonl file; choose a name that ends so')
     self.path.parent.mkdir(parents=True, exist_ok=True)
     self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-      self._lock()
-      self.finished = self._read()   # before anything is changed: it may be no file of ours
-      self._repair()
-      self.finished = self._read()
+      fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      *whole, last = self.path.read_bytes().split(b'\n')
+      # Before anything is changed: it may be no file of ours.
+      self.finished = dict(map(self._finished, itertools.count(1), whole))
+      if last:
+        self._repair(last)
+    except BlockingIOError as error:
+      os.close(self.file)
+      raise UserError(f'{self.path}: another process writes to it; wait for it, or choose another file') from error
     except BaseException:
       os.close(self.file)
       raise
@@ -397,12 +355,8 @@ class Output:
     os.close(self.file)
 
   def is_finished(self, document: Plain) -> bool:
-    """True if the file holds the document.
-
-    Raises:
-      ValueError: it holds one of that id with another text.
-    """
-    if document.id in self.finished and self.finished[document.id] != _digest(document.text):
+    """True if the file holds the document; ValueError if it holds one of that id with another text."""
+    if self.finished.get(document.id, _digest(document.text)) != _digest(document.text):
       raise UserError(f'{self.path}: {document.id!r} has another text there; give the document another id, remove the '
                       'line, or write to a new file')
     return document.id in self.finished
@@ -414,39 +368,28 @@ class Output:
     os.fsync(self.file)
     self.finished[document.id] = _digest(document.text)
 
-  def _lock(self):
+  def _finished(self, number, line):
+    """(id, digest) of the document of a whole line."""
     try:
-      fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise UserError(f'{self.path}: another process writes to it; wait for it, or choose another file') from error
+      document = schema.parse(line)
+    except json_lines.Malformed as error:
+      raise UserError(f'{json_lines.BadLine(str(self.path), number, error.reason, error.detail)}; correct or remove the '
+                      'line') from error
+    return document.id, _digest(document.text)
 
-  def _repair(self):
-    data = self.path.read_bytes()
-    if not data or data.endswith(b'\n'):
-      return
-    start = data.rfind(b'\n') + 1
+  def _repair(self, last):
+    """Completes or removes a line without an end."""
     try:
-      schema.parse(data[start:])
+      document = schema.parse(last)
       os.write(self.file, b'\n')
+      self.finished[document.id] = _digest(document.text)
     except json_lines.Malformed:
       # Only what is the beginning of a row of ours is taken away: the file may be somebody's only copy of something else.
-      if not _begins_row(data[start:]):
+      if not _begins_row(last):
         raise UserError(f'{self.path}: its last line is none that this tool began to write; choose another '
                         '--output') from None
-      os.ftruncate(self.file, start)
+      os.ftruncate(self.file, self.path.stat().st_size - len(last))
     os.fsync(self.file)
-
-  def _read(self):
-    """The documents of the whole lines."""
-    finished, data = {}, self.path.read_bytes()
-    for number, line in enumerate(data.split(b'\n')[:-1], start=1):
-      try:
-        document = schema.parse(line)
-      except json_lines.Malformed as error:
-        raise UserError(f'{json_lines.BadLine(str(self.path), number, error.reason, error.detail)}; correct or remove the '
-                        'line') from error
-      finished[document.id] = _digest(document.text)
-    return finished
 
 
 def _begins_row(line: bytes) -> bool:

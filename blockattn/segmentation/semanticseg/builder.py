@@ -30,6 +30,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from blockattn import errors
 from blockattn.data import json_lines
 from blockattn.errors import UserError
 from blockattn.segmentation.semanticseg import schema
@@ -49,16 +50,10 @@ DUPLICATE = 'duplicate of another split'
 
 @dataclasses.dataclass(frozen=True)
 class Beam:
-  """Reads through Apache Beam.
-
-  Attributes:
-    runner: the name of one of Beam's runners, such as FlinkRunner or DataflowRunner. For one on other machines all
-      files and the output have to be on storage that they see, and `blockattn` has to be installed there. The default
-      is the direct runner for batches; the name DirectRunner would first try to download another one, Prism.
-    options: for the runner, as on a command line: '--direct_num_workers=8 --direct_running_mode=multi_processing'.
-  """
-  runner: str = 'FnApiRunner'
-  options: str = ''
+  """Reads through Apache Beam, on one of its runners, such as FlinkRunner or DataflowRunner. For one on other machines all
+  files and the output have to be on storage that they see, and `blockattn` has to be installed there."""
+  runner: str = 'FnApiRunner'   # the direct one for batches; DirectRunner would first try to download another, Prism
+  options: str = ''   # as on a command line: '--direct_num_workers=8 --direct_running_mode=multi_processing'
 
   def pipeline_options(self) -> Any:
     options = [f'--runner={self.runner}', *shlex.split(self.options)]
@@ -67,18 +62,11 @@ class Beam:
 
 @dataclasses.dataclass(eq=False)
 class SemanticSegConfig(tfds.core.BuilderConfig):
-  """A part of the dataset.
-
-  Attributes:
-    files: its files.
-    dropped: ids of training documents to leave out.
-    fingerprint: of all that decides the records.
-    beam: None reads in this process.
-  """
-  files: tuple[schema.File, ...] = dataclasses.field(default=(), repr=False)
-  dropped: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
-  fingerprint: str = ''
-  beam: Beam | None = None
+  """A part of the dataset."""
+  files: tuple[schema.File, ...] = dataclasses.field(default=(), repr=False)   # its files
+  dropped: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)   # ids of training documents to leave out
+  fingerprint: str = ''   # of all that decides the records
+  beam: Beam | None = None   # None reads in this process
 
 
 @dataclasses.dataclass
@@ -104,7 +92,7 @@ class Summary:
 
 
 class SemanticSeg(tfds.core.GeneratorBasedBuilder):
-  """The TFDS builder; `build` runs it, and `tfds.builder_from_directory` reads its output without this class."""
+  """`build` runs it; `tfds.builder_from_directory` reads its output without this class."""
   name = NAME
   VERSION = tfds.core.Version('1.0.0')
   RELEASE_NOTES = {'1.0.0': 'First version.'}
@@ -139,12 +127,7 @@ class SemanticSeg(tfds.core.GeneratorBasedBuilder):
     """(key, record) of every document to keep; the summary is complete at the end."""
     files = _files_of(self.builder_config, split)
     for document in schema.read(files, summary.report) if files else ():
-      if split == 'train' and document.id in self.builder_config.dropped:
-        summary.report.dropped[DUPLICATE] += 1
-        continue
-      summary.report.docs += 1
-      summary.licenses[document.license] += 1
-      yield document.id, to_record(document)
+      yield from _kept(document, self.builder_config.dropped if split == 'train' else (), summary)
 
   def _summary_path(self, split):
     return os.path.join(self.data_dir, f'{split}.summary.json')
@@ -178,15 +161,14 @@ class _StableWriter(tfds.core.ExampleWriter):
     return super().write(path, ((key, parse(data).SerializeToString(deterministic=True)) for key, data in examples))
 
 
-def to_record(document: schema.Document) -> dict[str, Any]:
-  """A document as TFDS takes it."""
-  return {**dataclasses.asdict(document), 'blocks': list(document.blocks)}
-
-
-def from_record(record: dict[str, Any]) -> schema.Document:
-  """A document as TFDS gives it: text is bytes."""
-  texts = (record[key].decode() for key in schema.KEYS[:-1])
-  return schema.Document(*texts, tuple(block.decode() for block in record['blocks']))
+def _kept(document, dropped, summary):
+  """(key, record as TFDS takes it) of a document, unless it is to be dropped; counted."""
+  if document.id in dropped:
+    summary.report.dropped[DUPLICATE] += 1
+  else:
+    summary.report.docs += 1
+    summary.licenses[document.license] += 1
+    yield document.id, {**dataclasses.asdict(document), 'blocks': list(document.blocks)}
 
 
 def _files_of(config, split):
@@ -194,7 +176,6 @@ def _files_of(config, split):
 
 
 # The pipeline. Its functions stand in a module, so that other machines find them.
-
 
 def _read_in_pipeline(pipeline, files, dropped, path):
   """(key, record) of the documents to keep; their summary is written to `path`."""
@@ -227,12 +208,7 @@ def _choose(found, dropped):
     except json_lines.Malformed as error:
       summary.report.examples -= 1   # the reader of its file took it for a good one
       summary.report.add_bad(json_lines.BadLine(other_file, other_line, error.reason, error.detail))
-  if document.id in dropped:
-    summary.report.dropped[DUPLICATE] += 1
-  else:
-    summary.report.docs += 1
-    summary.licenses[document.license] += 1
-    yield document.id, to_record(document)
+  yield from _kept(document, dropped, summary)
   yield _beam().pvalue.TaggedOutput('summary', summary)
 
 
@@ -245,28 +221,15 @@ def _write_summary(summary, path):
 
 
 def _beam():
-  try:
-    import apache_beam
-  except ImportError as error:
-    raise ImportError("a build through Beam needs apache-beam: pip install 'blockattn[semanticseg,beam]'") from error
-  return apache_beam
+  return errors.library('apache_beam', 'a build through Beam', 'semanticseg,beam')
 
 
 # Building and reading.
 
-
 def configs(files: Sequence[schema.File], *, dropped: Iterable[tuple[str, str]] = (),
             beam: Beam | None = None) -> list[SemanticSegConfig]:
-  """A config for every category of the files, in order, and `all`.
-
-  Args:
-    files: from `schema.find`.
-    dropped: (category, id) of training documents to leave out, see `dedupe.dropped`.
-    beam: None reads in this process.
-
-  Raises:
-    ValueError: there are no files, or a category is called 'all'.
-  """
+  """A config for every category of the files, in order, and `all`; `dropped` as of `dedupe.dropped`. Raises ValueError:
+  there are no files, or a category is called 'all'."""
   categories = sorted({file.category for file in files})
   if not files or ALL in categories:
     raise UserError(f'a category {ALL!r}: rename its files, the name is for the whole' if files
@@ -293,13 +256,10 @@ def build(config: SemanticSegConfig, out: str | os.PathLike, *, num_shards: int 
   One that was made from other input is replaced. A build that is killed leaves nothing under the config's name.
 
   Args:
-    config: from `configs`.
     out: a folder; one build at a time in it.
     num_shards: of every split; None: one, and more from 64 MiB on.
 
-  Raises:
-    ValueError: not one good document.
-  """
+  Raises ValueError: not one good document."""
   folder = folder_of(out, config.name)
   _remove_incomplete(folder)
   if is_whole(folder, config.fingerprint):
@@ -308,9 +268,8 @@ def build(config: SemanticSegConfig, out: str | os.PathLike, *, num_shards: int 
     # Renamed at once, then removed: half of a dataset never stands under its name.
     folder.rename(folder.parent / f'incomplete.old_{folder.name}')
     _remove_incomplete(folder)
-  beam_options = config.beam.pipeline_options() if config.beam else None
-  download_config = tfds.download.DownloadConfig(try_download_gcs=False, num_shards=num_shards,
-                                                 beam_options=beam_options)
+  download_config = tfds.download.DownloadConfig(
+      try_download_gcs=False, num_shards=num_shards, beam_options=config.beam and config.beam.pipeline_options())
   builder = SemanticSeg(config=config, data_dir=os.fspath(out), file_format='array_record')
   # TFDS makes folders for downloads, of which there are none; their name lets them go with the rest.
   builder.download_and_prepare(download_dir=folder.parent / 'incomplete.downloads', download_config=download_config)
@@ -340,11 +299,8 @@ def is_whole(folder: Any, fingerprint: str | None = None) -> bool:
 
 
 def metadata_of(folder: Any) -> dict[str, Any]:
-  """What the build noted: fingerprint, licenses, splits (a summary each), files.
-
-  Raises:
-    FileNotFoundError: no built config there.
-  """
+  """What the build noted: fingerprint, licenses, splits (a summary each), files. Raises FileNotFoundError: no built config
+  there."""
   return json.loads((epath.Path(folder) / 'metadata.json').read_text())
 
 
@@ -364,7 +320,9 @@ class DocumentSource:
     return len(self._records)
 
   def __getitem__(self, index: int) -> schema.Document:
-    return from_record(self._records[index])
+    record = self._records[index]   # text is bytes
+    texts = (record[key].decode() for key in schema.KEYS[:-1])
+    return schema.Document(*texts, blocks=tuple(block.decode() for block in record['blocks']))
 
   def __iter__(self) -> Iterator[schema.Document]:
     return (self[i] for i in range(len(self)))
@@ -379,12 +337,8 @@ def splits_of(out: str | os.PathLike, name: str) -> list[str]:
 
 
 def open_split(out: str | os.PathLike, name: str, split: str) -> DocumentSource:
-  """The documents of a split such as 'train' or 'train[:10%]', in the order of the records.
-
-  Raises:
-    FileNotFoundError: no such config below `out`.
-    ValueError: no such split.
-  """
+  """The documents of a split such as 'train' or 'train[:10%]', in the order of the records. Raises FileNotFoundError: no
+  such config below `out`; ValueError: no such split."""
   builder = _open(out, name)
   if split.split('[')[0] not in builder.info.splits:
     raise UserError(f'{name}: no split {split!r}; there are {", ".join(builder.info.splits)}')

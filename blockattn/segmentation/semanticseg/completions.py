@@ -43,33 +43,20 @@ class _Again(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """What the model said.
-
-  Attributes:
-    text: the content of its message; '' if there is none.
-    finish: why it stopped, such as 'stop' or 'length'.
-    tokens_in, tokens_out: what the endpoint charges for; 0 if it does not say.
-  """
-  text: str
-  finish: str = 'stop'
-  tokens_in: int = 0
+  """What the model said."""
+  text: str   # the content of its message; '' if there is none
+  finish: str = 'stop'   # why it stopped, such as 'stop' or 'length'
+  tokens_in: int = 0   # tokens_in, tokens_out: what the endpoint charges for; 0 if it does not say
   tokens_out: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """When to give up.
-
-  Attributes:
-    timeout: seconds for one attempt, from its start to the last byte of the reply.
-    attempts: of one request.
-    backoff: seconds before the second attempt, twice as long before every further one, half of it by chance.
-    longest_wait: seconds; a server that asks for more is not waited for, and no backoff is longer.
-  """
-  timeout: float = 120
-  attempts: int = 6
-  backoff: float = 1
-  longest_wait: float = 300
+  """When to give up."""
+  timeout: float = 120   # seconds for one attempt, from its start to the last byte of the reply
+  attempts: int = 6   # of one request
+  backoff: float = 1   # seconds before the second attempt, twice as long before every further one, half of it by chance
+  longest_wait: float = 300   # seconds; a server that asks for more is not waited for, and no backoff is longer
 
   def __post_init__(self):
     if self.timeout <= 0 or self.attempts < 1 or self.backoff < 0 or self.longest_wait < 0:
@@ -82,13 +69,10 @@ class Completions:
   def __init__(self, base_url: str, model: str, key: str = '', *, body: dict | None = None, limits: Limits = Limits(),
                sleep: Callable[[float], object] | None = None):
     """Args:
-      base_url: up to and without /chat/completions, such as https://api.openai.com/v1.
+      base_url: up to and without /chat/completions, such as https://api.openai.com/v1. ValueError if it or the key is none.
       key: sent as a bearer token; '' sends none, which local servers are content with.
       body: further keys of the request, such as {"temperature": 0}.
       sleep: called with seconds to wait; None: really waits, until the endpoint is closed.
-
-    Raises:
-      ValueError: the URL or the key cannot be one.
     """
     shown = redacted(base_url)
     try:
@@ -138,44 +122,31 @@ class Completions:
     await self.client.aclose()
 
   def ask(self, messages: Sequence[dict]) -> Answer:
-    """The answer to a chat.
-
-    Args:
-      messages: of {"role", "content"}.
-
-    Raises:
-      Failed: none after all attempts, or the request itself is wrong (too long, say).
-      Refused: the key, the permission, the URL or the model is wrong.
-    """
+    """The answer to a chat of {"role", "content"}. Raises Failed: none after all attempts, or the request itself is wrong
+    (too long, say); Refused: the key, the permission, the URL or the model is wrong."""
     for attempt in range(self.limits.attempts):
       try:
-        self._wait_for_others()
+        with self.lock:
+          wait = self.not_before - time.monotonic()
+        if wait > 0:
+          self.sleep(wait)
         return self._attempt(messages)
       except _Again as error:
         if attempt + 1 == self.limits.attempts:
-          raise Failed(f'{self._redacted(error)} (attempt {attempt + 1}, the last)') from None
+          raise Failed(f'{redacted(str(error), self._secrets)} (attempt {attempt + 1}, the last)') from None
         self._wait(error, attempt)
       except (Failed, Refused) as error:   # servers and proxies repeat what they were sent
-        raise type(error)(self._redacted(error)) from None
+        raise type(error)(redacted(str(error), self._secrets)) from None
     raise AssertionError('no attempt')
 
-  def _redacted(self, error):
-    return redacted(str(error), self._secrets)
-
-  def _wait_for_others(self):
-    with self.lock:
-      wait = self.not_before - time.monotonic()
-    if wait > 0:
-      self.sleep(wait)
-
   def _wait(self, error, attempt):
-    backoff = min(self.limits.longest_wait, self.limits.backoff * 2 ** attempt) * random.uniform(.5, 1)
+    longest = self.limits.longest_wait
     if error.wait is None:
-      self.sleep(backoff)
+      self.sleep(min(longest, self.limits.backoff * 2 ** attempt) * random.uniform(.5, 1))
       return
-    if error.wait > self.limits.longest_wait:
-      raise Failed(f'{self._redacted(error)}, and asks to wait {error.wait:.0f} s, longer than '
-                   f'{self.limits.longest_wait:.0f} s') from None
+    if error.wait > longest:
+      raise Failed(f'{redacted(str(error), self._secrets)}, and asks to wait {error.wait:.0f} s, longer than '
+                   f'{longest:.0f} s') from None
     with self.lock:
       self.not_before = max(self.not_before, time.monotonic() + error.wait)
     self.sleep(error.wait)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from blockattn import errors
 from blockattn.errors import UserError
 from blockattn.segmentation.semanticseg import schema
 
@@ -43,10 +44,6 @@ class Pair:
   b: Place
   similarity: float    # Jaccard, 1.0 for the same words
   exact: bool
-
-  @property
-  def across(self) -> bool:
-    return self.a[0] != self.b[0]
 
 
 def words_of(text: str) -> list[str]:
@@ -94,22 +91,16 @@ def find(documents: Documents, *, threshold: float = THRESHOLD) -> list[Pair]:
       category.
     threshold: similarity from which two texts are near duplicates, above 0.5 (the index would miss many below) to 1.
 
-  Raises:
-    ValueError: a threshold out of range.
-    ImportError: datasketch is not installed.
-  """
+  Raises ValueError: a threshold out of range; ImportError: datasketch is not installed."""
   if not 0.5 < threshold <= 1:
     raise UserError(f'threshold {threshold}: give a similarity above 0.5, at most 1')
   first, same, candidates = _candidates(documents())
   places = set(itertools.chain.from_iterable(candidates))
   shingles = {place: shingles_of(words_of(document.text)) for split, document in documents()
-              if (place := _place(split, document)) in places}
-  pairs = [_pair(first[digest], place, 1.0, True) for digest, place in same]
-  for a, b in candidates:
-    similarity = jaccard(shingles[a], shingles[b])
-    if similarity >= threshold:
-      pairs.append(_pair(a, b, similarity, False))
-  return sorted(pairs)
+              if (place := (split, document.category, document.id)) in places}
+  near = [(a, b, jaccard(shingles[a], shingles[b])) for a, b in candidates]
+  return sorted([_pair(first[digest], place, 1.0, True) for digest, place in same]
+                + [_pair(a, b, similarity, False) for a, b, similarity in near if similarity >= threshold])
 
 
 def _candidates(documents):
@@ -117,7 +108,7 @@ def _candidates(documents):
   first, same, candidates = {}, [], []
   index = _datasketch().MinHashLSH(num_perm=BANDS[0] * BANDS[1], params=BANDS)
   for split, document in documents:
-    place, words = _place(split, document), words_of(document.text)
+    place, words = (split, document.category, document.id), words_of(document.text)
     digest = digest_of(words)
     if first.setdefault(digest, place) != place:
       same.append((digest, place))
@@ -128,13 +119,10 @@ def _candidates(documents):
   return first, same, candidates
 
 
-def _place(split, document):
-  return (split, document.category, document.id)
-
-
 def _pair(a, b, similarity, exact):
   rank = lambda place: (-schema.SPLITS.index(place[0]), *place[1:])   # test, validation, train
-  return Pair(*sorted((a, b), key=rank), similarity, exact)
+  first, second = sorted((a, b), key=rank)
+  return Pair(first, second, similarity, exact)
 
 
 def dropped(pairs: Iterable[Pair]) -> frozenset[tuple[str, str]]:
@@ -154,10 +142,8 @@ def counts_of(pairs: Iterable[Pair]) -> Iterator[tuple[str, str, int, int]]:
   counts = {}
   for pair in pairs:
     category = ', '.join(sorted({pair.a[1], pair.b[1]}))
-    row = counts.setdefault((category, f'{pair.a[0]}-{pair.b[0]}'), [0, 0])
-    row[0 if pair.exact else 1] += 1
-  for key, row in sorted(counts.items()):
-    yield (*key, *row)
+    counts.setdefault((category, f'{pair.a[0]}-{pair.b[0]}'), [0, 0])[not pair.exact] += 1
+  return ((*key, *row) for key, row in sorted(counts.items()))
 
 
 def to_json(pairs: Iterable[Pair]) -> list[dict]:
@@ -166,8 +152,4 @@ def to_json(pairs: Iterable[Pair]) -> list[dict]:
 
 
 def _datasketch():
-  try:
-    import datasketch
-  except ImportError as error:
-    raise ImportError("finding duplicates needs datasketch: pip install 'blockattn[semanticseg]'") from error
-  return datasketch
+  return errors.library('datasketch', 'finding duplicates', 'semanticseg')

@@ -23,14 +23,13 @@ Left alone: fenced and verbatim code (but for its blank lines), indentation, cap
 """
 
 import bisect
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from blockattn.errors import UserError
+import numpy as np
 
-Spans = list[tuple[int, int]]   # (start, stop) in characters, to be deleted
+from blockattn.errors import UserError
 
 TEXT = ('blank', 'heading', 'label', 'number', 'question')
 TALK = ('blank', 'time')
@@ -103,11 +102,8 @@ def remove_hints(blocks: Sequence[str], category: str) -> tuple[str, ...]:
   result is one that removing hints again leaves as it is.
 
   Args:
-    blocks: texts that join to the document; none empty.
+    blocks: texts that join to the document; none empty, nor is one of the result.
     category: decides which kinds are looked for, see `KINDS`.
-
-  Returns:
-    As many blocks, none empty.
   """
   blocks, before = tuple(blocks), None
   while blocks != before:   # ends, because whatever differs is shorter
@@ -116,16 +112,13 @@ def remove_hints(blocks: Sequence[str], category: str) -> tuple[str, ...]:
 
 
 def random_hints(blocks: Sequence[str], category: str, rng: Any, rate: float) -> tuple[str, ...]:
-  """The same blocks, each kind of hint removed from the whole document with probability `rate`, else left in it.
-
-  Args:
-    rng: numpy Generator or random.Random; one draw for every kind of the category.
-  """
+  """The same blocks, each kind of hint removed from the whole document with probability `rate`, else left in it: one draw
+  of the numpy Generator or random.Random for every kind of the category."""
   return without(blocks, category, [kind for kind in kinds_of(category) if rng.random() < rate])
 
 
 def kinds_of(category: str) -> tuple[str, ...]:
-  return KINDS[category] if category in KINDS else TEXT
+  return KINDS.get(category, TEXT)
 
 
 def without(blocks: Sequence[str], category: str, kinds: Sequence[str]) -> tuple[str, ...]:
@@ -135,59 +128,22 @@ def without(blocks: Sequence[str], category: str, kinds: Sequence[str]) -> tuple
   if not kinds:
     return tuple(blocks)
   text = ''.join(blocks)
-  spans = _merged(itertools.chain.from_iterable(find_hints(text, category, kinds).values()))
-  cuts = list(itertools.accumulate(map(len, blocks), initial=0))
-  return tuple(_rest(text, spans, start, stop) or (_blanks_only(block) if 'blank' in kinds else block)
-               for block, start, stop in zip(blocks, cuts, cuts[1:], strict=False))
+  codes = np.frombuffer(text.encode('utf-32-le', 'surrogatepass'), np.uint32)
+  kept = np.ones(len(codes), bool)
+  for _, start, stop in find_hints(text, category, kinds):
+    kept[start:stop] = False
+  found, start = [], 0
+  for block in blocks:
+    part = slice(start, start + len(block))
+    rest = codes[part][kept[part]].tobytes().decode('utf-32-le', 'surrogatepass')
+    if not rest or block.strip() and not rest.strip():
+      rest = _BLANK.sub(r'\1', block) if 'blank' in kinds else block
+    found.append(rest)
+    start = part.stop
+  return tuple(found)
 
 
-def find_hints(text: str, category: str, kinds: Sequence[str]) -> dict[str, Spans]:
-  """What to delete for each kind: spans in order of their starts for a kind; those of different kinds may overlap."""
-  found = {kind: [] for kind in kinds}
-  if 'blank' in found:
-    found['blank'] = [(match.end(1), match.end()) for match in _BLANK.finditer(text)]
-  lines = _lines(text)
-  if set(found) - {'blank'}:
-    for kind, start, stop in _hints_of_lines(text, lines, category, found):
-      found[kind].append((start, stop))
-  return found
-
-
-def _rest(text, spans, start, stop):
-  """What the spans leave of text[start:stop]; '' if that is only white space and was not before."""
-  at = bisect.bisect_left(spans, (start, start))
-  at -= at > 0 and spans[at - 1][1] > start
-  parts = []
-  position = start
-  while at < len(spans) and spans[at][0] < stop:
-    parts.append(text[position:max(position, spans[at][0])])
-    position = min(stop, max(position, spans[at][1]))
-    at += 1
-  rest = ''.join(parts) + text[position:stop]
-  return rest if rest.strip() or not text[start:stop].strip() else ''
-
-
-def _blanks_only(block):
-  return _BLANK.sub(r'\1', block)
-
-
-def _merged(spans):
-  merged = []
-  for start, stop in sorted(spans):
-    if merged and start <= merged[-1][1]:
-      merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-    elif start < stop:
-      merged.append((start, stop))
-  return merged
-
-
-# Lines
-
-
-def _lines(text) -> list[tuple[int, int]]:
-  """(start, stop without the line end) of every line that is not blank."""
-  return [m.span() for m in _LINE.finditer(text) if _SPACE.match(text, *m.span()).end() < m.end()]
-
+# Lines.
 
 def _line_end(text, stop):
   """The position behind the line end at `stop`."""
@@ -199,7 +155,7 @@ def _touch(text, before, after):
   return _line_end(text, before[1]) == after[0]
 
 
-def _code(text, lines) -> Spans:
+def _code(text, lines) -> list[tuple[int, int]]:
   """Fenced and verbatim code: spans of whole lines, fences included. A fence that nothing closes is none."""
   spans, opened, hopeless = [], None, set()
   for i, (start, stop) in enumerate(lines):
@@ -225,49 +181,37 @@ def _underlines(text, lines, i, mark, info):
   return lines[i - 1][1] - lines[i - 1][0] <= len(mark)
 
 
-def _hints_of_lines(text, lines, category, kinds) -> Iterator[tuple[str, int, int]]:
-  if 'rule' in kinds:
-    yield from (('rule', start, _line_end(text, stop)) for start, stop in lines if _CODE_RULE.match(text, start, stop))
-  if 'time' in kinds:
-    yield from _times(text, lines)
-  if 'mail' in kinds:
-    yield from _mail(text, lines)
-  if {'heading', 'label', 'number', 'question'} & set(kinds):
-    code = _code(text, lines)
-    yield from (hint for hint in _text_hints(text, lines, category, _outside(lines, code)) if hint[0] in kinds)
-
-
-def _times(text, lines):
+def find_hints(text: str, category: str, kinds: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+  """(kind, start, stop) in characters of what to delete; spans may overlap."""
+  if 'blank' in kinds:
+    yield from (('blank', match.end(1), match.end()) for match in _BLANK.finditer(text))
+  # (start, stop without the line end) of every line that is not blank.
+  lines = [m.span() for m in _LINE.finditer(text) if not _SPACE.fullmatch(text, *m.span())]
   for start, stop in lines:
-    if _SESSION.match(text, start, stop):
+    if 'rule' in kinds and _CODE_RULE.match(text, start, stop):
+      yield 'rule', start, _line_end(text, stop)
+    if 'time' in kinds and _SESSION.match(text, start, stop):
       yield 'time', start, _line_end(text, stop)
-    elif (match := _TIME.match(text, start, stop)) and match.end() < stop:
+    elif 'time' in kinds and (match := _TIME.match(text, start, stop)) and match.end() < stop:
       yield 'time', start, match.end()
-
-
-def _mail(text, lines):
-  for start, stop in lines:
-    if _MAIL_HEADER.match(text, start, stop) or _MAIL_LINE.match(text, start, min(stop, start + _LONGEST)):
+    if 'mail' in kinds and (_MAIL_HEADER.match(text, start, stop)
+                            or _MAIL_LINE.match(text, start, min(stop, start + _LONGEST))):
       yield 'mail', start, _line_end(text, stop)
-    elif match := _MAIL_QUOTE.match(text, start, stop):
+    elif 'mail' in kinds and (match := _MAIL_QUOTE.match(text, start, stop)):
       yield 'mail', start, match.end()
+  if {'heading', 'label', 'number', 'question'} & set(kinds):
+    yield from (hint for hint in _text_hints(text, lines, category) if hint[0] in kinds)
 
 
-def _outside(lines, code):
-  """Indices of the lines that stand in no span of code."""
-  starts = [start for start, _ in code]
-  for i, (start, _) in enumerate(lines):
-    at = bisect.bisect_right(starts, start) - 1
-    if at < 0 or start >= code[at][1]:
-      yield i
-
-
-def _text_hints(text, lines, category, indices):
+def _text_hints(text, lines, category):
   """Hints of running text: ('heading' | 'label' | 'number' | 'question', start, stop)."""
-  indices = list(indices)
+  code = _code(text, lines)
+  begins = [start for start, _ in code]
+  inside = lambda start: (at := bisect.bisect_right(begins, start) - 1) >= 0 and start < code[at][1]
+  indices = [i for i, (start, _) in enumerate(lines) if not inside(start)]
   rules = {i for i in indices if _is_rule(text, lines, i)}
   titles = {i: title for i in indices if i not in rules and (title := _marked_title(text, *lines[i])) is not None}
-  has_questions = _has_questions(text, lines, indices)
+  has_questions = all(any(mark.match(text, *lines[i]) for i in indices) for mark in (_QUESTION, _ANSWER))
   for i in indices:
     start, stop = lines[i]
     if i in rules:
@@ -308,9 +252,11 @@ _PLACE_NAMES = frozenset(place.capitalize() for place in _PLACES.split('|'))
 def _marked_title(text, start, stop):
   """(spans of the marks, span of the title) of a heading that a mark shows, None of any other line."""
   first = text[start]
-  if first in '# ' and (match := _ATX.match(text, start, stop)):
-    end = _ATX_END.search(text, max(match.end() - 1, stop - _LONGEST), stop)
-    return _unbolded(text, [(start, match.end()), end.span()], match.end(), max(match.end(), end.start()))
+  if (first in '# ' and (match := _ATX.match(text, start, stop))
+      and (end := _ATX_END.search(text, max(match.end() - 1, stop - _LONGEST), stop))):
+    marks, at, to = [(start, match.end()), end.span()], match.end(), max(match.end(), end.start())
+    bold = _BOLD.match(text, at, to)   # ** around the whole title counts among the marks
+    return ([*marks, (at, bold.start(1)), (bold.end(1), to)], bold.span(1)) if bold else (marks, (at, to))
   if stop - start > 4 * _LONGEST:
     return None
   if first == '\\' and (match := _SECTION.match(text, start, stop)):
@@ -333,14 +279,6 @@ def _marked_title(text, start, stop):
     opened = tags and text[start:tags[0][0]].strip() == ''
     return (tags, (tags[0][1], tags[1][0] if len(tags) > 1 else stop)) if opened else None
   return None
-
-
-def _unbolded(text, marks, start, stop):
-  """A heading's marks and title, with the ** around the whole title counted among the marks."""
-  match = _BOLD.match(text, start, stop)
-  if not match:
-    return marks, (start, stop)
-  return [*marks, (start, match.start(1)), (match.end(1), stop)], match.span(1)
 
 
 def _closing_brace(text, position):
@@ -373,8 +311,3 @@ def _alone(text, lines, i):
   """True if blank lines, or the text's ends, stand before and after line i."""
   return ((i == 0 or not _touch(text, lines[i - 1], lines[i])) and
           (i + 1 == len(lines) or not _touch(text, lines[i], lines[i + 1])))
-
-
-def _has_questions(text, lines, indices):
-  return (any(_QUESTION.match(text, *lines[i]) for i in indices) and
-          any(_ANSWER.match(text, *lines[i]) for i in indices))

@@ -34,20 +34,12 @@ _NAME = re.compile(rf'({"|".join(SPLITS)})_([a-z0-9_]+?)(?:-\d+-of-\d+)?\.jsonl(
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text and its blocks.
-
-  Attributes:
-    id: unique within a split.
-    category: the kind of text, such as 'books'.
-    source: where it is from.
-    license: under which it may be passed on.
-    blocks: pieces of the text, none of them blank.
-  """
-  id: str
-  category: str
-  source: str
-  license: str
-  blocks: tuple[str, ...]
+  """A text and its blocks."""
+  id: str   # unique within a split
+  category: str   # the kind of text, such as 'books'
+  source: str   # where it is from
+  license: str   # under which it may be passed on
+  blocks: tuple[str, ...]   # pieces of the text, none of them blank
 
   @property
   def text(self) -> str:
@@ -68,11 +60,7 @@ class File:
 
 
 def name_of(path: str | os.PathLike) -> File:
-  """What a file's name says of it.
-
-  Raises:
-    ValueError: the name is not {split}_{category}.jsonl, or .jsonl.gz.
-  """
+  """What a file's name says of it; ValueError if that is not {split}_{category}.jsonl, or .jsonl.gz."""
   match = _NAME.fullmatch(os.path.basename(path))
   if match is None:
     raise UserError(f'{path}: the name must be {{split}}_{{category}}.jsonl or .jsonl.gz, the split one of '
@@ -83,11 +71,8 @@ def name_of(path: str | os.PathLike) -> File:
 def find(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
          categories: Sequence[str] | None = None) -> list[File]:
   """The files that paths, folders and globs name, by category, split and path; those of some categories only if asked.
-
-  Raises:
-    FileNotFoundError: a pattern names nothing.
-    ValueError: a file's name says no split, or there is no file of a category.
-  """
+  Raises FileNotFoundError: a pattern names nothing; ValueError: a file's name says no split, or there is no file of a
+  category."""
   files = [name_of(path) for path in json_lines.find_files(patterns)]
   found = {file.category for file in files}
   missing = sorted(set(categories or ()) - found)
@@ -99,19 +84,13 @@ def find(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
 
 def read(paths: str | pathlib.Path | Sequence[str | pathlib.Path], report: json_lines.Report | None = None, *,
          strict: bool = False) -> Iterator[Document]:
-  """Reads documents, file by file, line by line.
-
-  Ids are compared within a split: files whose names say none are one split.
+  """The documents of files, see `json_lines.find_files`. Ids differ within a split; files whose names say none are one.
 
   Args:
-    paths: see `json_lines.find_files`.
     report: counts lines, documents (`examples`) and bad lines as they are read.
     strict: raise at the first bad line instead of counting it.
 
-  Raises:
-    BadLineError: a bad line, if `strict`.
-    ValueError: a file's compression is damaged.
-  """
+  Raises BadLineError: a bad line, if `strict`; ValueError: a file's compression is damaged."""
   return (document for _, _, document in read_numbered(paths, report, strict=strict))
 
 
@@ -144,18 +123,14 @@ def check_new(document: Document, first: tuple[str, int], here: tuple[str, int])
 
 
 def parse(line: bytes | str) -> Document:
-  """One line as a document.
-
-  Raises:
-    json_lines.Malformed: the line is none; it has a reason and a detail.
-  """
+  """One line as a document, or json_lines.Malformed, with a reason and a detail."""
   record = json_lines.load_object(line)
   values = [json_lines.get_text(record, key) for key in KEYS[:-1]]
   blocks = json_lines.get_value(record, 'blocks', list)
   if not blocks:
     raise json_lines.Malformed('empty blocks', '"blocks" is empty')
-  return Document(*values, tuple(json_lines.check_text(block, f'"blocks"[{i}]', 'empty block')
-                                 for i, block in enumerate(blocks)))
+  return Document(*values, blocks=tuple(json_lines.check_text(block, f'"blocks"[{i}]', 'empty block')
+                                        for i, block in enumerate(blocks)))
 
 
 def to_line(document: Document) -> str:
@@ -172,15 +147,11 @@ def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
   if not path.name.endswith(json_lines.SUFFIXES):
     raise UserError(f'{path}: the name must end in {" or ".join(json_lines.SUFFIXES)}')
   path.parent.mkdir(parents=True, exist_ok=True)
-  with disk.replacing(path) as raw:
-    return _write_lines(raw, documents, compressed=path.name.endswith('.gz'))
-
-
-def _write_lines(raw, documents, *, compressed):
   count = 0
-  binary = gzip.GzipFile(filename='', fileobj=raw, mode='wb', mtime=0) if compressed else raw
-  with io.TextIOWrapper(binary, encoding='utf-8', newline='\n') as stream:
-    for document in documents:
-      stream.write(to_line(document) + '\n')
-      count += 1
+  with disk.replacing(path) as raw:
+    binary = gzip.GzipFile(filename='', fileobj=raw, mode='wb', mtime=0) if path.name.endswith('.gz') else raw
+    with io.TextIOWrapper(binary, encoding='utf-8', newline='\n') as stream:
+      for document in documents:
+        stream.write(to_line(document) + '\n')
+        count += 1
   return count

@@ -21,29 +21,20 @@ WANTED = (2_000, 32_000)          # tokens of a document, both included
 ALL = 'all'
 _BATCH = 64   # documents encoded together
 
-Key = tuple[str, str]   # (category, split); 'all' for either
+Key = tuple[str, str]   # (category, split)
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """Lengths of a set of documents.
-
-  Attributes:
-    documents: how many.
-    block_characters: int64 [blocks].
-    block_tokens: int64 [blocks], or None without a tokenizer.
-    document_tokens: int64 [documents], or None.
-    licenses: documents by licence.
-  """
-  documents: int
-  block_characters: np.ndarray
-  block_tokens: np.ndarray | None
-  document_tokens: np.ndarray | None
-  licenses: collections.Counter
+  """Lengths of a set of documents."""
+  block_characters: np.ndarray   # int64 [blocks]
+  block_tokens: np.ndarray | None   # int64 [blocks], or None without a tokenizer
+  document_tokens: np.ndarray | None   # int64 [documents], or None
+  licenses: collections.Counter   # documents by licence
 
   def __add__(self, other: 'Measured') -> 'Measured':
     join = lambda a, b: None if a is None or b is None else np.concatenate([a, b])
-    return Measured(self.documents + other.documents, join(self.block_characters, other.block_characters),
+    return Measured(np.concatenate([self.block_characters, other.block_characters]),
                     join(self.block_tokens, other.block_tokens), join(self.document_tokens, other.document_tokens),
                     self.licenses + other.licenses)
 
@@ -51,7 +42,7 @@ class Measured:
     """Counts and quantiles; what needs tokens is None without."""
     tokens = self.document_tokens
     inside = None if tokens is None else int(((tokens >= WANTED[0]) & (tokens <= WANTED[1])).sum())
-    return {'documents': self.documents, 'characters': int(self.block_characters.sum()),
+    return {'documents': self.licenses.total(), 'characters': int(self.block_characters.sum()),
             'tokens': None if tokens is None else int(tokens.sum()), 'blocks': len(self.block_characters),
             'block_characters': quantiles(self.block_characters), 'block_tokens': quantiles(self.block_tokens),
             'documents_of_2k_to_32k_tokens': inside, 'licenses': dict(sorted(self.licenses.items()))}
@@ -78,26 +69,19 @@ def measure(documents: Iterable[schema.Document], encoder: encode.Encoder | None
       tokens += lengths
       rest = iter(lengths)
       sums += [sum(itertools.islice(rest, len(document.blocks))) for document in batch]
-  asarray = lambda lengths: np.array(lengths, np.int64)
-  return Measured(licenses.total(), asarray(characters), asarray(tokens) if encoder else None,
-                  asarray(sums) if encoder else None, licenses)
-
-
-def with_totals(measured: Mapping[Key, Measured]) -> dict[Key, Measured]:
-  """The same with the sums over splits, over categories and over both; in order, totals last."""
-  result = collections.defaultdict(list)
-  for (category, split), value in measured.items():
-    for key in itertools.product((category, ALL), (split, ALL)):
-      result[key].append(value)
-  place = lambda key: (key[0] == ALL, key[0], (*schema.SPLITS, ALL).index(key[1]))
-  return {key: functools.reduce(operator.add, result[key]) for key in sorted(result, key=place)}
+  counted = lambda lengths: np.array(lengths, np.int64) if encoder else None
+  return Measured(np.array(characters, np.int64), counted(tokens), counted(sums), licenses)
 
 
 def to_json(measured: Mapping[Key, Measured]) -> dict[str, dict[str, Any]]:
-  """{category: {split: counts}} with totals."""
-  result = {}
-  for (category, split), value in with_totals(measured).items():
-    result.setdefault(category, {})[split] = value.to_json()
+  """{category: {split: counts}}, with the sums over splits, over categories and over both; in order, totals last."""
+  summed, result = collections.defaultdict(list), {}
+  for (category, split), value in measured.items():
+    for key in itertools.product((category, ALL), (split, ALL)):
+      summed[key].append(value)
+  place = lambda key: (key[0] == ALL, key[0], (*schema.SPLITS, ALL).index(key[1]))
+  for category, split in sorted(summed, key=place):
+    result.setdefault(category, {})[split] = functools.reduce(operator.add, summed[category, split]).to_json()
   return result
 
 
@@ -105,21 +89,21 @@ def to_markdown(statistics: Mapping[str, Mapping[str, Any]]) -> str:
   """Two tables from `to_json`: a line per category and split, and the licences of every category."""
   head = ['category', 'split', 'documents', 'characters', 'tokens', 'blocks', 'blocks a document',
           *(f'characters of a block, {percent}%' for percent in QUANTILES), 'documents of 2k-32k tokens']
-  rows = [_cells(category, split, values) for category, splits in statistics.items() for split, values in splits.items()]
-  licenses = [(category, license, f'{count:,}') for category, splits in statistics.items() if category != ALL
-              for license, count in splits[ALL]['licenses'].items()]
-  return _table(head, rows, left=2) + '\n' + _table(['category', 'licence', 'documents'], licenses, left=2)
-
-
-def _cells(category, split, values):
   number = lambda value: '-' if value is None else f'{value:,}'
-  spread = values['block_characters'] or dict.fromkeys(map(str, QUANTILES))
-  mean = f"{values['blocks'] / values['documents']:.1f}" if values['documents'] else '-'
-  return (category, split, *(number(values[key]) for key in ('documents', 'characters', 'tokens', 'blocks')), mean,
-          *(number(spread[str(percent)]) for percent in QUANTILES), number(values['documents_of_2k_to_32k_tokens']))
+  rows, licenses = [], []
+  for category, splits in statistics.items():
+    for split, values in splits.items():
+      spread = values['block_characters'] or {}
+      mean = f"{values['blocks'] / values['documents']:.1f}" if values['documents'] else '-'
+      rows.append((category, split, *(number(values[key]) for key in ('documents', 'characters', 'tokens', 'blocks')), mean,
+                   *(number(spread.get(str(percent))) for percent in QUANTILES),
+                   number(values['documents_of_2k_to_32k_tokens'])))
+    if category != ALL:
+      licenses += [(category, license, number(count)) for license, count in splits[ALL]['licenses'].items()]
+  return _table(head, rows) + '\n' + _table(['category', 'licence', 'documents'], licenses)
 
 
-def _table(head, rows, *, left):
-  """A Markdown table, the first `left` columns aligned left."""
+def _table(head, rows):
+  """A Markdown table, the first two columns aligned left."""
   line = lambda cells: '| ' + ' | '.join(str(cell).replace('|', '\\|') for cell in cells) + ' |\n'
-  return line(head) + line(['---'] * left + ['---:'] * (len(head) - left)) + ''.join(map(line, rows))
+  return line(head) + line(['---'] * 2 + ['---:'] * (len(head) - 2)) + ''.join(map(line, rows))

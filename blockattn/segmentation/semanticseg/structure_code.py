@@ -10,7 +10,8 @@ import itertools
 import re
 import warnings
 
-from blockattn.segmentation.semanticseg.structure_cuts import NoStructure, cut_at, line_starts
+from blockattn import errors
+from blockattn.segmentation.semanticseg.structure_text import NoStructure, cut_at, line_starts
 
 BIG = 4000   # characters; a class that is longer, or longer than half of its file, is cut at its members
 LANGUAGES = {
@@ -28,11 +29,8 @@ _ATTACHED = re.compile(r'comment|attribute|decorator|annotation')
 
 
 def python(text: str) -> list[str]:
-  """Cuts Python 3 at top-level functions and classes, and at the members of big classes.
-
-  Raises:
-    NoStructure: it is not Python 3, or defines nothing.
-  """
+  """Cuts Python 3 at top-level functions and classes, and at the members of big classes. Raises NoStructure: it is not
+  Python 3, or defines nothing."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')   # of invalid escapes and the like in somebody else's code
@@ -41,8 +39,7 @@ def python(text: str) -> list[str]:
     raise NoStructure(f'not Python 3: {error}') from error
   starts = line_starts(text)
   lines = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
-  cuts = [starts[line] for line in _python_cuts(tree.body, lines, starts, len(text))]
-  return _cut(text, cuts)
+  return _cut(text, [starts[line] for line in _python_cuts(tree.body, lines, starts, len(text))])
 
 
 def _python_cuts(body, lines, starts, length):
@@ -53,23 +50,18 @@ def _python_cuts(body, lines, starts, length):
     definition = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
     comments = [line for line in range(last_end, first)
                 if not lines[line][:node.col_offset].strip() and lines[line][node.col_offset:].startswith('#')]
-    start = _with_comments(first, last_end, comments)
+    start, end = _with_comments(first, last_end, comments), node.end_lineno or node.lineno
     if first >= last_end and (definition or after_definition and start > last_end):
       found.append(start)
-    if isinstance(node, ast.ClassDef) and _is_big(starts[first], starts[min(node.end_lineno, len(starts) - 1)], length):
+    if isinstance(node, ast.ClassDef) and _is_big(starts[first], starts[min(end, len(starts) - 1)], length):
       found += _python_cuts(node.body, lines, starts, length)
-    last_end, after_definition = node.end_lineno, definition
+    last_end, after_definition = end, definition
   return found
 
 
 def _with_comments(first, last_end, comments):
-  """The line at which a block starts: the definition's own, or that of the first comment above that belongs to it.
-
-  Args:
-    first: line of the definition.
-    last_end: first line behind what stands before it.
-    comments: lines of the comments between the two, in order.
-  """
+  """The line at which a block starts: the definition's own, `first`, or that of the first comment above that belongs to it;
+  `comments` are lines in order, `last_end` is the first line behind what stands before."""
   own = [line for line in comments if last_end <= line < first]
   if own and own[0] == last_end:   # right behind what stands before: its own, unless it reaches down to the definition
     gap = next((i for i, line in enumerate(own) if line != last_end + i), len(own))
@@ -83,18 +75,10 @@ def _is_big(start, stop, length):
 
 
 def code(text: str, language: str) -> list[str]:
-  """Cuts source code of any language that tree-sitter knows at what spans several lines.
-
-  Args:
-    language: its name in tree-sitter-language-pack.
-
-  Raises:
-    ImportError: tree-sitter-language-pack is not installed.
-    NoStructure: nothing in it spans several lines, or it is nothing like that language.
-  """
+  """Cuts source code at what spans several lines, of any language by its name in tree-sitter-language-pack. Raises
+  ImportError: tree-sitter-language-pack is not installed; NoStructure: nothing in it spans several lines, or it is nothing
+  like that language."""
   root = _parse(text.encode(), language)
-  if root.type == 'ERROR':
-    raise NoStructure(f'not {language}')
   starts = [0, *(match.end() for match in re.finditer('\n', text))]   # tree-sitter's rows
   try:
     return _cut(text, [starts[row] for row in _rows(root, len(text.encode()))])
@@ -103,21 +87,16 @@ def code(text: str, language: str) -> list[str]:
 
 
 def _parse(data, language):
+  parser = errors.library('tree_sitter_language_pack', 'source code other than Python', 'semanticseg').get_parser(language)
   steps = itertools.count()   # tree-sitter reports a few for every hundred bytes, and has no end with some garbage
   try:
-    tree = _parser(language).parse(lambda start, _: data[start:start + 65_536],
-                                   progress_callback=lambda *_: next(steps) > 1000 + len(data) // 5)
+    tree = parser.parse(lambda start, _: data[start:start + 65_536],
+                        progress_callback=lambda *_: next(steps) > 1000 + len(data) // 5)
   except ValueError as error:   # stopped
     raise NoStructure(f'not {language}: too many mistakes') from error
+  if tree.root_node.type == 'ERROR':
+    raise NoStructure(f'not {language}')
   return tree.root_node
-
-
-def _parser(language):
-  try:
-    import tree_sitter_language_pack
-  except ImportError as error:
-    raise ImportError("source code other than Python is cut by tree-sitter: pip install 'blockattn[semanticseg]'") from error
-  return tree_sitter_language_pack.get_parser(language)
 
 
 def _rows(root, length):

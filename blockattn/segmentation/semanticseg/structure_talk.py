@@ -8,7 +8,7 @@ import json
 import re
 
 from blockattn.segmentation.semanticseg import structure_text
-from blockattn.segmentation.semanticseg.structure_cuts import LINE_END, NoStructure, cut_at
+from blockattn.segmentation.semanticseg.structure_text import LINE_END, NoStructure, cut_at
 
 _ENVELOPE = re.compile(r'^From \S.*\d\d:\d\d.*(?:\r\n|\n|\r)', re.M)
 _ATTRIBUTION = re.compile(r'^(?P<quoted>[> \t]*)(?:On\b[^\r\n]{1,200}(?:\r?\n[> \t]*[^\r\n]{1,200})?\bwrote:|'
@@ -20,19 +20,17 @@ _REPLY_WORDS = re.compile(r'^(?:(?:re|fwd?|aw|sv|wg)(?:\[\d+\])?:\s*|\[[^\]]{1,4
 def transcript(text: str) -> list[str]:
   """Cuts a transcript where the topic changes.
 
-  The JSON object holds "turns", a list of {"speaker", "text", "topic"}; a turn without a topic goes on with the one
-  before, and a speaker may be missing. The blocks join to lines 'speaker: text'.
-
-  Raises:
-    NoStructure: no JSON of that form, or all of one topic.
-  """
+  The JSON object holds "turns", a list of {"speaker", "text", "topic"}; a turn without a topic goes on with the one before,
+  and a speaker may be missing. The blocks join to lines 'speaker: text'. Raises NoStructure: no JSON of that form, or all of
+  one topic."""
   blocks, topic = [], None
   for number, turn in enumerate(_turns(text)):
-    line = _spoken(turn, number)
-    new = turn.get('topic', topic)
+    said, speaker, new = turn.get('text'), turn.get('speaker', ''), turn.get('topic', topic)
+    if not isinstance(said, str) or not isinstance(speaker, str):
+      raise NoStructure(f'turn {number}: "text" and "speaker" must be strings')
     if not blocks or new != topic:
       blocks.append('')
-    blocks[-1] += line
+    blocks[-1] += f'{speaker}: ' * bool(speaker) + ' '.join(said.split()) + '\n'
     topic = new
   if len(blocks) < 2:
     raise NoStructure('not more than one topic')
@@ -50,23 +48,11 @@ def _turns(text):
   return turns
 
 
-def _spoken(turn, number):
-  said, speaker = turn.get('text'), turn.get('speaker', '')
-  if not isinstance(said, str) or not isinstance(speaker, str):
-    raise NoStructure(f'turn {number}: "text" and "speaker" must be strings')
-  said = ' '.join(said.split())
-  return f'{speaker}: {said}\n' if speaker else f'{said}\n'
-
-
 def message(text: str) -> list[str]:
   """Cuts a message (an .eml file) where it starts to repeat older ones below the answer, at every level of quoting.
 
-  Quotes with answers between them stay with their answers: an answer alone could not be understood. The blocks join to
-  the sender, date and subject, and the text of the message.
-
-  Raises:
-    NoStructure: no message is quoted as a whole.
-  """
+  Quotes with answers between them stay with their answers: an answer alone could not be understood. The blocks join to the
+  sender, date and subject, and the text of the message. Raises NoStructure: no message is quoted as a whole."""
   rendered = _render(text)
   starts = [match.start() for match in _ATTRIBUTION.finditer(rendered)
             if _only_quotes(rendered[match.end():], match['quoted'], match[0])]
@@ -79,24 +65,16 @@ def _only_quotes(rest, quoted, attribution):
   """True if all below is quoted more deeply than the attribution, or the attribution is of a kind that quotes all below."""
   if not re.search(r'wrote:\s*$', attribution, re.I):
     return True
-  depth = quoted.count('>')
-  lines = [line for line in LINE_END.split(rest) if line.strip('> \t')]
-  deeper = [line for line in lines if _depth(line) > depth]
-  return bool(deeper) and all(_depth(line) > depth for line in lines[:lines.index(deeper[-1]) + 1])
-
-
-def _depth(line):
-  return re.match(r'[> \t]*', line)[0].count('>')
+  marks = lambda line: line[:len(line) - len(line.lstrip('> \t'))].count('>')
+  deeper = [marks(line) > quoted.count('>') for line in LINE_END.split(rest) if line.strip('> \t')]
+  return any(deeper) and all(deeper[:len(deeper) - deeper[::-1].index(True)])
 
 
 def threads(text: str) -> list[list[str]]:
   """The threads of an mbox file, in order of their first messages; a block is a message.
 
-  Messages belong together by the ids that they refer to, those without any by their subject.
-
-  Raises:
-    NoStructure: there is no mbox envelope, or no thread of more than one message.
-  """
+  Messages belong together by the ids that they refer to, those without any by their subject. Raises NoStructure: there is no
+  mbox envelope, or no thread of more than one message."""
   envelopes = list(_ENVELOPE.finditer(text))
   if not envelopes:
     raise NoStructure('no mbox: no line "From sender date" before a message')
@@ -113,17 +91,15 @@ def threads(text: str) -> list[list[str]]:
 
 def _roots(parsed):
   """A key of its thread for each message."""
-  roots = {}   # message id or subject -> key
-  keys = []
+  roots, keys = {}, []   # roots: message id or subject -> key
   for number, item in enumerate(parsed):
-    ids = re.findall(r'<[^<>\s]+>', _header(item, 'References') + ' ' + _header(item, 'In-Reply-To'))
+    ids, own = (re.findall(r'<[^<>\s]+>', ' '.join(_header(item, name) for name in names))
+                for names in (('References', 'In-Reply-To'), ('Message-ID',)))
     subject = _REPLY_WORDS.sub('', _header(item, 'Subject').strip()).lower()
-    own = re.findall(r'<[^<>\s]+>', _header(item, 'Message-ID'))
-    names = ids or ([subject] if subject else [])
-    key = next((roots[name] for name in names if name in roots), number)
-    for name in [*ids, *own, *([subject] if subject else [])]:
-      roots.setdefault(name, key)
-    keys.append(key)
+    subjects = [subject] if subject else []
+    keys.append(next((roots[name] for name in ids or subjects if name in roots), number))
+    for name in [*ids, *own, *subjects]:
+      roots.setdefault(name, keys[-1])
   return keys
 
 
@@ -141,17 +117,14 @@ def _parse(text) -> email.message.EmailMessage:
 def _render(text):
   """'From: ..', 'Date: ..', 'Subject: ..', a blank line and the text of a message; HTML only if there is nothing else."""
   try:
-    return _rendered(_parse(text))
+    item = _parse(text)
+    head = ''.join(f'{name}: {" ".join(str(item[name]).split())}\n' for name in ('From', 'Date', 'Subject') if item[name])
+    part = item.get_body(preferencelist=('plain', 'html'))
+    body = '' if part is None else _decoded(part)
+    if part is not None and part.get_content_subtype() == 'html':
+      body = structure_text.html_text(body)[0]
   except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:   # the parser's, on odd headers
     raise NoStructure(f'a message that cannot be read: {type(error).__name__}: {error}') from error
-
-
-def _rendered(item):
-  head = ''.join(f'{name}: {" ".join(str(item[name]).split())}\n' for name in ('From', 'Date', 'Subject') if item[name])
-  part = item.get_body(preferencelist=('plain', 'html'))
-  body = '' if part is None else _decoded(part)
-  if part is not None and part.get_content_subtype() == 'html':
-    body = structure_text.html_text(body)[0]
   return f'{head}\n{body.strip()}\n\n'
 
 
