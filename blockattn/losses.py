@@ -254,12 +254,13 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
     weighted = sum((x for name, x in terms.items() if weights.on in (name, 'both')), nothing)
     plain = sum((m * x for name, x in terms.items() if weights.on not in (name, 'both')), nothing)
     at = m[..., None] * jax.nn.one_hot(position_bin(token.position, length), POSITION_BINS)
-    sums = {'loss': jnp.sum(plain + (nothing if by_document else w * weighted)),
-            'weight_sum': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
-            'at_floor': jnp.sum(m, where=gap <= 0), 'at_cap': jnp.sum(m, where=gap >= weights.cap),
-            'tokens': jnp.sum(m), 'kl': jnp.sum(m * found.kl), 'ce': -jnp.sum(m * found.log_q),
-            'teacher_ce': -jnp.sum(m * found.log_p), 'gap': jnp.sum(m * gap),
-            'kl_at': jnp.sum(found.kl[..., None] * at, axis=(0, 1)), 'tokens_at': jnp.sum(at, axis=(0, 1))}
+    sums: dict[str, Any] = {
+        'loss': jnp.sum(plain + (nothing if by_document else w * weighted)),
+        'weight_sum': jnp.sum(w), 'weight_sq': jnp.sum(w * w),
+        'at_floor': jnp.sum(m, where=gap <= 0), 'at_cap': jnp.sum(m, where=gap >= weights.cap),
+        'tokens': jnp.sum(m), 'kl': jnp.sum(m * found.kl), 'ce': -jnp.sum(m * found.log_q),
+        'teacher_ce': -jnp.sum(m * found.log_p), 'gap': jnp.sum(m * gap),
+        'kl_at': jnp.sum(found.kl[..., None] * at, axis=(0, 1)), 'tokens_at': jnp.sum(at, axis=(0, 1))}
     if by_document:
       rows = jnp.arange(m.shape[0])[:, None]
       of = lambda x: jnp.zeros((m.shape[0], length + 1)).at[rows, token.document].add(x)
