@@ -176,8 +176,8 @@ def _rank(points, keys, wanted):
   if len(set(wanted)) == 1 and measured and all(said in own for own in measured):
     common.insert(0, said)
   if not common:
-    return None, ('not ranked: nothing was measured on held-out documents, and training losses are of other quantities where '
-                  'sinks, dropout, weights or data differ; give config.data.eval_files')
+    return None, ('not ranked: nothing was measured on held-out documents, and training losses are of other quantities '
+                  'where sinks, dropout, weights or data differ; give config.data.eval_files')
   return common[0], f'ranked by the best {common[0]} on held-out documents'
 
 
@@ -218,7 +218,8 @@ def _less_is_better(name):
 def sweep_columns(sweep: Mapping, every: bool = False) -> tuple[list[str], list[list[str]]]:
   """(head, a row per point) of the table; `every` scalar, or the losses and what was validated."""
   measured = dict.fromkeys(name for point in sweep['points'] for name in point['final'])
-  final = [name for name in measured if (every and not _is_validation(name) and name.count('/') < 3) or name in _SWEEP_SCALARS]
+  is_plain = lambda name: not _is_validation(name) and name.count('/') < 3
+  final = [name for name in measured if (every and is_plain(name)) or name in _SWEEP_SCALARS]
   best = [name for name in measured if _is_validation(name) and (every or '/' not in name or name in _SHOWN_BEST)]
   if sweep['ranked_by'] in best:
     best = [sweep['ranked_by'], *(name for name in best if name != sweep['ranked_by'])]

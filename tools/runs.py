@@ -9,9 +9,9 @@ DIR is a work directory of a trainer, or a folder with some of them, at whatever
 how far it is, its last loss, its best step on held-out documents, and the keys in which the configs differ. A row per
 checkpoint: its age and size, the loss and the held-out figure at it. WORKDIR/best is what conversion and evaluation take.
 
---verify reads every checkpoint and compares it with its checksums. --delete deletes what it names, which --help shows the two
-forms of, and refuses a run that is at work. The exit code is 0; 1 if a checkpoint is damaged; 2 if DIR holds no run, or what
---delete names may not be deleted.
+--verify reads every checkpoint and compares it with its checksums. --delete deletes the run or the step that it names, and
+refuses a run that is at work. The exit code is 0; 1 if a checkpoint is damaged; 2 if DIR holds no run, or --delete names
+nothing that may be deleted.
 """
 
 import json
@@ -52,9 +52,9 @@ def _is_run(folder):
 
 
 def describe(workdir: pathlib.Path, now: float) -> dict:
-  """What a run is: {'config', 'state': 'at work', 'finished', 'stopped' or 'not started', 'step', 'steps', 'age' in seconds of
-  the last line of metrics, 'loss', 'figure', 'best': [step, value] or None, 'checkpoints': [{'folder', 'step', 'age',
-  'bytes', 'loss', 'value'}]}; what is not known is None."""
+  """What a run is: {'config', 'state': 'at work', 'finished', 'stopped' or 'not started', 'step', 'steps', 'age': seconds
+  since the last line of metrics, 'loss', 'figure', 'best': [step, value], 'checkpoints': [{'folder', 'step', 'age', 'bytes',
+  'loss', 'value'}]}; what is not known is None."""
   config = disk.read_json(workdir / 'config.json', {'steps': int})
   lines = metrics.read_metrics(workdir / metrics.FILE_NAME) if (workdir / metrics.FILE_NAME).exists() else []
   losses = {line['step']: line['loss'] for line in lines if 'loss' in line}
@@ -63,7 +63,8 @@ def describe(workdir: pathlib.Path, now: float) -> dict:
   figure = None if best is None else best['figure']
   values = {line['step']: line[f'eval/{figure}'] for line in lines if f'eval/{figure}' in line}
   finished = checkpoint.is_finished(workdir / CHECKPOINTS, config['steps']) if saved else False
-  state = ('at work' if at_work(workdir) else 'finished' if finished else 'stopped' if lines or saved else 'not started')
+  state = ('at work' if locks.is_held(workdir / _LOCK) else 'finished' if finished else
+           'stopped' if lines or saved else 'not started')
   return {'config': config, 'state': state, 'step': lines[-1]['step'] if lines else max(saved, default=0),
           'steps': config['steps'], 'age': now - lines[-1]['time'] if lines else None,
           'loss': lines[-1].get('loss') if lines else None, 'figure': figure,
@@ -78,17 +79,6 @@ def _step(path, now, losses, values):
   before = lambda known: known[max(at)] if (at := [one for one in known if one <= step]) else None
   return {'folder': path.parent.name, 'step': step, 'age': now - path.stat().st_mtime, 'bytes': size,
           'loss': before(losses), 'value': before(values)}
-
-
-def at_work(workdir: pathlib.Path) -> bool:
-  """Whether a process trains there."""
-  if not (workdir / _LOCK).exists():
-    return False
-  try:
-    with locks.held(workdir / _LOCK):
-      return False
-  except locks.Held:
-    return True
 
 
 def differences(configs: Sequence[dict]) -> list[str]:
@@ -152,7 +142,8 @@ def delete(folder: pathlib.Path, name: str) -> pathlib.Path:
   path = folder / name
   step = int(path.name) if path.parent.name in (CHECKPOINTS, BEST) and path.name.isdigit() else None
   workdir = path if step is None else path.parent.parent
-  if not workdir.resolve().is_relative_to(folder.resolve()) or not (workdir / 'config.json').is_file() or not _is_run(workdir):
+  inside = workdir.resolve().is_relative_to(folder.resolve())
+  if not inside or not (workdir / 'config.json').is_file() or not _is_run(workdir):
     raise UserError(f'--delete {name}: no run in {folder}, and no step of one; name it as the table does: RUN, '
                     f'RUN/{CHECKPOINTS}/STEP or RUN/{BEST}/STEP')
   if step is not None and step not in checkpoint.steps(path.parent):

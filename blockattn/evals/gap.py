@@ -160,7 +160,9 @@ def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new,
   sums = _token_sums(subjects, teacher, _rows(docs, batch), put)
   models = [{} for _ in docs]
   for name, subject in subjects.items():
-    said = _scored(subject, docs, examples, tokenizer, batch, max_new, stop, put) if max_new else [{'scores': {}}] * len(docs)
+    said = [{'scores': {}}] * len(docs)
+    if max_new:
+      said = _scored(subject, docs, examples, tokenizer, batch, max_new, stop, put)
     for own, answered, (count, ce, kl) in zip(models, said, sums[name][:len(docs)], strict=True):
       own[name] = answered | {'by_distance': [[low, int(n), float(c), float(k)]
                                               for low, n, c, k in zip(BINS, count, ce, kl, strict=True) if n]}
@@ -306,7 +308,7 @@ def _gap_sums(heads, hidden, rows):
   """[rows, 3, bins]: how many answer tokens, their cross-entropy and KL. heads and hidden are (the student's, the
   teacher's)."""
   def sums(heads, states, per_token, mask):
-    student, teacher = losses.common_vocabulary(*map(transformer.project, states, heads))
+    student, teacher = losses.common_vocabulary(*map(transformer.project, heads, states))
     ce = -losses.log_prob(student, per_token['target'])
     kl = losses.divergence(teacher, student, 1.0)
     in_bin = mask.astype(jnp.float32)[..., None] * jax.nn.one_hot(per_token['bin'], len(BINS))

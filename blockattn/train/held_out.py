@@ -1,4 +1,4 @@
-"""Whether a model gets better while it trains: figures of held-out documents, the best step kept, an end to what stands still.
+"""Whether a model gets better while it trains: figures of held-out documents, the best step, an end to what stands still.
 
 The figures are those of evals.gap, on one document per row, measured where the run computes, all of its processes taking
 part. Beside the model in block and in full mode stand the weights that it started from, in full mode and under the block
@@ -41,8 +41,8 @@ class EvalOptions:
     batch: documents per forward pass, or the next number that the devices divide
     answers: documents whose greedy answers are scored; 0: none
     max_new: most tokens of such an answer
-    best: figure whose best step is kept in WORKDIR/best: block/kl, block/ce, block/f1, full/ce, ...; empty: block/kl, or without a
-      teacher block/ce, or where only full attention is trained full/ce
+    best: figure whose best step is kept in WORKDIR/best: block/kl, block/f1, full/ce, ...; empty: block/kl, without a
+      teacher block/ce, where only full attention is trained full/ce
     patience: evaluations without a better one after which the run ends; 0: it does not
   """
   every: int = 500
@@ -186,7 +186,8 @@ class Evaluation(loop.Watch):
     else:
       self._since += 1
     best = math.nan if self._best is None else self._best[1]
-    return {f'eval/{name}': x for name, x in found.items()} | {'eval/best': best, 'eval/seconds': time.perf_counter() - began}
+    found |= {'best': best, 'seconds': time.perf_counter() - began}
+    return {f'eval/{name}': x for name, x in found.items()}
 
   def _is_better(self, value):
     return value < self._best[1] if less_is_better(self.figure) else value > self._best[1]
@@ -217,7 +218,8 @@ class Evaluation(loop.Watch):
     return measure(slice(count), self._options.max_new) + measure(slice(count, None), 0)
 
   def figures(self, rows: Sequence[Mapping]) -> dict[str, float]:
-    """{'block/kl': ..., 'closed/kl': ..., 'block/kl_by_distance/16': ..., 'block/kl_by_blocks/4': ...} of the model's rows."""
+    """From the model's rows {'block/kl', 'full/f1', 'start_full/ce', 'closed/kl', 'block/kl_by_distance/16',
+    'block/kl_by_blocks/4', ...: figure}."""
     modes = list(rows[0]['models'])
     if self._rows:
       rows = [row | {'models': start['models'] | row['models']} for start, row in zip(self._rows, rows, strict=True)]
@@ -267,7 +269,7 @@ def make(options, made, tokenizer: Any, workdir, *, student: Callable[[Any], Any
   placement, folder = made.placement, pathlib.Path(workdir) / BEST
   ways = placement.size('batch')
   batch = -(-options.eval.batch // ways) * ways
-  own = inputs.own_rows(placement, batch)
+  own = np.asarray(inputs.own_rows(placement, batch))
   model = functools.partial(gap.Subject, cfg=made.cfg, compute=_whole_rows(compute), options=made.blocks)
   start = dataclasses.replace(start, compute=_whole_rows(start.compute))
   bare = dataclasses.replace(start, mode='block', options=dataclasses.replace(start.options, sink_ids=()))
@@ -280,7 +282,7 @@ def make(options, made, tokenizer: Any, workdir, *, student: Callable[[Any], Any
       read(options.data, options.eval.rows, tokenizer), options.eval, steps=options.steps,
       figure=figure_of(options.eval.best, modes, is_teacher), subjects=subjects,
       start={START_FULL: start, START_BLOCK: bare} if 'block' in modes else {}, teacher=start if is_teacher else None,
-      tokenizer=tokenizer, batch=batch, put=lambda rows: placement.put_batch(jax.tree.map(lambda x: x[np.asarray(own)], rows)),
+      tokenizer=tokenizer, batch=batch, put=lambda rows: placement.put_batch(jax.tree.map(lambda x: x[own], rows)),
       keep=lambda params, step, found: checkpoint.save_params(folder, params, meta | {'step': step, 'eval': found}, step),
       folder=folder)]
 
