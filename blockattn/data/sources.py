@@ -20,7 +20,7 @@ from blockattn.data.example import Example, recut
 from blockattn.errors import UserError
 
 FORMAT = 3             # of the rows of files; part of their fingerprint
-TOGETHER = 64          # rows, about, that are packed at a time
+TOGETHER = 32          # rows, about, that are packed at a time
 _CHARACTERS = 4        # of a token, to guess how many bytes fill a row
 _ROWS = 1_000_000      # of an epoch of pages, of which there is no end
 _CUT_SEED = 7
@@ -88,7 +88,7 @@ class FileRows:
     strict: raise at the first malformed line.
     cutter: cuts the contexts, in place of the blocks that are given; None: these.
     text_cutter: cuts texts without a question, if `cutter` does not; None: they are one block.
-    tell: called with each malformed line that `report` lists.
+    tell: called with each malformed line when it is met first, for so many as reports list.
 
   Attributes:
     tables: (table, whether its documents are read with full attention), in order.
@@ -106,7 +106,7 @@ class FileRows:
     self.options, self.length = options, options.length
     self._tokenizer, self._encoder = tokenizer, encode.Encoder(tokenizer, bos=options.bos)
     self._cutter, self._text_cutter, self._strict, self._tell = cutter, cutter or text_cutter, strict, tell
-    self._lock, self.report = threading.Lock(), json_lines.Report()
+    self._lock, self.report, self._told = threading.Lock(), json_lines.Report(), set()
     filled = TOGETHER * options.length * _CHARACTERS   # bytes
     named = [tables.origin(one) for one in ([origins] if isinstance(origins, str | tables.Origin) else origins)]
     opened = [tables.open_tables(one, min(tables.PIECE, max(filled // 16, 1 << 10))) for one in named]
@@ -145,14 +145,21 @@ class FileRows:
     """(example, a document of it), in order, of a piece; `report` counts its lines, `quiet`: tells of none."""
     number = int(np.searchsorted(self._starts, piece, side='right')) - 1
     (table, full), o = self.tables[number], self.options
-    parse = lambda place, record: prompts.parse_record(record, where='', chat=o.chat, template=o.template,
+    parse = lambda place, record: prompts.parse_record(record, where=table.name, chat=o.chat, template=o.template,
                                                        tokenizer=self._tokenizer, texts=True)
     rows = table.read(piece - int(self._starts[number]))
     found = json_lines.parsed(rows, parse, table.name, table.line, report, strict=self._strict,
-                              tell=None if quiet else self._tell)
+                              tell=None if quiet else self._tell_once)
     return encode.encode_examples(self._cut((example for _, example in found), full), self._encoder, report,
                                   length=o.length, max_blocks=o.max_blocks, too_long=o.too_long,
                                   block_tokens=o.block_tokens, full=full)
+
+  def _tell_once(self, bad):
+    with self._lock:
+      new = bad not in self._told and len(self._told) < json_lines.LISTED
+      self._told |= {bad} if new else set()
+    if new and self._tell is not None:
+      self._tell(bad)
 
   def _cut(self, examples, full):
     """Those in blocks of ours; of a context that is read with full attention there is one block, however it is cut."""

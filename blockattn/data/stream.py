@@ -111,17 +111,13 @@ class _PackedRows:
   """The rows of a source of pieces. The state is (how often pieces were read, how many rows of the last are taken)."""
 
   def __init__(self, source, seed, workers):
-    self._source, self._seed, self._numbers = source, seed, _order(source, seed)
-    self._together = min(source.together, len(source))
-    self._reads = -(-len(source) // self._together)   # of an epoch
+    self._source = source
+    together = min(source.together, len(source))
+    self._reads = -(-len(source) // together)   # of an epoch
     ahead = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers)
-    self._ahead = iter(grain.MapDataset.range(np.iinfo(np.int64).max).map(self._read).to_iter_dataset(ahead))
+    reads = grain.MapDataset.range(np.iinfo(np.int64).max).map(_reader(source, seed, together, self._reads))
+    self._ahead = iter(reads.to_iter_dataset(ahead))
     self._at, self._taken, self._rows = 0, 0, None
-
-  def _read(self, number):
-    epoch, part = divmod(int(number), self._reads)
-    first, last = (epoch * len(self._source) + min(i * self._together, len(self._source)) for i in (part, part + 1))
-    return self._source.read([int(self._numbers[i]) for i in range(first, last)], (*self._seed, int(number)))
 
   def next(self, wanted):
     empty = 0
@@ -144,6 +140,18 @@ class _PackedRows:
 
   def close(self):
     self._ahead.close()
+
+
+def _reader(source, seed, together, reads):
+  """number -> the rows of the pieces that are read together then; of an epoch there are `reads`."""
+  order, size = _order(source, seed), len(source)
+
+  def read(number):
+    epoch, part = divmod(int(number), reads)
+    first, last = (epoch * size + min(i * together, size) for i in (part, part + 1))
+    return source.read([int(order[i]) for i in range(first, last)], (*seed, int(number)))
+
+  return read
 
 
 # Batches.

@@ -63,7 +63,7 @@ class Origin:
     for theirs, ours in self.columns.items():
       if ours not in _COLUMNS:
         raise UserError(f'columns={{{theirs!r}: {ours!r}}}: no such column is read; {tree.did_you_mean(ours, _COLUMNS)}')
-    disk.check_local([self.path])
+    disk.check_local([f'config.data.files={self.path}'])
 
 
 def origin(entry: str | Mapping[str, Any] | Origin, columns: Mapping[str, str] = {}) -> Origin:

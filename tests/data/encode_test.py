@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from blockattn.data import encode, json_lines, prompts
+from blockattn.data.example import Example
 
 
 @pytest.fixture(scope='module')
@@ -163,3 +164,38 @@ def test_a_saved_tokenizer_is_the_same(tmp_path, encoder):
   assert encode.Encoder(loaded).fingerprint == encoder.fingerprint
   other = encode.Encoder(data_cases.tiny_tokenizer(data_cases.TRIMMING))
   assert other.fingerprint != encoder.fingerprint   # the template decides the texts
+
+
+# Texts without a question, and full attention.
+
+
+def text_parts(encoder, *blocks):
+  return encoder.parts([Example(blocks, '', '', 'x')])[0]
+
+
+@pytest.mark.parametrize('adds_bos', [False, True])
+@pytest.mark.parametrize('length, max_blocks', [(2, 9), (7, 9), (20, 2), (64, 3), (1000, 1000)])
+def test_windows_of_a_text_are_the_text(length, max_blocks, adds_bos):
+  tokenizer = data_cases.tiny_tokenizer(adds_bos=adds_bos)
+  encoder = encode.Encoder(tokenizer)
+  blocks = ('one two. ', 'three! ', 'a much longer block of many tokens than the others. ', 'four')
+  docs = encode.windows(text_parts(encoder, *blocks), length=length, max_blocks=max_blocks)
+  assert all(len(doc.tokens) == sum(doc.lengths) <= length and len(doc.lengths) <= max_blocks for doc in docs)
+  head = [encoder.bos] if adds_bos else []
+  assert all(doc.tokens.tolist()[:len(head)] == head for doc in docs)
+  whole = [token for doc in docs for token in doc.tokens.tolist()[len(head):]]
+  assert tokenizer.decode(whole) == ''.join(blocks) + '<|im_end|>'
+  for doc in docs:
+    assert doc.answer == (len(doc.tokens) - doc.lengths[-1] + 1, len(doc.tokens))
+    one = encode.as_one_block(doc, whole=True)
+    assert one.lengths == (len(doc.tokens),) and one.answer == (1, len(doc.tokens))
+  if length == 1000:
+    assert len(docs) == 1 and len(docs[0].lengths) == 4 + adds_bos
+
+
+def test_a_question_in_full_attention(encoder):
+  parts = parts_of(encoder, gold=[1])
+  [block], [full] = (encode.documents(parts, length=64, max_blocks=2, full=full)[0] if full else
+                     encode.documents(parts, length=64)[0] for full in (False, True))
+  assert full.lengths == (len(block.tokens),) and full.answer == block.answer and not full.gold
+  assert full.tokens.tolist() == block.tokens.tolist() and len(block.lengths) == 3
