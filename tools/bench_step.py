@@ -46,7 +46,7 @@ def make_batch(rows: int, length: int, count: int, question: int, answer: int, v
 
 
 def stored_teacher(batch, vocab: int) -> dict:
-  """As data.teacher_logits.TaughtRows gives it, of a teacher that says the same everywhere."""
+  """As data.teacher_logits.Taught gives it, of a teacher that says the same everywhere."""
   shape = batch['tokens'].shape
   log_p = jnp.log(0.9 * jax.nn.softmax(-jnp.arange(TOP_K) / 8.0))
   return {'ids': jnp.broadcast_to(jnp.arange(TOP_K) * (vocab // TOP_K), (*shape, TOP_K)),

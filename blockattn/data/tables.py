@@ -298,12 +298,16 @@ def _arrow(file, columns, piece):
 
 def _dataset(source, piece):
   library = _library('datasets', source.path)
-  if source.path.startswith(HUB):
-    name, shown = source.path.removeprefix(HUB), ':'.join(filter(None, (source.path, source.name, source.split)))
-    with errors.hub(name):
-      loaded = library.load_dataset(name, source.name or None, split=source.split)
-  else:
-    loaded, shown = library.load_from_disk(os.path.expanduser(source.path)), source.path
+  name, shown = source.path.removeprefix(HUB), source.path
+  try:
+    if source.path.startswith(HUB):
+      shown = ':'.join(filter(None, (source.path, source.name, source.split)))
+      with errors.hub(name):
+        loaded = library.load_dataset(name, source.name or None, split=source.split)
+    else:
+      loaded = library.load_from_disk(os.path.expanduser(name))
+  except ValueError as error:
+    raise UserError(f'{shown}: datasets cannot load it ({_line(error)}); give the entry the right name and split') from error
   if isinstance(loaded, dict):
     if source.split not in loaded:
       raise UserError(f"{shown}: no split {source.split!r}; give {{'path': {source.path!r}, 'split': ...}} of "
@@ -311,7 +315,11 @@ def _dataset(source, piece):
     loaded, shown = loaded[source.split], f'{shown}:{source.split}'
   loaded = loaded.select_columns(_wanted(shown, loaded.column_names, source.columns)).with_format('arrow')
   size = loaded.data.nbytes * len(loaded) // max(loaded.data.num_rows, 1)
-  return Columns(shown, loaded._fingerprint, source.columns, [(len(loaded), size)], lambda _, a, b: loaded[a:b], piece)
+  get = lambda _, start, stop: loaded[start:stop]
+  # Not datasets' own fingerprint, which is another one in every cache.
+  some = sorted({len(loaded) * i // _SAMPLES for i in range(_SAMPLES)} if len(loaded) else ())
+  content = hashlib.sha256(repr((len(loaded), [get(0, i, i + 1).to_pylist() for i in some])).encode()).hexdigest()[:32]
+  return Columns(shown, content, source.columns, [(len(loaded), size)], get, piece)
 
 
 def _library(name, what):
