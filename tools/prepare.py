@@ -15,6 +15,7 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import rich.progress
@@ -52,11 +53,13 @@ class Read:
   first: encode.EncodedDoc | None
   seconds: float = 0.0
 
-  def __add__(self, other: 'Read') -> 'Read':
-    arrays = {name: np.concatenate([getattr(self, name), getattr(other, name)])
-              for name in ('sizes', 'counts', 'answers', 'blocks')}
-    return Read(self.report + other.report, **arrays, first=self.first or other.first,
-                seconds=self.seconds + other.seconds)
+
+def joined(reads: Sequence[Read], seconds: float) -> Read:
+  """Several, in order."""
+  arrays = {name: np.concatenate([getattr(read, name) for read in reads])
+            for name in ('sizes', 'counts', 'answers', 'blocks')}
+  return Read(sum((read.report for read in reads), json_lines.Report()), **arrays, seconds=seconds,
+              first=next((read.first for read in reads if read.first), None))
 
 
 def _arguments(argv):
@@ -123,14 +126,15 @@ def read_all(source, workers: int, console) -> dict[str, Read]:
     for part in parts:
       first = 0
       for table, full in part.tables:
-        name, start = table.name + ' (full)' * full, time.perf_counter()
+        name, reads, shown, start = table.name + ' (full)' * full, [], False, time.perf_counter()
         bar.update(task, description=os.path.basename(name))
         for read in _ahead(functools.partial(read_piece, part), range(first, first + table.pieces), workers):
-          found[name] = found[name] + read if name in found else read
+          reads.append(dataclasses.replace(read, first=None) if shown else read)   # one document is enough to keep
+          shown = shown or read.first is not None
           bar.advance(task, table.bytes / table.pieces)
         first += table.pieces
-        if name in found:
-          found[name] = dataclasses.replace(found[name], seconds=time.perf_counter() - start)
+        if reads:
+          found[name] = joined(reads, time.perf_counter() - start)
   return found
 
 
@@ -163,7 +167,7 @@ def make_table(found: dict[str, Read], options) -> rich.table.Table:
 
 
 def sum_of(found: dict[str, Read]) -> Read:
-  return functools.reduce(Read.__add__, found.values())
+  return joined([*found.values()], sum(read.seconds for read in found.values()))
 
 
 def make_percentiles(read: Read) -> rich.table.Table:

@@ -89,6 +89,7 @@ class FileRows:
     cutter: cuts the contexts, in place of the blocks that are given; None: these.
     text_cutter: cuts texts without a question, if `cutter` does not; None: they are one block.
     tell: called with each malformed line when it is met first, for so many as reports list.
+    encoder: the tokenizer's, of which several may share one: it takes seconds to make.
 
   Attributes:
     tables: (table, whether its documents are read with full attention), in order.
@@ -102,9 +103,9 @@ class FileRows:
 
   def __init__(self, origins: str | Sequence[str | tables.Origin], tokenizer: Any, options: FileOptions, *,
                strict: bool = False, cutter: Cutter | None = None, text_cutter: Cutter | None = None,
-               tell: Callable[[json_lines.BadLine], None] | None = None):
+               tell: Callable[[json_lines.BadLine], None] | None = None, encoder: encode.Encoder | None = None):
     self.options, self.length = options, options.length
-    self._tokenizer, self._encoder = tokenizer, encode.Encoder(tokenizer, bos=options.bos)
+    self._tokenizer, self._encoder = tokenizer, encoder or encode.Encoder(tokenizer, bos=options.bos)
     self._cutter, self._text_cutter, self._strict, self._tell = cutter, cutter or text_cutter, strict, tell
     self._lock, self.report, self._told = threading.Lock(), json_lines.Report(), set()
     filled = TOGETHER * options.length * _CHARACTERS   # bytes

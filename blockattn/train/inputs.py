@@ -161,10 +161,10 @@ def file_rows(data: PromptData, tokenizer, tell=None):
   if not data.files:
     raise UserError('config.data.files is empty: give JSON lines, parquet or Arrow files, e.g. '
                     '--config.data.files=train.jsonl,more/')
-  options, cutter = file_options(data, tokenizer), load_cutter(data, tokenizer)
-  weights, parts = zip(*((share, sources.FileRows(origins, tokenizer, options, strict=data.strict, cutter=cutter,
-                                                  text_cutter=TextRule(data.segment.target or _TEXT_BLOCK), tell=tell))
-                         for share, origins in shares(data)))
+  shared = {'options': file_options(data, tokenizer), 'strict': data.strict, 'cutter': load_cutter(data, tokenizer),
+            'text_cutter': TextRule(data.segment.target or _TEXT_BLOCK), 'tell': tell, 'encoder': encode.Encoder(tokenizer)}
+  weights, origins = zip(*shares(data))
+  parts = tuple(sources.FileRows(some, tokenizer, **shared) for some in origins)
   return stream.Mixture(parts, weights) if len(parts) > 1 else parts[0]
 
 
