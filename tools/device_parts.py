@@ -285,7 +285,7 @@ def _plan(options, work, impl) -> Plan:
              f'--config.compute.impl={impl}', '--config.compute.remat=none', '--config.batch=32', '--config.optim.lr=3e-4',
              '--config.optim.warmup=20', '--config.lora.rank=8', '--config.chunk=128', '--config.data.too_long=cut',
              '--config.data.max_blocks=32',
-             f'--config.data.cache={work / "cache"}', *(f'--config.data.files={path}' for path in files)]
+             *(f'--config.data.files={path}' for path in files)]
   asked = map(str, sorted(options.data.glob('test*.jsonl*')))
   return Plan(model, trainer, ['--data', *asked, '--limit', '96', '--batch', '32', '--max-new', '32', '--dtype', 'bfloat16',
                                '--impl', impl])

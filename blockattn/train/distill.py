@@ -341,17 +341,17 @@ def check_teacher_weights(folder, options: Options, facts: dict):
                              options.model.source, 'run blockattn.train.teach into a new folder')
 
 
-def with_teacher_logits(options: Options, source):
-  """The source, with what teacher.logits has of a teacher, if it names a folder."""
+def stored_teacher(options: Options) -> teacher_logits.Taught | None:
+  """What adds to the rows what teacher.logits has of a teacher, if it names a folder."""
   folder = options.teacher.logits
   if not folder:
-    return source
+    return None
   found, wanted = teacher_logits.read_meta(folder), teacher_facts(options)
   wanted['top_k'] = found['top_k']   # the training takes what is there
   if not wanted['blocked']:
     del wanted['blocked']   # there, and not looked at
   check_teacher_logits(folder, found, wanted)
-  return teacher_logits.StoredLogits(source, folder, inputs.needed_rows(options, source))
+  return teacher_logits.StoredLogits(folder, options.steps * options.batch)
 
 
 def run(options: Options, workdir):
@@ -363,7 +363,7 @@ def run(options: Options, workdir):
   tokenizer = job.load_tokenizer(options, cfg)
   sink = job.sink_of(options.blocks, tokenizer)
   made = build(options, placement, cfg, platform=placement.platform, sink=sink)
-  source = with_teacher_logits(options, inputs.load_rows(options.data, tokenizer))
+  stored, source = stored_teacher(options), inputs.load_rows(options.data, tokenizer)
   params = job.load_language_model(options, placement, cfg)
   meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}
   teacher = None
@@ -373,7 +373,7 @@ def run(options: Options, workdir):
     teacher = teacher_from(params, cfg, options.teacher, made.teacher.placement)
   params, base = job.student_params(options, made.cfg, params, sink, placement)
   frozen = job.Frozen(teacher, base and (teacher or base))
-  params = job.train(made, options, params, frozen, source, workdir, meta)
+  params = job.train(made, options, params, frozen, source, workdir, meta, add=stored)
   return made.cfg, params, made.blocks
 
 
