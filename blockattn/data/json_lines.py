@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 
 from blockattn.errors import UserError
 
-P, R, T = TypeVar('P'), TypeVar('R'), TypeVar('T')
+P = TypeVar('P')
+R = TypeVar('R')
+T = TypeVar('T')
 
 SUFFIXES = ('.jsonl', '.jsonl.gz')
 LISTED = 100   # malformed lines a report lists; the rest are counted only

@@ -63,8 +63,9 @@ class Cutter(Protocol):
   """
   fingerprint: str
 
-  def __call__(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+  def __call__(self, texts: Sequence[str]) -> Sequence[Any]:
     """The cuts of each text: strictly increasing character offsets."""
+    ...
 
 
 def recut_all(examples: Iterable[Example], cutter: Cutter) -> Iterator[Example]:
@@ -164,10 +165,12 @@ class FileRows:
 
   def _cut(self, examples, full):
     """Those in blocks of ours; of a context that is read with full attention there is one block, however it is cut."""
-    if full or (self._cutter is None and (self._text_cutter is None or self.options.block_tokens)):
+    if full:
       return examples
     if self._cutter is not None:
       return recut_all(examples, self._cutter)
+    if self._text_cutter is None or self.options.block_tokens:
+      return examples
     return itertools.chain.from_iterable(
         recut_all(some, self._text_cutter) if is_text else some
         for is_text, some in itertools.groupby(examples, lambda example: example.is_text))
@@ -246,11 +249,14 @@ class PageRows:
     """The encoded pages of these numbers."""
     drawn = self.cut_examples(numbers)
     cut = lambda parts: encode.recut(parts, self.block_tokens) if self.block_tokens else parts
-    return [encode.fit(cut(parts))[0] for parts in self._encoder.parts(drawn)]
+    fitted = (encode.fit(cut(parts))[0] for parts in self._encoder.parts(drawn))   # without bounds none is left out
+    return [doc for doc in fitted if doc is not None]
 
   def cut_examples(self, numbers: Sequence[int]) -> list[Example]:
     """The pages of these numbers as text, the share of the cutter in its blocks."""
     drawn = [self.example(i) for i in numbers]
+    if self._cutter is None:
+      return drawn
     chosen = [i for i, number in enumerate(numbers) if self.is_cut(number)]
     for i, example in zip(chosen, recut_all([drawn[i] for i in chosen], self._cutter)):
       drawn[i] = example

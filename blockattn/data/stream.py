@@ -73,7 +73,7 @@ def schedule(weights: Sequence[float]) -> np.ndarray:
 # One source.
 
 
-def _order(source, seed):
+def _order(source, seed) -> Any:
   """The numbers of all epochs, in order."""
   shuffled = grain.MapDataset.range(len(source)).shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
   return shuffled.repeat()

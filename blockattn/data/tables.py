@@ -80,7 +80,8 @@ def origin(entry: str | Mapping[str, Any] | Origin, columns: Mapping[str, str] =
       raise UserError(f'config.data.files: {dict(entry)} has {key!r}; {tree.did_you_mean(key, known)}')
   if not isinstance(entry.get('path'), str):
     raise UserError(f"config.data.files: {dict(entry)} has no 'path'; name a file, a folder or {HUB}OWNER/NAME")
-  return Origin(**{'columns': columns} | dict(entry))
+  said: dict[str, Any] = {'columns': columns} | dict(entry)
+  return Origin(**said)
 
 
 class Table(Protocol):
@@ -101,9 +102,11 @@ class Table(Protocol):
 
   def read(self, piece: int) -> Iterator[tuple[Any, dict | Malformed]]:
     """(place, its record or what is wrong with it) of every row of a piece, in order."""
+    ...
 
   def line(self, place: Any) -> int:
     """The row's number in the file, from 1."""
+    ...
 
 
 def open_tables(source: Origin, piece: int = PIECE) -> list[Table]:
@@ -167,7 +170,7 @@ class JsonLines:
     self.pieces = max(1, -(-self.bytes // piece))
     self._before = {0: 0}   # lines in front of a piece, of those that are known
 
-  def read(self, piece):
+  def read(self, piece: int) -> Iterator[tuple[Any, dict | Malformed]]:
     start, stop, count = piece * self._piece, (piece + 1) * self._piece, 0
     with open(self._path, 'rb') as stream:
       if start:
@@ -238,7 +241,7 @@ class Columns:
       first += rows
     self.pieces = len(self._pieces)
 
-  def read(self, piece):
+  def read(self, piece: int) -> Iterator[tuple[Any, dict | Malformed]]:
     group, start, stop, first = self._pieces[piece]
     try:
       records = self._get(group, start, stop).to_pylist()
@@ -259,9 +262,9 @@ def _parquet(file, columns, piece):
   library = _library('pyarrow.parquet', file)
   with library.ParquetFile(file) as opened:
     meta, wanted = opened.metadata, _wanted(file, opened.schema_arrow.names, columns)
-    first = next(opened.iter_batches(_LOOKED_AT, range(min(meta.num_row_groups, 1)), wanted, use_threads=False), ())
+    first = next(opened.iter_batches(_LOOKED_AT, range(min(meta.num_row_groups, 1)), wanted, use_threads=False), None)
   # A text that stands in many rows is stored once: what rows take in memory is seen by looking at some.
-  each = first.nbytes / len(first) if len(first) else 0
+  each = first.nbytes / len(first) if first else 0
   groups = [(group.num_rows, max(group.total_byte_size, int(each * group.num_rows)))
             for group in map(meta.row_group, range(meta.num_row_groups))]
   for number, (_, size) in enumerate(groups):
@@ -343,7 +346,7 @@ def _wanted(file, names, columns):
   return wanted
 
 
-def _mapped(record, columns):
+def _mapped(record, columns) -> dict:
   """A record with our names of the columns; a text in place of a list is its only element."""
   if not columns:
     return record
@@ -364,7 +367,7 @@ def _field(record, path):
   return value
 
 
-def _without_nulls(value):
+def _without_nulls(value) -> Any:
   if isinstance(value, dict):
     return {name: _without_nulls(part) for name, part in value.items() if part is not None}
   return [_without_nulls(part) for part in value] if isinstance(value, list) else value

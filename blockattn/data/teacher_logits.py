@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import grain
 import numpy as np
 import safetensors
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from safetensors import numpy as safetensors_numpy
 
 from blockattn import metrics

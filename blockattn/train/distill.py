@@ -341,7 +341,7 @@ def check_teacher_weights(folder, options: Options, facts: dict):
                              options.model.source, 'run blockattn.train.teach into a new folder')
 
 
-def stored_teacher(options: Options) -> teacher_logits.Taught | None:
+def stored_teacher(options: Options) -> teacher_logits.StoredLogits | None:
   """What adds to the rows what teacher.logits has of a teacher, if it names a folder."""
   folder = options.teacher.logits
   if not folder:
