@@ -320,11 +320,21 @@ def _has_its_sizes(path: pathlib.Path) -> bool:
 # Reading without a run.
 
 def save_params(folder, params, meta: dict, step: int = 0):
-  """Writes a checkpoint of parameters alone, as a conversion makes it."""
+  """Writes a checkpoint of parameters alone, as a conversion makes it, and the best step of a run. Raises NotSaved."""
   path = pathlib.Path(folder).absolute() / str(step)
-  with ocp.CheckpointManager(path.parent, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False)) as manager:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, cleanup_tmp_directories=True)
+  with _writing(path), ocp.CheckpointManager(path.parent, options=options) as manager:
     manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta)))
-  _write_sums(path, jax.process_index(), jax.process_count())
+    _write_sums(path, jax.process_index(), jax.process_count())
+
+
+def remove(folder, step: int):
+  """Deletes a step: at once no step any more, then its files."""
+  path = pathlib.Path(folder).absolute() / str(step)
+  going = path.with_name(f'{step}{_PART}-removed')
+  path.rename(going)
+  shutil.rmtree(going)
 
 
 def load_meta(folder, step: int | None = None) -> dict:
@@ -392,6 +402,12 @@ def steps(folder) -> list[int]:
 def newest_step(folder) -> int | None:
   """The newest complete step, None without one."""
   return max(steps(folder), default=None)
+
+
+def is_finished(folder, last: int) -> bool:
+  """Whether a run of `last` steps is at its end: there, or where its held-out figures ended it, as the newest step says."""
+  newest = newest_step(folder)
+  return newest is not None and (newest >= last or bool((load_meta(folder).get('eval') or {}).get('stopped')))
 
 
 def _reader(folder):

@@ -13,6 +13,8 @@ from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.models import classifier, lora, spec, transformer
 
+CHECKPOINTS, BEST = 'checkpoints', 'best'   # folders of a work directory
+
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
@@ -39,17 +41,17 @@ def load(path: str | os.PathLike, dtype: str = 'float32', *, template_args: str 
   """A model on the first device of this process.
 
   Args:
-    path: folder, hub name, or work directory, of which the newest checkpoint is taken.
+    path: folder, hub name, or work directory, see `checkpoint_of`; or a step of one, WORKDIR/checkpoints/STEP.
     dtype: of the parameters.
     template_args, chat: see `prompts_of`.
 
   Raises:
     FileNotFoundError, ValueError: naming the file and the key at fault.
   """
-  workdir = pathlib.Path(path)
-  if (workdir / 'checkpoints').is_dir():
-    hf_config.check_language_model(model_of(checkpoint.load_meta(workdir / 'checkpoints')), workdir)
-    cfg, params, meta = load_run(workdir, dtype, mesh.Placement(mesh.make_mesh({}, jax.local_devices()[:1])))
+  workdir, step = _workdir_of(pathlib.Path(path))
+  if (workdir / CHECKPOINTS).is_dir():
+    hf_config.check_language_model(model_of(checkpoint.load_meta(*checkpoint_of(workdir, step))), workdir)
+    cfg, params, meta = load_run(workdir, dtype, mesh.Placement(mesh.make_mesh({}, jax.local_devices()[:1])), step)
     source = tokenizer_of(workdir, meta)
   else:
     source = files.locate(path)
@@ -80,19 +82,35 @@ def prompts_of(meta: dict, tokenizer: str | os.PathLike, template_args: str | No
 # Work directories.
 
 
+def _workdir_of(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+  """(workdir, step) of WORKDIR/checkpoints/STEP and WORKDIR/best/STEP; (path, None) of all else."""
+  is_step = path.parent.name in (CHECKPOINTS, BEST) and path.name.isdigit()
+  return (path.parent.parent, int(path.name)) if is_step else (path, None)
+
+
+def checkpoint_of(workdir: str | os.PathLike, step: int | None = None) -> tuple[pathlib.Path, int | None]:
+  """(folder of checkpoints, step) that stands for a run: that step; else the best on held-out documents, if the run kept
+  one, else the newest (None)."""
+  newest, best = pathlib.Path(workdir) / CHECKPOINTS, pathlib.Path(workdir) / BEST
+  kept = checkpoint.steps(best)   # none in the folder of a segmenter, which is a Hugging Face one
+  if step is None and kept:
+    return best, kept[-1]
+  return (best if step in kept and step not in checkpoint.steps(newest) else newest), step
+
+
 def load_run(workdir: str | os.PathLike, dtype: str, placement: mesh.Placement, step: int | None = None,
              source: str | None = None) -> tuple[transformer.ModelConfig, Any, dict]:
   """(ModelConfig, parameters, meta) of a trainer's checkpoint, a LoRA student merged with the model that it started from.
 
   Args:
     dtype: of the parameters.
-    step: default: the newest.
+    step: default: see `checkpoint_of`.
     source: of a LoRA run, the model that it started from, if it is no longer where the run found it.
 
   Raises:
     FileNotFoundError, ValueError: naming the folder and what it lacks.
   """
-  checkpoints = pathlib.Path(workdir) / 'checkpoints'
+  checkpoints, step = checkpoint_of(workdir, step)
   meta = checkpoint.load_meta(checkpoints, step)
   cfg = model_of(meta)
   load_tree = lambda specs, dtype: checkpoint.load_params(checkpoints, spec.abstract(specs, dtype, placement), step)

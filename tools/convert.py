@@ -1,7 +1,7 @@
 """Hugging Face folders <-> checkpoints.
 
   python -m tools.convert from_hf Qwen/Qwen3-4B-Instruct-2507 work/qwen3
-  python -m tools.convert to_hf work/distilled exported --step 2000
+  python -m tools.convert to_hf work/distilled exported --step 2000   # default: WORKDIR/best, else the newest checkpoint
 
 Weights keep their dtype, unless --dtype says another; what that rounds is said.
 
@@ -20,16 +20,11 @@ import jax
 import tokenizers
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from blockattn import checkpoint, disk, loading, mesh, options as options_lib
+from blockattn import checkpoint, loading, mesh
 from blockattn.data import encode
 from blockattn.hf import card as card_lib, config, convert, files, names
+from blockattn.train import export
 from tools import arguments
-
-# What blockattn.json of an export takes over from a checkpoint's meta.
-CARRIED = ('source', 'source_weights', 'kind', 'blocks', 'prompt', 'step', 'segmenter')
-# And what its card says of the run's config.
-_SHOWN = ('steps', 'batch', 'seed', 'data.kind', 'data.length', 'optim.lr', 'distill.temperature', 'distill.ce_weight',
-          'distill.drop_rate', 'distill.drop_mode', 'distill.weights.form', 'finetune.mode', 'lora.rank')
 
 
 def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = False):
@@ -51,27 +46,29 @@ def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = F
     files.copy_companions(folder, new / 'hf', also=('config.json', files.META, files.CARD))
     with _progress(f'reading {folder}') as report:
       cfg, params = convert.load(folder, dtype, report=report)
-    meta = {'kind': 'from_hf', 'blocks': None} | _carried(config.read_meta(folder))
+    meta = {'kind': 'from_hf', 'blocks': None} | export.carried(config.read_meta(folder))
     meta |= {'source': str(source), 'source_weights': convert.weights_facts(params), 'model': dataclasses.asdict(cfg)}
     checkpoint.save_params(new / 'checkpoints', params, meta)
 
 
 def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = None, source: str | None = None,
           card: str | None = None, overwrite: bool = False):
-  """A checkpoint of `workdir`, the newest unless `step` says which, -> Hugging Face folder `out`; None: in its own dtype."""
-  meta = checkpoint.load_meta(pathlib.Path(workdir) / 'checkpoints', step)
+  """A checkpoint of `workdir`, by default see `loading.checkpoint_of`, -> Hugging Face folder `out`; None: in its own
+  dtype."""
+  checkpoints, step = loading.checkpoint_of(workdir, step)
+  meta = checkpoint.load_meta(checkpoints, step)
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
   config.check_exportable(loading.model_of(meta))
   _check_tokenizer(companions, loading.model_of(meta))
-  stored = _stored_dtypes(pathlib.Path(workdir) / 'checkpoints', step, loading.model_of(meta))
+  stored = _stored_dtypes(checkpoints, step, loading.model_of(meta))
   dtype = dtype or convert.dtype_for(stored)
   _say_rounding(stored, dtype)
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
   cfg, params, _ = loading.load_run(workdir, dtype, one, step, source)
-  carried = _carried(meta)
+  carried = export.carried(meta)
   card = pathlib.Path(card).read_text(encoding='utf-8') if card else card_lib.text(
-      cfg, carried | {'source': meta.get('source')}, companions, facts=_training(pathlib.Path(workdir)))
+      cfg, carried | {'source': meta.get('source')}, companions, facts=export.training_facts(pathlib.Path(workdir)))
   with _progress(f'writing {out}') as report:
     convert.save(params, cfg, out, source=companions, meta=carried, dtype=dtype, overwrite=overwrite, report=report,
                  card=card)
@@ -88,24 +85,6 @@ def _stored_dtypes(checkpoints, step, cfg) -> list[str]:
 def _say_rounding(stored, dtype):
   if said := convert.rounding(stored, dtype):
     print(f'{said}, as --dtype {dtype} says')
-
-
-def _training(workdir: pathlib.Path) -> dict:
-  """What the card says of the training: the values of its config that decide most, and the commit that it ran at."""
-  facts = {}
-  if (workdir / 'config.json').exists():
-    said = options_lib.flat(disk.read_json(workdir / 'config.json'))
-    facts |= {key: said[key] for key in _SHOWN if key in said}
-  if (workdir / 'run.json').exists():
-    facts['commit of blockattn'] = disk.read_json(workdir / 'run.json').get('commit')
-  return facts
-
-
-def _carried(meta):
-  carried = {key: meta[key] for key in CARRIED if key in meta}
-  if 'source' in carried and pathlib.Path(carried['source']).is_dir():
-    carried['source'] = pathlib.Path(carried['source']).name   # a path of this machine says nothing to others
-  return carried
 
 
 def _companions(workdir, meta, source):
@@ -158,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument('--dtype', choices=sorted(convert.DTYPES), help='of the weights written (default: that of '
                          'the weights read, so that nothing is rounded)')
     command.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
-  command.add_argument('--step', type=int, help='default: the newest')
+  command.add_argument('--step', type=int, help='default: the best one that the run kept, else the newest')
   command.add_argument('--source', help='folder or hub name to copy the tokenizer from')
   command.add_argument('--card', help='file that becomes README.md')
   options = parser.parse_args(argv)

@@ -151,7 +151,7 @@ def apply(params: Params, tokens: Array, layout: blocks.BlockLayout, cfg: ModelC
 
 def apply_embedded(params: Params, x_BTD: Array, layout: blocks.BlockLayout, cfg: ModelConfig, compute: Compute) -> Array:
   """`apply` to embeddings x_BTD in place of tokens."""
-  attend = lambda q, k, v: _attend(q, k, v, layout, compute)
+  attend = lambda q, k, v: masked_attention(q, k, v, layout, compute)
   return run_layers(params, x_BTD, layout.position, cfg, compute, attend, keep_kv=False)[0]
 
 
@@ -266,7 +266,8 @@ def _mlp(h, w, cfg):
   return down + w['down_bias'] if cfg.mlp_bias else down
 
 
-def _attend(q, k, v, layout, compute):
+def masked_attention(q: Array, k: Array, v: Array, layout: blocks.BlockLayout, compute: Compute) -> Array:
+  """Attention as `compute` has it: on one device, or on its mesh."""
   if compute.placement is None:
     return api.block_attention(q, k, v, layout, impl=compute.impl, tiles=compute.tiles,
                                platform=compute.platform)

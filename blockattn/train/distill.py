@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from blockattn import blocks, errors, losses, mesh as mesh_lib, optim, options as options_lib
 from blockattn.data import teacher_logits
 from blockattn.errors import UserError
+from blockattn.evals import gap
 from blockattn.hf import convert
 from blockattn.models import flops, lora, spec, transformer, weights
-from blockattn.train import command, inputs, job, loop, workdir as workdir_lib
+from blockattn.train import command, held_out, inputs, job, loop, workdir as workdir_lib
 
 LOSS_OVER = ('readers', 'text', 'answer')
 
@@ -101,6 +102,10 @@ class Options(job.PromptOptions):
     super().__post_init__()
     if not self.model.source:
       raise UserError('config.model.source is empty: distillation needs a trained teacher, a Hugging Face folder or name')
+    if self.export_every and self.lora.rank and not self.teacher.logits and self.teacher.dtype != self.model.dtype:
+      raise UserError(f'config.export_every={self.export_every}: a LoRA student adds to the teacher in {self.teacher.dtype} '
+                      f'here, not to the weights in {self.model.dtype}; export afterwards, with tools.convert to_hf')
+    held_out.figure_of(self.eval.best, gap.MODES[::-1], teacher=not self.teacher.logits)
 
 
 def read(config) -> Options:
@@ -371,9 +376,15 @@ def run(options: Options, workdir):
     check_teacher_weights(options.teacher.logits, options, meta['source_weights'])
   else:
     teacher = teacher_from(params, cfg, options.teacher, made.teacher.placement)
+  compute = job.compute_of(options.compute, placement, placement.platform)
+  start = gap.Subject(params, cfg, compute, 'full', made.blocks) if teacher is None else gap.Subject(
+      teacher, cfg, teacher_compute(options, made.teacher.placement, placement.platform), 'full', made.blocks)
   params, base = job.student_params(options, made.cfg, params, sink, placement)
   frozen = job.Frozen(teacher, base and (teacher or base))
-  params = job.train(made, options, params, frozen, source, workdir, meta, add=stored)
+  watches = job.make_watches(made, options, tokenizer, workdir, base=frozen.base, compute=compute, start=start,
+                             is_teacher=teacher is not None, meta=meta)
+  del start
+  params = job.train(made, options, params, frozen, source, workdir, meta, watches, add=stored)
   return made.cfg, params, made.blocks
 
 

@@ -69,6 +69,7 @@ class PromptData(DataOptions):
     shared_first: a document's first block is a prefix that all its blocks read: needs local positions
     block_tokens: 0: the blocks that are given; else blocks of so many tokens, cut anywhere
     chat: wrap plain examples in the chat template; None: if there is one
+    eval_files: held-out documents, as `files`, or 'pages:validation' of the standard library; empty: none, see config.eval
     template_args: of the chat template, 'enable_thinking=true,...'; see data/chat_template.py for what is default
     too_long: 'drop', or 'cut': leave out context blocks without the answer
     workers: threads that read and encode ahead of the training
@@ -84,6 +85,7 @@ class PromptData(DataOptions):
   shared_first: bool = False
   block_tokens: int = 0
   chat: bool | None = None
+  eval_files: tuple[str, ...] = ()
   template_args: str = ''
   too_long: str = 'drop'
   workers: int = 2

@@ -26,7 +26,7 @@ from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, convert, files
 from blockattn.kernels import api, tiles
 from blockattn.models import classifier, flops, lora, sizes, spec as spec_lib, transformer
-from blockattn.train import inputs, loop
+from blockattn.train import export, held_out, inputs, loop
 
 DTYPES = ('float32', 'bfloat16')
 SINK_KINDS = ('token', 'learned')
@@ -167,17 +167,25 @@ class PromptOptions(Options):
 
   Attributes:
     chunk: tokens per row whose logits exist at a time
+    export_every: steps between two exports to WORKDIR/exports/step_N, Hugging Face folders; 0: none
     blocks: block mode, see blocks.BlockOptions
+    eval: measuring on data.eval_files while it trains
     lora: see lora.LoraOptions
   """
   chunk: int = 512
+  export_every: int = 0
   blocks: BlockModeOptions
   data: inputs.PromptData
+  eval: held_out.EvalOptions
   lora: lora.LoraOptions
 
   def __post_init__(self):
     super().__post_init__()
     errors.check_number('config.chunk', self.chunk, 1)
+    errors.check_number('config.export_every', self.export_every, 0)
+    if not self.data.eval_files and (self.eval.best or self.eval.patience):
+      raise UserError(f'config.eval.best={self.eval.best!r} and config.eval.patience={self.eval.patience} need held-out '
+                      'documents: give config.data.eval_files')
     if self.lora.rank and not self.model.source:
       raise UserError(f'config.lora.rank={self.lora.rank} trains a difference to a model: config.model.source names none')
 
@@ -554,17 +562,34 @@ def loop_config(options: Options, made: Job) -> loop.LoopConfig:
                          profile=trace.parse_steps(options.profile, options.steps))
 
 
-def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watch=None, add=None):
+def make_watches(made: Job, options: PromptOptions, tokenizer, workdir, *, base, compute: transformer.Compute, meta: dict,
+                 **measured) -> list[loop.Watch]:
+  """What looks at a language model while it trains: held-out figures, then exports, each where the options want it.
+
+  Args:
+    base: what a LoRA student adds to, None of another one.
+    compute, measured: see held_out.make.
+    meta: what checkpoints say besides made.meta.
+  """
+  low_rank, meta = options.lora, made.meta | meta
+  student = (lambda params: lora.attach(base, params, low_rank)) if low_rank.rank else lambda params: params
+  merged = jax.jit(lambda base, params: lora.merge(base, params, low_rank))
+  whole = (lambda params: merged(base, params)) if low_rank.rank else lambda params: params
+  return [*held_out.make(options, made, tokenizer, workdir, student=student, compute=compute, meta=meta, **measured),
+          *export.make(options, made, workdir, whole=whole, meta=meta)]
+
+
+def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watches=(), add=None):
   """Runs a job on values; returns the trained parameters.
 
   Args:
     params: what is trained, at its start.
     source: of packed rows.
     meta: what checkpoints say besides made.meta.
-    watch: see loop.run.
+    watches: see loop.run.
     add: see stream.batches.
   """
   state = loop.run(lambda state, batch: made.step(state, frozen, batch), loop.init_state(params, made.optimizer),
                    inputs.batches(options, source, made.placement, add), loop_config(options, made), workdir,
-                   put_batch=made.placement.put_batch, meta=made.meta | meta, watch=watch)
+                   put_batch=made.placement.put_batch, meta=made.meta | meta, watches=watches)
   return state.params

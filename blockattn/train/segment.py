@@ -116,7 +116,7 @@ def _f1_on_grid(odds, labels, grid):
   return np.where(predicted + gold == 0, 1.0, 2 * matched / np.maximum(predicted + gold, 1))
 
 
-class Watch:
+class Watch(loop.Watch):
   """Measures F1 on validation rows every few steps, and keeps the best parameters as a Hugging Face folder.
 
   Args:
@@ -262,7 +262,7 @@ def run(options: Options, workdir):
                 own_rows=inputs.own_rows(placement, options.batch), predict=predict, put_batch=placement.put_batch,
                 keep=functools.partial(_keep, cfg=cfg, folder=best, source=source, options=options), best=_best_so_far(best))
   meta = {'source': options.model.source or str(source)}
-  return cfg, job.train(made, options, params, job.Frozen(), rows, workdir, meta, watch)
+  return cfg, job.train(made, options, params, job.Frozen(), rows, workdir, meta, [watch])
 
 
 def read_documents(options: Options) -> list[schema.Document]:
