@@ -346,17 +346,17 @@ def check_teacher_weights(folder, options: Options, facts: dict):
                              options.model.source, 'run blockattn.train.teach into a new folder')
 
 
-def with_teacher_logits(options: Options, source):
-  """The source, with what teacher.logits has of a teacher, if it names a folder."""
+def stored_teacher(options: Options) -> teacher_logits.StoredLogits | None:
+  """What adds to the rows what teacher.logits has of a teacher, if it names a folder."""
   folder = options.teacher.logits
   if not folder:
-    return source
+    return None
   found, wanted = teacher_logits.read_meta(folder), teacher_facts(options)
   wanted['top_k'] = found['top_k']   # the training takes what is there
   if not wanted['blocked']:
     del wanted['blocked']   # there, and not looked at
   check_teacher_logits(folder, found, wanted)
-  return teacher_logits.StoredLogits(source, folder, inputs.needed_rows(options, source))
+  return teacher_logits.StoredLogits(folder, options.steps * options.batch)
 
 
 def run(options: Options, workdir):
@@ -368,7 +368,7 @@ def run(options: Options, workdir):
   tokenizer = job.load_tokenizer(options, cfg)
   sink = job.sink_of(options.blocks, tokenizer)
   made = build(options, placement, cfg, platform=placement.platform, sink=sink)
-  source = with_teacher_logits(options, inputs.load_rows(options.data, tokenizer))
+  stored, source = stored_teacher(options), inputs.load_rows(options.data, tokenizer)
   params = job.load_language_model(options, placement, cfg)
   meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}
   teacher = None
@@ -384,7 +384,7 @@ def run(options: Options, workdir):
   watches = job.make_watches(made, options, tokenizer, workdir, base=frozen.base, compute=compute, start=start,
                              is_teacher=teacher is not None, meta=meta)
   del start
-  params = job.train(made, options, params, frozen, source, workdir, meta, watches)
+  params = job.train(made, options, params, frozen, source, workdir, meta, watches, add=stored)
   return made.cfg, params, made.blocks
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from blockattn import checkpoint, errors
-from blockattn.data import chat_template, encode, json_lines, prompts, store
+from blockattn.data import chat_template, encode, json_lines, prompts, sources, tables
 from blockattn.data.example import Example
 from blockattn.errors import UserError
 from blockattn.evals import gap, pages
@@ -100,7 +100,7 @@ def read(data: inputs.PromptData, count: int, tokenizer: Any) -> HeldOut:
              if len(pair[0].tokens) <= data.length and len(pair[0].lengths) <= data.max_blocks]
     stop = pages.STOP
   else:
-    files, cutter = json_lines.find_files(data.eval_files), inputs.load_cutter(data, tokenizer)
+    files, cutter = tables.find_files(data.eval_files), inputs.load_cutter(data, tokenizer)
     encoder, each = encode.Encoder(tokenizer), -(-count // len(files))
     by_file = [list(itertools.islice(_documents(file, data, tokenizer, encoder, cutter), each)) for file in files]
     # In turns, so that the first ones are of all files.
@@ -114,7 +114,7 @@ def read(data: inputs.PromptData, count: int, tokenizer: Any) -> HeldOut:
 def _documents(file, data, tokenizer, encoder, cutter) -> Iterable[tuple[encode.EncodedDoc, Example]]:
   examples = prompts.read_examples([file], report=json_lines.Report(), strict=data.strict, tokenizer=tokenizer,
                                    chat=chat_template.wants_chat(data.chat, tokenizer))
-  examples = iter(examples if cutter is None else store.recut_all(examples, cutter))
+  examples = iter(examples if cutter is None else sources.recut_all(examples, cutter))
   while some := list(itertools.islice(examples, _AT_A_TIME)):
     for example, parts in zip(some, encoder.parts(some), strict=True):
       parts = encode.recut(parts, data.block_tokens) if data.block_tokens else parts

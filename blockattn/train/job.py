@@ -579,7 +579,7 @@ def make_watches(made: Job, options: PromptOptions, tokenizer, workdir, *, base,
           *export.make(options, made, workdir, whole=whole, meta=meta)]
 
 
-def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watches=()):
+def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watches=(), add=None):
   """Runs a job on values; returns the trained parameters.
 
   Args:
@@ -587,8 +587,9 @@ def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, 
     source: of packed rows.
     meta: what checkpoints say besides made.meta.
     watches: see loop.run.
+    add: see stream.batches.
   """
   state = loop.run(lambda state, batch: made.step(state, frozen, batch), loop.init_state(params, made.optimizer),
-                   inputs.batches(options, source, made.placement), loop_config(options, made), workdir,
+                   inputs.batches(options, source, made.placement, add), loop_config(options, made), workdir,
                    put_batch=made.placement.put_batch, meta=made.meta | meta, watches=watches)
   return state.params

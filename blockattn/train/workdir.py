@@ -13,8 +13,8 @@ from blockattn.kernels import api
 
 # Keys that do not change what is learned, but for the last bits of its sums; with a dot, all that stand below.
 _FREE_TO_CHANGE = ('log_every', 'save_every', 'keep', 'chunk', 'mesh.', 'rules', 'teacher.rules', 'compute.impl',
-                   'compute.tiles', 'compute.remat', 'compute.far_queries', 'data.cache', 'wandb', 'peak_tflops', 'profile',
-                   'data.eval_files', 'eval.', 'export_every')
+                   'compute.tiles', 'compute.remat', 'compute.far_queries', 'data.workers', 'wandb', 'peak_tflops',
+                   'profile', 'data.eval_files', 'eval.', 'export_every')
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def get_config(folder, trainer='distill'):
   """A small distillation on the files in `folder`: block dropout, learned sinks and shuffled data all go on or do not."""
   config = common.base(trainer)
   changes = {key: value for key, value in CHANGES.items() if key.partition('.')[0] in config}
-  config.update_from_flattened_dict(changes | {'model.source': f'{folder}/teacher', 'data.cache': f'{folder}/cache',
+  config.update_from_flattened_dict(changes | {'model.source': f'{folder}/teacher',
                                                'data.files': (f'{folder}/train.jsonl',)})
   return config
 

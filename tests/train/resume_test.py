@@ -102,7 +102,7 @@ def test_a_run_that_goes_wrong_stops_with_one_line(folder):
   blind = ('from blockattn import tree\nfrom blockattn.train import command, distill\ntree.not_finite = lambda tree: []\n'
            "command.main(distill.Options, distill.run)")
   result = start(folder, workdir, '-c', blind,
-                 overrides=[f'--config.model.source={folder}/broken_teacher', '--config.save_every=1'])
+                 overrides=[f'--config.model.source={folder}/broken_teacher', '--config.save_every=1', '--config.seed=2'])
   assert result.returncode == 2, result.stderr
   last = losses(workdir)[0][-1]
   assert last > 1
