@@ -97,7 +97,8 @@ def matrices(params: Any) -> Any:
   """The tree with the axes of each matrix of the layers, as Muon makes it orthogonal, and None for all else: what a product
   sums over, against the rest. Layers are matrices of their own."""
   def axes(name, p):
-    summed = weights.CONTRACTED.get(name.removeprefix('layers/'))
+    folder, _, leaf = name.rpartition('/')
+    summed = weights.CONTRACTED.get(leaf) if folder == 'layers' else None
     return None if summed is None else optax.contrib.MuonDimensionNumbers(
         tuple(range(1, 1 + summed)), tuple(range(1 + summed, p.ndim)))
   return tree.map_named(axes, params)

@@ -118,7 +118,7 @@ def head_bytes(options, made, local) -> int:
 
 
 def cast_bytes(options, made) -> int:
-  if options.compute.remat == 'full' or options.compute.dtype == options.model.dtype:
+  if options.compute.remat in ('full', 'offload') or options.compute.dtype == options.model.dtype:
     return 0
   layers = job.abstract_params(transformer.spec(made.cfg)['layers'], options.compute.dtype, made.placement)
   return device_bytes(layers)
@@ -147,7 +147,8 @@ def saved_bytes(cfg, dtype: str, remat: str, rows: int, tokens: int) -> int:
   weights = {p.shape for p in jax.tree.leaves(params)} | {
       (*p.shape[:1], math.prod(p.shape[1:i]), math.prod(p.shape[i:])) for p in jax.tree.leaves(params)
       for i in range(2, len(p.shape))}
-  kept = {var for var in jaxpr.outvars if isinstance(var, Var) and var.aval.shape not in weights}
+  kept = {var for var in jaxpr.outvars if isinstance(var, Var) and var.aval.shape not in weights
+          and var.aval.memory_space != jax.memory.Space.Host}
   return sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in kept)
 
 

@@ -50,8 +50,8 @@ def check(cfg: transformer.ModelConfig, options: lora.LoraOptions | None):
   if options is None:
     raise UserError('this run trained every parameter, and has no adapter: export the model, to_hf')
   if cfg.learned_sinks:
-    raise UserError(f'this student has {cfg.learned_sinks} learned sinks, embeddings that the model it adds to has not: export '
-                    'it merged, to_hf, or train one with blocks.sink_kind=token')
+    raise UserError(f'this student has {cfg.learned_sinks} learned sinks, embeddings that the model it adds to has not: '
+                    'export it merged, to_hf, or train one with blocks.sink_kind=token')
 
 
 def tensors(trained: Any, cfg: transformer.ModelConfig, dtype: str) -> dict[str, np.ndarray]:

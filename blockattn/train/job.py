@@ -316,8 +316,19 @@ class Job:
 
 
 def make_placement(options: Options, devices=None) -> mesh_lib.Placement:
-  """The mesh over all devices of all processes, or over those that are given, with the options' rules."""
+  """The mesh over all devices of all processes, or over those that are given, with the options' rules.
+
+  Raises:
+    ValueError: it cannot be made of them, or compute.remat is 'offload' and they do not reach the host's memory.
+  """
+  if devices is None and options.compute.remat == 'offload' and not _reach_host_memory(jax.local_devices()[0]):
+    raise UserError(f"config.compute.remat='offload' needs memory of the host that devices reach (pinned_host), which a "
+                    f'{jax.local_devices()[0].device_kind} does not; use full')
   return mesh_lib.Placement(mesh_lib.make_mesh(options.mesh.sizes, devices), options.rules)
+
+
+def _reach_host_memory(device) -> bool:
+  return any(memory.kind == 'pinned_host' for memory in device.addressable_memories())
 
 
 def abstract_placement(options: Options, devices: int) -> mesh_lib.Placement:
