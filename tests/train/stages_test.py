@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import run_cases
+import train_cases
 
 from blockattn import checkpoint, loading
 from blockattn.data import teacher_logits
@@ -44,7 +45,8 @@ def tuned(folder):
 
 def config_of(folder, trainer='distill', **changes):
   config = run_cases.get_config(folder, trainer)
-  config.update_from_flattened_dict({'steps': 2, 'save_every': 2, 'optim.warmup': 1} | changes)
+  config.update_from_flattened_dict({'steps': 2, 'save_every': 2, 'optim.warmup': 1, 'mesh.data': 2, 'mesh.fsdp': 2,
+                                     'mesh.tensor': 2} | changes)
   return config
 
 
@@ -87,7 +89,7 @@ def test_moments_of_another_model_are_refused(folder, tuned):
   options = distill.read(config_of(folder, **{'model.source': str(tuned), 'model.keep_moments': True}))
   cfg = dataclasses.replace(run_cases.MODEL, learned_sinks=2, width=24)
   with pytest.raises(ValueError, match="holds the optimizer's state of another model, or of another optimizer"):
-    started(options, cfg, hf_cases.random_params(cfg, 'float32'))
+    started(options, cfg, train_cases.params(cfg, place=job.make_placement(options)))
   config = config_of(folder, **{'model.source': str(tuned), 'model.keep_moments': True, 'lora.rank': 2})
   with pytest.raises(ValueError, match='for which no moments are kept: leave config.model.keep_moments out'):
     distill.read(config)
