@@ -67,11 +67,7 @@ def load_pair(model: str | os.PathLike, teacher: str | os.PathLike, modes: Seque
   two tokenizers differ, so that tokens of one mean nothing to the other."""
   teacher_subject, teacher_tokenizer = load(teacher, 'full', compute)
   student, tokenizer = load(model, 'block', compute, **prompts)
-  ours = tokenizer.get_vocab()
-  other = [text for text, i in teacher_tokenizer.get_vocab().items() if text not in ours or ours[text] != i]
-  if other:
-    raise UserError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
-                    f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
+  encode.check_same_tokens(tokenizer, teacher_tokenizer, model, teacher)
   subjects = {TEACHER: teacher_subject}
   if 'block' in modes:
     options = dataclasses.replace(student.options, sink_ids=())

@@ -193,7 +193,7 @@ def new_folder(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     raise
 
 
-_OURS = ('config.json', 'checkpoints')   # what a folder that may be replaced has, of a model or of a run
+_OURS = ('config.json', 'checkpoints', ADAPTER)   # what a folder that may be replaced has, of a model or of a run
 
 
 def check_free(folder: pathlib.Path, overwrite: bool):

@@ -156,7 +156,7 @@ def run(options: Options, workdir):
   compute = job.compute_of(options.compute, placement, placement.platform)
   start = gap.Subject(params, cfg, compute, 'full', made.blocks)
   params, base = job.student_params(options, made.cfg, params, sink, placement)
-  watches = job.make_watches(made, options, tokenizer, workdir, base=base, compute=compute, start=start, is_teacher=False,
+  watches = job.make_watches(made, options, tokenizer, workdir, base=base, compute=compute, start=start,
                              modes=measured_modes(options.finetune), meta=meta)
   del start
   params = job.train(made, options, params, job.Frozen(base=base), source, workdir, meta, watches)
