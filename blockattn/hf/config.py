@@ -34,6 +34,8 @@ HARMLESS = {
 }
 
 SINKS_STAND = 'in front of every block'   # part of what an export says of its blocks
+# Fields of BlockOptions that older students do not speak of.
+LATER = {'shared_first': bool, 'tail_ids': [int], 'links': bool, 'seam': int, 'align': int}
 
 LLAMA_THETA = 10000.0   # of configs from before the key
 # Keys that count something, and may not say 0.
@@ -83,10 +85,10 @@ def block_options(meta: dict, where: str = files.META) -> BlockOptions:
   said = meta['blocks'] if 'blocks' in meta else None
   if said is None:
     return BlockOptions(sink_ids=(), positions='sequential', max_blocks=1)
-  disk.check_form(said, {'sink_ids': [int], 'positions': str, 'max_blocks': int}, f'{where}: "blocks"')
+  form = {'sink_ids': [int], 'positions': str, 'max_blocks': int} | {key: kind for key, kind in LATER.items() if key in said}
+  disk.check_form(said, form, f'{where}: "blocks"')
   try:
-    options = BlockOptions(tuple(said['sink_ids']), said['positions'], said['max_blocks'],
-                           said.get('shared_first', False))   # older students have no shared prefix
+    options = BlockOptions(**{key: tuple(said[key]) if kind == [int] else said[key] for key, kind in form.items()})
   except ValueError as error:
     raise UserError(f'{where}: "blocks": {error}') from error
   if options.sink_ids and said.get('sinks_stand') != SINKS_STAND:
