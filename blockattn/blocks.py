@@ -478,7 +478,8 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
   (rows, old_length), whole = doc.shape, lambda x: jnp.asarray(x).astype(jnp.int32)
   b = jnp.arange(rows)[:, None]
   starts, offset = block_starts(layout), offsets(layout)
-  sinks, tail, links = len(options.sink_ids), len(options.tail_ids), options.links and len(options.tail_ids) > 0
+  sinks, tail = len(options.sink_ids), len(options.tail_ids)
+  seams, links = int(options.seam > 0), int(options.links and tail > 0)   # blocks beside every block
   front, copies, copied, ends = sinks, 0, jnp.zeros(doc.shape, bool), jnp.zeros(doc.shape, bool)
   number = jnp.clip(jnp.cumsum(starts, axis=1, dtype=jnp.int32) - 1, 0)   # of the block in its row
   in_block = lambda member: jnp.take_along_axis(jnp.zeros_like(number).at[b, number].add(whole(member)), number, axis=1)
@@ -511,9 +512,9 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
   source = put(source, copied, at_copy, each)
   take = lambda x: jnp.take_along_axis(jnp.pad(jnp.asarray(x), ((0, 0), (0, 1))), source, axis=1)
 
-  apart, block = copy | behind & links, take(layout.block)   # apart: blocks of their own
-  if links or options.seam:   # a block, the seam before it and the link behind it take three numbers in place of one
-    block = (1 + (options.seam > 0) + links) * block + (options.seam > 0) * whole(~copy) + links * whole(behind)
+  apart, block = copy | behind if links else copy, take(layout.block)   # apart: blocks of their own
+  if seams + links:   # the seam before a block, the block, and the link behind it take the place of its number
+    block = (1 + seams + links) * block + seams * whole(~copy) + links * whole(behind)
   new = BlockLayout(doc=take(doc), block=block, position=jnp.zeros((rows, length), jnp.int32),
                     reader=take(layout.reader) | apart, hidden=take(layout.hidden) | original,
                     shared=take(layout.shared) & ~apart)

@@ -14,6 +14,7 @@ from blockattn import blocks
 
 ROWS, T = 2, 40
 several = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+few = settings(several, max_examples=8)
 layouts = layout_cases.layouts(ROWS, T)
 shipped = layout_cases.shipped_layouts(ROWS, T)
 
@@ -187,7 +188,7 @@ def test_positions(scheme, layout):
   np.testing.assert_array_equal(with_positions(layout, scheme).position, naive_positions(layout, scheme))
 
 
-@pytest.mark.parametrize('name', ['sinks', 'tails', 'links', 'long_seam', 'all', 'all_in_blocks'])
+@pytest.mark.parametrize('name', ['sinks', 'links', 'all', 'all_in_blocks'])
 @pytest.mark.parametrize('scheme', blocks.POSITION_SCHEMES)
 @pytest.mark.parametrize('shared', [False, True])
 def test_a_prompt_is_placed_as_its_layout_says(scheme, shared, name):
@@ -224,9 +225,9 @@ def test_as_one_block_counts_each_document_from_zero(layout):
 SCHEMES = ('sequential', 'local')
 NAMES = ('doc', 'block', 'reader', 'hidden', 'shared')
 OPTIONS = {
-    'nothing': {}, 'sink': {'sink_ids': (7,)}, 'sinks': {'sink_ids': (100, 101, 102)}, 'tails': {'tail_ids': (200, 201)},
+    'nothing': {}, 'sinks': {'sink_ids': (100, 101, 102)}, 'tails': {'tail_ids': (200, 201)},
     'links': {'sink_ids': (100,), 'tail_ids': (200, 201), 'links': True}, 'aligned': {'sink_ids': (100, 101), 'align': 4},
-    'seam': {'seam': 3}, 'long_seam': {'sink_ids': (100,), 'seam': 30},
+    'long_seam': {'sink_ids': (100,), 'seam': 30},
     'all': {'sink_ids': (100, 101), 'tail_ids': (200,), 'links': True, 'seam': 2, 'align': 3},
     'all_in_blocks': {'sink_ids': (100, 101), 'tail_ids': (200,), 'seam': 4, 'align': 5}}
 
@@ -287,7 +288,7 @@ def naive_sees(layout, b, slots, links):
 
 
 @pytest.mark.parametrize('name', OPTIONS)
-@several
+@few
 @given(layout=layouts, share=st.integers(0, 2))
 def test_insert(name, layout, share):
   """Random layouts, and seams of every length up to the most."""
@@ -318,7 +319,7 @@ def test_insert(name, layout, share):
 
 @pytest.mark.parametrize('scheme', SCHEMES)
 @pytest.mark.parametrize('name', OPTIONS)
-@several
+@few
 @given(layout=shipped)
 def test_what_is_inserted_aligns_with_the_text_by_index(name, scheme, layout):
   tokens = np.arange(1, ROWS * T + 1, dtype=np.int32).reshape(ROWS, T)

@@ -187,8 +187,8 @@ class Engine:
     rows, context = decode.bucket(len(plans), 1), None
     tokens, lengths, first_position, reads = plan_lib.reader_arrays(plans, rows)
     if any(plan.context for plan in plans):
-      *where, number = plan_lib.context_arrays(plans, rows, self._pool.where, self._pool.devices)
-      context = self._pool.gather(*where, self._cfg)
+      pages, position, visible, number = plan_lib.context_arrays(plans, rows, self._pool.where, self._pool.devices)
+      context = self._pool.gather(pages, position, visible, self._cfg)
       if reads is not None:   # else the last blocks read all of it
         context = dataclasses.replace(context, number=number)
     on_part('gather', context)

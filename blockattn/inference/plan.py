@@ -201,7 +201,7 @@ def reader_arrays(plans: Sequence[Plan], rows: int) -> tuple[np.ndarray, np.ndar
   for i, plan in enumerate(plans):
     for reader in plan.readers:
       own = slice(lengths[i], lengths[i] + len(reader.tokens))
-      tokens[i, own], ahead[i, own], reads[i, own] = reader.tokens, reader.start - lengths[i], reader.reads
+      tokens[i, own], ahead[i, own], reads[i, own] = reader.tokens, reader.start - lengths[i], reader.reads or 0
       lengths[i] += len(reader.tokens)
   if all(len(plan.readers) == 1 for plan in plans):
     return tokens, lengths, ahead[:, 0], None

@@ -93,8 +93,8 @@ def _beside(q, known, context, own, number=None):
 
   `number` is the queries', [B, T]; None: they read all that is visible, as the last block's do.
   """
-  limits = () if context.number is None or number is None else (context.number, number)
-  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, *known, context.visible, *limits))
+  below = None if context.number is None or number is None else (context.number, number)
+  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, *known, context.visible, below))
   if context.axis is not None:   # every device has read its own part of the context
     parts = jax.tree.map(lambda x: jax.lax.all_gather(x[0], context.axis), parts)
   every = jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)[None]]), parts, own)

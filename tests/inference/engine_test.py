@@ -134,7 +134,7 @@ FORMS = {'seam': {}, 'tails': {'tail_ids': (5, 6)}, 'links': {'tail_ids': (5, 6)
     ('tails', 'llama_rope', 'local', 1, False), ('links', 'qwen3_tied', 'sequential', 8, False),
     ('links', 'llama_rope', 'local', 1, False), ('links', 'qwen3_tied', 'local', 1, True)])
 def test_what_is_read_again_beside_cached_blocks(words, form, name, positions, devices, shared):
-  """Seams of no token, of some and of whole blocks, chosen anew for every prompt, tails and links; the states are the same."""
+  """Seams of no token, of some and of whole blocks, chosen anew for every prompt, tails and links; the states stay."""
   rng, (cfg, params) = np.random.default_rng(7), model(name)
   subject = engine(name, words, positions, devices, shared=shared, form=FORMS[form])
   options = blocks.BlockOptions(SINKS[name], positions, 8, shared, seam=SEAM, **FORMS[form])
@@ -180,7 +180,8 @@ def test_blocks_are_computed_without_communication_and_read_with_it():
   fill = pool._fill.lower(params, held.k, held.v, *rows, pages, *none, **how).compile().as_text()
   context = held.gather(np.zeros((1, 8), np.int32), np.zeros((1, 128), np.int32), np.ones((1, 128), bool), cfg)
   one = np.array([9], np.int32)
-  read = engine_lib._read.lower(params, np.zeros((1, 32), np.int32), one, one, None, context, room=32, **how).compile().as_text()
+  read = engine_lib._read.lower(params, np.zeros((1, 32), np.int32), one, one, None, context, room=32,
+                                **how).compile().as_text()
   collectives = re.compile(r'all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter')
   assert not collectives.search(fill)
   assert set(collectives.findall(read)) == {'all-gather'}
@@ -311,7 +312,8 @@ def test_nothing_is_compiled_after_warm_up(words):
 @pytest.mark.parametrize('change, message', [
     (dict(prompt=[]), 'request 1: a prompt must be a list of blocks'), (dict(prompt=[[1], []]), 'none of them empty'),
     (dict(prompt=[[1], [48]]), 'token .* has the id 48, and the model has 48 rows'), (dict(prompt=[[-1]]), 'the id -1'),
-    (dict(max_new=0), 'at least one token'), (dict(seam=-1), 'seam=-1'), (dict(stop=('',)), 'empty stop'), (dict(top_p=0.0), 'top_p=0.0'),
+    (dict(max_new=0), 'at least one token'), (dict(seam=-1), 'seam=-1'),
+    (dict(stop=('',)), 'empty stop'), (dict(top_p=0.0), 'top_p=0.0'),
     (dict(temperature=-1.0), 'temperature=-1.0'), (dict(temperature=float('nan')), 'temperature=nan'),
     (dict(max_new=3000), 'the model has 2048'), (dict(prompt=[[1] * 1500, [1]]), 'device_tokens'),
 ])

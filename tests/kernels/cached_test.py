@@ -48,7 +48,7 @@ def test_queries_that_read_blocks_of_some_numbers_only(keys):
   q, k, v = arrays(5, keys=keys)
   visible = random.random((B, keys)) < 0.8
   number, reads = random.integers(0, 4, (B, keys)), np.array([[0, 1, 2, 3, 4]] * B)
-  out, lse = cached.attend_cached(q, k, v, *map(jnp.asarray, (visible, number, reads)))
+  out, lse = cached.attend_cached(q, k, v, jnp.asarray(visible), (jnp.asarray(number), jnp.asarray(reads)))
   for t in range(5):
     wanted = dense(q[:, t:t + 1], k, v, visible & (number < reads[:, t:t + 1]))
     for result, own in zip((out, lse), wanted):
