@@ -7,7 +7,8 @@ Weights keep their dtype, unless --dtype says another; what that rounds is said.
 
 `from_hf` makes a work directory of step 0: `checkpoints/0` holds the parameters and what the model is, `hf` the
 tokenizer and config files, so that `to_hf` needs nothing else. `to_hf` takes any trainer's work directory: the
-tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source.
+tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source. With --wrappers it
+writes the learned sinks and tails alone, some rows that are read beside the model that the run started from.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from blockattn import checkpoint, disk, loading, mesh, options as options_lib
 from blockattn.data import encode
+from blockattn.errors import UserError
 from blockattn.hf import card as card_lib, config, convert, files, names
 from tools import arguments
 
@@ -30,6 +32,11 @@ CARRIED = ('source', 'source_weights', 'kind', 'blocks', 'prompt', 'step', 'segm
 # And what its card says of the run's config.
 _SHOWN = ('steps', 'batch', 'seed', 'data.kind', 'data.length', 'optim.lr', 'distill.temperature', 'distill.ce_weight',
           'distill.drop_rate', 'distill.drop_mode', 'distill.weights.form', 'finetune.mode', 'lora.rank')
+_WRAPPERS_CARD = '''# Learned sinks and tails
+
+{rows} embedding rows that were trained beside {source}, whose weights stay as they are. The commands of
+`blockattn` read this folder as a model; `blockattn.json` says where the other weights are, and how the rows are used.
+'''
 
 
 def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = False):
@@ -57,11 +64,15 @@ def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = F
 
 
 def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = None, source: str | None = None,
-          card: str | None = None, overwrite: bool = False):
-  """A checkpoint of `workdir`, the newest unless `step` says which, -> Hugging Face folder `out`; None: in its own dtype."""
+          card: str | None = None, overwrite: bool = False, wrappers: bool = False):
+  """A checkpoint of `workdir`, the newest unless `step` says which, -> Hugging Face folder `out`; None: in its own dtype.
+
+  `wrappers`: the learned sinks and tails alone, of a run that trained nothing else."""
   meta = checkpoint.load_meta(pathlib.Path(workdir) / 'checkpoints', step)
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
+  if wrappers and (not meta.get('lora') or meta['lora']['targets']):
+    raise UserError(f'--wrappers: {workdir} trained more than wrappers (config.model.train_only); export all of it')
   config.check_exportable(loading.model_of(meta))
   _check_tokenizer(companions, loading.model_of(meta))
   stored = _stored_dtypes(pathlib.Path(workdir) / 'checkpoints', step, loading.model_of(meta))
@@ -70,11 +81,21 @@ def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = N
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
   cfg, params, _ = loading.load_run(workdir, dtype, one, step, source)
   carried = _carried(meta)
-  card = pathlib.Path(card).read_text(encoding='utf-8') if card else card_lib.text(
-      cfg, carried | {'source': meta.get('source')}, companions, facts=_training(pathlib.Path(workdir)))
+  card = pathlib.Path(card).read_text(encoding='utf-8') if card else (
+      _WRAPPERS_CARD.format(rows=cfg.learned_sinks, source=carried['source']) if wrappers else card_lib.text(
+          cfg, carried | {'source': meta.get('source')}, companions, facts=_training(pathlib.Path(workdir))))
+  if wrappers:
+    convert.save_wrappers(params['sinks'], cfg, out, source=companions, card=card, overwrite=overwrite,
+                          meta=carried | {'source': _absolute(source or meta['source'])})
+    return
   with _progress(f'writing {out}') as report:
     convert.save(params, cfg, out, source=companions, meta=carried, dtype=dtype, overwrite=overwrite, report=report,
                  card=card)
+
+
+def _absolute(source):
+  """A folder's path from anywhere on this machine; a hub name."""
+  return str(pathlib.Path(source).resolve()) if pathlib.Path(source).is_dir() else source
 
 
 def _stored_dtypes(checkpoints, step, cfg) -> list[str]:
@@ -161,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
   command.add_argument('--step', type=int, help='default: the newest')
   command.add_argument('--source', help='folder or hub name to copy the tokenizer from')
   command.add_argument('--card', help='file that becomes README.md')
+  command.add_argument('--wrappers', action='store_true', help='learned sinks and tails alone, to be read beside the model '
+                       'that the run started from (config.model.train_only=wrappers)')
   options = parser.parse_args(argv)
   return arguments.run('convert', lambda: run(vars(options)))
 

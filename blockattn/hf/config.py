@@ -47,14 +47,16 @@ LLAMA3_KEYS = {'factor': 'factor', 'low_freq_factor': 'low_freq_factor', 'high_f
 
 
 def read(folder: os.PathLike | str) -> ModelConfig:
-  """The architecture of a Hugging Face folder, learned sinks (see `convert.save`) included; of a token-classification model
-  a `ClassifierConfig`.
+  """The architecture of a Hugging Face folder, learned sinks (see `convert.save`) included, or of one of wrappers
+  (`convert.save_wrappers`); of a token-classification model a `ClassifierConfig`.
 
   Raises:
     FileNotFoundError: no config.json.
     ValueError: naming the file, key and value that is missing, malformed or unsupported.
   """
   files.check_kind(pathlib.Path(folder))
+  if (pathlib.Path(folder) / files.WRAPPERS).exists():
+    return _read_wrapped(pathlib.Path(folder))
   path = pathlib.Path(folder) / 'config.json'
   cfg = from_dict(files.read_json(path), str(path))
   meta = read_meta(folder)
@@ -65,6 +67,13 @@ def read(folder: os.PathLike | str) -> ModelConfig:
   if not 0 <= sinks < cfg.vocab:
     raise UserError(f'{where}: learned_sinks is {sinks}, of {cfg.vocab} rows of the embedding')
   return dataclasses.replace(cfg, vocab=cfg.vocab - sinks, learned_sinks=sinks)
+
+
+def _read_wrapped(folder):
+  """The architecture of the model that wrappers stand beside, with rows for them."""
+  meta = read_meta(folder)
+  disk.check_form(meta, {'source': str, 'learned_sinks': int}, str(folder / files.META))
+  return dataclasses.replace(read(files.locate(meta['source'])), learned_sinks=meta['learned_sinks'])
 
 
 def read_meta(folder: os.PathLike | str) -> dict:

@@ -288,3 +288,16 @@ def test_wrappers_are_all_that_is_trained_and_saved(folder, tmp_path, capsys):
   subject, _ = gap.load(str(tmp_path / 'out'), 'block', transformer.Compute(impl='xla'))
   vocab = subject.cfg.vocab
   assert subject.options == made.blocks and made.blocks.tail_ids == (vocab + 2, vocab + 3) and made.blocks.links
+  assert convert.main(['to_hf', str(run), str(tmp_path / 'rows'), '--dtype', 'float32', '--wrappers']) == 0
+  alone, _ = gap.load(str(tmp_path / 'rows'), 'block', transformer.Compute(impl='xla'))
+  assert alone.cfg == subject.cfg and alone.options == subject.options
+  for (name, got), (_, want) in zip(tree.named_leaves(alone.params), tree.named_leaves(subject.params), strict=True):
+    np.testing.assert_array_equal(got, want, err_msg=name)
+  assert sum(path.stat().st_size for path in (tmp_path / 'rows').glob('*.safetensors')) < 1000
+  with run_cases.overwritten(folder), pytest.raises(ValueError, match='made from other weights than lie in'):
+    hf_convert.load(tmp_path / 'rows', 'float32')
+
+
+def test_wrappers_of_a_run_that_trained_more_are_refused(distilled, tmp_path, capsys):
+  assert convert.main(['to_hf', str(distilled[0]), str(tmp_path / 'rows'), '--wrappers']) == 2
+  assert 'trained more than wrappers' in capsys.readouterr().err
