@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): a student that trains a low-rank difference to every matrix of a frozen model.
 
-The trained tree holds, for each matrix, `down` [L, in axes, R] and `up` [L, R, out axes], and the learned sinks if there are
-any. It is all that the optimizer and the checkpoints know of; `attach` puts it onto the frozen parameters, `merge` makes one
-model of both.
+The trained tree holds, for each matrix, `down` [L, in axes, R] and `up` [L, R, out axes], and the learned sinks and tails if
+there are any; of `WRAPPERS` these alone. It is all that the optimizer and the checkpoints know of; `attach` puts it onto the
+frozen parameters, `merge` makes one model of both.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class LoraOptions:
   Attributes:
     rank: R; 0: every parameter is trained, and none of this applies.
     alpha: the difference is alpha / rank times the product of the two matrices.
-    targets: names of the matrices, of models.weights.CONTRACTED.
+    targets: names of the matrices, of models.weights.CONTRACTED; none: see `WRAPPERS`.
   """
   rank: int = 0
   alpha: float = 16.0
@@ -44,6 +44,7 @@ class LoraOptions:
 
 
 NONE = LoraOptions()
+WRAPPERS = LoraOptions(rank=1, targets=())   # no matrix: the learned sinks and tails beside a frozen model
 
 
 def spec(cfg: transformer.ModelConfig, options: LoraOptions) -> dict[str, Any]:

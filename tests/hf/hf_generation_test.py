@@ -299,7 +299,7 @@ def test_states_are_used_again_in_any_order(student, options):
   for prompt, ours in zip(orders, expected, strict=True):
     np.testing.assert_array_equal(cached_answer(student.model, prompt, options, cache=cache), ours)
   # Nor does a seam ask for other states.
-  for seam in (1, 8):
+  for seam in (1, 6):
     answer = cached_answer(student.model, orders[0], options, cache=cache, seam=seam)
     np.testing.assert_array_equal(answer, our_answers(student, orders[:1], dataclasses.replace(options, seam=seam))[0])
     assert cache.writes == 4

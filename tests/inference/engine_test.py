@@ -138,7 +138,7 @@ def test_what_is_read_again_beside_cached_blocks(words, form, name, positions, d
   rng, (cfg, params) = np.random.default_rng(7), model(name)
   subject = engine(name, words, positions, devices, shared=shared, form=FORMS[form])
   options = blocks.BlockOptions(SINKS[name], positions, 8, shared, seam=SEAM, **FORMS[form])
-  prompts, off = [[[9] * 3, [4, 5, 6], [7, 8]], *(random_prompt(rng, (3, 4)) for _ in range(2))], []
+  prompts, off = [[[9] * 3, [4, 5, 6], [7, 8]], random_prompt(rng, (3, 4))], []
   for prompt in prompts:
     for seam in (0, 1, 3, SEAM):
       exact = masked(params, cfg, Compute(impl='reference'), options, prompt, np.int32(seam))
@@ -146,7 +146,7 @@ def test_what_is_read_again_beside_cached_blocks(words, form, name, positions, d
       np.testing.assert_allclose(subject.logits(asked), exact, atol=1e-4, err_msg=f'{seam}')
       off.append(exact)
     assert {block.found for block in subject.prepare([asked])[0]} == {'device'}
-    assert min(np.abs(off[-1] - other).max() for other in off[-4:-1]) > 1e-3, 'the case has to be a hard one'
+    assert np.abs(off[-1] - off[-4]).max() > 1e-3, 'the case has to be a hard one'
 
 
 def test_answers_with_seams_are_those_of_the_masked_forward_pass(words):
