@@ -131,7 +131,7 @@ def load(path: str | os.PathLike, dtype: str = 'float32', *, template_args: str 
   options = hf_config.block_options(origin.meta, where=str(path))
   tokenizer, chat = prompts_of(origin.meta, tokenizer_of(path), template_args, chat)
   encode.check_tokenizer(tokenizer, cfg.vocab, str(path), cfg.learned_sinks)
-  encode.check_ids(options.sink_ids, cfg.vocab + cfg.learned_sinks, tokenizer, f'{path}: sinks')
+  encode.check_ids(options.own_ids, cfg.vocab + cfg.learned_sinks, tokenizer, f'{path}: sinks')
   return Loaded(cfg, params, tokenizer, options, chat, files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id))
 
 

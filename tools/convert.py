@@ -8,8 +8,9 @@ Weights keep their dtype, unless --dtype says another; what that rounds is said.
 
 `from_hf` makes a work directory of step 0: `checkpoints/0` holds the parameters and what the model is, `hf` the
 tokenizer and config files, so that `to_hf` needs nothing else. `to_hf` takes any trainer's work directory: the
-tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source. `to_peft` writes
-what a LoRA run has trained, as an adapter that PEFT adds to that model.
+tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source. With --wrappers it
+writes the learned sinks and tails alone, some rows that are read beside the model that the run started from. `to_peft`
+writes what a LoRA run has trained, as an adapter that PEFT adds to that model.
 """
 
 import contextlib
@@ -29,6 +30,12 @@ from blockattn.hf import adapter, card as card_lib, config, convert, files, name
 from blockattn.models import lora, spec
 from blockattn.train import export
 from tools import arguments
+
+_WRAPPERS_CARD = '''# Learned sinks and tails
+
+{rows} embedding rows that were trained beside {source}, whose weights stay as they are. The commands of
+`blockattn` read this folder as a model; `blockattn.json` says where the other weights are, and how the rows are used.
+'''
 
 
 def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = False):
@@ -56,13 +63,15 @@ def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = F
 
 
 def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = None, source: str | None = None,
-          card: str | None = None, overwrite: bool = False):
+          card: str | None = None, overwrite: bool = False, wrappers: bool = False):
   """A checkpoint of `workdir`, by default see `loading.checkpoint_of`, -> Hugging Face folder `out`; None: in its own
-  dtype."""
+  dtype. `wrappers`: the learned sinks and tails alone, of a run that trained nothing else."""
   checkpoints, step = loading.checkpoint_of(workdir, step)
   meta = checkpoint.load_meta(checkpoints, step)
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
+  if wrappers and (not meta.get('lora') or meta['lora']['targets']):
+    raise UserError(f'--wrappers: {workdir} trained more than wrappers (config.model.train_only); export all of it')
   config.check_exportable(loading.model_of(meta))
   _check_tokenizer(companions, loading.model_of(meta))
   stored = _stored_dtypes(checkpoints, step, loading.model_of(meta))
@@ -71,8 +80,13 @@ def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = N
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
   cfg, params, _ = loading.load_run(workdir, dtype, one, step, source)
   carried = export.carried(meta)
-  card = pathlib.Path(card).read_text(encoding='utf-8') if card else card_lib.text(
-      cfg, carried | {'source': meta.get('source')}, companions, facts=export.training_facts(pathlib.Path(workdir)))
+  card = pathlib.Path(card).read_text(encoding='utf-8') if card else (
+      _WRAPPERS_CARD.format(rows=cfg.learned_sinks, source=carried['source']) if wrappers else card_lib.text(
+          cfg, carried | {'source': meta.get('source')}, companions, facts=export.training_facts(pathlib.Path(workdir))))
+  if wrappers:
+    convert.save_wrappers(params['sinks'], cfg, out, source=companions, card=card, overwrite=overwrite,
+                          meta=carried | {'source': _absolute(source or meta['source'])})
+    return
   with _progress(f'writing {out}') as report:
     convert.save(params, cfg, out, source=companions, meta=carried, dtype=dtype, overwrite=overwrite, report=report,
                  card=card)
@@ -102,6 +116,11 @@ def to_peft(workdir: str, out: str, dtype: str | None = None, step: int | None =
       cfg, carried, str(base), companions, facts=export.training_facts(pathlib.Path(workdir)))
   adapter.save(trained, cfg, options, out, base=str(base), source=companions, meta=carried, card=card, dtype=dtype,
                overwrite=overwrite)
+
+
+def _absolute(source):
+  """A folder's path from anywhere on this machine; a hub name."""
+  return str(pathlib.Path(source).resolve()) if pathlib.Path(source).is_dir() else source
 
 
 def _stored_dtypes(checkpoints, step, cfg) -> list[str]:
@@ -172,6 +191,9 @@ def main(argv: list[str] | None = None) -> int:
       command.add_argument('--source', help='the model that a LoRA run started from, or the folder or hub name to copy the '
                            'tokenizer from')
       command.add_argument('--card', help='file that becomes README.md')
+    if name == 'to_hf':
+      command.add_argument('--wrappers', action='store_true', help='learned sinks and tails alone, to be read beside the '
+                           'model that the run started from (config.model.train_only=wrappers)')
   options = parser.parse_args(argv)
   return arguments.run('convert', lambda: run(vars(options)))
 

@@ -135,6 +135,8 @@ def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:
     return f'It was never trained in blocks; `{files.META}` asks for no sinks.\n'
   ids = list(said['sink_ids'])
   lines = _list({'sinks in front of every block': f'{len(ids)}, token ids {ids}' if ids else 0,
+                 'learned tokens behind every context block': len(said.get('tail_ids', ())) or None,
+                 'seam tokens that are read again': said.get('seam') or None,
                  'positions': said['positions'], 'most blocks of a row in training': said['max_blocks']})
   learned = (f'\nThe last {cfg.learned_sinks} token ids, from {cfg.vocab} on, are learned sinks: they are never generated.\n'
              if cfg.learned_sinks else '')

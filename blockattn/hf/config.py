@@ -35,6 +35,8 @@ HARMLESS = {
 }
 
 SINKS_STAND = 'in front of every block'   # part of what an export says of its blocks
+# Fields of BlockOptions that older students do not speak of.
+LATER = {'shared_first': bool, 'tail_ids': [int], 'links': bool, 'seam': int, 'align': int}
 
 LLAMA_THETA = 10000.0   # of configs from before the key
 # Keys that count something, and may not say 0.
@@ -46,14 +48,16 @@ LLAMA3_KEYS = {'factor': 'factor', 'low_freq_factor': 'low_freq_factor', 'high_f
 
 
 def read(folder: os.PathLike | str) -> ModelConfig:
-  """The architecture of a Hugging Face folder, learned sinks (see `convert.save`) included; of a token-classification model
-  a `ClassifierConfig`.
+  """The architecture of a Hugging Face folder, learned sinks (see `convert.save`) included, or of one of wrappers
+  (`convert.save_wrappers`); of a token-classification model a `ClassifierConfig`.
 
   Raises:
     FileNotFoundError: no config.json.
     ValueError: naming the file, key and value that is missing, malformed or unsupported.
   """
   files.check_kind(pathlib.Path(folder))
+  if (pathlib.Path(folder) / files.WRAPPERS).exists():
+    return _read_wrapped(pathlib.Path(folder))
   path = pathlib.Path(folder) / 'config.json'
   cfg = from_dict(files.read_json(path), str(path))
   meta = read_meta(folder)
@@ -64,6 +68,13 @@ def read(folder: os.PathLike | str) -> ModelConfig:
   if not 0 <= sinks < cfg.vocab:
     raise UserError(f'{where}: learned_sinks is {sinks}, of {cfg.vocab} rows of the embedding')
   return dataclasses.replace(cfg, vocab=cfg.vocab - sinks, learned_sinks=sinks)
+
+
+def _read_wrapped(folder):
+  """The architecture of the model that wrappers stand beside, with rows for them."""
+  meta = read_meta(folder)
+  disk.check_form(meta, {'source': str, 'learned_sinks': int}, str(folder / files.META))
+  return dataclasses.replace(read(files.locate(meta['source'])), learned_sinks=meta['learned_sinks'])
 
 
 def read_meta(folder: os.PathLike | str) -> dict:
@@ -84,10 +95,10 @@ def block_options(meta: dict, where: str = files.META) -> BlockOptions:
   said = meta['blocks'] if 'blocks' in meta else None
   if said is None:
     return BlockOptions(sink_ids=(), positions='sequential', max_blocks=1)
-  disk.check_form(said, {'sink_ids': [int], 'positions': str, 'max_blocks': int}, f'{where}: "blocks"')
+  form = {'sink_ids': [int], 'positions': str, 'max_blocks': int} | {key: kind for key, kind in LATER.items() if key in said}
+  disk.check_form(said, form, f'{where}: "blocks"')
   try:
-    options = BlockOptions(tuple(said['sink_ids']), said['positions'], said['max_blocks'],
-                           said.get('shared_first', False))   # older students have no shared prefix
+    options = BlockOptions(**{key: tuple(said[key]) if kind == [int] else said[key] for key, kind in form.items()})
   except ValueError as error:
     raise UserError(f'{where}: "blocks": {error}') from error
   if options.sink_ids and said.get('sinks_stand') != SINKS_STAND:

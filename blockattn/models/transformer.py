@@ -56,7 +56,7 @@ class ModelConfig:
   mlp_bias: bool = False
   tied: bool = False                # the head is the embedding
   max_positions: int = 4096
-  learned_sinks: int = 0            # extra embedding rows for the token ids V, V + 1, ...
+  learned_sinks: int = 0            # extra embedding rows, of sinks and tails, for the token ids V, V + 1, ...
 
   def __post_init__(self):
     if self.family not in FAMILIES:

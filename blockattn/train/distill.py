@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from blockattn import blocks, errors, loading, losses, mesh as mesh_lib, optim, options as options_lib
 from blockattn.data import encode, teacher_logits
@@ -144,16 +145,19 @@ class Models:
     blocks: how block mode looks to the student.
     attach: (frozen base, trained parameters) -> the student's parameters; None: they are what is trained.
     row_parts: devices that the tokens of a row are divided over.
+    seam_drawn: whether each step draws how many seam tokens it has, see `blocks.draw_seam`.
   """
   student: Model
   teacher: Model
   blocks: blocks.BlockOptions
   attach: Callable[[Any, Any], Any] | None = None
   row_parts: int = 1
+  seam_drawn: bool = False
 
 
 def loss_mask(batch, dropped: blocks.BlockLayout, options: DistillOptions):
-  """Which positions count: bool [B, T]. `dropped` is the layout after block dropout, before sinks."""
+  """Which positions count: bool [B, T]. `dropped` is the layout after block dropout, before sinks, its seam tokens
+  readers."""
   present = dropped.doc != 0
   if options.loss_over == 'answer':
     mask = batch['loss']
@@ -186,8 +190,10 @@ def loss_sums(params, frozen: job.Frozen, batch, key, models: Models, options: D
   if options.drop_rate > 0:
     layout = blocks.drop_blocks(layout, key, rate=options.drop_rate, mode=options.drop_mode,
                                 positions=models.blocks.positions)
-  mask = loss_mask(batch, layout, options)
-  tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks)
+  seam = blocks.draw_seam(models.blocks, key) if models.seam_drawn else models.blocks.seam
+  again = blocks.seam_tokens(layout, seam) if models.blocks.seam else False
+  mask = loss_mask(batch, layout.replace(reader=layout.reader | again), options)
+  tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks, seam)
   student = params if models.attach is None else models.attach(frozen.base, params)
   with jax.named_scope('student'):
     x_student = models.student.apply(student, tokens, student_layout)
@@ -231,8 +237,8 @@ def step_flops(options: Options, cut: flops.Blocks, cfg, teacher=None) -> flops.
   """The operations that both models need in a step, by where the blocks of the batch are; block dropout counts with its
   mean. `teacher`: its ModelConfig; None: `cfg`, as that of the student."""
   goal = options.distill
-  student = flops.in_blocks(cut, sinks=options.blocks.sinks, drop_rate=goal.drop_rate, drop_mode=goal.drop_mode)
-  total = flops.trained(flops.forward(cfg, student), frozen=options.lora.rank > 0)
+  student = flops.in_blocks(cut, **job.inserted(options.blocks, cut), drop_rate=goal.drop_rate, drop_mode=goal.drop_mode)
+  total = flops.trained(flops.forward(cfg, student), frozen=options.low_rank.rank > 0)
   if not options.teacher.logits:
     total += flops.forward(teacher or cfg, flops.as_one_block(cut))
   if goal.weights.source == 'teacher':
@@ -240,10 +246,12 @@ def step_flops(options: Options, cut: flops.Blocks, cfg, teacher=None) -> flops.
   return total
 
 
-def loss_tokens(goal: DistillOptions, cut: flops.Blocks) -> float:
+def loss_tokens(goal: DistillOptions, cut: flops.Blocks, seams: float = 0.0) -> float:
+  """How many tokens have a loss; `seams`: tokens of seams, all blocks together."""
   everything, last = float(cut.sizes.sum()), float(cut.sizes[-1])
   lifted = goal.drop_rate if goal.drop_mode in ('lift', 'isolate') else 0.0
-  return {'text': everything, 'readers': last + lifted * (everything - last), 'answer': last}[goal.loss_over]
+  readers = last + lifted * (everything - last) + (1 - lifted) * seams
+  return {'text': everything, 'readers': readers, 'answer': last}[goal.loss_over]
 
 
 def teacher_placement(options: Options, placement: mesh_lib.Placement) -> mesh_lib.Placement:
@@ -348,19 +356,20 @@ def build(options: Options, placement: mesh_lib.Placement, cfg: transformer.Mode
   Args:
     teacher_cfg: of the model of teacher.source; None: found as tools.show does, without a network.
   """
-  goal, low_rank, length, stored = options.distill, options.lora, options.data.length, bool(options.teacher.logits)
+  goal, low_rank, length, stored = options.distill, options.low_rank, options.data.length, bool(options.teacher.logits)
   own = not options.teacher.source
   reader = cfg if own or stored else teacher_cfg or job.architecture_here(teacher_model(options), 'config.teacher')
   reader = teacher_config(reader, cfg, options.teacher.source)
   student, form = job.block_options(options, cfg, sink)
-  padded = blocks.padded_length(length, options.blocks.sinks, form.max_blocks)
+  padded = blocks.padded_length(length, form)
   other = teacher_placement(options, placement)
   job.check_batch(options, placement, platform, padded)
   job.check_model(student, placement)
   job.check_model(reader, other, 'query heads of the teacher')
   compute, reading = job.compute_of(options.compute, placement, platform), teacher_compute(options, other, platform)
   attach = (lambda base, params: lora.attach(base, params, low_rank)) if low_rank.rank else None
-  models = Models(transformer_model(student, compute), transformer_model(reader, reading), form, attach, compute.row_parts)
+  models = Models(transformer_model(student, compute), transformer_model(reader, reading), form, attach, compute.row_parts,
+                  form.seam > 0 and options.blocks.seam_drawn)
   optimizer, specs = optim.make_optimizer(options.optim), job.trained_specs(student, low_rank)
   teacher, base = None if stored else abstract_teacher(options, reader, other), job.base_of(options, student, placement)
   return job.Job(
@@ -370,9 +379,11 @@ def build(options: Options, placement: mesh_lib.Placement, cfg: transformer.Mode
       frozen=job.Frozen(teacher, teacher if base and teacher and own else base),
       batch=job.abstract_batch(options, placement, **(
           {'teacher': teacher_logits.empty(length, options.teacher.top_k)} if stored else {})),
-      views=(job.View(padded, near=not (goal.drop_rate > 0 and goal.drop_mode in ('lift', 'isolate'))),),
+      views=(job.View(padded, near=not (goal.drop_rate > 0 and goal.drop_mode in ('lift', 'isolate') or form.seam
+                                        or form.links)),),
       teacher=None if stored else job.Teacher(reader, other, options.teacher.dtype, options.teacher.compute_dtype),
-      flops=lambda cut: step_flops(options, cut, student, reader), loss_tokens=lambda cut: loss_tokens(goal, cut),
+      flops=lambda cut: step_flops(options, cut, student, reader),
+      loss_tokens=lambda cut: loss_tokens(goal, cut, float(np.sum(job.inserted(options.blocks, cut)['seams']))),
       logits=options.chunk, label='distilling',
       meta=job.model_meta(student, form, options.model.source, 'distill', low_rank))
 

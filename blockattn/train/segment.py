@@ -61,6 +61,11 @@ class Options(job.Options):
   """
   segment: SegmentOptions
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.model.train_only:
+      raise UserError(f'config.model.train_only={self.model.train_only!r}: a segmenter has no blocks to wrap')
+
 
 def read(config) -> Options:
   return job.read(Options, config)
