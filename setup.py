@@ -11,7 +11,9 @@ VERSION = re.search(r"(?m)^__version__ = '(.+)'", (HERE / 'blockattn/__init__.py
 JAX = '>=0.10,<0.13'
 TORCH = ['torch==2.13.0']   # runs exported students in transformers; what converted checkpoints are compared with
 EVAL = ['jieba>=0.42.1', 'nltk>=3.10']   # words of Chinese answers, stems of English ones
+DATA = ['datasets>=4,<6', 'pyarrow>=19']   # parquet, Arrow and datasets as training data
 TEST = [
+    *DATA,
     *TORCH,
     'hypothesis>=6.100',
     'pytest-xdist>=3.6',
@@ -71,7 +73,7 @@ setuptools.setup(
         'ml-collections>=1.1',
         'ml_dtypes',
         'numpy',
-        'optax',
+        'optax>=0.2.7',   # Muon's scale by AdamW's root mean square
         'orbax-checkpoint>=0.12.3,<0.13',
         'regex',            # what transformers reads tokenizers with
         'rich',
@@ -83,6 +85,7 @@ setuptools.setup(
     extras_require={
         'beam': ['apache-beam>=2.77'],   # for corpora that one process is too slow for; heavy, and it pins protobuf
         'cloud': ['kubernetes'],   # JAX asks it who belongs to a JobSet of GPU nodes
+        'data': DATA,
         'dev': TEST + EVAL + TEXT + SEMANTICSEG + DOCS + ['pyright[nodejs]>=1.1.400', 'ruff>=0.9'],
         'docs': DOCS,
         'eval': EVAL,

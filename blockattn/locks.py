@@ -38,6 +38,18 @@ def held(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
     yield
 
 
+def is_held(path: str | os.PathLike) -> bool:
+  """Whether a process is in a block of `held` with this file, which is looked at and left as it is."""
+  try:
+    with open(path) as file:
+      _lock(file, wait=False)
+  except Held:
+    return True
+  except OSError:   # there is none
+    pass
+  return False
+
+
 def _open(path):
   try:
     return open(path, 'a+')

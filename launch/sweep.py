@@ -40,7 +40,7 @@ from typing import Any
 
 import yaml
 
-from blockattn import disk, options as options_lib
+from blockattn import checkpoint, disk, options as options_lib
 from blockattn.errors import UserError
 from blockattn.train import command, job, loop, workdir as workdir_lib
 from tools import arguments
@@ -62,6 +62,7 @@ class Point:
     command: what Python is given: ('-m', 'blockattn.train.distill', '--config=...', ...).
     steps: of the run.
     step: of its newest checkpoint, None without one.
+    finished: whether nothing is left to do: the last step is saved, or held-out figures ended the run before.
   """
   name: str
   workdir: pathlib.Path
@@ -69,10 +70,7 @@ class Point:
   command: tuple[str, ...]
   steps: int
   step: int | None
-
-  @property
-  def finished(self) -> bool:
-    return self.step is not None and self.step >= self.steps
+  finished: bool = False
 
 
 def read_points(path: str, arg: str = '') -> list[dict[str, Any]]:
@@ -171,7 +169,8 @@ def _checked(path, workdir, changes, common) -> Point:
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'point {name}: {error.args[0] if error.args else error}') from error
   words = ('-m', type(options).__module__, *args, f'--workdir={workdir / name}')
-  return Point(name, workdir / name, changes, words, options.steps, step)
+  finished = step is not None and checkpoint.is_finished(workdir / name / 'checkpoints', options.steps)
+  return Point(name, workdir / name, changes, words, options.steps, step, finished)
 
 
 def parse(args: Sequence[str]):

@@ -37,7 +37,6 @@ OVER_INPUT = {
     'tools.generate': ['run a.jsonl --cache run'],
     'tools.judge': ['qa run --data a.jsonl --out run', 'qa x --data a.jsonl --out a.jsonl',
                     'qa x --data a.jsonl --out o --cache o'],
-    'tools.prepare': ['a.jsonl --cache a.jsonl', 'run --cache run --tokenizer x'],
     'tools.segment': ['a.jsonl --out a.jsonl', 'run --out run/config.json', '*.jsonl --html=a.jsonl',
                       'a.jsonl --html x --out x'],
     'tools.show': ['--config CONFIG --json CONFIG', '--config=CONFIG --overrides run/config.json --json=run/config.json'],

@@ -91,7 +91,7 @@ def test_metrics_are_fetched_when_the_next_step_has_begun(tmp_path):
 
 def test_what_looks_at_the_state_takes_no_time_from_training(tmp_path):
   """Its numbers follow those of the step that it looked at."""
-  class Slow:
+  class Slow(loop.Watch):
     def due(self, step):
       return step in (4, 8)
 
@@ -99,7 +99,7 @@ def test_what_looks_at_the_state_takes_no_time_from_training(tmp_path):
       time.sleep(0.5)
       return {'seen': int(state.step)}
 
-  run_loop(tmp_path, watch=Slow())
+  run_loop(tmp_path, watches=[Slow()])
   lines = metrics.read_metrics(tmp_path / 'metrics.jsonl')
   assert [(line['step'], line['seen']) for line in lines if 'seen' in line] == [(4, 4), (8, 8)]
   assert [line['step'] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10]

@@ -11,7 +11,8 @@ only one of them answered are counted and said, and so are items that were not a
 
 --sweep DIR: every folder in DIR that a trainer worked in is a point (see launch/sweep.py). A row per point: the keys in
 which the points' configs differ, how far it is, the last value of its scalars, and the best of those measured on
-validation data.
+held-out data. The points are ranked by what they measured on the same held-out documents; never by a training loss, which
+other sinks, dropout, weights or data make another quantity.
 --html FILE has the same table and every scalar's curves.
 
 The exit code is 0; 2 if a folder holds no run, or the two have no item in common.
@@ -32,7 +33,10 @@ from blockattn.errors import UserError
 from blockattn.evals import answers
 from tools import arguments, report
 
+_RANKING = ('eval/block/kl', 'eval/block/ce', 'eval/full/ce', 'val_f1')   # the first that all points measured
 _LISTED = 5   # ids that are said of each kind of mismatch
+_HELD_OUT = ('data.eval_files', 'eval.rows', 'eval.answers', 'eval.max_new', 'segment.eval_files', 'segment.eval_rows')
+_SHOWN_BEST = ('eval/block/kl', 'eval/block/ce', 'eval/full/ce', 'eval/closed/kl', 'eval/block/f1')   # likewise
 _SWEEP_SCALARS = ('loss', 'kl', 'ce', 'teacher_ce', 'recall', 'tokens_per_s')   # of the table on the terminal
 
 
@@ -136,9 +140,10 @@ def read_sweep(folder: str | os.PathLike) -> dict:
   """What the points in a folder changed and what came of it.
 
   Returns:
-    {'keys': those in which configs differ, 'points': [{'name', 'changes': {key: value}, 'step', 'steps', 'state':
-    'finished', 'unfinished' or 'not started', 'final': {scalar: last value}, 'best': {scalar: {'value', 'step'}}}]}, by
-    the changes. `step` is that of the last metrics.
+    {'keys': those in which configs differ, 'ranked_by': a held-out scalar, None where the points have none in common,
+    'why': what is to be said of that, 'points': [{'name', 'changes': {key: value}, 'step', 'steps', 'state': 'finished',
+    'unfinished' or 'not started', 'final': {scalar: last value}, 'best': {scalar: {'value', 'step'}}}]}, the best first, and
+    without a rank by the changes. `step` is that of the last metrics.
 
   Raises:
     FileNotFoundError: no point there.
@@ -153,7 +158,27 @@ def read_sweep(folder: str | os.PathLike) -> dict:
   keys = sorted({key for config in configs.values() for key in config})
   keys = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
   points = [_point(folder / name, config, {key: config.get(key) for key in keys}) for name, config in configs.items()]
-  return {'keys': keys, 'points': sorted(points, key=lambda p: [_order(value) for value in p['changes'].values()])}
+  points = sorted(points, key=lambda p: [_order(value) for value in p['changes'].values()])
+  figure, why = _rank(points, keys, [config.get('eval.best') for config in configs.values()])
+  if figure is not None:
+    sign = 1 if _less_is_better(figure) else -1
+    points = sorted(points, key=lambda p: sign * p['best'][figure]['value'] if figure in p['best'] else math.inf)
+  return {'keys': keys, 'ranked_by': figure, 'why': why, 'points': points}
+
+
+def _rank(points, keys, wanted):
+  """(the held-out scalar that points are ranked by, or None; what to say of it)."""
+  if other := [key for key in keys if key in _HELD_OUT]:
+    return None, f'not ranked: the points measured other held-out documents ({", ".join(other)})'
+  measured = [point['best'].keys() for point in points if point['best']]
+  common = [name for name in _RANKING if measured and all(name in own for own in measured)]
+  said = f'eval/{wanted[0]}'
+  if len(set(wanted)) == 1 and measured and all(said in own for own in measured):
+    common.insert(0, said)
+  if not common:
+    return None, ('not ranked: nothing was measured on held-out documents, and training losses are of other quantities '
+                  'where sinks, dropout, weights or data differ; give config.data.eval_files')
+  return common[0], f'ranked by the best {common[0]} on held-out documents'
 
 
 def _order(value):
@@ -171,26 +196,33 @@ def _point(folder, config, changes) -> dict:
       step, value = (min if _less_is_better(name) else max)(finite, key=lambda point: point[1])
       best[name] = {'value': value, 'step': step}
   # Finished is what has its last checkpoint: lines may be ahead of it.
-  done = checkpoint.newest_step(folder / 'checkpoints')
-  state = 'finished' if done is not None and done >= config['steps'] else 'unfinished' if series else 'not started'
+  finished = checkpoint.is_finished(folder / 'checkpoints', config['steps'])
+  state = 'finished' if finished else 'unfinished' if series else 'not started'
   return {'name': folder.name, 'changes': changes, 'step': last, 'steps': config['steps'],
           'state': state, 'final': {name: values[-1][1] for name, values in series.items()}, 'best': best}
 
 
 def _is_validation(name):
-  """Whole measures, 'val_f1', not their parts, 'val_f1/code', nor what they were measured at."""
+  """Whole measures, 'val_f1' and 'eval/block/f1', not their parts, 'val_f1/code' and 'eval/block/kl_by_blocks/4', nor what
+  they were measured at."""
+  if name.startswith('eval/'):
+    return name.count('/') == 2 and not name.startswith('eval/start')
   return name.startswith('val') and '/' not in name.removeprefix('val/') and not name.endswith('threshold')
 
 
 def _less_is_better(name):
-  return any(part in name for part in ('loss', 'ce', 'kl', 'perplexity', 'pk'))
+  closed = name.startswith('eval/closed/')   # a share, of whatever
+  return not closed and any(part in name for part in ('loss', 'ce', 'kl', 'perplexity', 'pk'))
 
 
 def sweep_columns(sweep: Mapping, every: bool = False) -> tuple[list[str], list[list[str]]]:
   """(head, a row per point) of the table; `every` scalar, or the losses and what was validated."""
   measured = dict.fromkeys(name for point in sweep['points'] for name in point['final'])
-  final = [name for name in measured if (every and not _is_validation(name)) or name in _SWEEP_SCALARS]
-  best = [name for name in measured if _is_validation(name) and not name.endswith('threshold')]
+  is_plain = lambda name: not _is_validation(name) and name.count('/') < 3
+  final = [name for name in measured if (every and is_plain(name)) or name in _SWEEP_SCALARS]
+  best = [name for name in measured if _is_validation(name) and (every or '/' not in name or name in _SHOWN_BEST)]
+  if sweep['ranked_by'] in best:
+    best = [sweep['ranked_by'], *(name for name in best if name != sweep['ranked_by'])]
   rows = []
   for point in sweep['points']:
     done = point['state'] if point['state'] == 'finished' else f'{point["step"]:,} of {point["steps"]:,}'
@@ -229,7 +261,7 @@ def print_sweep(sweep: Mapping, console: rich.console.Console) -> None:
     table.add_row(*row)
   console.print(table)
   states = [point['state'] for point in sweep['points']]
-  console.print(f'{len(states)} points, {states.count("finished")} finished')
+  console.print(f'{len(states)} points, {states.count("finished")} finished; {sweep["why"]}')
 
 
 def _arguments(argv: Sequence[str] | None):

@@ -3,7 +3,7 @@
   python -m tools.evaluate exported/qwen3_4b --teacher Qwen/Qwen3-4B --data test.jsonl --out runs/eval
   python -m tools.evaluate runs/tiny --teacher blockattn/assets/tiny_teacher --data pages --limit 200
 
-MODEL and TEACHER are folders in the Hugging Face format, hub names, or work directories of a trainer (the newest
+MODEL and TEACHER are folders in the Hugging Face format, hub names, or work directories of a trainer (the best
 checkpoint). Sinks and positions of block mode are those that the model was trained with: `blocks` in its blockattn.json
 or in its checkpoint; a model without runs in block mode without sinks, at sequential positions. The teacher reads in
 full attention. Prompts are made as in training, with the chat template or without. --data takes JSON lines in the forms of

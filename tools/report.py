@@ -248,19 +248,31 @@ def curves_part(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def families(curves: Iterable[str]) -> dict[str, list[str]]:
-  """Scalars of one kind that are many, by a title: the KL by position, and what has one name before a slash."""
+  """Scalars of one kind that are many, by a title: the KL by position, and what has one name before a slash; of held-out
+  figures, eval/..., those by distance from the block's start or by number of blocks."""
   found = {}
   for name in sorted(curves):
-    head, slash, _ = name.partition('/')
+    head, slash, _ = name.rpartition('/') if name.count('/') == 3 else name.partition('/')
+    if name.startswith('eval/') and name.count('/') < 3:
+      continue
     if re.fullmatch(r'kl_pos_\d+', name):
       found.setdefault(KL_BY_POSITION, []).append(name)
     elif slash and name not in FIRST:
       found.setdefault(f'{head}, by part', []).append(name)
   # From the end of a row to its start, as one reads a plot upwards.
-  return {title: names[::-1] if title == KL_BY_POSITION else names for title, names in found.items() if len(names) > 3}
+  order = {title: names[::-1] if title == KL_BY_POSITION else sorted(names, key=_from, reverse=True) if '_by_' in title
+           else names for title, names in found.items()}
+  return {title: names for title, names in order.items() if len(names) > 3 or title.startswith('eval/')}
+
+
+def _from(name: str) -> int:
+  """The lower edge of the tokens or blocks that a scalar is of."""
+  return int(name.rpartition('/')[2])
 
 
 def _row_name(name: str, family: Sequence[str]) -> str:
+  if name.startswith('eval/'):
+    return f'from {_from(name)}'
   if not name.startswith('kl_pos_'):
     return name.partition('/')[2].replace('/', ', ').replace('_', ' ')
   at, count = int(name.rpartition('_')[2]), 1 + max(int(other.rpartition('_')[2]) for other in family)
@@ -295,6 +307,8 @@ def _curve_rank(name: str) -> int:
     return 0
   if name in SPEED:
     return 4
+  if name.startswith('eval/'):
+    return 1
   return 1 if name in ('kl', 'ce', 'teacher_ce', 'gap', 'recall') or name.startswith('val_') else 2 if 'loss' in name else 3
 
 

@@ -33,7 +33,7 @@ from blockattn.errors import UserError
 TOKENIZER_FILES = ('tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json')
 TOO_LONG = ('drop', 'cut')
 BOS = ('auto', 'never')
-_AT_A_TIME = 256   # examples that are encoded together
+_AT_A_TIME = 64   # examples that are encoded together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +67,15 @@ class EncodedParts:
   answer: int
   spare: tuple[bool, ...]
   gold: tuple[bool, ...]
+
+
+def check_same_tokens(tokenizer: Any, teacher: Any, name: str | os.PathLike, teacher_name: str | os.PathLike):
+  """Raises ValueError if tokens of a teacher mean something else to its student, or nothing."""
+  ours = tokenizer.get_vocab()
+  other = [text for text, i in teacher.get_vocab().items() if ours.get(text) != i]
+  if other:
+    raise UserError(f'{name} and {teacher_name} have different tokenizers: {len(other)} tokens of the teacher, first '
+                    f'{other[0]!r}, are not the student\'s; name a teacher with the tokenizer of the student')
 
 
 def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
@@ -325,22 +334,66 @@ def _doc(kept, parts):
                     (*(False for _ in header), *(parts.gold[i] for i in kept), False))
 
 
-def encode_examples(examples: Iterable[Example], encoder: Encoder, *, length: int | None = None,
-                    max_blocks: int | None = None, too_long: str = 'drop', block_tokens: int = 0,
-                    report: json_lines.Report | None = None) -> Iterator[EncodedDoc]:
-  """Encodes examples in order, leaving out (and counting in `report`) what `fit` refuses.
+def windows(parts: EncodedParts, *, length: int, max_blocks: int) -> list[EncodedDoc]:
+  """The documents of a text without a question: its blocks in order, as many to a document as fit into `length` tokens and
+  `max_blocks` blocks, the header in front of each; a block that is longer than a document is cut.
 
-  `block_tokens`: 0 for the blocks that are given, else see `recut`.
+  The last block of each takes the place of the answer: it alone reads the blocks before it. Its first token is none of it,
+  because the token that predicts that one is of a block that reads nothing else.
   """
-  report = json_lines.Report() if report is None else report
+  room, places = length - len(parts.header), max(1, max_blocks - bool(parts.header))
+  blocks = [list(tokens) for tokens in parts.blocks if tokens]
+  if not blocks or room < 1:
+    return []
+  blocks[-1] += parts.response   # the end-of-text token
+  groups = [[]]
+  for block in (tokens[i:i + room] for tokens in blocks for i in range(0, len(tokens), room)):
+    if groups[-1] and (len(groups[-1]) == places or sum(map(len, groups[-1])) + len(block) > room):
+      groups.append([])
+    groups[-1].append(block)
+  return [_text_doc([parts.header, *group] if parts.header else group) for group in groups]
+
+
+def _text_doc(blocks):
+  tokens, lengths = np.fromiter(itertools.chain.from_iterable(blocks), np.int32), tuple(map(len, blocks))
+  return EncodedDoc(tokens, lengths, (len(tokens) - lengths[-1] + 1, len(tokens)))
+
+
+def as_one_block(doc: EncodedDoc, *, whole: bool = False) -> EncodedDoc:
+  """The same document read with full attention; `whole`: all of it is answer, not what was it in the last block."""
+  size = len(doc.tokens)
+  return EncodedDoc(doc.tokens, (size,), (1, size) if whole else doc.answer)
+
+
+def documents(parts: EncodedParts, *, length: int, max_blocks: int = 2 ** 24, too_long: str = 'drop',
+              block_tokens: int = 0, full: bool = False, is_text: bool = False) -> tuple[list[EncodedDoc], str]:
+  """The documents of an example, and what `fit` says of it.
+
+  Args:
+    parts: from `Encoder.parts`.
+    length, max_blocks, too_long: see `fit`.
+    block_tokens: 0 for the blocks that are given, else see `recut`.
+    full: its blocks are one, see `as_one_block`; of a text all tokens are then answer.
+    is_text: a text without a question, see `windows`.
+  """
+  parts = recut(parts, block_tokens) if block_tokens and not full else parts
+  if is_text:
+    docs = windows(parts, length=length, max_blocks=max_blocks)
+    return [as_one_block(doc, whole=True) if full else doc for doc in docs], '' if docs else 'no tokens'
+  doc, verdict = fit(parts, length=length, max_blocks=None if full else max_blocks, too_long=too_long)
+  return [] if doc is None else [as_one_block(doc) if full else doc], verdict
+
+
+def encode_examples(examples: Iterable[Example], encoder: Encoder, report: json_lines.Report,
+                    **options) -> Iterator[tuple[Example, EncodedDoc]]:
+  """(example, a document of it), in order; what `fit` refuses is left out and counted in `report`. `options`: of
+  `documents`."""
   waiting = iter(examples)
   while group := list(itertools.islice(waiting, _AT_A_TIME)):
-    for parts in encoder.parts(group):
-      parts = recut(parts, block_tokens) if block_tokens else parts
-      doc, verdict = fit(parts, length=length, max_blocks=max_blocks, too_long=too_long)
-      if doc is None:
+    for example, parts in zip(group, encoder.parts(group), strict=True):
+      docs, verdict = documents(parts, is_text=example.is_text, **options)
+      if not docs:
         report.dropped[verdict] += 1
-        continue
-      report.docs += 1
+      report.docs += len(docs)
       report.cut += verdict == 'cut'
-      yield doc
+      yield from ((example, doc) for doc in docs)

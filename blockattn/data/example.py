@@ -12,7 +12,7 @@ class Example:
   Attributes:
     blocks: texts of the context blocks.
     prompt: text of the last block before the answer.
-    response: the answer, trained on.
+    response: the answer, trained on; '' of a text without a question, whose last block takes its place.
     id: from the line, else 'file:line'.
     answers: accepted strings, for evaluation.
     gold: indices of the context blocks that hold the answer; None if the line does not say.
@@ -28,6 +28,11 @@ class Example:
   gold: tuple[int, ...] | None = None
   template: tuple[tuple[tuple[int, int], ...], ...] = ()
   header: str = ''
+
+  @property
+  def is_text(self) -> bool:
+    """Whether it is a text without a question."""
+    return not self.response
 
   @property
   def texts(self) -> tuple[str, ...]:

@@ -13,11 +13,13 @@ import json
 import pathlib
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from blockattn.errors import UserError
 
+P = TypeVar('P')
+R = TypeVar('R')
 T = TypeVar('T')
 
 SUFFIXES = ('.jsonl', '.jsonl.gz')
@@ -54,14 +56,14 @@ class Malformed(ValueError):
 
 @dataclasses.dataclass
 class Report:
-  """What became of the lines: lines == examples + sum(bad.values()), examples == docs + sum(dropped.values()).
+  """What became of the lines: lines == examples + sum(bad.values()), of the examples sum(dropped.values()) gave no document.
 
   Attributes:
     lines: non-empty lines read.
     examples: well-formed ones.
     bad: malformed lines by reason.
     listed: the first LISTED malformed lines.
-    docs: examples that were encoded and kept.
+    docs: documents that examples were encoded to, a long text to several.
     dropped: examples that were not, by reason ('too long', 'too many blocks').
     cut: kept examples that lost context blocks to fit.
   """
@@ -101,34 +103,37 @@ class Report:
                       *([f'... and {more} more'] if more else [])])
 
 
-def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[str]:
-  """The files that paths, folders (all .jsonl and .jsonl.gz below) and globs name, each once, in sorted order each.
+def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
+               suffixes: Sequence[str] = SUFFIXES) -> list[str]:
+  """The files that paths, folders (all files of these suffixes below) and globs name, each once, in sorted order each.
 
   Raises:
     FileNotFoundError: a pattern names nothing.
-    ValueError: a file is neither .jsonl nor .jsonl.gz.
+    ValueError: a file has another suffix.
   """
+  suffixes = tuple(suffixes)
+  any_of = f'{", ".join(suffixes[:-1])} or {suffixes[-1]}'
   if isinstance(patterns, str | pathlib.Path):
     patterns = [patterns]
   files = {}
   for pattern in map(str, patterns):
     path = pathlib.Path(pattern).expanduser()
     if path.is_dir():
-      found = sorted(str(p) for p in path.rglob('*') if p.name.endswith(SUFFIXES) and p.is_file())
+      found = sorted(str(p) for p in path.rglob('*') if p.name.endswith(suffixes) and p.is_file())
     elif path.is_file():
       found = [str(path)]
     else:
       found = sorted(p for p in glob.glob(str(path), recursive=True) if pathlib.Path(p).is_file())
     if not found:
-      raise FileNotFoundError(f'{pattern}: no {" or ".join(SUFFIXES)} file here; give a file, a folder or a glob')
+      raise FileNotFoundError(f'{pattern}: no {any_of} file here; give a file, a folder or a glob')
     files.update(dict.fromkeys(found))
   for file in files:
-    if not file.endswith(SUFFIXES):
-      raise UserError(f'{file}: not a JSON lines file; its name must end in {" or ".join(SUFFIXES)}')
+    if not file.endswith(suffixes):
+      raise UserError(f'{file}: of no kind that is read here; its name must end in {any_of}')
   return list(files)
 
 
-def numbered_lines(file: str, progress: Callable[[str, int], None] | None = None) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(file: str) -> Iterator[tuple[int, bytes]]:
   """(number from 1, bytes) of every line that is not blank; of standard input, if the file is '-'."""
   with contextlib.nullcontext(sys.stdin.buffer) if file == '-' else open(file, 'rb') as raw:
     stream = gzip.GzipFile(fileobj=raw) if file.endswith('.gz') else raw
@@ -136,36 +141,47 @@ def numbered_lines(file: str, progress: Callable[[str, int], None] | None = None
       for number, line in enumerate(stream, start=1):
         if number == 1:
           line = line.removeprefix(b'\xef\xbb\xbf')   # the byte order mark that some editors write
-        if progress and number % 64 == 0:
-          progress(file, raw.tell())
         if line.strip():
           yield number, line
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
       raise UserError(f'{file}: its compressed data is damaged or cut off ({error}); fetch the file again') from error
 
 
-def parsed_lines(file: str, parse: Callable[[int, bytes], T], report: Report, *, strict: bool = False,
-                 progress: Callable[[str, int], None] | None = None) -> Iterator[tuple[int, T]]:
-  """(number, what `parse(number, line)` makes of it) of every line that is not blank, those that it refuses with Malformed
-  left out.
+def parsed_lines(file: str, parse: Callable[[int, bytes], T], report: Report, *,
+                 strict: bool = False) -> Iterator[tuple[int, T]]:
+  """`parsed` of the lines of a file that are not blank: (number, what `parse(number, line)` makes of it)."""
+  return parsed(numbered_lines(file), parse, file, lambda number: number, report, strict=strict)
+
+
+def parsed(rows: Iterable[tuple[P, R]], parse: Callable[[P, R], T], file: str, line: Callable[[P], int], report: Report, *,
+           strict: bool = False, tell: Callable[[BadLine], None] | None = None) -> Iterator[tuple[P, T]]:
+  """(place, what `parse(place, row)` makes of it) of every row, those that it refuses with Malformed left out.
 
   Args:
+    rows: (place, row).
+    file: that they are from.
+    line: the number in it of the row at a place, from 1.
     report: counts lines, examples and malformed lines as they are read.
     strict: raise BadLineError at the first malformed line instead of counting it.
-    progress: see `numbered_lines`.
+    tell: called with each malformed line that is listed.
   """
-  for number, line in numbered_lines(file, progress):
+  for place, row in rows:
     report.lines += 1
     try:
-      found = parse(number, line)
+      found = parse(place, row)
     except Malformed as error:
-      bad = BadLine(file, number, error.reason, error.detail)
+      if not strict and len(report.listed) >= LISTED:   # counted only: a row's number may have to be looked for
+        report.bad[error.reason] += 1
+        continue
+      bad = BadLine(file, line(place), error.reason, error.detail)
       if strict:
         raise BadLineError(bad) from error
       report.add_bad(bad)
+      if tell is not None:
+        tell(bad)
       continue
     report.examples += 1
-    yield number, found
+    yield place, found
 
 
 def load_object(line: bytes | str) -> dict:

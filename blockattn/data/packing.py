@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from blockattn import blocks as blocks_lib
 from blockattn.data import encode
 from blockattn.errors import UserError
 
 
-def plan_rows(sizes: Sequence[int], counts: Sequence[int], *, length: int, max_blocks: int,
+def plan_rows(sizes: npt.ArrayLike, counts: npt.ArrayLike, *, length: int, max_blocks: int,
               window: int = 64) -> list[list[int]]:
   """Which documents stand in which row: first fit over the last rows that are open.
 

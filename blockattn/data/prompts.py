@@ -1,12 +1,14 @@
-"""Prompts from JSON lines, which become examples of blocks, prompt and response.
+"""Records of tables (see `tables`) as examples of blocks, prompt and response.
 
-A line is one of three forms, recognised by its keys:
+A record, or line, is one of four forms, recognised by its keys:
 
   {"passages": [{"title", "text"}, ...], "question", "answers": [...]}   every passage is a block; the first answer is
                                                                          trained on, all are kept for evaluation
   {"blocks": [...], "prompt", "response"}                                taken as it stands
   {"messages": [{"role", "content"}, ...]}                               a chat; the last assistant message in words is
                                                                          the response, every message before it a block
+  {"text"}                                                               a text without a question, for whoever goes on
+                                                                         training: one block, to be cut into blocks
 
 The first two may hold "answers" (accepted strings) and "gold" (indices of the blocks that hold the answer), every line
 an "id"; other keys are ignored. Of a chat, the prompt starts at the last user message before the response; messages
@@ -24,10 +26,10 @@ Reasons for which a line is refused, beside those of `json_lines` and `chat_temp
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from blockattn.data import chat_template, json_lines
+from blockattn.data import chat_template, json_lines, tables
 from blockattn.data.example import Example
 from blockattn.data.json_lines import Malformed, check_text, get_answers, get_text, get_value
 from blockattn.errors import UserError
@@ -57,56 +59,61 @@ CHAT = QuestionTemplate(question='Answer with a few words from the passages abov
 
 def read_examples(files: str | pathlib.Path | Sequence[str | pathlib.Path], *, report: json_lines.Report | None = None,
                   strict: bool = False, chat: bool | None = False, template: QuestionTemplate | None = None,
-                  tokenizer: Any = None, progress: Callable[[str, int], None] | None = None) -> Iterator[Example]:
+                  tokenizer: Any = None) -> Iterator[Example]:
   """Reads examples, file by file, line by line.
 
   Args:
-    files: see `json_lines.find_files`.
+    files: see `tables.find_files`.
     report: counts lines, examples and malformed lines as they are read.
     strict: raise at the first malformed line instead of counting it.
     chat: wrap blocks and prompt of the first two forms into one user turn of the tokenizer's chat template; None: if it
       has one.
     template: texts of the passages form; None: CHAT with `chat`, else PLAIN.
     tokenizer: a transformers tokenizer with a chat template; needed for `chat` and for lines with messages.
-    progress: called with (file, bytes of it read so far).
 
   Raises:
     BadLineError: a malformed line, if `strict`.
-    ValueError: a chat template is needed and there is none, or a file's compression is damaged.
+    ValueError: a chat template is needed and there is none, or a file cannot be read.
   """
   chat = chat_template.wants_chat(chat, tokenizer)
-  template = template or (CHAT if chat else PLAIN)
   report = json_lines.Report() if report is None else report
-  for file in json_lines.find_files(files):
-    parse = lambda number, line, file=file: parse_line(line, where=f'{file}:{number}', chat=chat, template=template,
-                                                       tokenizer=tokenizer)
-    for _, example in json_lines.parsed_lines(file, parse, report, strict=strict, progress=progress):
-      yield example
+  for file in tables.find_files(files):
+    for table in tables.open_tables(tables.Origin(file)):
+      for piece in range(table.pieces):
+        parse = lambda place, record, table=table: parse_record(
+            record, where=f'{table.name}:{table.line(place)}', chat=chat, template=template, tokenizer=tokenizer)
+        rows = json_lines.parsed(table.read(piece), parse, table.name, table.line, report, strict=strict)
+        yield from (example for _, example in rows)
 
 
-def parse_line(line: bytes | str, *, where: str, chat: bool = False, template: QuestionTemplate = PLAIN,
-               tokenizer: Any = None) -> Example:
-  """One line as an example.
+def parse_record(record: dict | Malformed, *, where: str, chat: bool = False, template: QuestionTemplate | None = None,
+                 tokenizer: Any = None, texts: bool = False) -> Example:
+  """A record of a table as an example.
 
   Args:
-    line: a JSON object.
+    record: a JSON object; what is wrong with one that is none is raised.
     where: 'file:line', the id of a line that has none.
     chat, template, tokenizer: as in `read_examples`.
+    texts: take the last form, which asks nothing, too.
 
   Raises:
     Malformed: the line is no example.
     ValueError: a chat template is needed and there is none.
   """
-  record = json_lines.load_object(line)
-  forms = [form for form in ('passages', 'blocks', 'messages') if form in record]
+  if isinstance(record, Malformed):
+    raise record
+  forms = [form for form in ('passages', 'blocks', 'messages') if form in record] or ['text'] * (texts and 'text' in record)
   if len(forms) != 1:
     raise Malformed('unknown form', 'a line has exactly one of the keys "passages", "blocks", "messages"'
-                    + (f', not {forms}' if forms else f'; it has {sorted(record)[:8]}'))
+                    + ', "text"' * texts + (f', not {forms}' if forms else f'; it has {sorted(record)[:8]}'))
   name = record.get('id')
   name = str(name) if isinstance(name, str | int) and str(name).strip() else where
   check_text(name, 'id')
+  if forms == ['text']:
+    return Example((get_text(record, 'text'),), '', '', name)
   if forms == ['messages']:
     return chat_template.from_messages(record, name, tokenizer)
+  template = template or (CHAT if chat else PLAIN)
   example = _from_passages(record, name, template) if forms == ['passages'] else _from_blocks(record, name)
   return chat_template.wrap_in_turn(example, tokenizer) if chat else example
 

@@ -1,86 +1,203 @@
-"""Sources: random-access sequences of packed rows, of files or of the documentation of Python's standard library.
+"""Sources: what rows of packed documents are made of, files or the documentation of Python's standard library.
 
-A source has `length` (tokens of a row), `fingerprint()` (what its rows are made of) and `where(row)` (for errors); what a
-training run reads of it, and in which order, is `stream.batches`.
+A source has `length` (tokens of a row), `fingerprint()` (what its rows are made of), and either rows that are read one by
+one, `source[number]` and `where(number)` for errors, or pieces of some documents, `read(pieces, seed)`, of which some
+together give rows. What a training run reads of it, and in which order, is `stream.batches`.
 """
 
+import dataclasses
 import hashlib
-import os
+import itertools
 import platform
-from collections.abc import Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from blockattn.data import encode, json_lines, packing, stdlib, store
-from blockattn.data.example import Example
-from blockattn.data.store import Cutter, FileOptions
+from blockattn.data import encode, json_lines, packing, prompts, stdlib, tables
+from blockattn.data.example import Example, recut
 from blockattn.errors import UserError
 
+FORMAT = 3             # of the rows of files; part of their fingerprint
+TOGETHER = 32          # rows, about, that are packed at a time
+_CHARACTERS = 4        # of a token, to guess how many bytes fill a row
 _ROWS = 1_000_000      # of an epoch of pages, of which there is no end
 _CUT_SEED = 7
+_PAGES = 2             # format of the documents of pages; part of their fingerprint
 _PROBED_PAGES = 64     # from which PageRows guesses how many pages fill a row
+_CUT_AT_A_TIME = 64    # examples that a cutter is given together
+
+
+@dataclasses.dataclass(frozen=True)
+class FileOptions:
+  """How files become rows.
+
+  Attributes:
+    length: T, tokens of a row and at most of a document.
+    max_blocks: blocks of a row and at most of a document.
+    too_long: 'drop' or 'cut', see `encode.fit`.
+    chat: see `prompts.read_examples`.
+    template: see `prompts.read_examples`.
+    bos: see `encode.Encoder`.
+    block_tokens: 0 for the blocks that are given, else blocks of so many tokens, see `encode.recut`.
+    shared_first: see `packing.pack_row`.
+    window: see `packing.plan_rows`.
+  """
+  length: int
+  max_blocks: int
+  too_long: str = 'drop'
+  chat: bool = False
+  template: prompts.QuestionTemplate | None = None
+  bos: str = 'auto'
+  block_tokens: int = 0
+  shared_first: bool = False
+  window: int = 64
+
+
+class Cutter(Protocol):
+  """Cuts texts into blocks, in place of those that are given.
+
+  Attributes:
+    fingerprint: of everything that decides the cuts; part of the rows'.
+  """
+  fingerprint: str
+
+  def __call__(self, texts: Sequence[str]) -> Sequence[Any]:
+    """The cuts of each text: strictly increasing character offsets."""
+    ...
+
+
+def recut_all(examples: Iterable[Example], cutter: Cutter) -> Iterator[Example]:
+  """The examples with the contexts cut by `cutter`, some at a time."""
+  waiting = iter(examples)
+  while some := list(itertools.islice(waiting, _CUT_AT_A_TIME)):
+    cuts = cutter([''.join(example.blocks) for example in some])
+    yield from (recut(example, own) for example, own in zip(some, cuts, strict=True))
 
 
 class FileRows:
-  """Packed rows of files: a source.
+  """Packed rows of tables: a source of pieces.
+
+  Nothing is encoded beforehand: `read` reads, cuts, encodes and packs some pieces, in whatever thread calls it. Malformed
+  lines are counted in `report` and told of when they are met.
 
   Args:
-    files: see `json_lines.find_files`.
+    origins: `tables.Origin`s, which say the mode of each file; or a path, or paths.
     tokenizer: from `encode.load_tokenizer`.
     options: `FileOptions`.
-    cache: folder for encoded documents, made if absent. Each file is cached on its own.
     strict: raise at the first malformed line.
     cutter: cuts the contexts, in place of the blocks that are given; None: these.
+    text_cutter: cuts texts without a question, if `cutter` does not; None: they are one block.
+    tell: called with each malformed line when it is met first, for so many as reports list.
+    encoder: the tokenizer's, of which several may share one: it takes seconds to make.
 
   Attributes:
-    files, stores: the files in order, and their `DocStore`s.
-    report: the files' reports added up.
-    plan: for each row the numbers of its documents.
+    tables: (table, whether its documents are read with full attention), in order.
+    together: pieces that are read together.
+    report: what became of the lines that have been read; of an epoch's if each piece was read once.
 
   Raises:
-    json_lines.BadLineError: `strict` and a line is malformed.
-    ValueError: not one document is left.
+    FileNotFoundError: a path names nothing.
+    ValueError: a file cannot be read, or lacks a column.
   """
 
-  def __init__(self, files: str | Sequence[str], tokenizer: Any, options: FileOptions, cache: str | os.PathLike, *,
-               strict: bool = False, cutter: Cutter | None = None):
-    encoder = encode.Encoder(tokenizer, bos=options.bos)
-    self.options = options
-    self.length = options.length
-    self.files = json_lines.find_files(files)
-    self.stores = [store.open_store(file, tokenizer, encoder, options, cache, strict=strict, cutter=cutter)
-                   for file in self.files]
-    self.report = sum((one.report for one in self.stores), json_lines.Report())
-    self.sizes = np.concatenate([one.sizes for one in self.stores])
-    if not len(self.sizes):
-      raise UserError(f'{", ".join(self.files)}: no document to train on\n{self.report.summary()}')
-    self._starts = np.cumsum([0, *map(len, self.stores)])
-    counts = np.concatenate([one.counts for one in self.stores])
-    self.plan = packing.plan_rows(self.sizes, counts, length=options.length, max_blocks=options.max_blocks,
-                                  window=options.window)
+  def __init__(self, origins: str | Sequence[str | tables.Origin], tokenizer: Any, options: FileOptions, *,
+               strict: bool = False, cutter: Cutter | None = None, text_cutter: Cutter | None = None,
+               tell: Callable[[json_lines.BadLine], None] | None = None, encoder: encode.Encoder | None = None):
+    self.options, self.length = options, options.length
+    self._tokenizer, self._encoder = tokenizer, encoder or encode.Encoder(tokenizer, bos=options.bos)
+    self._cutter, self._text_cutter, self._strict, self._tell = cutter, cutter or text_cutter, strict, tell
+    self._lock, self.report, self._told = threading.Lock(), json_lines.Report(), set()
+    filled = TOGETHER * options.length * _CHARACTERS   # bytes
+    named = [tables.origin(one) for one in ([origins] if isinstance(origins, str | tables.Origin) else origins)]
+    opened = [tables.open_tables(one, min(tables.PIECE, max(filled // 16, 1 << 10))) for one in named]
+    self.tables = [(table, one.mode == 'full') for one, some in zip(named, opened) for table in some]
+    self._firsts = np.cumsum([0, *map(len, opened)])[:-1]   # of each origin
+    self._starts = np.cumsum([0, *(table.pieces for table, _ in self.tables)])
+    self.together = max(1, round(filled * len(self) / max(sum(table.bytes for table, _ in self.tables), 1)))
+
+  def check(self):
+    """Reads until there is a document, and the first rows of each origin's columns, so that what is wrong with all of them
+    is said before a training starts.
+
+    Raises:
+      json_lines.BadLineError: a line read was malformed, if `strict`.
+      ValueError: the first rows of a table have not the form, or there is not one document.
+    """
+    for first in self._firsts:
+      table, _ = self.tables[first]
+      report = json_lines.Report()
+      if isinstance(table, tables.Columns) and table.pieces:
+        list(self.examples(int(self._starts[first]), report, quiet=True))
+        if report.lines and not report.examples:
+          raise UserError(f'{report.listed[0]}; so are {report.lines} rows, all that were looked at: correct the column, or '
+                          'say with columns which is which')
+    report = json_lines.Report()
+    for piece in range(len(self)):
+      for _ in self.examples(piece, report, quiet=True):
+        return
+    raise UserError(f'{", ".join(table.name for table, _ in self.tables)}: no document to train on\n{report.summary()}')
 
   def __len__(self):
-    return len(self.plan)
+    return int(self._starts[-1])
 
-  def doc(self, i: int) -> encode.EncodedDoc:
-    """Document i, counted over all files."""
-    number = int(np.searchsorted(self._starts, i, side='right')) - 1
-    return self.stores[number][i - int(self._starts[number])]
+  def examples(self, piece: int, report: json_lines.Report, *,
+               quiet: bool = False) -> Iterator[tuple[Example, encode.EncodedDoc]]:
+    """(example, a document of it), in order, of a piece; `report` counts its lines, `quiet`: tells of none."""
+    number = int(np.searchsorted(self._starts, piece, side='right')) - 1
+    (table, full), o = self.tables[number], self.options
+    parse = lambda place, record: prompts.parse_record(record, where=table.name, chat=o.chat, template=o.template,
+                                                       tokenizer=self._tokenizer, texts=True)
+    rows = table.read(piece - int(self._starts[number]))
+    found = json_lines.parsed(rows, parse, table.name, table.line, report, strict=self._strict,
+                              tell=None if quiet else self._tell_once)
+    return encode.encode_examples(self._cut((example for _, example in found), full), self._encoder, report,
+                                  length=o.length, max_blocks=o.max_blocks, too_long=o.too_long,
+                                  block_tokens=o.block_tokens, full=full)
 
-  def __getitem__(self, row: int) -> dict:
-    docs = [self.doc(i) for i in self.plan[row]]
+  def _tell_once(self, bad):
+    with self._lock:
+      new = bad not in self._told and len(self._told) < json_lines.LISTED
+      self._told |= {bad} if new else set()
+    if new and self._tell is not None:
+      self._tell(bad)
+
+  def _cut(self, examples, full):
+    """Those in blocks of ours; of a context that is read with full attention there is one block, however it is cut."""
+    if full:
+      return examples
+    if self._cutter is not None:
+      return recut_all(examples, self._cutter)
+    if self._text_cutter is None or self.options.block_tokens:
+      return examples
+    return itertools.chain.from_iterable(
+        recut_all(some, self._text_cutter) if is_text else some
+        for is_text, some in itertools.groupby(examples, lambda example: example.is_text))
+
+  def read(self, pieces: Sequence[int], seed: Sequence[int]) -> list[list[encode.EncodedDoc]]:
+    """The documents of each row that some pieces fill, in an order by `seed`."""
+    report, docs = json_lines.Report(), []
+    for piece in sorted(pieces):
+      docs += [doc for _, doc in self.examples(piece, report)]
+    with self._lock:
+      self.report += report
+    docs = [docs[i] for i in np.random.default_rng(seed).permutation(len(docs))]
+    plan = packing.plan_rows([len(doc.tokens) for doc in docs], [len(doc.lengths) for doc in docs], length=self.length,
+                             max_blocks=self.options.max_blocks, window=self.options.window)
+    return [[docs[i] for i in row] for row in plan]
+
+  def pack(self, docs: Sequence[encode.EncodedDoc]) -> dict:
+    """The row of these documents."""
     return packing.pack_row(docs, self.length, shared_first=self.options.shared_first)
 
-  def where(self, row: int) -> str:
-    """The documents of a row, each with its file, for an error."""
-    numbers = (np.searchsorted(self._starts, self.plan[row], side='right') - 1).tolist()
-    return ', '.join(f'{self.files[number]} (document {i - int(self._starts[number])})'
-                     for i, number in zip(self.plan[row], numbers, strict=True))
-
   def fingerprint(self) -> dict[str, str]:
-    """What the rows are made of, by name: of each file its bytes and all that decides how they are encoded."""
-    return {file: one.key for file, one in zip(self.files, self.stores, strict=True)}
+    """What the rows are made of, by name: of each table its content and all that decides how it is encoded."""
+    cutters = [cutter and cutter.fingerprint for cutter in (self._cutter, self._text_cutter)]
+    facts = (FORMAT, self.options, self._encoder.fingerprint, cutters, self.together, len(self))
+    return {f'{table.name}{" in full" * full}': hashlib.sha256(
+        repr((table.fingerprint, sorted(table.columns.items()), full, facts)).encode()).hexdigest()[:32]
+            for table, full in self.tables}
 
 
 class PageRows:
@@ -110,7 +227,7 @@ class PageRows:
     self.length, self.max_blocks, self.shared_first = length, max_blocks, shared_first
     self.block_tokens = block_tokens
     self._containers, self._style = tuple(containers), style
-    self._facts = (store.FORMAT, length, max_blocks, style, 0, block_tokens, shared_first, self._cut_share,
+    self._facts = (_PAGES, length, max_blocks, style, 0, block_tokens, shared_first, self._cut_share,
                    cutter.fingerprint if cutter else '')
     self._encoder = encode.Encoder(tokenizer)
     self.pages_per_row = 1   # while some are looked at
@@ -132,13 +249,16 @@ class PageRows:
     """The encoded pages of these numbers."""
     drawn = self.cut_examples(numbers)
     cut = lambda parts: encode.recut(parts, self.block_tokens) if self.block_tokens else parts
-    return [encode.fit(cut(parts))[0] for parts in self._encoder.parts(drawn)]
+    fitted = (encode.fit(cut(parts))[0] for parts in self._encoder.parts(drawn))   # without bounds none is left out
+    return [doc for doc in fitted if doc is not None]
 
   def cut_examples(self, numbers: Sequence[int]) -> list[Example]:
     """The pages of these numbers as text, the share of the cutter in its blocks."""
     drawn = [self.example(i) for i in numbers]
+    if self._cutter is None:
+      return drawn
     chosen = [i for i, number in enumerate(numbers) if self.is_cut(number)]
-    for i, example in zip(chosen, store.recut_all([drawn[i] for i in chosen], self._cutter)):
+    for i, example in zip(chosen, recut_all([drawn[i] for i in chosen], self._cutter)):
       drawn[i] = example
     return drawn
 

@@ -1,7 +1,7 @@
 """What a teacher says of every token, written once and read in training in place of the teacher.
 
 A folder of parts, each an ArrayRecord file beside a JSON file with the numbers of its rows, and `meta.json`. A part is
-there when its JSON file is, which is written last. A record is a row of the source, as safetensors bytes, its text tokens
+there when its JSON file is, which is written last. A record is a row of the stream, as safetensors bytes, its text tokens
 (those with a next token in their document) one after the other:
 
   ids            uint16 or uint32 [n, K], the K likeliest tokens, likeliest first
@@ -16,17 +16,15 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import grain
 import numpy as np
 import safetensors
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from safetensors import numpy as safetensors_numpy
 
 from blockattn import metrics
-from blockattn.data import stream
 from blockattn.errors import UserError
 
 META = 'meta.json'
@@ -71,53 +69,45 @@ def read_meta(folder: str | os.PathLike) -> dict:
 
 
 class StoredLogits:
-  """A source of packed rows, each with what the teacher says of it under 'teacher'.
+  """Adds to the rows of a stream what the teacher says of them, as 'teacher': for `stream.batches`.
 
   A row's 'teacher' is {'ids' int32 [T, K], 'log_p' float32 [T, K], 'target_log_p', 'blocked_log_p' float32 [T]}, zeros where
   no next token is.
 
   Args:
-    source: rows, numbered as they were when the folder was written.
     folder: of `blockattn.train.teach`.
-    needed: numbers of the rows that will be read.
+    count: rows of the stream that will be read, the first ones.
 
   Raises:
-    ValueError: the folder lacks a needed row.
+    ValueError: the folder lacks one of them.
   """
 
-  def __init__(self, source: Any, folder: str | os.PathLike, needed: Sequence[int]):
-    self.length, self._source, self._folder = source.length, source, pathlib.Path(folder)
+  def __init__(self, folder: str | os.PathLike, count: int):
+    self._folder = pathlib.Path(folder)
     self._meta, parts = read_meta(folder), written_rows(self._folder)
     # Where a row is twice, because other processes wrote its part again, the last one counts.
     self._at = {row: i for i, row in enumerate(itertools.chain.from_iterable(parts.values()))}
-    missing = np.setdiff1d(needed, np.fromiter(self._at, np.int64, len(self._at)))
+    missing = np.setdiff1d(np.arange(count), np.fromiter(self._at, np.int64, len(self._at)))
     if missing.size:
-      raise UserError(f'{folder} lacks {missing.size} of {len(needed)} rows that the training will read, first row '
+      raise UserError(f'{folder} lacks {missing.size} of {count} rows that the training will read, first row '
                       f'{missing[0]}: run blockattn.train.teach with this config and --workdir={folder}; it goes on where '
                       'it stopped')
     self._records = grain.sources.ArrayRecordDataSource([os.fspath(file) for file in parts]) if parts else ()
 
-  def __len__(self):
-    return len(self._source)
-
-  def where(self, number: int) -> str:
-    """Of a row, for an error."""
-    return f'{self._source.where(number)}, with {self._folder}'
-
   def fingerprint(self) -> dict[str, str]:
-    """Of the source, and of what the teacher was."""
-    return stream.fingerprint(self._source) | {'stored logits': repr(sorted(self._meta.items()))}
+    """Of what the teacher was."""
+    return {'stored logits': repr(sorted(self._meta.items()))}
 
-  def __getitem__(self, number: int) -> dict:
-    row = self._source[number]
+  def __call__(self, number: int, row: dict) -> dict:
+    """Row `number` of the stream."""
     try:
-      stored = safetensors_numpy.load(self._records[self._at[int(number)]])
+      stored = safetensors_numpy.load(self._records[self._at[number]])
     except safetensors.SafetensorError as error:
       raise UserError(f'{self._folder}: row {number} cannot be read ({error}); delete the part that holds it and run '
                       'blockattn.train.teach again') from error
     if int(stored['print'][0]) != row_print(row):
-      raise UserError(f'{self._folder}: row {number} was written for other tokens: the data or the tokenizer is not the '
-                      'one that blockattn.train.teach saw; run it again into a new folder')
+      raise UserError(f'{self._folder}: row {number} was written for other tokens: the data, the tokenizer or the seed is '
+                      'not the one that blockattn.train.teach saw; run it again into a new folder')
     return row | {'teacher': spread(stored, row['text'])}
 
 

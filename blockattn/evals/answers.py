@@ -268,8 +268,13 @@ def resampled(sums_NM: np.ndarray, counts_NM: np.ndarray, name: str) -> np.ndarr
   """[M, 1 + RESAMPLES] of M measures of N items, each a sum over so many: the mean, and means of items drawn with
   replacement. The draws depend on `name` and N alone."""
   rng, count = np.random.default_rng([SEED, zlib.crc32(name.encode())]), len(sums_NM)
-  mean = lambda at: sums_NM[at].sum(axis=0) / np.maximum(counts_NM[at].sum(axis=0), 1)
-  return np.stack([mean(slice(None)), *(mean(rng.integers(count, size=count)) for _ in range(RESAMPLES))]).T
+  draws = (rng.integers(count, size=count) for _ in range(RESAMPLES))
+  return np.stack([means(sums_NM, counts_NM), *(means(sums_NM[at], counts_NM[at]) for at in draws)]).T
+
+
+def means(sums_NM: np.ndarray, counts_NM: np.ndarray) -> np.ndarray:
+  """[M] of measures of N items, each a sum over so many."""
+  return sums_NM.sum(axis=0) / np.maximum(counts_NM.sum(axis=0), 1)
 
 
 def interval(means: np.ndarray) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from blockattn import blocks, loading, losses
 from blockattn.data import encode, packing
@@ -29,6 +30,7 @@ MODES = ('full', 'block')
 TEACHER, BEFORE, STUDENT = 'teacher_full', 'teacher_block', 'student_block'   # names of subjects
 DOCUMENTS = 'documents.jsonl'
 BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)   # lower edges of the distance bins, in tokens
+Put = Callable[[dict], dict]   # the rows of a batch on the host -> where they are computed with
 _ROW = {'document': int, 'key': str, 'models': {str: dict}}   # what each line has
 _SHORTEST = 256   # tokens of a row
 _CHUNK = 32       # tokens per row whose logits exist at a time: answers are short
@@ -85,11 +87,7 @@ def load_pair(model: str | os.PathLike, teacher: str | os.PathLike, modes: Seque
   two tokenizers differ, so that tokens of one mean nothing to the other."""
   teacher_subject, teacher_tokenizer = load(teacher, 'full', compute)
   student, tokenizer = load(model, 'block', compute, **prompts)
-  ours = tokenizer.get_vocab()
-  other = [text for text, i in teacher_tokenizer.get_vocab().items() if text not in ours or ours[text] != i]
-  if other:
-    raise UserError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
-                    f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
+  encode.check_same_tokens(tokenizer, teacher_tokenizer, model, teacher)
   subjects = {TEACHER: teacher_subject}
   if 'block' in modes:
     subjects[BEFORE] = dataclasses.replace(teacher_subject, mode='block', options=student.options.bare)
@@ -101,21 +99,24 @@ def load_pair(model: str | os.PathLike, teacher: str | os.PathLike, modes: Seque
   return subjects, teacher_subject, tokenizer
 
 
-def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[encode.EncodedDoc],
+def measure(subjects: Mapping[str, Subject], teacher: Subject | None, docs: Sequence[encode.EncodedDoc],
             examples: Sequence[Example], tokenizer: Any, *, batch: int, max_new: int, stop: str | None = None,
             out: str | os.PathLike | None = None, facts: Mapping[str, Any] | None = None,
-            progress: Callable[[int, int], None] | None = None) -> list[dict]:
+            progress: Callable[[int, int], None] | None = None, put: Put | None = None) -> list[dict]:
   """Every subject on every document, the longest documents first.
 
   Args:
-    teacher: what the subjects' distance is measured to; one of them may be the teacher itself.
+    teacher: what the subjects' distance is measured to; one of them may be the teacher itself. None: each its own, at KL 0.
     docs: encoded examples, answers included, in the order of `examples`.
     batch: documents per forward pass.
+    max_new: most tokens of an answer; 0: none is written, and there are no scores.
     stop: an answer ends before this text, as it does at the tokens of `files.stop_ids`.
     out: a folder, made if absent: run.json holds the facts, documents.jsonl gets a line per document as they come. What is
       there is not computed again.
     facts: what decides the figures beside documents, subjects' names, max_new and stop; JSON values.
     progress: called with (documents done, all).
+    put: brings the `batch` rows of a forward pass to where the subjects compute, of several processes those of each; None:
+      they are taken from the host, and may be fewer than `batch`.
 
   Returns:
     A row per document, in the order of `docs`: {'document': its number, 'id', 'answers', 'key', 'models': {name:
@@ -137,13 +138,13 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject, docs: Sequence[en
 
   def batches(todo):
     nonlocal batch
-    batch = min(batch, max(len(todo), 1))
+    batch = min(batch, max(len(todo), 1)) if put is None else batch
     todo = sorted(todo, key=lambda number: (-len(docs[number].tokens), number))
     return (todo[start:start + batch] for start in range(0, len(todo), batch))
 
   def make(numbers):
     made = _measure_batch(subjects, teacher, [docs[n] for n in numbers], [examples[n] for n in numbers], tokenizer, batch,
-                          max_new, stop)
+                          max_new, stop, put or _as_it_is)
     return [{'document': number, **row, 'key': keys[number]} for number, row in zip(numbers, made, strict=True)]
 
   return answers.kept_rows(None if out is None else pathlib.Path(out), facts, keys, batches, make, file=DOCUMENTS, form=_ROW,
@@ -168,21 +169,33 @@ def _key(doc):
   return hashlib.sha256(said + np.asarray(doc.tokens, np.int32).tobytes()).hexdigest()[:16]
 
 
-def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new, stop) -> list[dict]:
+def _as_it_is(rows):
+  return rows
+
+
+def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new, stop, put) -> list[dict]:
   """Rows of the documents of one batch, see `measure`."""
-  sums = _token_sums(subjects, teacher, _rows(docs, batch))
+  sums = _token_sums(subjects, teacher, _rows(docs, batch), put)
   models = [{} for _ in docs]
-  stop_ids = files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id)
   for name, subject in subjects.items():
-    tokens = answer(subject, docs, stop_ids, batch=batch, max_new=max_new)
-    for own, example, said, (count, ce, kl) in zip(models, examples, tokens, sums[name][:len(docs)], strict=True):
-      said = tokenizer.decode(said, skip_special_tokens=True)
-      said = said if stop is None else said.partition(stop)[0]
-      own[name] = {'prediction': said, 'scores': scores.score(said, _accepted(example)),
-                   'by_distance': [[low, int(n), float(c), float(k)]
-                                   for low, n, c, k in zip(BINS, count, ce, kl, strict=True) if n]}
+    said = [{'scores': {}}] * len(docs)
+    if max_new:
+      said = _scored(subject, docs, examples, tokenizer, batch, max_new, stop, put)
+    for own, answered, (count, ce, kl) in zip(models, said, sums[name][:len(docs)], strict=True):
+      own[name] = answered | {'by_distance': [[low, int(n), float(c), float(k)]
+                                              for low, n, c, k in zip(BINS, count, ce, kl, strict=True) if n]}
   return [{'id': example.id, 'answers': list(_accepted(example)), 'models': own}
           for example, own in zip(examples, models, strict=True)]
+
+
+def _scored(subject, docs, examples, tokenizer, batch, max_new, stop, put) -> list[dict]:
+  """The answers of a subject with their scores."""
+  stop_ids = files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id)
+  said = [tokenizer.decode(tokens, skip_special_tokens=True)
+          for tokens in answer(subject, docs, stop_ids, batch=batch, max_new=max_new, put=put)]
+  said = [text if stop is None else text.partition(stop)[0] for text in said]
+  return [{'prediction': text, 'scores': scores.score(text, _accepted(example))}
+          for text, example in zip(said, examples, strict=True)]
 
 
 def _accepted(example):
@@ -190,32 +203,46 @@ def _accepted(example):
 
 
 def summarize(rows: Sequence[Mapping]) -> dict:
-  """The figures of every subject from the rows of `measure`: {name: {'n', 'exact_match', 'substring', 'f1', 'ce', 'kl',
-  'by_distance': [{'from', 'tokens', 'ce', 'kl'}], 'intervals': {measure: {'mean', 'low', 'high'}}}}.
+  """`figures` with 'intervals': {measure: {'mean', 'low', 'high'}} of every subject, from resampling documents, see
+  `answers.interval`."""
+  intervals = {name: {m: answers.interval(x) for m, x in means.items()} for name, means in sampled(rows).items()}
+  return {name: own | {'intervals': intervals[name]} for name, own in figures(rows).items()}
 
-  ce and kl are means over answer tokens. Intervals come from resampling documents, see `answers.interval`."""
-  figures = {}
-  for name, means in sampled(rows).items():
-    sums = np.sum([_by_bin(row['models'][name]) for row in rows], axis=0)
-    figures[name] = ({'n': len(rows)} | {m: float(x[0]) for m, x in means.items()}
-                     | {'by_distance': [{'from': low, 'tokens': int(n), 'ce': float(c / n), 'kl': float(k / n)}
-                                        for low, n, c, k in zip(BINS, *sums, strict=True) if n],
-                        'intervals': {m: answers.interval(x) for m, x in means.items()}})
-  return figures
+
+def figures(rows: Sequence[Mapping]) -> dict:
+  """The figures of every subject from the rows of `measure`: {name: {'n', 'exact_match', 'substring', 'f1', 'ce', 'kl',
+  'by_distance': [{'from', 'tokens', 'ce', 'kl'}]}}.
+
+  ce and kl are means over answer tokens; scores are there where all of the rows have some."""
+  found = {}
+  for name in rows[0]['models']:
+    measures, sums_NM, counts_NM = _sums(rows, name)
+    means = answers.means(sums_NM, counts_NM)
+    by_bin = np.sum([_by_bin(row['models'][name]) for row in rows], axis=0)
+    found[name] = {'n': len(rows)} | dict(zip(measures, map(float, means), strict=True)) | {
+        'by_distance': [{'from': low, 'tokens': int(n), 'ce': float(c / n), 'kl': float(k / n)}
+                        for low, n, c, k in zip(BINS, *by_bin, strict=True) if n]}
+  return found
 
 
 def sampled(rows: Sequence[Mapping]) -> dict[str, dict[str, np.ndarray]]:
   """{name: {measure: `answers.resampled` means}}; all subjects by the same draws of documents."""
   found = {}
   for name in rows[0]['models']:
-    own = [row['models'][name] for row in rows]
-    sums_N3 = np.stack([_by_bin(one).sum(axis=1) for one in own])
-    measures = list(own[0]['scores'])
-    sums_NM = np.concatenate([[[one['scores'][m] for m in measures] for one in own], sums_N3[:, 1:]], axis=1)
-    counts_NM = np.ones_like(sums_NM)
-    counts_NM[:, -2:] = sums_N3[:, :1]
-    found[name] = dict(zip([*measures, 'ce', 'kl'], answers.resampled(sums_NM, counts_NM, 'documents'), strict=True))
+    measures, sums_NM, counts_NM = _sums(rows, name)
+    found[name] = dict(zip(measures, answers.resampled(sums_NM, counts_NM, 'documents'), strict=True))
   return found
+
+
+def _sums(rows, name):
+  """(measures, what each document adds to each [N, M], and to how many it adds that [N, M]) of a subject."""
+  own = [row['models'][name] for row in rows]
+  sums_N3 = np.stack([_by_bin(one).sum(axis=1) for one in own])
+  measures = [m for m in own[0]['scores'] if all(m in one['scores'] for one in own)]
+  sums_NM = np.concatenate([[[one['scores'][m] for m in measures] for one in own], sums_N3[:, 1:]], axis=1)
+  counts_NM = np.ones_like(sums_NM)
+  counts_NM[:, -2:] = sums_N3[:, :1]
+  return [*measures, 'ce', 'kl'], sums_NM, counts_NM
 
 
 def share_closed(rows: Sequence[Mapping], teacher: str, before: str, after: str) -> dict[str, dict[str, float]]:
@@ -232,15 +259,22 @@ def share_closed(rows: Sequence[Mapping], teacher: str, before: str, after: str)
   return shares
 
 
-def _token_sums(subjects, teacher, rows) -> dict[str, np.ndarray]:
+def _token_sums(subjects, teacher, rows, put) -> dict[str, np.ndarray]:
   """{name: [rows, 3, bins]} of `_gap_sums`; the teacher reads the rows once."""
-  right = _hidden(teacher.params, rows, _bare(teacher, rows))
-  found = {}
+  placed, found = put(rows), {}
+  read = lambda subject: _hidden(subject.params, placed, _bare(subject, rows))
+  right = None if teacher is None else read(teacher)
   for name, subject in subjects.items():
-    hidden = right if subject is teacher else _hidden(subject.params, rows, _bare(subject, rows))
-    heads = tuple(transformer.head_of(s.params, s.cfg) for s in (subject, teacher))
-    found[name] = np.asarray(_gap_sums(heads, (hidden, right), rows), np.float64)
+    hidden = right if subject is teacher else read(subject)
+    heads = tuple(transformer.head_of(s.params, s.cfg) for s in (subject, teacher or subject))
+    sums = _gap_sums(heads, (hidden, hidden if right is None else right), placed)
+    found[name] = _whole(sums).astype(np.float64)
   return found
+
+
+def _whole(x) -> np.ndarray:
+  """An array on the host, of which other processes may have parts."""
+  return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 def _by_bin(one) -> np.ndarray:
@@ -252,17 +286,17 @@ def _by_bin(one) -> np.ndarray:
 
 
 def answer(subject: Subject, docs: Sequence[encode.EncodedDoc], stop_ids: Sequence[int], *, batch: int,
-           max_new: int) -> list[list[int]]:
+           max_new: int, put: Put = _as_it_is) -> list[list[int]]:
   """The greedy answer to each document's prompt: token ids without the one of `stop_ids` that ends it."""
   found, prompts = [[] for _ in docs], [_prompt_of(doc) for doc in docs]
   order = np.argsort([len(doc.tokens) for doc in prompts], kind='stable')   # the shortest first
   for numbers in (order[i:i + batch] for i in range(0, len(docs), batch)):
     rows = _rows([prompts[n] for n in numbers], batch)
     bare = _bare(subject, rows)
-    tokens, layout = _view(rows, bare)[:2]
+    tokens, layout = _view(put(rows), bare)[:2]
     out = decode.greedy(subject.params, tokens, layout, cfg=subject.cfg, compute=subject.compute, length=max_new,
                         stop_ids=np.array(stop_ids, np.int32), vocab=subject.cfg.vocab)
-    for number, row in zip(numbers, np.asarray(out), strict=False):   # the rows after the last document are empty
+    for number, row in zip(numbers, _whole(out), strict=False):   # the rows after the last document are empty
       found[number] = [int(t) for t in row if t not in stop_ids]
   return found
 
@@ -292,7 +326,7 @@ def _gap_sums(heads, hidden, rows):
   """[rows, 3, bins]: how many answer tokens, their cross-entropy and KL. heads and hidden are (the student's, the
   teacher's)."""
   def sums(heads, states, per_token, mask):
-    student, teacher = losses.common_vocabulary(*map(transformer.project, states, heads))
+    student, teacher = losses.common_vocabulary(*map(transformer.project, heads, states))
     ce = -losses.log_prob(student, per_token['target'])
     kl = losses.divergence(teacher, student, 1.0)
     in_bin = mask.astype(jnp.float32)[..., None] * jax.nn.one_hot(per_token['bin'], len(BINS))

@@ -194,7 +194,7 @@ def new_folder(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     raise
 
 
-_OURS = ('config.json', 'checkpoints', WRAPPERS)   # one of which a folder has that may be replaced, of a model or of a run
+_OURS = ('config.json', 'checkpoints', ADAPTER, WRAPPERS)   # what a folder that may be replaced has, of a model or of a run
 
 
 def check_free(folder: pathlib.Path, overwrite: bool):

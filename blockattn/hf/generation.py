@@ -16,7 +16,8 @@
 
 A prompt is the token ids of each context block and, last, of the question (`data.encode.Encoder.prompt`). Both ways
 give what transformers' generate gives: the prompt with its sinks, then the answer. Models are what `hf.config` reads:
-Qwen3 and Llama with plain full attention. Nothing here computes with jax, which would take a GPU's memory from torch.
+Qwen3, Qwen2.5 and Llama with plain full attention. Nothing here computes with jax, which would take a GPU's memory from
+torch.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ except ImportError as error:
 
 NAME = 'block_sdpa'   # of our attention in transformers, as in from_pretrained(..., attn_implementation=NAME)
 
-Model = Any   # LlamaForCausalLM or Qwen3ForCausalLM, of which the annotations of transformers deny that they generate
+Model = Any   # LlamaForCausalLM or another family's, of which the annotations of transformers deny that they generate
 Prompt = Sequence[Sequence[int]]
 State = tuple[tuple[torch.Tensor, torch.Tensor], ...]   # of each layer (k, v), both [1, K, n, H]
 
@@ -107,7 +108,7 @@ def cached_generate(model: Model, prompt: Prompt, options: BlockOptions, *, seam
   """`model.generate` where the context blocks' keys and values are read once and then only moved to their place.
 
   Args:
-    model: Qwen3 or Llama for causal language modelling, of transformers.
+    model: Qwen3, Qwen2.5 or Llama for causal language modelling, of transformers.
     prompt: one prompt, see the top of this file. Several at once are the masked pass's work (`block_inputs`).
     options: see `config.block_options`.
     seam: tokens of a seam, see `BlockOptions`; None: as the options say. What `cache` holds serves any of them.
@@ -241,7 +242,7 @@ def block_attention(model: Model, layout: BlockLayout) -> Iterator[None]:
   model's attention implementation is changed meanwhile, for other threads, too.
 
   Args:
-    model: Qwen3 or Llama of transformers.
+    model: Qwen3, Qwen2.5 or Llama of transformers.
     layout: BlockLayout [B, T] of tensors or arrays, padding on either side (left for generate), such as that of
       `block_inputs` or, for packed documents, of `blocks.from_lengths`.
 

@@ -79,7 +79,7 @@ def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transforme
   x_BTD = transformer.embed(params, tokens, cfg, compute)
   run = functools.partial(transformer.run_layers, params, x_BTD, layout.position, cfg, compute, keep_kv=True)
   if context is None:
-    return run(lambda q, k, v: api.block_attention(q, k, v, layout, impl=compute.impl, tiles=compute.tiles))
+    return run(lambda q, k, v: transformer.masked_attention(q, k, v, layout, compute))
 
   def attend(q, k, v, *known):
     own = api.block_attention_and_lse(q, k, v, layout, impl=compute.impl, tiles=compute.tiles)

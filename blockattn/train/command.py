@@ -217,14 +217,14 @@ def read_list(text: str, texts: bool = False) -> tuple:
   What is in brackets or quotes is read as Python reads it, which is how to write a text with a comma in it.
 
   Args:
-    texts: what looks like a number is a text, too.
+    texts: what looks like a number is a text, too; a dict in braces is one.
   """
   try:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError):
     value = None
   value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-  kinds = (str,) if texts else (str, int, float, tuple, list)
+  kinds = (str, dict) if texts else (str, int, float, tuple, list)
   if all(isinstance(part, kinds) and not isinstance(part, bool) for part in value):
     return value
   return tuple(part.strip() for part in text.split(',') if part.strip())

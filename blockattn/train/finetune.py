@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from blockattn import blocks, errors, losses, optim, options as options_lib
 from blockattn.errors import UserError
+from blockattn.evals import gap
 from blockattn.models import flops, lora, transformer
-from blockattn.train import command, inputs, job, loop, workdir as workdir_lib
+from blockattn.train import command, held_out, inputs, job, loop, workdir as workdir_lib
 
 MODES = ('full', 'block', 'both')
 
@@ -51,6 +52,15 @@ class Options(job.PromptOptions):
     finetune: what is learned; the defaults are block fine-tuning (arXiv 2409.15355)
   """
   finetune: FinetuneOptions
+
+  def __post_init__(self):
+    super().__post_init__()
+    held_out.figure_of(self.eval.best, measured_modes(self.finetune), teacher=False)
+
+
+def measured_modes(options: FinetuneOptions) -> tuple[str, ...]:
+  """Modes whose figures on held-out documents say something of the training, the one that it is for first."""
+  return ('full',) if options.mode == 'full' else ('block', 'full')
 
 
 def read(config) -> Options:
@@ -146,8 +156,13 @@ def run(options: Options, workdir):
   source = inputs.load_rows(options.data, tokenizer)
   params = job.load_language_model(options, placement, cfg)
   meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}
+  compute = job.compute_of(options.compute, placement, placement.platform)
+  start = gap.Subject(params, cfg, compute, 'full', made.blocks)
   params, base = job.student_params(options, made.cfg, params, sink, placement)
-  params = job.train(made, options, params, job.Frozen(base=base), source, workdir, meta)
+  watches = job.make_watches(made, options, tokenizer, workdir, base=base, compute=compute, start=start,
+                             modes=measured_modes(options.finetune), meta=meta)
+  del start
+  params = job.train(made, options, params, job.Frozen(base=base), source, workdir, meta, watches)
   return made.cfg, params, made.blocks
 
 

@@ -1,23 +1,26 @@
-"""What a training reads: the data section of a config as a source of packed rows, and the batches of one process."""
+"""What a training reads: the data section of a config as sources of packed rows, and the batches of one process."""
 
 import dataclasses
+import sys
+from collections.abc import Callable, Mapping
 
 import jax
-import numpy as np
 
-from blockattn import errors, mesh as mesh_lib
-from blockattn.data import chat_template, encode, sources, stdlib, store, stream
+from blockattn import errors, loading, mesh as mesh_lib
+from blockattn.data import chat_template, encode, sources, stdlib, stream, tables
 from blockattn.errors import UserError
-from blockattn.segmentation import cutter as segment_cutter, granularity
+from blockattn.segmentation import cutter as segment_cutter, granularity, splitters
 
 KINDS = ('files', 'pages')
+_TEXT_BLOCK = 512   # tokens of a block of a text that no segmenter cuts
+_CHARACTERS = 4     # of a token, as the rule that cuts it then counts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOptions:
   """
   Attributes:
-    tokenizer: folder or hub name; empty: model.source
+    tokenizer: folder, hub name or work directory; empty: model.source
     length: tokens of a row, T
     files: JSON lines: files, folders or globs; with commas between them on the command line
     strict: stop at the first malformed line instead of counting it
@@ -54,29 +57,38 @@ class CutOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptData(DataOptions):
-  """Prompts of blocks, with answers.
+  """Prompts of blocks, with answers, and texts.
 
   Attributes:
     kind: 'files', or 'pages' of Python's standard library
+    files: JSON lines, parquet, Arrow: files, folders or globs; datasets: a folder of save_to_disk, or hub:OWNER/NAME. An
+      entry is a path, or a dict with a path and with weight (share of the rows), mode (block, full), columns, name, split,
+      see data/tables.py
+    columns: a file's name of a column -> ours, in all entries that say none: {'context': 'blocks', 'question': 'prompt'}
     max_blocks: most blocks of a row
     shared_first: a document's first block is a prefix that all its blocks read: needs local positions
     block_tokens: 0: the blocks that are given; else blocks of so many tokens, cut anywhere
     chat: wrap plain examples in the chat template; None: if there is one
+    eval_files: held-out documents, as `files`, or 'pages:validation' of the standard library; empty: none, see config.eval
     template_args: of the chat template, 'enable_thinking=true,...'; see data/chat_template.py for what is default
     too_long: 'drop', or 'cut': leave out context blocks without the answer
-    cache: folder for encoded documents
-    segmenter: cuts new blocks: a folder, a hub name, or 'tiny', the embedded one; empty: those given
+    workers: threads that read and encode ahead of the training
+    segmenter: cuts new blocks: a folder, a hub name, or 'tiny', the embedded one; empty: those given, and of texts without a
+      question paragraphs of about segment.target tokens
     segment: how fine the segmenter cuts
     pages: of stdlib.PageStyle
   """
   kind: str = 'files'
+  files: tuple[str | Mapping, ...] = ()
+  columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
   max_blocks: int = 64
   shared_first: bool = False
   block_tokens: int = 0
   chat: bool | None = None
+  eval_files: tuple[str, ...] = ()
   template_args: str = ''
   too_long: str = 'drop'
-  cache: str = '.cache/blockattn'
+  workers: int = 2
   segmenter: str = ''
   segment: CutOptions = CutOptions()
   pages: stdlib.PageStyle = stdlib.PageStyle()
@@ -87,6 +99,8 @@ class PromptData(DataOptions):
     errors.check_choice('config.data.too_long', self.too_long, encode.TOO_LONG)
     errors.check_number('config.data.max_blocks', self.max_blocks, 1, 2 ** 24)
     errors.check_number('config.data.block_tokens', self.block_tokens, 0)
+    errors.check_number('config.data.workers', self.workers, 1, 256)
+    shares(self)
     if self.segmenter and self.block_tokens:
       raise UserError(f'config.data.block_tokens={self.block_tokens} and config.data.segmenter={self.segmenter!r} both '
                       'say where blocks end; leave one of them out')
@@ -101,14 +115,30 @@ def fineness(cut: CutOptions) -> granularity.Granularity:
 
 def load_tokenizer(data: PromptData, source: str):
   """data.tokenizer, or that of the model `source`, with the arguments of its chat template."""
-  return encode.load_tokenizer(data.tokenizer or source, data.template_args)
+  return encode.load_tokenizer(loading.tokenizer_of(data.tokenizer or source), data.template_args)
 
 
-def file_options(data: PromptData, tokenizer) -> store.FileOptions:
+def shares(data: PromptData) -> list[tuple[float, list[tables.Origin]]]:
+  """[(share of the rows, what they are from)]: of each entry of data.files that has a weight, and of all others together.
+
+  Raises:
+    ValueError: an entry that says what it is in no known way, or weights that leave nothing for the others.
+  """
+  origins = [tables.origin(entry, data.columns) for entry in data.files]
+  rest = [one for one in origins if one.weight is None]
+  weighted = [(one.weight, [one]) for one in origins if one.weight is not None]
+  total = sum(weight for weight, _ in weighted)
+  if rest and total >= 1:
+    raise UserError(f'config.data.files: the weights are {total:g} in all and leave nothing for {rest[0].path}: they are '
+                    'shares of the rows; give every entry one, or less than 1 in all')
+  return [(1 - total, rest)] + weighted if rest else [(weight / total, one) for weight, one in weighted]
+
+
+def file_options(data: PromptData, tokenizer) -> sources.FileOptions:
   """How files become rows."""
-  return store.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long,
-                           chat=chat_template.wants_chat(data.chat, tokenizer), block_tokens=data.block_tokens,
-                           shared_first=data.shared_first)
+  return sources.FileOptions(length=data.length, max_blocks=data.max_blocks, too_long=data.too_long,
+                             chat=chat_template.wants_chat(data.chat, tokenizer), block_tokens=data.block_tokens,
+                             shared_first=data.shared_first)
 
 
 def prompt_meta(data: PromptData, tokenizer) -> dict:
@@ -118,16 +148,37 @@ def prompt_meta(data: PromptData, tokenizer) -> dict:
 
 
 def load_rows(data: PromptData, tokenizer):
-  """The source of packed rows."""
+  """The source of packed rows, or the mixture of some. Malformed lines are printed when they are met."""
   if data.kind == 'pages':
     return page_rows(data, tokenizer, split='train')
-  if not data.files:
-    raise UserError('config.data.files is empty: give JSON lines files, e.g. --config.data.files=train.jsonl,more/')
-  source = sources.FileRows(list(data.files), tokenizer, file_options(data, tokenizer), data.cache, strict=data.strict,
-                            cutter=load_cutter(data, tokenizer))
-  if jax.process_index() == 0 and source.report.docs < source.report.lines:
-    print(source.report.summary())
+  tell = (lambda bad: print(f'left out: {bad}', file=sys.stderr, flush=True)) if jax.process_index() == 0 else None
+  source = file_rows(data, tokenizer, tell=tell)
+  for part in source.sources if isinstance(source, stream.Mixture) else (source,):
+    part.check()
   return source
+
+
+def file_rows(data: PromptData, tokenizer, tell=None):
+  """The rows of data.files; `tell`: see sources.FileRows."""
+  if not data.files:
+    raise UserError('config.data.files is empty: give JSON lines, parquet or Arrow files, e.g. '
+                    '--config.data.files=train.jsonl,more/')
+  shared = {'options': file_options(data, tokenizer), 'strict': data.strict, 'cutter': load_cutter(data, tokenizer),
+            'text_cutter': TextRule(data.segment.target or _TEXT_BLOCK), 'tell': tell, 'encoder': encode.Encoder(tokenizer)}
+  weights, origins = zip(*shares(data))
+  parts = tuple(sources.FileRows(some, tokenizer, **shared) for some in origins)
+  return stream.Mixture(parts, weights) if len(parts) > 1 else parts[0]
+
+
+class TextRule:
+  """Cuts texts at blank lines and other separators, into blocks of at most so many tokens where it finds some; by the rule
+  of arXiv 2409.15355, see splitters.separator_rule."""
+
+  def __init__(self, tokens: int):
+    self._cut, self.fingerprint = splitters.separator_rule(tokens * _CHARACTERS), f'separators, {tokens} tokens'
+
+  def __call__(self, texts):
+    return list(map(self._cut, texts))
 
 
 def load_cutter(data: PromptData, tokenizer):
@@ -149,14 +200,11 @@ def page_rows(data: PromptData, tokenizer, *, split: str, own_blocks: bool = Fal
                            cutter=None if own_blocks else load_cutter(data, tokenizer), cut_share=data.segment.pages)
 
 
-def needed_rows(options, source) -> np.ndarray:
-  """Numbers of the source's rows that a training reads, ascending."""
-  return stream.row_numbers(source, options.steps * options.batch, options.seed)
-
-
-def batches(options, source, placement: mesh_lib.Placement):
+def batches(options, source, placement: mesh_lib.Placement, add: Callable[[int, dict], dict] | None = None):
   """This process's rows of the global batches, see stream.batches."""
-  return stream.batches(source, batch=options.batch, seed=options.seed, rows=own_rows(placement, options.batch))
+  workers = 1 if getattr(options.data, 'segmenter', '') else getattr(options.data, 'workers', 1)   # one model cuts at a time
+  return stream.batches(source, batch=options.batch, seed=options.seed, rows=own_rows(placement, options.batch), add=add,
+                        workers=workers)
 
 
 def own_rows(placement: mesh_lib.Placement, batch: int) -> list[int]:

@@ -7,7 +7,6 @@ placing parameters, is done by the functions below `Loading`.
 
 import dataclasses
 import importlib.util
-import pathlib
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -20,13 +19,13 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType
 
-from blockattn import blocks, errors, mesh as mesh_lib, optim, options as options_lib, trace, tree
+from blockattn import blocks, errors, loading, mesh as mesh_lib, optim, options as options_lib, trace, tree
 from blockattn.data import encode, packing
 from blockattn.errors import UserError
-from blockattn.hf import config as hf_config, convert, files
+from blockattn.hf import config as hf_config, convert
 from blockattn.kernels import api, tiles
 from blockattn.models import classifier, flops, lora, sizes, spec as spec_lib, transformer
-from blockattn.train import inputs, loop
+from blockattn.train import export, held_out, inputs, loop
 
 DTYPES = ('float32', 'bfloat16')
 SINK_KINDS = ('token', 'learned')
@@ -43,16 +42,19 @@ _FROM_1 = ('vocab', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp', '
 class ModelOptions:
   """
   Attributes:
-    source: Hugging Face folder or hub name; empty: random values of the size below
+    source: Hugging Face folder or hub name, or work directory of a run, see loading.find; empty: random values of the
+      size below
     size: a name in blockattn/models/sizes.py; empty: all fields below
     fields: of ModelConfig, replacing those of the size
     dtype: of the trained parameters and the optimizer: float32, bfloat16
+    keep_moments: source is a work directory whose optimizer's moments are gone on with, too
     train_only: 'wrappers': learned sinks and tails, beside frozen weights; empty: everything, or as lora says
   """
   source: str = ''
   size: str = ''
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   dtype: str = 'float32'
+  keep_moments: bool = False
   train_only: str = ''
 
   def __post_init__(self):
@@ -187,23 +189,37 @@ class PromptOptions(Options):
 
   Attributes:
     chunk: tokens per row whose logits exist at a time
+    export_every: steps between two exports to WORKDIR/exports/step_N, Hugging Face folders; 0: none
     blocks: block mode, see blocks.BlockOptions
+    eval: measuring on data.eval_files while it trains
     lora: see lora.LoraOptions
   """
   chunk: int = 512
+  export_every: int = 0
   blocks: BlockModeOptions
   data: inputs.PromptData
+  eval: held_out.EvalOptions
   lora: lora.LoraOptions
 
   def __post_init__(self):
     super().__post_init__()
     errors.check_number('config.chunk', self.chunk, 1)
+    errors.check_number('config.export_every', self.export_every, 0)
+    if not self.data.eval_files and (self.eval.best or self.eval.patience):
+      raise UserError(f'config.eval.best={self.eval.best!r} and config.eval.patience={self.eval.patience} need held-out '
+                      'documents: give config.data.eval_files')
     if self.model.train_only:
       self._check_wrappers()
     if self.lora.rank and not self.lora.targets:
       raise UserError('config.lora.targets=(): name at least one')
     if self.lora.rank and not self.model.source:
       raise UserError(f'config.lora.rank={self.lora.rank} trains a difference to a model: config.model.source names none')
+    if self.lora.rank and self.optim.name == 'muon':
+      raise UserError(f'config.lora.rank={self.lora.rank} trains small factors of matrices, and Muon is for whole ones: '
+                      'config.optim.name=adamw')
+    if self.lora.rank and self.model.keep_moments:
+      raise UserError(f'config.lora.rank={self.lora.rank} begins with new matrices, for which no moments are kept: leave '
+                      'config.model.keep_moments out')
 
   def _check_wrappers(self):
     b, said = self.blocks, f'config.model.train_only={self.model.train_only!r}'
@@ -274,7 +290,7 @@ class Frozen:
 
   Attributes:
     teacher: the teacher's; None where what it says is stored with the rows.
-    base: what a LoRA student adds to, the same arrays as the teacher's where there is one; else None.
+    base: what a LoRA student adds to, the same arrays as the teacher's where that is the same model; else None.
   """
   teacher: Any = None
   base: Any = None
@@ -295,6 +311,7 @@ class View:
 @dataclasses.dataclass(frozen=True)
 class Teacher:
   """A frozen model at work in every step."""
+  cfg: transformer.ModelConfig
   placement: mesh_lib.Placement
   dtype: str           # of its parameters
   compute_dtype: str   # of its activations
@@ -345,8 +362,19 @@ class Job:
 
 
 def make_placement(options: Options, devices=None) -> mesh_lib.Placement:
-  """The mesh over all devices of all processes, or over those that are given, with the options' rules."""
+  """The mesh over all devices of all processes, or over those that are given, with the options' rules.
+
+  Raises:
+    ValueError: it cannot be made of them, or compute.remat is 'offload' and they do not reach the host's memory.
+  """
+  if devices is None and options.compute.remat == 'offload' and not _reach_host_memory(jax.local_devices()[0]):
+    raise UserError(f"config.compute.remat='offload' needs memory of the host that devices reach (pinned_host), which a "
+                    f'{jax.local_devices()[0].device_kind} does not; use full')
   return mesh_lib.Placement(mesh_lib.make_mesh(options.mesh.sizes, devices), options.rules)
+
+
+def _reach_host_memory(device) -> bool:
+  return any(memory.kind == 'pinned_host' for memory in device.addressable_memories())
 
 
 def abstract_placement(options: Options, devices: int) -> mesh_lib.Placement:
@@ -380,29 +408,37 @@ def architecture(model: ModelOptions) -> transformer.ModelConfig:
 
 def model_config(model: ModelOptions) -> transformer.ModelConfig:
   """The ModelConfig of the model that training starts from, before any weight is read."""
-  return hf_config.read(files.locate(model.source)) if model.source else architecture(model)
+  return loading.find(model.source).cfg if model.source else architecture(model)
 
 
-def architecture_here(model: ModelOptions) -> transformer.ModelConfig:
-  """`model_config` without a network: of a model that is not on this disk, from the size that stands beside its name.
+def architecture_here(model: ModelOptions, where: str = 'config.model') -> transformer.ModelConfig:
+  """`model_config` without a network: of a model that is not on this disk, from the size that stands beside its name in
+  `where`, a section of the config.
 
   Raises:
     ValueError: the source is no folder here, and no size stands beside it.
   """
-  folder = pathlib.Path(model.source).expanduser()
-  if model.source and folder.is_dir():
-    return hf_config.read(folder)
+  if loading.is_here(model.source):
+    return loading.find(model.source).cfg
   if model.size or model.fields:
     return architecture(model)
-  raise UserError(f'config.model.source={model.source!r} is no folder here, and nothing is downloaded: set '
-                  'config.model.size to the name of its architecture in blockattn/models/sizes.py')
+  raise UserError(f'{where}.source={model.source!r} is no folder here, and nothing is downloaded: set '
+                  f'{where}.size to the name of its architecture in blockattn/models/sizes.py')
 
 
 def block_options(options: PromptOptions, cfg, sink: int) -> tuple[transformer.ModelConfig, blocks.BlockOptions]:
-  """The student's ModelConfig and how block mode looks to it; `sink` is the token of sinks that are one."""
+  """The student's ModelConfig and how block mode looks to it; `sink` is the token of sinks that are one.
+
+  Raises:
+    ValueError: the model has learned sinks, and the config asks for others.
+  """
   b = options.blocks
   learned = b.sinks if b.sink_kind == 'learned' else 0
   rows = tuple(range(cfg.vocab, cfg.vocab + learned + b.tails))
+  if cfg.learned_sinks not in (0, len(rows)):
+    raise UserError(f'config.model.source={options.model.source!r} has {cfg.learned_sinks} learned sinks, and '
+                    f'config.blocks says {b.sinks} of kind {b.sink_kind!r} and {b.tails} tails; go on with its own: '
+                    f'--config.blocks.sink_kind=learned --config.blocks.sinks={cfg.learned_sinks}, tails included')
   return dataclasses.replace(cfg, learned_sinks=len(rows)) if rows else cfg, blocks.BlockOptions(
       sink_ids=rows[:learned] if learned else (sink,) * b.sinks, positions=b.positions, max_blocks=options.data.max_blocks,
       shared_first=options.data.shared_first, tail_ids=rows[learned:], links=b.tail_kind == 'link' and b.tails > 0,
@@ -427,9 +463,9 @@ def abstract_state(specs, dtype: str, optimizer, placement) -> loop.TrainState:
   placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   moments = []
   # Within a trace, or the zeros that optax makes on the way would want a device.
-  jax.eval_shape(lambda: moments.append(optax.tree_map_params(
-      optimizer, lambda x, p: placed(x, p.sharding), jax.eval_shape(optimizer.init, params), params,
-      transform_non_params=lambda x: placed(x, placement.replicated()))))
+  jax.eval_shape(lambda: moments.append(optim.map_moments(
+      lambda x, p: placed(x, p.sharding), optimizer, jax.eval_shape(optimizer.init, params), params,
+      lambda x: placed(x, placement.replicated()))))
   return loop.TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.replicated()), params, *moments)
 
 
@@ -450,7 +486,7 @@ def base_of(options: PromptOptions, cfg, placement):
   """What a LoRA student adds to, or wrappers, abstract; None of another one."""
   if not options.low_rank.rank:
     return None
-  return abstract_params(transformer.spec(dataclasses.replace(cfg, learned_sinks=0)), options.model.dtype, placement)
+  return abstract_params(transformer.spec(transformer.without_sinks(cfg)), options.model.dtype, placement)
 
 
 def trained_specs(cfg, low_rank: lora.LoraOptions = lora.NONE):
@@ -554,7 +590,7 @@ def load_model(options: Options, placement, cfg: transformer.ModelConfig):
                     f'{cfg.max_positions} positions (max_position_embeddings of its config.json); give a smaller length, '
                     'or a model with more')
   if model.source:
-    return convert.load(model.source, model.dtype, mesh=placement.mesh, rules=placement.rules)[1]
+    return loading.find(model.source).read(model.dtype, placement)
   return init_params(classifier.spec(cfg), placement, options.seed, model.dtype)
 
 
@@ -578,16 +614,37 @@ def student_params(options: PromptOptions, cfg, params, sink: int, placement):
   """(what is trained, at its start; what a LoRA student adds to, None of another one), from the model's parameters.
 
   Args:
-    cfg: the student. Its learned sinks and tails start as the embedding of the token `sink`.
+    cfg: the student. Its learned sinks and tails go on from those of the model, or start as the embedding of `sink`.
   """
   start, low_rank = params, options.low_rank
   if low_rank.rank:
     pairs = {name: own for name, own in lora.spec(cfg, low_rank).items() if name == 'layers'}
     start = init_params(pairs, placement, options.seed, options.model.dtype) if pairs else {}
-  if cfg.learned_sinks:
+  if 'sinks' in params:
+    start = start | {'sinks': params['sinks']}
+  elif cfg.learned_sinks:
     copies = jax.jit(lambda e: jnp.tile(e[sink], (cfg.learned_sinks, 1)), out_shardings=placement.sharding((None, 'width')))
     start = start | {'sinks': copies(params['embed'])}
-  return start, {name: p for name, p in params.items() if name != 'sinks'} if low_rank.rank else None
+  return start, base_params(params) if low_rank.rank else None
+
+
+def base_params(params):
+  """Those of the model without learned sinks, as a teacher and what a LoRA student adds to have none."""
+  return {name: p for name, p in params.items() if name != 'sinks'}
+
+
+def first_state(made: Job, options: Options, params) -> loop.TrainState:
+  """The state at step 0. With model.keep_moments the optimizer's moments are those of the run that model.source names, and
+  only its schedule begins anew.
+
+  Raises:
+    ValueError: they are of another optimizer or of other parameters, or there are none.
+  """
+  state, source = loop.init_state(params, made.optimizer), options.model.source
+  if not options.model.keep_moments:
+    return state
+  kept = loading.find(source).read_optimizer(state.opt_state)
+  return state.replace(opt_state=optim.restart_schedule(kept, state.opt_state))
 
 
 def loop_config(options: Options, made: Job) -> loop.LoopConfig:
@@ -602,16 +659,34 @@ def loop_config(options: Options, made: Job) -> loop.LoopConfig:
                          profile=trace.parse_steps(options.profile, options.steps))
 
 
-def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watch=None):
+def make_watches(made: Job, options: PromptOptions, tokenizer, workdir, *, base, compute: transformer.Compute, meta: dict,
+                 **measured) -> list[loop.Watch]:
+  """What looks at a language model while it trains: held-out figures, then exports, each where the options want it.
+
+  Args:
+    base: what a LoRA student adds to, None of another one.
+    compute, measured: see held_out.make.
+    meta: what checkpoints say besides made.meta.
+  """
+  low_rank, meta = options.low_rank, made.meta | meta
+  student = (lambda params: lora.attach(base, params, low_rank)) if low_rank.rank else lambda params: params
+  merged = jax.jit(lambda base, params: lora.merge(base, params, low_rank))
+  whole = (lambda params: merged(base, params)) if low_rank.rank else lambda params: params
+  return [*held_out.make(options, made, tokenizer, workdir, student=student, compute=compute, meta=meta, **measured),
+          *export.make(options, made, workdir, whole=whole, meta=meta)]
+
+
+def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watches=(), add=None):
   """Runs a job on values; returns the trained parameters.
 
   Args:
     params: what is trained, at its start.
     source: of packed rows.
     meta: what checkpoints say besides made.meta.
-    watch: see loop.run.
+    watches: see loop.run.
+    add: see stream.batches.
   """
-  state = loop.run(lambda state, batch: made.step(state, frozen, batch), loop.init_state(params, made.optimizer),
-                   inputs.batches(options, source, made.placement), loop_config(options, made), workdir,
-                   put_batch=made.placement.put_batch, meta=made.meta | meta, watch=watch)
+  state = loop.run(lambda state, batch: made.step(state, frozen, batch), first_state(made, options, params),
+                   inputs.batches(options, source, made.placement, add), loop_config(options, made), workdir,
+                   put_batch=made.placement.put_batch, meta=made.meta | meta, watches=watches)
   return state.params

@@ -7,7 +7,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blockattn import checkpoint, errors, metrics, multihost, trace
+from blockattn import checkpoint, errors, metrics, multihost, optim, trace
 from blockattn.errors import UserError
 from blockattn.hf import convert
 from blockattn.models import flops as flops_lib
@@ -38,6 +38,35 @@ class NotFinite(errors.UserError, FloatingPointError):
 
 class Preempted(SystemExit):
   """SIGTERM or Ctrl-C came; the state is saved and the process ends with code 75 or 130."""
+
+
+class Watch:
+  """What looks at the state of a run now and then, in time that does not count as training. This one never does.
+
+  Of several processes all call it, at the same steps.
+
+  Attributes:
+    stopped: why the run is to end before its last step; empty: it is not.
+  """
+  stopped = ''
+
+  def begin(self, step: int, meta: dict):
+    """Called before the first step, with the `meta` of the checkpoint that the run goes on from, {} without one."""
+
+  def due(self, step: int) -> bool:
+    """Whether it is to be called after this step."""
+    return False
+
+  def __call__(self, step: int, state: TrainState) -> dict[str, float]:
+    """Scalars to write, {} for none."""
+    return {}
+
+  def meta(self) -> dict:
+    """What a checkpoint that is written now says of it, for `begin`."""
+    return {}
+
+  def end(self):
+    """Called when the last checkpoint of a finished run stands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +106,8 @@ def init_state(params, optimizer) -> TrainState:
   one = jax.tree.leaves(params)[0].sharding
   everywhere = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
   # jit alone would put the zeros that the moments start from on one device: they depend on no parameter.
-  shardings = optax.tree_map_params(optimizer, lambda _, p: p.sharding, jax.eval_shape(optimizer.init, params), params,
-                                    transform_non_params=lambda _: everywhere)
+  shardings = optim.map_moments(lambda _, p: p.sharding, optimizer, jax.eval_shape(optimizer.init, params), params,
+                                lambda _: everywhere)
   return TrainState(step=jax.device_put(jnp.zeros((), jnp.int32), everywhere), params=params,
                     opt_state=jax.jit(optimizer.init, out_shardings=shardings)(params))
 
@@ -150,7 +179,7 @@ def accumulate(sums_and_grads, params, batch, parts: int):
 
 
 def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put_batch, meta: dict,
-        watch=None) -> TrainState:
+        watches: Sequence[Watch] = ()) -> TrainState:
   """Trains until config.steps, from the newest checkpoint in the workdir if there is one.
 
   Metrics are fetched one step late, so that the device never waits for the host.
@@ -161,11 +190,10 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
     batches: iterator with `get_state() -> dict`, `set_state(dict)` and `fingerprint`; one item per step.
     put_batch: host batch -> device batch.
     meta: JSON saved with every checkpoint: what the model is, and under 'source_weights' what it began from.
-    watch: what looks at the state now and then, in time that does not count as training: `due(step) -> bool`, and called
-      with (step, state) it gives scalars to write, {} for none.
+    watches: what looks at the state now and then.
 
   Returns:
-    The state after the last step.
+    The state after the last step, or after the one at which a watch ended the run.
 
   Raises:
     NotFinite: the loss or gradient norm of a step was NaN or Inf; the last good checkpoint is kept.
@@ -178,53 +206,67 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
   multihost.check_equal('data', batches.fingerprint)
   with checkpoint.Checkpoints(folder, keep=config.keep) as saved, \
       multihost.failing_ends_all(agreed=(NotFinite, Preempted)), _Signals() as signals:
-    state, step = _resume(saved, state, batches, meta)
+    state, step, before = _resume(saved, state, batches, meta)
+    for watch in watches:
+      watch.begin(step, before)
+    stopped = lambda: next((watch.stopped for watch in watches if watch.stopped), '')
     first = jax.process_index() == 0
     with metrics.MetricWriter(workdir, jax.process_index(), resume_step=step, wandb_project=config.wandb) as writer, \
         metrics.ProgressLine(config.steps, config.label, enabled=first) as progress, \
         trace.Profiler(pathlib.Path(workdir) / 'profile', config.profile if first else None) as profiler:
       report = _Reporter(config, writer, progress)
       if step >= config.steps:
-        progress.say(f'finished already: step {step} of {config.steps} is saved in {folder}. To train longer, give a new '
-                     f'--workdir and a larger --config.steps; to go on from what was learned, export it '
-                     f'(python -m tools.convert to_hf {workdir} FOLDER) and give --config.model.source=FOLDER')
+        progress.say(f'finished already: step {step} of {config.steps} is saved in {folder}. To train longer, give a '
+                     f'larger --config.steps and say where its schedule ended (--config.optim.decay_steps), or begin a new '
+                     f'--workdir from it with --config.model.source={workdir}')
+      elif stopped():
+        progress.say(f'finished already: step {step} of {config.steps} is saved in {folder}. {stopped()}')
       elif step:
         progress.say(f'going on from step {step} of {config.steps}, saved in {folder}')
-      while step < config.steps:
+      while step < config.steps and not stopped():
         with profiler.step(step + 1, state):
           batch = next(batches)
           state, values = step_fn(state, put_batch(batch))
         step += 1
         report.queue(step, values, batch)
-        if watch is not None and watch.due(step):
-          with report.pause():
-            if seen := watch(step, state):
-              writer.write(step, seen)
-        last, stop = step == config.steps, signals.stop(step)
+        for watch in watches:
+          if watch.due(step):
+            with report.pause():
+              if seen := watch(step, state):
+                writer.write(step, seen)
+        last, stop = step == config.steps or bool(stopped()), signals.stop(step)
         if last or stop or step % config.save_every == 0:
           with report.pause():   # raises before a state that is not finite could be saved
-            saved.save(step, state.params, state.opt_state, batches.get_state(), meta | {'step': step})
+            seen = {key: value for watch in watches for key, value in watch.meta().items()}
+            saved.save(step, state.params, state.opt_state, batches.get_state(), meta | {'step': step} | seen)
+        if stopped():
+          progress.say(f'ended at step {step} of {config.steps}: {stopped()}')
         saved.check()   # a write in the background that failed ends the run now, and not at the next one
         if stop and not last:
           saved.wait()
           name, code = ('Ctrl-C', errors.EXIT_INTERRUPTED) if signals.interrupted else ('SIGTERM', EXIT_PREEMPTED)
           progress.say(f'{name}: saved step {step} in {folder}; start the same command again to go on')
           raise Preempted(code)
+    saved.wait()
+    for watch in watches:
+      watch.end()
   return state
 
 
 def _resume(saved, state, batches, meta):
   newest = saved.newest()
   if newest is None:
-    return state, 0
+    return state, 0, {}
   with multihost.timed(f'restoring step {newest}'):
     saved.verify(newest)
     batches.set_state(saved.data(newest))   # refuses other data before the large items are read
-    convert.check_same_weights(saved.meta(newest).get('source_weights'), meta.get('source_weights'),
-                               f'step {newest} in {saved.folder}', meta.get('source'), 'begin again with a new --workdir')
+    before = saved.meta(newest)
+    for weights, model in (('source_weights', 'source'), ('teacher_weights', 'teacher')):
+      convert.check_same_weights(before.get(weights), meta.get(weights), f'step {newest} in {saved.folder}', meta.get(model),
+                                 'begin again with a new --workdir')
     params, opt_state = saved.restore(newest, state.params, state.opt_state)
   step = jax.device_put(jnp.asarray(newest, jnp.int32), state.step.sharding)
-  return TrainState(step=step, params=params, opt_state=opt_state), newest
+  return TrainState(step=step, params=params, opt_state=opt_state), newest, before
 
 
 class _Reporter:

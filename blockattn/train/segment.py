@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import disk, errors, optim
+from blockattn import disk, errors, loading, optim
 from blockattn.data import encode
 from blockattn.errors import UserError
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
@@ -121,7 +121,7 @@ def _f1_on_grid(odds, labels, grid):
   return np.where(predicted + gold == 0, 1.0, 2 * matched / np.maximum(predicted + gold, 1))
 
 
-class Watch:
+class Watch(loop.Watch):
   """Measures F1 on validation rows every few steps, and keeps the best parameters as a Hugging Face folder.
 
   Args:
@@ -253,7 +253,7 @@ def run(options: Options, workdir):
   workdir_lib.save_run_facts(workdir, options)
   cfg = job.model_config(options.model)
   made = build(options, placement, cfg, platform=placement.platform)
-  source = files.locate(options.data.tokenizer or options.model.source)
+  source = files.locate(loading.tokenizer_of(options.data.tokenizer or options.model.source))
   reader = make_reader(options, source, cfg.vocab)
   documents = read_documents(options)
   _report_moved(documents)
@@ -267,7 +267,7 @@ def run(options: Options, workdir):
                 own_rows=inputs.own_rows(placement, options.batch), predict=predict, put_batch=placement.put_batch,
                 keep=functools.partial(_keep, cfg=cfg, folder=best, source=source, options=options), best=_best_so_far(best))
   meta = {'source': options.model.source or str(source)}
-  return cfg, job.train(made, options, params, job.Frozen(), rows, workdir, meta, watch)
+  return cfg, job.train(made, options, params, job.Frozen(), rows, workdir, meta, [watch])
 
 
 def read_documents(options: Options) -> list[schema.Document]:
@@ -294,7 +294,7 @@ def read_meta(options: Options) -> dict:
 def _keep(params, measured, *, cfg, folder, source, options):
   meta = {'kind': 'segment', 'segmenter': read_meta(options) | measured}
   origin = options.model.source or None
-  card = card_lib.text(cfg, meta | {'source': origin}, origin and files.locate(origin), facts=measured)
+  card = card_lib.text(cfg, meta | {'source': origin}, origin and files.locate(loading.tokenizer_of(origin)), facts=measured)
   convert.save(params, cfg, folder, source=source, meta=meta, card=card, dtype=options.segment.export_dtype, overwrite=True)
 
 

@@ -3,12 +3,14 @@
 `python -m blockattn.train.teach --config configs/distill.py --workdir logits/x`, and then
 `python -m blockattn.train.distill --config configs/distill.py --config.teacher.logits=logits/x --workdir runs/x`
 
-Written are the rows that a training of this config reads, each once, `teacher.top_k` tokens of each position; several
-trainings share them, as long as the rows are the same (model.source, data and blocks are; sinks, dropout, loss, optimizer
-may differ). The training then needs no teacher: it costs what fine-tuning in block mode does. What is lost is measured here:
-the KL between the teacher with full attention and under the block mask, whole and from so many tokens.
+Written are the rows that a training of this config reads, in their order, `teacher.top_k` tokens of each position; several
+trainings share them, as long as the rows are the same (the teacher, data, blocks and seed are; sinks, dropout, loss,
+optimizer may differ, and a training may end sooner). The training then needs no teacher: it costs what fine-tuning in block
+mode does. What is lost is measured here: the KL between the teacher with full attention and under the block mask, whole and
+from so many tokens.
 """
 
+import contextlib
 import functools
 import pathlib
 
@@ -33,11 +35,13 @@ def run(options: distill.Options, workdir):
   teacher_placement, facts = distill.teacher_placement(options, placement), distill.teacher_facts(options)
   job.check_batch(options, placement, placement.platform)
   _check_claim(folder, facts)
-  cfg = job.model_config(options.model)
-  source = inputs.load_rows(options.data, job.load_tokenizer(options, cfg))
-  needed = inputs.needed_rows(options, source)
+  student = job.model_config(options.model)
+  tokenizer, model = job.load_tokenizer(options, student), distill.teacher_model(options)
+  cfg = distill.teacher_config(job.model_config(model), student, model.source)
+  source = inputs.load_rows(options.data, tokenizer)
   done = {row for rows in teacher_logits.written_rows(folder).values() for row in rows}
-  total, missing = len(needed), sum(int(number) not in done for number in needed)
+  total = options.steps * options.batch
+  missing = total - len(done & {*range(total)})
   first = jax.process_index() == 0
   if not missing:
     if first:
@@ -45,33 +49,33 @@ def run(options: distill.Options, workdir):
     return
   if first and missing < total:
     print(f'going on: {total - missing} of {total} rows are in {folder}')
-  params = job.load_language_model(options, placement, cfg)
   if options.teacher.top_k >= cfg.vocab:
     raise UserError(f'config.teacher.top_k={options.teacher.top_k}: the vocabulary has {cfg.vocab} tokens; keep fewer')
-  _claim(folder, options, facts, job.source_weights(options, params))
-  teacher = distill.teacher_from(params, cfg, options.teacher, teacher_placement)
-  del params
+  teacher, weights = distill.load_teacher(options, cfg, tokenizer, teacher_placement)
+  _claim(folder, options, facts, weights)
   compute = distill.teacher_compute(options, teacher_placement, placement.platform)
   model = distill.transformer_model(cfg, compute)
   say = functools.partial(teacher_says, model=model, options=goal, top_k=options.teacher.top_k, positions=positions)
   say = jax.jit(say, out_shardings=placement.sharding(('batch',)))
   measure = jax.jit(functools.partial(bias_sums, model=model, vocab=cfg.vocab, options=goal, positions=positions,
                                       row_parts=compute.row_parts))
-  own, sums = inputs.own_rows(placement, options.batch), []
-  with metrics.counting('teaching', enabled=first) as show:
-    size = max(1, PART_ROWS // options.batch) * options.batch
-    for part, begin in enumerate(range(0, total, size)):
-      numbers = needed[begin:begin + size]
-      if all(int(number) in done for number in numbers):
+  own, sums, batches = inputs.own_rows(placement, options.batch), [], inputs.batches(options, source, placement)
+  steps = max(1, PART_ROWS // options.batch)   # of a part
+  with contextlib.closing(batches), metrics.counting('teaching', enabled=first) as show:
+    for part, begin in enumerate(range(0, options.steps, steps)):
+      numbers = range(begin * options.batch, min(begin + steps, options.steps) * options.batch)
+      if done.issuperset(numbers):
         continue
+      if batches.get_state()['next_step'] != begin:
+        batches.set_state({'next_step': begin})
       records = {}
-      for start in range(0, len(numbers), options.batch):
-        rows = _Batch(source, numbers[start:start + options.batch], options.batch, own)
-        batch = placement.put_batch(rows.own)
+      for start in numbers[::options.batch]:
+        rows = next(batches)
+        batch = placement.put_batch(rows)
         if len(sums) < BIAS_BATCHES:
           sums.append(jax.device_get(measure(teacher, batch)))
-        records |= rows.records(say(teacher, batch), cfg.vocab)
-        show(begin + start + len(rows.numbers), total)
+        records |= _records(say(teacher, batch), rows, own, start, cfg.vocab)
+        show(start + options.batch, total)
       teacher_logits.write_part(folder, f'part-{part:05d}-{jax.process_index():04d}', records)
   if sums and first:
     bias = bias_of(sums)
@@ -79,21 +83,12 @@ def run(options: distill.Options, workdir):
     metrics.write_json(folder / 'bias.json', bias)
 
 
-class _Batch:
-  """Rows of one batch, filled up with repetitions of the last, of which this process holds those at the places `own`."""
-
-  def __init__(self, source, numbers, size, own):
-    self.numbers = [int(number) for number in numbers]
-    filled = self.numbers + self.numbers[-1:] * (size - len(self.numbers))
-    self._rows = {place: source[filled[place]] for place in own}
-    self.own = jax.tree.map(lambda *x: np.stack(x), *self._rows.values())
-
-  def records(self, said, vocab) -> dict[int, dict]:
-    """{row number: arrays to write} of the rows that this process holds."""
-    own = {name: _held(x) for name, x in said.items()}
-    rows = {place: {name: x[place] for name, x in own.items()} for place in next(iter(own.values()))}
-    return {self.numbers[place]: teacher_logits.record(self._rows[place], arrays, vocab)
-            for place, arrays in sorted(rows.items()) if place < len(self.numbers)}
+def _records(said, rows, own, start, vocab) -> dict[int, dict]:
+  """{number in the stream: arrays to write} of the rows of a batch, the places `own`, that this process answers for."""
+  held = {name: _held(x) for name, x in said.items()}
+  row = lambda place: jax.tree.map(lambda x: x[own.index(place)], rows)
+  return {start + place: teacher_logits.record(row(place), {name: x[place] for name, x in held.items()}, vocab)
+          for place in sorted(next(iter(held.values())))}
 
 
 def _held(x) -> dict[int, np.ndarray]:

@@ -1,7 +1,6 @@
 """Chats and turns are their rendering byte for byte, and the template's text is told from what people wrote."""
 
 import copy
-import json
 
 import data_cases
 import pytest
@@ -36,7 +35,7 @@ def test_a_chat_is_its_rendering_byte_for_byte(contents, system, template):
 
 
 def check_chat(messages, tokenizer):
-  example = prompts.parse_line(json.dumps({'messages': messages}), where='f:1', tokenizer=tokenizer)
+  example = prompts.parse_record({'messages': messages}, where='f:1', tokenizer=tokenizer)
   assert data_cases.joined(example) == rendering(tokenizer, messages)
   shown = [(text, own) for text, own in zip(example.texts, data_cases.from_template(example), strict=True)]
   shown = shown[len(shown) - len(messages):]   # a header of the template's own comes in front
@@ -76,8 +75,8 @@ def test_real_turns_byte_for_byte(real_tokenizer, blocks, prompt):
 
 
 def check_turn(blocks, prompt, tokenizer):
-  line = json.dumps({'blocks': blocks, 'prompt': prompt, 'response': 'r'})
-  example = prompts.parse_line(line, where='f:1', chat=True, tokenizer=tokenizer)
+  line = {'blocks': blocks, 'prompt': prompt, 'response': 'r'}
+  example = prompts.parse_record(line, where='f:1', chat=True, tokenizer=tokenizer)
   whole = [{'role': 'user', 'content': ''.join(blocks) + prompt}]
   assert data_cases.joined(example) == rendering(tokenizer, whole, generation=True) + 'r'
   assert len(example.blocks) == len(blocks) and example.response == 'r'
@@ -95,7 +94,7 @@ def test_passages_in_a_turn_have_their_own_words(tmp_path):
 
 
 def ask(messages, tokenizer, **more):
-  return prompts.parse_line(json.dumps({'messages': messages} | more), where='f:1', tokenizer=tokenizer)
+  return prompts.parse_record({'messages': messages} | more, where='f:1', tokenizer=tokenizer)
 
 
 def test_what_chats_of_people_hold_is_read():
@@ -128,7 +127,7 @@ def test_lines_of_all_forms_are_asked_as_they_were_trained(said, shut):
   assert asked.prompt.endswith(end) and asked.prompt.count('<think>') == shut
   for line in ({'blocks': ['one '], 'prompt': 'who?', 'response': 'me'},
                {'messages': [MESSAGE | {'content': 'one who?'}, ANSWER]}):
-    example = prompts.parse_line(json.dumps(line), where='f:1', chat=True, tokenizer=tokenizer)
+    example = prompts.parse_record(line, where='f:1', chat=True, tokenizer=tokenizer)
     doc, _ = encode.fit(encoder.parts([example])[0])
     assert tokenizer.decode(doc.tokens[:doc.answer[0]]) == ''.join(asked.texts[:-1])
     assert example.prompt.endswith(end)
@@ -173,4 +172,4 @@ def test_tool_turns_of_a_real_template(data_dir):
 def test_templates_that_cannot_be_cut_are_refused(template, detail):
   tokenizer = data_cases.tiny_tokenizer(template)
   with pytest.raises(json_lines.Malformed, match=f'chat template: .*{detail}'):
-    prompts.parse_line(json.dumps(CHAT), where='f:1', tokenizer=tokenizer)
+    prompts.parse_record(CHAT, where='f:1', tokenizer=tokenizer)

@@ -20,7 +20,7 @@ def test_files_folders_globs(tmp_path):
   assert [example.id for example in data_cases.read([b, c])[0]] == ['b.jsonl.gz', 'deep/c.jsonl']
   with pytest.raises(FileNotFoundError, match=r'missing\*: no .jsonl'):
     json_lines.find_files(f'{tmp_path}/missing*')
-  with pytest.raises(ValueError, match='notes.txt: not a JSON lines file'):
+  with pytest.raises(ValueError, match='notes.txt: .* its name must end in .jsonl or .jsonl.gz'):
     json_lines.find_files(tmp_path / 'notes.txt')
 
 

@@ -1,6 +1,5 @@
 """Documents in rows."""
 
-import json
 
 import data_cases
 import numpy as np
@@ -65,8 +64,8 @@ def test_rows_have_the_layout_of_their_lengths(shared_first):
 
 def test_targets_are_the_next_tokens_and_loss_is_on_the_answer():
   tokenizer = data_cases.tiny_tokenizer()
-  examples = [prompts.parse_line(json.dumps(data_cases.passages_line(i)), where='f:1') for i in range(3)]
-  docs = list(encode.encode_examples(examples, encode.Encoder(tokenizer)))
+  examples = [prompts.parse_record(data_cases.passages_line(i), where='f:1') for i in range(3)]
+  docs = [encode.fit(parts)[0] for parts in encode.Encoder(tokenizer).parts(examples)]
   row = packing.pack_row(docs, 1000)
   for number, (example, doc) in enumerate(zip(examples, docs, strict=True), start=1):
     mine = row['layout'].doc == number

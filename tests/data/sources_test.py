@@ -1,7 +1,5 @@
 """Sources: rows of files and of pages."""
 
-import os
-
 import data_cases
 import pytest
 import source_cases
@@ -14,9 +12,9 @@ containers, pages = source_cases.containers, source_cases.pages
 
 
 def test_rows_of_files_hold_every_document_once(files):
-  assert (files.report.lines, files.report.examples, files.report.docs) == (43, 40, 40)
-  docs = [files.doc(i) for i in range(40)]
-  rows = [files[i] for i in range(len(files))]
+  docs = docs_of(files)
+  rows = [files.pack(row) for row in files.read(range(len(files)), seed=0)]
+  assert len(docs) == 40
   starts = [row['tokens'][row['layout'].doc == d] for row in rows for d in range(1, row['layout'].doc.max() + 1)]
   assert sorted(s.tobytes() for s in starts) == sorted(doc.tokens.tobytes() for doc in docs)
   assert max(row['layout'].doc.max() for row in rows) > 1
@@ -24,11 +22,15 @@ def test_rows_of_files_hold_every_document_once(files):
     assert len({*zip(row['layout'].doc.tolist(), row['layout'].block.tolist(), strict=True)} - {(0, 0)}) <= 12
 
 
+def docs_of(source):
+  """Its documents in the order of the files."""
+  return [doc for piece in range(len(source)) for _, doc in source.examples(piece, json_lines.Report())]
+
+
 def test_documents_are_the_examples_in_order(files, folder, tokenizer):
   examples = list(prompts.read_examples(folder))
   assert len(examples) == 40
-  for i, example in enumerate(examples):
-    doc = files.doc(i)
+  for doc, example in zip(docs_of(files), examples, strict=True):
     assert tokenizer.decode(doc.tokens) == ''.join(example.blocks) + example.prompt + example.response + '<|im_end|>'
     assert len(doc.lengths) == len(example.blocks) + 1
 
@@ -54,17 +56,22 @@ def test_pages_that_cannot_fit(containers, tokenizer):
 def test_no_document_left(tmp_path, tokenizer):
   path = data_cases.write_lines(tmp_path / 'a.jsonl', [b'{', data_cases.passages_line(0, words=200)])
   with pytest.raises(ValueError, match=r'a.jsonl: no document to train on\n2 lines.*1 bad JSON, 1 too long'):
-    sources.FileRows(path, tokenizer, OPTIONS, tmp_path / 'cache')
+    sources.FileRows(path, tokenizer, OPTIONS).check()
 
 
-def test_strict_reading_stops(folder, tokenizer, tmp_path):
-  for _ in range(2):   # nothing is left behind that could hide the error the second time
-    with pytest.raises(json_lines.BadLineError, match='a.jsonl:16: bad JSON'):
-      sources.FileRows(str(folder), tokenizer, OPTIONS, tmp_path, strict=True)
-    assert all(name.endswith('.lock') for name in os.listdir(tmp_path))
-  sources.FileRows(str(folder), tokenizer, OPTIONS, tmp_path)
-  with pytest.raises(json_lines.BadLineError, match='a.jsonl:16: bad JSON'):   # from the cache, too
-    sources.FileRows(str(folder), tokenizer, OPTIONS, tmp_path, strict=True)
+def test_malformed_lines_are_told_of_when_they_are_met(folder, tokenizer):
+  told = []
+  source = sources.FileRows(str(folder), tokenizer, OPTIONS, tell=told.append)
+  source.check()
+  assert not told
+  for _ in range(2):   # once in all epochs
+    source.read(range(len(source)), seed=0)
+  assert [str(bad).removeprefix(f'{folder}/').partition(': ')[0] for bad in told] == ['a.jsonl:16', 'a.jsonl:17',
+                                                                                     'b.jsonl.gz:2']
+  assert (source.report.lines, source.report.examples, source.report.docs) == (86, 80, 80)
+  strict = sources.FileRows(str(folder), tokenizer, OPTIONS, strict=True)
+  with pytest.raises(json_lines.BadLineError, match='a.jsonl:16: bad JSON'):
+    strict.read(range(len(strict)), seed=0)
 
 
 def test_what_pages_are_made_of(pages, containers, tokenizer):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import re
 
 import data_cases
@@ -86,7 +85,7 @@ def test_passages_in_another_order_are_all_found_again(positions, template, adds
   lines = {name: {'passages': [{'title': '', 'text': text} for text in name], 'question': f'{name}?', 'answers': ['x']}
            for name in ('ABC', 'BCA', 'CBA', 'CA', 'B')}
   for name, line in lines.items():
-    example = prompts.parse_line(json.dumps(line), where='f:1', chat=bool(template), tokenizer=tokenizer,
+    example = prompts.parse_record(line, where='f:1', chat=bool(template), tokenizer=tokenizer,
                                   template=prompts.CHAT if template else prompts.PLAIN)
     prompt = encode.Encoder(tokenizer).prompt(example)
     found = asked.prepare([Request(prompt)])[0]

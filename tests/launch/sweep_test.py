@@ -284,8 +284,8 @@ def test_the_points_of_a_sweep_side_by_side(tmp_path, capsys):
   leave(tmp_path, 'two', [3.0, float('nan')], saved=2, **{'blocks.sinks': 2})
   (tmp_path / 'notes').mkdir()
   made = compare.read_sweep(tmp_path)
-  assert made['keys'] == ['blocks.sinks'] and [p['name'] for p in made['points']] == ['two', 'ten']   # numbers, by size
-  two, ten = made['points']
+  assert made['keys'] == ['blocks.sinks'] and made['ranked_by'] == 'val_f1'
+  ten, two = made['points']   # what has not been measured yet comes last
   assert (ten['state'], ten['step'], ten['steps'], ten['final']['loss']) == ('finished', 4, 4, 0.5)
   assert ten['best'] == {'val_f1': {'value': 0.7, 'step': 2}, 'val_ce': {'value': pytest.approx(0.3), 'step': 2}}
   assert (two['state'], two['step'], two['best']) == ('unfinished', 2, {}) and 'seconds_left' not in two['final']
@@ -296,7 +296,44 @@ def test_the_points_of_a_sweep_side_by_side(tmp_path, capsys):
   assert 'blocks.sinks' in printed and '2 of 4' in printed and '0.7 (2)' in printed and '2 points, 1 finished' in printed
   page = html.read_text()
   assert '<th>gap</th>' in page and 'loss by step' in page and '<td>ten</td>' in page and page.count('<h2>') == 2
-  assert json.loads(out.read_text())['points'][1] == json.loads(json.dumps(ten))
+  assert json.loads(out.read_text())['points'][0] == json.loads(json.dumps(ten))
+
+
+def test_points_are_ranked_by_what_they_measured_on_the_same_held_out_documents(tmp_path, capsys):
+  losses = {'a': 0.1, 'b': 0.3, 'c': 0.2}
+  for i, (name, loss) in enumerate(losses.items()):
+    leave(tmp_path, name, [3.0, loss], **{'blocks.sinks': (8, 0, 4)[i]})
+  made = compare.read_sweep(tmp_path)
+  assert made['ranked_by'] is None and [p['name'] for p in made['points']] == ['b', 'c', 'a']   # numbers, by size
+  assert compare.main(['--sweep', str(tmp_path)]) == 0
+  assert 'not ranked: nothing was measured on held-out documents' in capsys.readouterr().out.replace('\n', ' ')
+  for name, kl in (('a', 0.5), ('b', 0.4), ('c', 0.6)):
+    with metrics.MetricWriter(tmp_path / name, tensorboard=False) as writer:
+      for step, value in ((1, kl), (2, kl + 1)):
+        writer.write(step, {'eval/block/kl': value, 'eval/block/f1': kl, 'eval/block/kl_by_blocks/4': 9.0, 'eval/best': kl})
+  made = compare.read_sweep(tmp_path)
+  assert made['ranked_by'] == 'eval/block/kl' and [p['name'] for p in made['points']] == ['b', 'a', 'c']
+  assert made['points'][0]['best'] == dict.fromkeys(('eval/block/kl', 'eval/block/f1'), {'value': 0.4, 'step': 1})
+  assert compare.main(['--sweep', str(tmp_path)]) == 0
+  assert 'ranked by the best eval/block/kl' in capsys.readouterr().out.replace('\n', ' ')
+  for name in losses:   # what the runs kept by goes first
+    config = json.loads((tmp_path / name / 'config.json').read_text())
+    config['eval']['best'] = 'block/f1'
+    metrics.write_json(tmp_path / name / 'config.json', config)
+  assert [p['name'] for p in compare.read_sweep(tmp_path)['points']] == ['c', 'a', 'b']
+  config['eval']['rows'] = 7
+  metrics.write_json(tmp_path / 'c' / 'config.json', config)
+  made = compare.read_sweep(tmp_path)
+  assert made['ranked_by'] is None and 'other held-out documents (eval.rows)' in made['why']
+
+
+def test_a_point_that_its_held_out_figures_ended_is_finished(config_file, tmp_path):
+  workdir = tmp_path / 'blocks.sinks=0'
+  finish(workdir, get_config(config_file, **{'blocks.sinks': 0}), step=3)
+  first = lambda: sweep.plan(str(config_file), tmp_path)[0]
+  assert (first().step, first().finished) == (3, False)
+  checkpoint.save_params(workdir / 'checkpoints', {'w': jnp.zeros(1)}, {'eval': {'stopped': True}}, step=4)
+  assert (first().step, first().finished) == (4, True)
 
 
 def test_what_is_no_sweep(tmp_path, capsys):

@@ -1,12 +1,11 @@
-"""Contexts cut anew: where cuts fall in an example, what is cached, and the settings that decide it."""
+"""Contexts cut anew: where cuts fall in an example, what files are cut to, and the settings that decide it."""
 
 import dataclasses
 
 import data_cases
-import numpy as np
 import pytest
 
-from blockattn.data import prompts, sources, stdlib, store
+from blockattn.data import json_lines, sources, stdlib
 from blockattn.data.example import Example, recut
 from blockattn.segmentation import cutter, granularity
 from blockattn.train import inputs
@@ -46,18 +45,16 @@ def test_an_example_that_says_nothing_of_gold_stays_so():
   assert recut(plain, [4]).gold is None and recut(plain, [4]).template == ()
 
 
-def test_files_are_cut_once_for_each_cutter(tmp_path):
+def test_files_are_cut_as_they_are_read(tmp_path):
   data_cases.write_lines(tmp_path / 'a.jsonl', map(data_cases.passages_line, range(70)))
-  options = store.FileOptions(256, max_blocks=200)
-  rows = lambda cutter: sources.FileRows(str(tmp_path / 'a.jsonl'), data_cases.tiny_tokenizer(), options,
-                                          tmp_path / 'cache', cutter=cutter)
-  given, first, again, other = None, EveryFive(), EveryFive(), EveryFive('of another version')
-  counts = [rows(cutter).stores[0].counts for cutter in (given, first, again, other)]
-  assert (first.seen, again.seen, other.seen) == (70, 0, 70)
-  np.testing.assert_array_equal(counts[1], counts[2])
-  assert (counts[1] > counts[0]).all()
-  example = next(prompts.read_examples(str(tmp_path / 'a.jsonl')))
-  assert counts[1][0] == -(-len(''.join(example.blocks)) // 5) + 1   # and the reader
+  options = sources.FileOptions(256, max_blocks=200)
+  rows = lambda cutter: sources.FileRows(str(tmp_path / 'a.jsonl'), data_cases.tiny_tokenizer(), options, cutter=cutter)
+  given, cut, other = rows(None), rows(EveryFive()), rows(EveryFive('of another version'))
+  docs = lambda source: [found for piece in range(len(source)) for found in source.examples(piece, json_lines.Report())]
+  for (_, plain), (example, doc) in zip(docs(given), docs(cut), strict=True):
+    assert len(doc.lengths) == -(-len(''.join(example.blocks)) // 5) + 1 > len(plain.lengths)   # with the reader
+    assert doc.tokens[slice(*doc.answer)].tolist() == plain.tokens[slice(*plain.answer)].tolist()
+  assert len({*given.fingerprint().values(), *cut.fingerprint().values(), *other.fingerprint().values()}) == 3
 
 
 def test_a_share_of_the_pages_is_cut():

@@ -41,7 +41,7 @@ def get_config(folder, trainer='distill'):
   """A small distillation on the files in `folder`: block dropout, learned sinks and shuffled data all go on or do not."""
   config = common.base(trainer)
   changes = {key: value for key, value in CHANGES.items() if key.partition('.')[0] in config}
-  config.update_from_flattened_dict(changes | {'model.source': f'{folder}/teacher', 'data.cache': f'{folder}/cache',
+  config.update_from_flattened_dict(changes | {'model.source': f'{folder}/teacher',
                                                'data.files': (f'{folder}/train.jsonl',)})
   return config
 
@@ -167,7 +167,7 @@ class Numbers:
 OPTIMIZER = optax.trace(decay=0.9)   # orbax saves no empty state
 
 
-def run_loop(workdir, batches=None, report=lambda n: {'loss': n, 'grad_norm': 1.0}, watch=None, **config):
+def run_loop(workdir, batches=None, report=lambda n: {'loss': n, 'grad_norm': 1.0}, watches=(), **config):
   """loop.run with steps of no cost; the loss of step n + 1 is n unless `report` says otherwise."""
   config = loop.LoopConfig(**{'steps': 10, 'log_every': 1, 'save_every': 4, 'keep': 2, 'tokens_per_step': 1} | config)
   params = jax.device_put({'w': jnp.zeros(())}, train_cases.placement().replicated())
@@ -177,7 +177,7 @@ def run_loop(workdir, batches=None, report=lambda n: {'loss': n, 'grad_norm': 1.
     return state.replace(step=state.step + 1, params=params), report(batch)
 
   return loop.run(step, loop.init_state(params, OPTIMIZER), batches or Numbers(), config, workdir,
-                  put_batch=lambda batch: batch, meta={}, watch=watch)
+                  put_batch=lambda batch: batch, meta={}, watches=watches)
 
 
 def saved_steps(workdir):

@@ -4,9 +4,9 @@ fixture by assigning it to a name of its own."""
 import data_cases
 import pytest
 
-from blockattn.data import sources, stdlib, store
+from blockattn.data import sources, stdlib
 
-OPTIONS = store.FileOptions(data_cases.LENGTH, max_blocks=12)
+OPTIONS = sources.FileOptions(data_cases.LENGTH, max_blocks=12)
 STYLE = stdlib.PageStyle(renamed=0.0, split_words=0)
 
 
@@ -21,8 +21,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def files(folder, tokenizer, tmp_path_factory):
-  return sources.FileRows(str(folder), tokenizer, OPTIONS, tmp_path_factory.mktemp('cache'))
+def files(folder, tokenizer):
+  return sources.FileRows(str(folder), tokenizer, OPTIONS)
 
 
 @pytest.fixture(scope='module')

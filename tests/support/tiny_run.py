@@ -120,12 +120,13 @@ def run(options, workdir):
   params = jax.make_array_from_callback((WIDTH,), place.sharding(('vocab',)), lambda part: values[part])
   loop.run(step, loop.init_state({'w': params}, optimizer), batches, loop.LoopConfig(
       steps=options.steps, log_every=options.log_every, save_every=options.save_every, keep=options.keep,
-      tokens_per_step=options.batch * options.data.length, label='tiny'), workdir, put_batch=put_batch, meta={}, watch=seen)
+      tokens_per_step=options.batch * options.data.length, label='tiny'), workdir, put_batch=put_batch, meta={},
+      watches=[seen] if seen is not None else ())
   if seen is not None:
     print(json.dumps({'rss': seen.rss, 'compiled': seen.compiled}))
 
 
-class Seen:
+class Seen(loop.Watch):
   """Notes the memory of the process and the number of compilations, a few times in a run."""
 
   def __init__(self):

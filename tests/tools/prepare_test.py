@@ -22,18 +22,22 @@ def arguments(tmp_path_factory, tokenizer):
 
 
 def test_prepare_prints_a_table(folder, arguments, tmp_path, capsys):
-  assert prepare.main([str(folder), *arguments, '--cache', str(tmp_path)]) == 0
-  table, problems = capsys.readouterr().out.split('43 lines, 40 examples, 40 docs; left out: ')
+  assert prepare.main([str(folder), *arguments]) == 0
+  table, problems = capsys.readouterr().out.split('malformed lines: ')
   cells = {line.split('│')[1].strip(): [c.strip() for c in line.split('│')[2:-1]] for line in table.split('\n')
            if line.startswith('│')}
   assert cells['a.jsonl'][:6] == ['17', '15', '2', '0', '0', '15'] and cells['b.jsonl.gz'][:3] == ['26', '25', '1']
-  assert cells['all'][:6] == ['43', '40', '3', '0', '0', '40'] and cells['all'][7] != 'cached'
-  assert problems.startswith('2 bad JSON, 1 not an object\n') and f'{folder}/b.jsonl.gz:2: bad JSON' in problems
-  assert prepare.main([str(folder), *arguments, '--cache', str(tmp_path)]) == 0
-  assert 'cached' in capsys.readouterr().out
+  assert cells['all'][:6] == ['43', '40', '3', '0', '0', '40']
+  assert problems.startswith('2 bad JSON, 1 not an object (7.0%)\n') and f'{folder}/b.jsonl.gz:2: bad JSON' in problems
+  cells = {line.split('│')[1].strip(): [c.strip() for c in line.split('│')[2:-1]] for line in problems.split('\n')
+           if line.startswith('│')}
+  assert cells['blocks of a document'] == ['3', '5', '6', '6', '6']   # the turn's opening, 1 to 4 passages, the question
+  assert int(cells['tokens of an answer'][0]) <= int(cells['tokens of an answer'][-1]) < LENGTH
+  first = problems.partition('The first document')[2]
+  assert '── block 1, ' in first and first.rstrip().endswith('⟦answer 0<|im_end|>⟧') and '<|im_start|>user' in first
 
 
-def test_prepare_without_a_cache_leaves_nothing(folder, arguments, tmp_path, capsys, monkeypatch):
+def test_prepare_leaves_nothing(folder, arguments, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
   assert prepare.main([str(folder / 'a.jsonl'), *arguments]) == 0
   assert not os.listdir(tmp_path) and 'a.jsonl' in capsys.readouterr().out
@@ -46,7 +50,7 @@ from configs import common
 def get_config(arg=''):
   config = common.base('finetune')
   config.data.tokenizer = {arguments[1]!r}
-  config.data.length, config.data.max_blocks, config.data.cache = {LENGTH}, 9, {str(tmp_path / 'cache')!r}
+  config.data.length, config.data.max_blocks = {LENGTH}, 9
   return config
 ''')
   files = [str(folder / 'a.jsonl')]
@@ -55,17 +59,16 @@ def get_config(arg=''):
   config.data.files = tuple(files)
   data = finetune.read(config).data
   source = inputs.load_rows(data, inputs.load_tokenizer(data, ''))
-  assert not source.stores[0].built and source.options.chat   # the tokenizer has a template
+  assert source.options.chat and source.options.too_long == 'cut'   # the tokenizer has a template
   assert prepare.main([*files, '--length', '9']) == 2 and prepare.main(['--tokenizer', arguments[1]]) == 2
   err = capsys.readouterr().err
   assert 'give --tokenizer, or a --config' in err and 'give files, --length, or a --config' in err
 
 
 def test_prepare_fails_as_it_says(folder, arguments, tmp_path, capsys):
-  cache = ['--cache', str(tmp_path / 'cache')]
-  assert prepare.main([str(folder), *arguments, *cache, '--strict']) == 1
+  assert prepare.main([str(folder), *arguments, '--strict']) == 1
   assert 'a.jsonl:16: bad JSON' in capsys.readouterr().err
-  assert prepare.main([str(folder / 'missing.jsonl'), *arguments, *cache]) == 2
+  assert prepare.main([str(folder / 'missing.jsonl'), *arguments]) == 2
   assert 'missing.jsonl: no .jsonl' in capsys.readouterr().err
   assert prepare.main([str(folder), '--tokenizer', str(tmp_path), '--length', '9']) == 2
   assert 'no tokenizer.json' in capsys.readouterr().err

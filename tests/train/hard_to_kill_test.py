@@ -20,7 +20,7 @@ import run_cases
 import tiny_run
 
 from blockattn import checkpoint, mesh
-from blockattn.data import sources, store, stream
+from blockattn.data import sources, stream
 from blockattn.train import inputs
 
 SCRIPT = str(pathlib.Path(tiny_run.__file__))
@@ -212,7 +212,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
   file, tokenizer = tmp_path / 'train.jsonl', data_cases.tiny_tokenizer()
 
   def go_on(steps):
-    source = sources.FileRows(str(file), tokenizer, store.FileOptions(512, max_blocks=384), tmp_path / 'cache')
+    source = sources.FileRows(str(file), tokenizer, sources.FileOptions(512, max_blocks=384))
     with contextlib.closing(stream.batches(source, batch=2, seed=0)) as batches:
       return run_cases.run_loop(tmp_path, batches, lambda batch: {'loss': 1.0, 'grad_norm': 1.0}, steps=steps)
 

@@ -472,7 +472,7 @@ def test_a_batch_that_the_devices_cannot_share(changes, how, message):
 
 
 @pytest.mark.parametrize('call, changes, message', [
-    (lambda o: inputs.load_rows(o.data, None), {}, 'config.data.files is empty: give JSON lines files'),
+    (lambda o: inputs.load_rows(o.data, None), {}, 'config.data.files is empty: give JSON lines, parquet'),
     (lambda o: job.architecture(o.model), {}, 'config.model.fields lacks family, vocab, width, .* or a config.model.size'),
     (lambda o: job.load_model(o, None, job.model_config(o.model)), {'data__length': 40961, 'model__size': 'qwen3_0_6b'},
      r'config.data.length=40961: .* the model has 40960 positions .max_position_embeddings'),

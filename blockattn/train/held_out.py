@@ -1,0 +1,296 @@
+"""Whether a model gets better while it trains: figures of held-out documents, the best step, an end to what stands still.
+
+The figures are those of evals.gap, on one document per row, measured where the run computes, all of its processes taking
+part. Beside the model in block and in full mode stand the weights that it started from, in full mode and under the block
+mask without sinks: what blocks cost, and how much of it is made good.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from blockattn import checkpoint, errors
+from blockattn.data import chat_template, encode, json_lines, prompts, sources, tables
+from blockattn.data.example import Example
+from blockattn.errors import UserError
+from blockattn.evals import gap, pages
+from blockattn.loading import BEST
+from blockattn.train import inputs, loop
+
+DISTANCES, SCORES = ('kl', 'ce'), ('exact_match', 'substring', 'f1')
+FIGURES = tuple(f'{mode}/{measure}' for mode in ('block', 'full') for measure in DISTANCES + SCORES)
+START_FULL, START_BLOCK = 'start_full', 'start_block'   # names of subjects: the weights that training started from
+_AT_A_TIME = 64   # examples that are encoded together
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+  """
+  Attributes:
+    every: steps between two evaluations; the last step has one, too
+    rows: documents, as many of each file
+    batch: documents per forward pass, or the next number that the devices divide
+    answers: documents whose greedy answers are scored; 0: none
+    max_new: most tokens of such an answer
+    best: figure whose best step is kept in WORKDIR/best: block/kl, block/f1, full/ce, ...; empty: block/kl, without a
+      teacher block/ce, where only full attention is trained full/ce
+    patience: evaluations without a better one after which the run ends; 0: it does not
+  """
+  every: int = 500
+  rows: int = 256
+  batch: int = 8
+  answers: int = 32
+  max_new: int = 32
+  best: str = ''
+  patience: int = 0
+
+  def __post_init__(self):
+    for name, low in {'every': 1, 'rows': 1, 'batch': 1, 'answers': 0, 'max_new': 1, 'patience': 0}.items():
+      errors.check_number(f'config.eval.{name}', getattr(self, name), low)
+    errors.check_choice('config.eval.best', self.best, ('', *FIGURES))
+    if self.best.endswith(SCORES) and not self.answers:
+      raise UserError(f'config.eval.best={self.best!r} is a score of answers, and config.eval.answers=0 wants none')
+
+
+def figure_of(best: str, modes: Sequence[str], teacher: bool) -> str:
+  """The figure that config.eval.best means in a run that measures these modes, with or without a teacher.
+
+  Raises:
+    ValueError: it is one that the run does not measure.
+  """
+  best = best or f'{modes[0]}/{"kl" if teacher else "ce"}'
+  mode, measure = best.split('/')
+  if mode not in modes:
+    raise UserError(f'config.eval.best={best!r}: this run measures {" and ".join(modes)} attention only')
+  if measure == 'kl' and not teacher:
+    raise UserError(f'config.eval.best={best!r}: no teacher is at work here; choose {mode}/ce')
+  return best
+
+
+def less_is_better(figure: str) -> bool:
+  return figure.rpartition('/')[2] in DISTANCES
+
+
+class HeldOut(NamedTuple):
+  """Documents that nothing is trained on, with their examples, and the text that ends an answer, if there is one."""
+  docs: list[encode.EncodedDoc]
+  examples: list[Example]
+  stop: str | None
+
+
+def read(data: inputs.PromptData, count: int, tokenizer: Any) -> HeldOut:
+  """`count` documents of data.eval_files, cut and encoded as those of the training, as many of each file.
+
+  Raises:
+    ValueError: not one is left.
+  """
+  stop = None
+  if len(data.eval_files) == 1 and data.eval_files[0] in pages.SPLITS:
+    docs, examples = pages.load(tokenizer, count, split=pages.SPLITS[data.eval_files[0]])
+    whole = [pair for pair in zip(docs, examples, strict=True)
+             if len(pair[0].tokens) <= data.length and len(pair[0].lengths) <= data.max_blocks]
+    stop = pages.STOP
+  else:
+    files, cutter = tables.find_files(data.eval_files), inputs.load_cutter(data, tokenizer)
+    encoder, each = encode.Encoder(tokenizer), -(-count // len(files))
+    by_file = [list(itertools.islice(_documents(file, data, tokenizer, encoder, cutter), each)) for file in files]
+    # In turns, so that the first ones are of all files.
+    whole = [pair for some in itertools.zip_longest(*by_file) for pair in some if pair is not None][:count]
+  if not whole:
+    raise UserError(f'config.data.eval_files={",".join(data.eval_files)}: not one document with an answer fits into '
+                    f'config.data.length={data.length} tokens and config.data.max_blocks={data.max_blocks} blocks')
+  return HeldOut([doc for doc, _ in whole], [example for _, example in whole], stop)
+
+
+def _documents(file, data, tokenizer, encoder, cutter) -> Iterable[tuple[encode.EncodedDoc, Example]]:
+  examples = prompts.read_examples([file], report=json_lines.Report(), strict=data.strict, tokenizer=tokenizer,
+                                   chat=chat_template.wants_chat(data.chat, tokenizer))
+  examples = iter(examples if cutter is None else sources.recut_all(examples, cutter))
+  while some := list(itertools.islice(examples, _AT_A_TIME)):
+    for example, parts in zip(some, encoder.parts(some), strict=True):
+      parts = encode.recut(parts, data.block_tokens) if data.block_tokens else parts
+      doc, _ = encode.fit(parts, length=data.length, max_blocks=data.max_blocks, too_long=data.too_long)
+      if doc is not None and doc.answer[0] < doc.answer[1]:
+        yield doc, example
+
+
+class Evaluation(loop.Watch):
+  """Measures held-out documents every few steps, keeps the best parameters, and ends a run that gets no better.
+
+  What was best stands in every checkpoint, and what a run that is gone on with from there needs of WORKDIR/best stays: it
+  ends as if nothing had happened.
+
+  Args:
+    held_out: what is measured.
+    options: how often, and for how long without a better one.
+    steps: of the run; the last one is always measured.
+    figure: of FIGURES, by which steps are compared.
+    subjects: trained parameters -> {mode: the model in it}.
+    start: the weights that training starts from, by name; let go when they have been measured.
+    teacher: what the KL is to; None: there is none.
+    tokenizer: of the model.
+    batch, put: see gap.measure.
+    keep: (params, step, what to say of it) -> None, writes what is best so far into `folder`.
+    folder: WORKDIR/best.
+  """
+
+  def __init__(self, held_out: HeldOut, options: EvalOptions, *, steps: int, figure: str,
+               subjects: Callable[[Any], Mapping[str, gap.Subject]], start: Mapping[str, gap.Subject],
+               teacher: gap.Subject | None, tokenizer: Any, batch: int, put: gap.Put,
+               keep: Callable[[Any, int, dict], None], folder: pathlib.Path):
+    self._held_out, self._options, self._steps, self.figure = held_out, options, steps, figure
+    self._subjects, self._start, self._teacher, self._tokenizer = subjects, start, teacher, tokenizer
+    self._batch, self._put, self._keep, self._folder = batch, put, keep, folder
+    self._of = _fingerprint(held_out, options, figure)
+    self._best, self._since, self._recorded = None, 0, []   # best: (step, value); recorded: bests of the last checkpoints
+    self._rows: list[dict] = []   # of the start
+
+  def begin(self, step, meta):
+    said = meta.get('eval') or {}
+    if said.get('of') == self._of and said['step'] in checkpoint.steps(self._folder):
+      self._best, self._since, self._recorded = (said['step'], said['value']), said['since'], [said['step']]
+    # What was kept after the checkpoint will be kept again, and what other documents were best for says nothing here.
+    self._drop(lambda kept: kept != (self._best or (None,))[0])
+    if step < self._steps and not self.stopped and self._start:
+      self._rows = self._measure(self._start)
+    self._start = {}
+
+  @property
+  def stopped(self) -> str:
+    patience = self._options.patience
+    if self._best is None or not patience or self._since < patience:
+      return ''
+    return (f'{self._since} evaluations in a row found {self.figure} no better than at step {self._best[0]}, '
+            f'{self._best[1]:.4g} (config.eval.patience={patience}); that step stands in {self._folder}')
+
+  def due(self, step):
+    return step % self._options.every == 0 or step == self._steps
+
+  def __call__(self, step, state):
+    began = time.perf_counter()
+    found = self.figures(self._measure(self._subjects(state.params)))
+    value = found[self.figure]
+    if math.isfinite(value) and (self._best is None or self._is_better(value)):
+      self._best, self._since = (step, value), 0
+      self._keep(state.params, step, {'figure': self.figure, 'value': value})
+      self._drop(lambda kept: kept not in (step, *self._recorded))
+    else:
+      self._since += 1
+    best = math.nan if self._best is None else self._best[1]
+    found |= {'best': best, 'seconds': time.perf_counter() - began}
+    return {f'eval/{name}': x for name, x in found.items()}
+
+  def _is_better(self, value):
+    return value < self._best[1] if less_is_better(self.figure) else value > self._best[1]
+
+  def meta(self):
+    if self._best is None:
+      return {}
+    # A checkpoint is begun when the one before it stands: these two are what a run may go on from.
+    self._recorded = [*self._recorded[-1:], self._best[0]]
+    return {'eval': {'of': self._of, 'figure': self.figure, 'step': self._best[0], 'value': self._best[1],
+                     'since': self._since, 'stopped': bool(self.stopped)}}
+
+  def end(self):
+    self._drop(lambda kept: kept != (self._best or (None,))[0])
+
+  def _drop(self, which):
+    if jax.process_index() == 0:
+      for step in filter(which, checkpoint.steps(self._folder)):
+        checkpoint.remove(self._folder, step)
+
+  def _measure(self, subjects) -> list[dict]:
+    """Rows of gap.measure, the first ones with scores of answers."""
+    docs, examples, stop = self._held_out
+    count = min(self._options.answers, len(docs))
+    measure = lambda part, max_new: gap.measure(
+        subjects, self._teacher, docs[part], examples[part], self._tokenizer, batch=self._batch, max_new=max_new, stop=stop,
+        put=self._put) if docs[part] else []
+    return measure(slice(count), self._options.max_new) + measure(slice(count, None), 0)
+
+  def figures(self, rows: Sequence[Mapping]) -> dict[str, float]:
+    """From the model's rows {'block/kl', 'full/f1', 'start_full/ce', 'closed/kl', 'block/kl_by_distance/16',
+    'block/kl_by_blocks/4', ...: figure}."""
+    modes = list(rows[0]['models'])
+    if self._rows:
+      rows = [row | {'models': start['models'] | row['models']} for start, row in zip(self._rows, rows, strict=True)]
+    distances = DISTANCES[self._teacher is None:]
+    found, whole, scored = {}, gap.figures(rows), rows[:self._options.answers]
+    for measures, part in ((distances, rows), (SCORES, scored)):
+      for name, own in (gap.figures(part) if part else {}).items():
+        found |= {f'{name}/{m}': own[m] for m in measures if m in own}
+      if part and {START_FULL, START_BLOCK, 'block'} <= set(part[0]['models']):
+        closed = gap.share_closed(part, START_FULL, START_BLOCK, 'block')
+        found |= {f'closed/{m}': closed[m]['mean'] for m in measures if m in closed}
+    by_blocks = {}
+    for row, doc in zip(rows, self._held_out.docs, strict=True):
+      by_blocks.setdefault(1 << (len(doc.lengths).bit_length() - 1), []).append(row)   # 1, 2 to 3, 4 to 7, ...
+    parts = {low: gap.figures(part) for low, part in sorted(by_blocks.items())}
+    for mode, measure in itertools.product(modes, distances):
+      found |= {f'{mode}/{measure}_by_distance/{at["from"]}': at[measure] for at in whole[mode]['by_distance']}
+      found |= {f'{mode}/{measure}_by_blocks/{low}': own[mode][measure] for low, own in parts.items()}
+    return found
+
+
+def _fingerprint(held_out, options, figure) -> str:
+  """Of all that decides the figure, but the model."""
+  digest = hashlib.sha256(repr((figure, options.answers, options.max_new, held_out.stop)).encode())
+  for doc, example in zip(held_out.docs, held_out.examples, strict=True):
+    digest.update(repr((tuple(doc.lengths), tuple(doc.answer), example.answers, example.response)).encode())
+    digest.update(np.asarray(doc.tokens, np.int32).tobytes())
+  return digest.hexdigest()[:16]
+
+
+def make(options, made, tokenizer: Any, workdir, *, student: Callable[[Any], Any], compute, start: gap.Subject,
+         teacher: gap.Subject | None = None, modes: Sequence[str] = ('block', 'full'), meta: dict) -> list[loop.Watch]:
+  """The `Evaluation` of a run, [] without data.eval_files.
+
+  Args:
+    options: a job.PromptOptions.
+    made: the job.Job.
+    student: trained parameters -> the student's.
+    compute: how it computes.
+    start: the weights that training starts from, with full attention.
+    teacher: what the KL is to, with full attention; None: nothing is at hand.
+    modes: that are measured, the first by default the one by which steps are compared.
+    meta: what checkpoints say of the model.
+  """
+  if not options.data.eval_files:
+    return []
+  placement, folder = made.placement, pathlib.Path(workdir) / BEST
+  ways = placement.size('batch')
+  batch = -(-options.eval.batch // ways) * ways
+  own = np.asarray(inputs.own_rows(placement, batch))
+  model = functools.partial(gap.Subject, cfg=made.cfg, compute=_whole_rows(compute), options=made.blocks)
+  whole = lambda subject: dataclasses.replace(subject, compute=_whole_rows(subject.compute))
+  start = whole(start)
+  bare = dataclasses.replace(start, mode='block', options=start.options.bare)
+
+  def subjects(params):
+    params = student(params)
+    return {mode: model(params, mode=mode) for mode in modes}
+
+  return [Evaluation(
+      read(options.data, options.eval.rows, tokenizer), options.eval, steps=options.steps,
+      figure=figure_of(options.eval.best, modes, teacher is not None), subjects=subjects,
+      start={START_FULL: start, START_BLOCK: bare} if 'block' in modes else {}, teacher=whole(teacher) if teacher else None,
+      tokenizer=tokenizer, batch=batch, put=lambda rows: placement.put_batch(jax.tree.map(lambda x: x[own], rows)),
+      keep=lambda params, step, found: checkpoint.save_params(folder, params, meta | {'step': step, 'eval': found}, step),
+      folder=folder)]
+
+
+def _whole_rows(compute):
+  """No row is cut over devices: those of documents have many lengths, and tokens of an answer come one by one."""
+  if compute.row_parts == 1:
+    return compute
+  rules = tuple((name, None if name == 'tokens' else rule) for name, rule in compute.placement.rules)
+  return dataclasses.replace(compute, placement=dataclasses.replace(compute.placement, rules=rules))
