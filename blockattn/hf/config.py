@@ -8,6 +8,7 @@ code does not compute is refused by name before any weight is read.
 import dataclasses
 import os
 import pathlib
+from typing import Any
 
 from blockattn import disk, errors
 from blockattn.blocks import BlockOptions
@@ -98,7 +99,8 @@ def block_options(meta: dict, where: str = files.META) -> BlockOptions:
   form = {'sink_ids': [int], 'positions': str, 'max_blocks': int} | {key: kind for key, kind in LATER.items() if key in said}
   disk.check_form(said, form, f'{where}: "blocks"')
   try:
-    options = BlockOptions(**{key: tuple(said[key]) if kind == [int] else said[key] for key, kind in form.items()})
+    fields: dict[str, Any] = {key: tuple(said[key]) if kind == [int] else said[key] for key, kind in form.items()}
+    options = BlockOptions(**fields)
   except ValueError as error:
     raise UserError(f'{where}: "blocks": {error}') from error
   if options.sink_ids and said.get('sinks_stand') != SINKS_STAND:

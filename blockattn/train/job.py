@@ -669,7 +669,7 @@ def make_watches(made: Job, options: PromptOptions, tokenizer, workdir, *, base,
     compute, measured: see held_out.make.
     meta: what checkpoints say besides made.meta.
   """
-  low_rank, meta = options.lora, made.meta | meta
+  low_rank, meta = options.low_rank, made.meta | meta
   student = (lambda params: lora.attach(base, params, low_rank)) if low_rank.rank else lambda params: params
   merged = jax.jit(lambda base, params: lora.merge(base, params, low_rank))
   whole = (lambda params: merged(base, params)) if low_rank.rank else lambda params: params

@@ -29,7 +29,7 @@ def test_long_rows_compile_for_tpus_in_linear_memory(target, dtype, width):
   # What changes its layout between [B, T, N, H] and [B, N, T, H]: q, k, v, out and their gradients; of 64 columns, compilers
   # from jax 0.11 on pad some to the 128 lanes.
   assert result['temporary_bytes'] < (8 if width >= 128 else 12) * queries
-  assert result['temporary_bytes'] < LONG * LONG   # not a byte per pair of tokens
+  assert result['temporary_bytes'] < 2 * LONG * LONG   # not the bfloat16 scores of one head
 
 
 @pytest.mark.parametrize('target, least', [('v5e', {'forward': 1.03, 'dq': 1.05, 'dkv': 0.98}),
