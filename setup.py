@@ -73,7 +73,7 @@ setuptools.setup(
         'ml-collections>=1.1',
         'ml_dtypes',
         'numpy',
-        'optax',
+        'optax>=0.2.7',   # Muon's scale by AdamW's root mean square
         'orbax-checkpoint>=0.12.3,<0.13',
         'regex',            # what transformers reads tokenizers with
         'rich',

@@ -9,6 +9,7 @@ nothing is read before they agree: the arrays' own format checks its index, but 
 as other values. They are written after the step, by every process its share; a step without them is read unchecked.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import logging
@@ -368,6 +369,18 @@ def load_params(folder, abstract, step: int | None = None):
     return _restored(manager, step, params=ocp.args.StandardRestore(abstract))['params']
 
 
+def load_opt_state(folder, abstract, step: int | None = None):
+  """The `opt_state` item of a step, by default of the newest; arguments and errors as of `load_params`."""
+  with _reader(folder) as manager:
+    step = _step_of(manager, folder, step, 'opt_state')
+    verify(folder, step, ('opt_state',))
+    stored = _shapes_of(pathlib.Path(manager.directory) / str(step), 'opt_state')
+    shapes = lambda state: collections.Counter(tuple(leaf.shape) for leaf in jax.tree.leaves(state))
+    if shapes(stored) != shapes(abstract):   # names would not do: orbax has others for the nodes of optax
+      raise UserError(f'{folder} holds the optimizer\'s state of another model, or of another optimizer')
+    return _restored(manager, step, opt_state=ocp.args.StandardRestore(abstract))['opt_state']
+
+
 def param_dtypes(folder, step: int | None = None) -> dict[str, str]:
   """Names -> dtypes ('float32') of the `params` item of a step, by default of the newest; for errors see `load_params`."""
   with _reader(folder) as manager:
@@ -376,13 +389,13 @@ def param_dtypes(folder, step: int | None = None) -> dict[str, str]:
     return {name: str(leaf.dtype) for name, leaf in tree.named_leaves(stored)}
 
 
-def _shapes_of(path: pathlib.Path):
-  """The tree of what a step's `params` are, read from their index."""
+def _shapes_of(path: pathlib.Path, item: str = 'params'):
+  """The tree of what an item of a step holds, read from its index."""
   try:
     # Not the manager's item_metadata, which reads those of all items: others may be damaged.
-    return ocp.StandardCheckpointHandler().metadata(epath.Path(path / 'params')).tree
+    return ocp.StandardCheckpointHandler().metadata(epath.Path(path / item)).tree
   except Exception as error:   # see `_restored`
-    raise Damaged(_what_to_do(path, f'{path}: its params cannot be read: {_reason(error)}')) from error
+    raise Damaged(_what_to_do(path, f'{path}: its {item} cannot be read: {_reason(error)}')) from error
 
 
 def _check_shapes(folder, stored, wanted):

@@ -1,4 +1,9 @@
-"""A trained model from wherever it is: a folder in the Hugging Face format, a hub name, or a trainer's work directory."""
+"""A trained model from wherever it is: a folder in the Hugging Face format, a hub name, or a trainer's work directory.
+
+Of a work directory the best checkpoint on held-out documents is meant, or the newest if none was kept;
+`WORKDIR/checkpoints/STEP` names another one. Whatever takes a model, for training, evaluation, export or questions, finds it
+here.
+"""
 
 import dataclasses
 import os
@@ -36,32 +41,97 @@ class Loaded:
   stop_ids: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """A model before any of its weights is read.
+
+  Attributes:
+    cfg: its architecture, learned sinks included.
+    meta: what its blockattn.json or its checkpoint says; empty for a folder of other people.
+    folder: in the Hugging Face format, or the work directory.
+    step: of a work directory, the checkpoint that is meant; None: the newest.
+    is_run: whether it is a work directory.
+  """
+  cfg: transformer.ModelConfig
+  meta: dict
+  folder: pathlib.Path
+  step: int | None
+  is_run: bool
+
+  def read(self, dtype: str, placement: mesh.Placement | None = None) -> Any:
+    """Its parameters, those of a LoRA student merged; without a placement on the first device of this process."""
+    if self.is_run:
+      placement = placement or mesh.Placement(mesh.make_mesh({}, jax.local_devices()[:1]))
+      return load_run(self.folder, dtype, placement, self.step)[1]
+    if placement is None:
+      return convert.load(self.folder, dtype)[1]
+    return convert.load(self.folder, dtype, mesh=placement.mesh, rules=placement.rules)[1]
+
+  def read_optimizer(self, like: Any) -> Any:
+    """The optimizer's state of a run's checkpoint. `like`: its tree, for shapes and places.
+
+    Raises:
+      ValueError: it is no run, or its state is another one.
+    """
+    if not self.is_run:
+      raise UserError(f'{self.folder} is no work directory of a run, and holds no optimizer\'s moments')
+    folder = self.folder / CHECKPOINTS
+    if self.step is not None and self.step not in checkpoint.steps(folder):
+      raise UserError(f'{self.folder}: its best step, {self.step}, is kept without the moments; name one that has them, '
+                      f'{folder}/STEP')
+    return checkpoint.load_opt_state(folder, checkpoint.abstract_like(like), self.step)
+
+
+def find(name: str | os.PathLike) -> Origin:
+  """The model of this name: folder, hub name, work directory (see `checkpoint_of`), or WORKDIR/checkpoints/STEP.
+
+  Raises:
+    FileNotFoundError, ValueError: naming the file and the key at fault.
+  """
+  workdir, step = _run_of(name)
+  if workdir is not None:
+    checkpoints, step = checkpoint_of(workdir, step)
+    meta = checkpoint.load_meta(checkpoints, step)
+    return Origin(model_of(meta), meta, workdir, step, is_run=True)
+  folder = files.locate(name)
+  return Origin(hf_config.read(folder), hf_config.read_meta(folder), folder, None, is_run=False)
+
+
+def is_here(name: str | os.PathLike) -> bool:
+  """Whether `find` needs no network."""
+  return bool(name) and pathlib.Path(name).expanduser().is_dir()
+
+
+def _run_of(name) -> tuple[pathlib.Path | None, int | None]:
+  """(work directory, the step that is named) of a model's name; (None, None) if it is no run's."""
+  path = pathlib.Path(name).expanduser()
+  if name and (path / CHECKPOINTS).is_dir():
+    return path, None
+  if path.parent.name in (CHECKPOINTS, BEST) and path.name.isdecimal() and path.is_dir():
+    return path.parent.parent, int(path.name)
+  return None, None
+
+
 def load(path: str | os.PathLike, dtype: str = 'float32', *, template_args: str | None = None,
          chat: bool | None = None) -> Loaded:
   """A model on the first device of this process.
 
   Args:
-    path: folder, hub name, or work directory, see `checkpoint_of`; or a step of one, WORKDIR/checkpoints/STEP.
+    path: see `find`.
     dtype: of the parameters.
     template_args, chat: see `prompts_of`.
 
   Raises:
     FileNotFoundError, ValueError: naming the file and the key at fault.
   """
-  workdir, step = _workdir_of(pathlib.Path(path))
-  if (workdir / CHECKPOINTS).is_dir():
-    hf_config.check_language_model(model_of(checkpoint.load_meta(*checkpoint_of(workdir, step))), workdir)
-    cfg, params, meta = load_run(workdir, dtype, mesh.Placement(mesh.make_mesh({}, jax.local_devices()[:1])), step)
-    source = tokenizer_of(workdir, meta)
-  else:
-    source = files.locate(path)
-    hf_config.check_language_model(hf_config.read(source), source)
-    cfg, params = convert.load(source, dtype)
-    meta = hf_config.read_meta(source)
-  options = hf_config.block_options(meta, where=str(path))
-  tokenizer, chat = prompts_of(meta, source, template_args, chat)
+  origin = find(path)
+  cfg = origin.cfg
+  hf_config.check_language_model(cfg, path)
+  params = origin.read(dtype)
+  options = hf_config.block_options(origin.meta, where=str(path))
+  tokenizer, chat = prompts_of(origin.meta, tokenizer_of(path), template_args, chat)
   encode.check_tokenizer(tokenizer, cfg.vocab, str(path), cfg.learned_sinks)
-  encode.check_ids(options.sink_ids, cfg.vocab + cfg.learned_sinks, tokenizer, f'{path}: sinks')
+  encode.check_ids(options.own_ids, cfg.vocab + cfg.learned_sinks, tokenizer, f'{path}: sinks')
   return Loaded(cfg, params, tokenizer, options, chat, files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id))
 
 
@@ -82,12 +152,6 @@ def prompts_of(meta: dict, tokenizer: str | os.PathLike, template_args: str | No
 # Work directories.
 
 
-def _workdir_of(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
-  """(workdir, step) of WORKDIR/checkpoints/STEP and WORKDIR/best/STEP; (path, None) of all else."""
-  is_step = path.parent.name in (CHECKPOINTS, BEST) and path.name.isdigit()
-  return (path.parent.parent, int(path.name)) if is_step else (path, None)
-
-
 def checkpoint_of(workdir: str | os.PathLike, step: int | None = None) -> tuple[pathlib.Path, int | None]:
   """(folder of checkpoints, step) that stands for a run: that step; else the best on held-out documents, if the run kept
   one, else the newest (None)."""
@@ -105,7 +169,7 @@ def load_run(workdir: str | os.PathLike, dtype: str, placement: mesh.Placement, 
   Args:
     dtype: of the parameters.
     step: default: see `checkpoint_of`.
-    source: of a LoRA run, the model that it started from, if it is no longer where the run found it.
+    source: of a LoRA run, the model that it started from (`find`), if it is no longer where the run found it.
 
   Raises:
     FileNotFoundError, ValueError: naming the folder and what it lacks.
@@ -123,7 +187,7 @@ def load_run(workdir: str | os.PathLike, dtype: str, placement: mesh.Placement, 
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{workdir} holds a LoRA student, to be merged with the model that it started from: {error}'
                             ) from error
-  if base_cfg != dataclasses.replace(cfg, learned_sinks=0):
+  if transformer.without_sinks(base_cfg) != transformer.without_sinks(cfg):
     raise UserError(f'{workdir} holds a LoRA student of another model than {source}: {base_cfg} there, {cfg} in the '
                     'checkpoint; name the one that it started from')
   convert.check_same_weights(meta.get('source_weights'), convert.weights_facts(base), f'the LoRA student in {workdir}',
@@ -133,11 +197,11 @@ def load_run(workdir: str | os.PathLike, dtype: str, placement: mesh.Placement, 
 
 def _load_base(source, dtype, placement, said):
   """(ModelConfig, parameters) that a LoRA student adds to."""
-  load_in = lambda dtype: convert.load(source, dtype, mesh=placement.mesh, rules=placement.rules)
-  cfg, params = load_in(dtype)
+  origin = find(source)
+  params = origin.read(dtype, placement)
   if said and said['dtype'] != dtype and tree.fingerprint(params) != said['fingerprint']:
-    return load_in(said['dtype'])   # of float32 weights, one of the two was rounded: compared as in training
-  return cfg, params
+    params = origin.read(said['dtype'], placement)   # of float32 weights, one of the two was rounded: as in training
+  return origin.cfg, params
 
 
 def model_of(meta: dict) -> transformer.ModelConfig:
@@ -148,11 +212,14 @@ def model_of(meta: dict) -> transformer.ModelConfig:
   return classifier.from_fields(fields)
 
 
-def tokenizer_of(workdir: pathlib.Path, meta: dict) -> str | pathlib.Path:
-  """Where a run's tokenizer is: as in training."""
+def tokenizer_of(name: str | os.PathLike) -> str | os.PathLike:
+  """Where the tokenizer of a model is: with a folder or hub name it is that; a run's is the one of its training."""
+  workdir, step = _run_of(name)
+  if workdir is None:
+    return name
   if (workdir / 'hf').is_dir():
     return workdir / 'hf'
   if (workdir / 'config.json').is_file():
     said = files.read_json(workdir / 'config.json')
-    return said['data']['tokenizer'] or said['model']['source']
-  return meta['source']
+    return tokenizer_of(said['data']['tokenizer'] or said['model']['source'])
+  return tokenizer_of(checkpoint.load_meta(*checkpoint_of(workdir, step))['source'])

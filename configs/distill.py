@@ -33,6 +33,9 @@ HUB = {
     'qwen3_4b': 'Qwen/Qwen3-4B',
     'qwen3_4b_instruct_2507': 'Qwen/Qwen3-4B-Instruct-2507',
     'qwen3_8b': 'Qwen/Qwen3-8B',
+    'qwen25_0_5b': 'Qwen/Qwen2.5-0.5B-Instruct',
+    'qwen25_1_5b': 'Qwen/Qwen2.5-1.5B-Instruct',
+    'qwen25_7b': 'Qwen/Qwen2.5-7B-Instruct',
     'llama32_1b': 'meta-llama/Llama-3.2-1B-Instruct',
     'llama31_8b': 'meta-llama/Llama-3.1-8B-Instruct',
 }

@@ -1,5 +1,6 @@
 """Layouts: who may attend to whom, positions, sinks and block dropout, each against plain Python."""
 
+import dataclasses
 import functools
 import re
 
@@ -11,14 +12,15 @@ from hypothesis import given, settings, strategies as st
 
 from blockattn import blocks
 
-ROWS, T, LENGTH = 2, 40, 64
+ROWS, T = 2, 40
 several = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+few = settings(several, max_examples=8)
 layouts = layout_cases.layouts(ROWS, T)
 shipped = layout_cases.shipped_layouts(ROWS, T)
 
 with_positions = jax.jit(blocks.with_positions, static_argnums=1)
 drop_blocks = jax.jit(blocks.drop_blocks, static_argnames=('mode', 'positions'))
-insert_sinks = jax.jit(blocks.insert_sinks, static_argnames=('sink_ids', 'length', 'positions'))
+block_mode = jax.jit(blocks.block_mode, static_argnums=2)
 may_attend = jax.jit(blocks.may_attend)
 
 
@@ -186,18 +188,21 @@ def test_positions(scheme, layout):
   np.testing.assert_array_equal(with_positions(layout, scheme).position, naive_positions(layout, scheme))
 
 
+@pytest.mark.parametrize('name', ['sinks', 'links', 'all', 'all_in_blocks'])
 @pytest.mark.parametrize('scheme', blocks.POSITION_SCHEMES)
 @pytest.mark.parametrize('shared', [False, True])
-def test_a_prompt_is_placed_as_its_layout_says(scheme, shared):
+def test_a_prompt_is_placed_as_its_layout_says(scheme, shared, name):
+  options = dataclasses.replace(options_of(name, scheme), shared_first=shared, max_blocks=4)
   for lengths in ((4, 2, 5, 3), (2, 6), (5,)):
-    prompt, options = [[7] * n for n in lengths], blocks.BlockOptions((1, 2), scheme, 4, shared_first=shared)
     layout = blocks.from_lengths([[lengths]], 14)
-    tokens, layout, _ = blocks.block_mode(np.where(layout.doc, 7, 0), layout, options)
-    placed = blocks.place_prompt(prompt, options)
+    tokens, layout, _ = block_mode(np.where(layout.doc, 7, 0), layout, options)
+    placed = blocks.place_prompt([[7] * n for n in lengths], options)
     valid = np.asarray(layout.doc[0]) != 0
     assert np.asarray(tokens)[0, valid].tolist() == [token for block in placed for token in block.tokens]
-    assert np.asarray(layout.position)[0, valid].tolist() == [
-        position for block in placed for position in range(block.start, block.start + len(block.tokens))]
+    whole = blocks.prompt_layout([placed], layout.doc.shape[1], shared)
+    for field in ('doc', 'position', 'reader', 'hidden', 'shared'):
+      np.testing.assert_array_equal(*fields(layout, field), *fields(whole, field), err_msg=field)
+    np.testing.assert_array_equal(may_attend(layout), may_attend(whole))
   with pytest.raises(ValueError, match='a prompt must be a list of blocks, none of them empty'):
     blocks.place_prompt([[1], []], options)
 
@@ -215,57 +220,154 @@ def test_as_one_block_counts_each_document_from_zero(layout):
   np.testing.assert_array_equal(one.doc, layout.doc)
 
 
-# Sinks.
+# What is inserted.
 
-def naive_sinks(tokens, layout, sink_ids, length):
-  """`insert_sinks` with lists: (tokens, doc, block, reader, hidden, shared) rows, and where each token went."""
-  names = ('doc', 'block', 'reader', 'hidden', 'shared')
-  old = fields(layout, *names)
-  new = np.zeros((6, ROWS, length), np.int32)
-  index = np.zeros((ROWS, T), np.int32)
+SCHEMES = ('sequential', 'local')
+NAMES = ('doc', 'block', 'reader', 'hidden', 'shared')
+OPTIONS = {
+    'nothing': {}, 'sinks': {'sink_ids': (100, 101, 102)}, 'tails': {'tail_ids': (200, 201)},
+    'links': {'sink_ids': (100,), 'tail_ids': (200, 201), 'links': True}, 'aligned': {'sink_ids': (100, 101), 'align': 4},
+    'long_seam': {'sink_ids': (100,), 'seam': 30},
+    'all': {'sink_ids': (100, 101), 'tail_ids': (200,), 'links': True, 'seam': 2, 'align': 3},
+    'all_in_blocks': {'sink_ids': (100, 101), 'tail_ids': (200,), 'seam': 4, 'align': 5}}
+
+
+def options_of(name, scheme='sequential'):
+  return blocks.BlockOptions(**{'sink_ids': (), 'positions': scheme, 'max_blocks': 20} | OPTIONS[name])
+
+
+insert = jax.jit(blocks.insert, static_argnames=('options', 'length'))
+
+
+def naive_insert(tokens, layout, options, seam):
+  """`insert` with lists: for each row its slots in order, each with its token, what it is of, and its part: 'text', 'sink',
+  'tail' or 'copy'; and where each text token went."""
+  rows, where = [], np.zeros((ROWS, T), np.int32)
+  doc, reader, shared = fields(layout, 'doc', 'reader', 'shared')
   for b in range(ROWS):
-    out, blocks_seen = [], set()
+    own, out = runs(layout, b), []
+    names = list(own)
+    block_of = {t: name for name, found in own.items() for t in found}
     for t in range(T):
-      facts = [int(x[b, t]) for x in old]
-      starts = facts[0] and tuple(facts[:2]) not in blocks_seen
-      if starts:
-        out += [[sink, *facts] for sink in sink_ids]
-      if facts[0]:
-        blocks_seen.add(tuple(facts[:2]))
-      index[b, t] = len(out)
-      out.append([int(tokens[b, t]), *facts])
-    kept = np.array(out[:length], np.int32).T
-    new[:, b, :kept.shape[1]] = kept
-  return new, index
+      name = block_of.get(t)
+      if name is None:
+        where[b, t] = len(out)
+        out.append((int(tokens[b, t]), t, 'text'))
+        continue
+      text = own[name]
+      last = not any(other[0] == name[0] and other > name for other in names)
+      has_seam = any(other[0] == name[0] and other < name for other in names) and not reader[b, t] and not shared[b, t]
+      copies = text[:seam] if has_seam else []
+      if t == text[0]:
+        out += [(int(tokens[b, c]), c, 'copy') for c in copies]
+        size = len(text) + (0 if options.links else len(options.tail_ids))
+        fill = 0 if last else -(size + len(options.sink_ids)) % options.align
+        out += [(sink, t, 'sink') for sink in (*options.sink_ids[:1] * fill, *options.sink_ids)]
+      where[b, t] = len(out)
+      out.append((int(tokens[b, t]), t, 'original' if t in copies else 'text'))
+      if t == text[-1] and not last:
+        out += [(tail, t, 'tail') for tail in options.tail_ids]
+    rows.append(out)
+  return rows, where
 
 
-@pytest.mark.parametrize('sink_ids', [(), (7,), (100, 101, 102)])
-@several
-@given(layout=layouts)
-def test_insert_sinks(sink_ids, layout):
+def naive_sees(layout, b, slots, links):
+  """Who may attend to whom among the slots of a row, in words of what they are."""
+  doc, block, reader, hidden, shared = (x[b] for x in fields(layout, *NAMES))
+  apart = lambda part: part if part == 'copy' or part == 'tail' and links else ''
+  mask = np.zeros((len(slots), len(slots)), bool)
+  for i, (_, q, what) in enumerate(slots):
+    for j, (_, k, seen) in enumerate(slots[:i + 1]):
+      if doc[q] == 0 or doc[q] != doc[k]:
+        continue
+      same = block[q] == block[k] and apart(what) == apart(seen)
+      reads = bool(apart(what)) or reader[q]
+      offered = not hidden[k] and seen != 'original'
+      mask[i, j] = same or (shared[k] and not apart(seen)) or (reads and offered)
+  return mask
+
+
+@pytest.mark.parametrize('name', OPTIONS)
+@few
+@given(layout=layouts, share=st.integers(0, 2))
+def test_insert(name, layout, share):
+  """Random layouts, and seams of every length up to the most."""
+  options, length = options_of(name), 3 * T
+  seam = options.seam * share // 2
   tokens = np.arange(1, ROWS * T + 1, dtype=np.int32).reshape(ROWS, T)
-  got_tokens, got, index = insert_sinks(tokens, layout, sink_ids=sink_ids, length=LENGTH, positions='sequential')
-  expected, expected_index = naive_sinks(tokens, layout, sink_ids, LENGTH)
-  np.testing.assert_array_equal(got_tokens, expected[0])
-  for field, wanted in zip(fields(got, 'doc', 'block', 'reader', 'hidden', 'shared'), expected[1:]):
-    np.testing.assert_array_equal(field, wanted)
-  np.testing.assert_array_equal(index, expected_index)
-  np.testing.assert_array_equal(got.position, naive_positions(got, 'sequential'))
+  got_tokens, got, index = insert(tokens, layout, options, length, np.int32(seam))
+  rows, where = naive_insert(tokens, layout, options, seam)
+  doc, copy, mask = np.asarray(layout.doc), np.zeros((ROWS, length), bool), np.asarray(may_attend(got))
+  for b, slots in enumerate(rows):
+    slots = slots[:length]   # what does not fit is cut off
+    n = len(slots)
+    assert np.asarray(got_tokens)[b, :n].tolist() == [token for token, _, _ in slots]
+    assert np.asarray(got.doc)[b].tolist() == [doc[b, t] for _, t, _ in slots] + [0] * (length - n)
+    np.testing.assert_array_equal(mask[b, :n, :n], naive_sees(layout, b, slots, options.links))
+    assert not mask[b, n:].any()
+    copy[b, :n] = [part == 'copy' for _, _, part in slots]
+    at_copy = {t: i for i, (_, t, part) in enumerate(slots) if part == 'copy'}
+    assert np.asarray(index)[b].tolist() == [at_copy.get(t, where[b, t]) for t in range(T)]
+  counted = got.replace(doc=np.where(copy, 0, got.doc))
+  position = naive_positions(counted, 'sequential')
+  for b, slots in enumerate(rows):
+    for i, (_, t, part) in enumerate(slots[:length]):
+      if part == 'copy' and where[b, t] < length:
+        position[b, i] = position[b, where[b, t]]
+  np.testing.assert_array_equal(got.position, position)
 
 
-@several
-@given(shipped)
-def test_sinks_align_with_the_text_by_index(layout):
+@pytest.mark.parametrize('scheme', SCHEMES)
+@pytest.mark.parametrize('name', OPTIONS)
+@few
+@given(layout=shipped)
+def test_what_is_inserted_aligns_with_the_text_by_index(name, scheme, layout):
   tokens = np.arange(1, ROWS * T + 1, dtype=np.int32).reshape(ROWS, T)
-  most = max(len(runs(layout, row)) for row in range(ROWS))
-  got_tokens, got, index = insert_sinks(tokens, layout, sink_ids=(0, 0), length=blocks.padded_length(T, 2, 20),
-                                        positions='local')
-  assert most <= 20
+  options = options_of(name, scheme)
+  assert max(len(runs(layout, row)) for row in range(ROWS)) <= options.max_blocks
+  got_tokens, got, index = block_mode(tokens, layout, options)
   np.testing.assert_array_equal(np.take_along_axis(np.asarray(got_tokens), np.asarray(index), axis=1), tokens)
-  # Text tokens see the same text as before: sinks are added to the context, nothing is lost.
-  seen = np.asarray(may_attend(got))
+  # Text tokens see the same text as before, and those of a seam all that stands before them: nothing is lost.
+  seen, before = np.asarray(may_attend(got)), np.asarray(may_attend(layout))
+  again = np.asarray(blocks.seam_tokens(layout, options.seam))
+  read = np.asarray(may_attend(layout.replace(reader=layout.reader | again)))
   for b in range(ROWS):
-    np.testing.assert_array_equal(seen[b][np.ix_(index[b], index[b])], np.asarray(may_attend(layout))[b])
+    at = index[b]
+    rest = ~again[b]   # which read what is not copied of their own block
+    np.testing.assert_array_equal(seen[b][np.ix_(at[rest], at[rest])], before[b][np.ix_(rest, rest)])
+    np.testing.assert_array_equal(seen[b][np.ix_(at[~rest], at)], read[b][~rest])
+  position = np.take_along_axis(np.asarray(got.position), np.asarray(index), axis=1)
+  np.testing.assert_array_equal(position, np.take_along_axis(*map(np.asarray, (
+      block_mode(tokens, layout, dataclasses.replace(options, seam=0))[1].position,
+      block_mode(tokens, layout, dataclasses.replace(options, seam=0))[2])), axis=1))
+
+
+def test_the_picture_of_a_seam():
+  """Block 1 has one copy in front, which reads block 0; behind it the original is seen within its block only."""
+  layout = blocks.from_lengths([[[2, 2, 1]]], 5)
+  _, got, index = blocks.block_mode(np.zeros((1, 5), np.int32), layout, blocks.BlockOptions((), 'sequential', 1, seam=1))
+  assert index.tolist() == [[0, 1, 2, 4, 5]] and got.position.tolist() == [[0, 1, 2, 2, 3, 4]]
+  assert blocks.picture(got).split('\n') == ['1 . . . . .', '1 1 . . . .', '1 1 1 . . .', '. . . 1 . .', '. . . 1 1 .',
+                                             '1 1 1 . 1 1']
+
+
+def test_a_seam_is_drawn_evenly():
+  options = blocks.BlockOptions((), 'sequential', 1, seam=3)
+  drawn = jax.vmap(lambda key: blocks.draw_seam(options, key))(jax.random.split(jax.random.key(0), 4000))
+  assert np.abs(np.bincount(drawn) / 1000 - 1).max() < 0.1
+
+
+def test_aligned_blocks_fill_whole_pages():
+  options = blocks.BlockOptions((5, 6), 'local', 4, tail_ids=(9,), align=16)
+  *context, question = blocks.place_prompt([[1] * n for n in (3, 13, 14, 29, 7)], options)
+  assert [len(block.tokens) for block in context] == [16, 16, 32, 32] and len(question.tokens) == 9
+  assert context[0].tokens == (5,) * 10 + (5, 6) + (1,) * 3 + (9,)
+
+
+@pytest.mark.parametrize('wrong', [{'seam': -1}, {'align': 0}, {'align': 16}, {'tail_ids': (-1,)}, {'max_blocks': 0}])
+def test_options_that_are_no_good(wrong):
+  with pytest.raises(ValueError):
+    blocks.BlockOptions(**{'sink_ids': (), 'positions': 'local', 'max_blocks': 4} | wrong)
 
 
 # Block dropout.

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import train_cases
 
-from blockattn import checkpoint, optim
+from blockattn import checkpoint, optim, tree
 from blockattn.models import spec, transformer
-from blockattn.train import loop
+from blockattn.train import job, loop
 
 META = {'model': {'width': 16}, 'kind': 'distill', 'blocks': {'sink_ids': [7], 'positions': 'local'}}
 
@@ -50,6 +50,27 @@ def abstract(dtype='float32', cfg=train_cases.MODEL, **shape):
 
 def assert_equal(got, expected):
   jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_the_state_of_muon_is_placed_and_comes_back(tmp_path):
+  config = dataclasses.replace(train_cases.OPTIM, name='muon')
+  place, optimizer = train_cases.placement(8, fsdp=4, tensor=2), optim.make_optimizer(config)
+  state = loop.init_state(train_cases.params(place=place), optimizer)
+  moments = lambda end: [x for name, x in tree.named_leaves(state.opt_state) if name.endswith(end)]
+  [q], embed = moments('u/layers/q'), moments('u/embed')   # mu of the one, mu and nu of the other
+  assert len(embed) == 2 and q.sharding == state.params['layers']['q'].sharding
+  abstract_state = job.abstract_state(transformer.spec(train_cases.MODEL), 'float32', optimizer, place)
+  assert jax.tree.map(lambda x: x.sharding, abstract_state.opt_state) == jax.tree.map(lambda x: x.sharding, state.opt_state)
+  with checkpoint.Checkpoints(tmp_path / 'checkpoints') as saved:
+    marked = jax.tree.map(lambda x: x + 1, state.opt_state)
+    saved.save(1, state.params, marked, {}, META)
+    saved.wait()
+    assert_equal(saved.restore(1, state.params, state.opt_state)[1], marked)
+  assert_equal(checkpoint.load_opt_state(tmp_path / 'checkpoints', checkpoint.abstract_like(state.opt_state)), marked)
+  other = loop.init_state(state.params, optim.make_optimizer(train_cases.OPTIM)).opt_state
+  with pytest.raises(ValueError, match="holds the optimizer's state of another model, or of another optimizer"):
+    checkpoint.load_opt_state(tmp_path / 'checkpoints', checkpoint.abstract_like(other))
 
 
 def test_a_step_comes_back_whole(state, written):

@@ -451,3 +451,30 @@ def test_the_loss_of_two_heads_is_that_of_the_sums():
   assert loss(teacher, jnp.zeros_like(mask))[0] == 0
   with pytest.raises(ValueError, match="weights.source must be 'student' here, got 'teacher'"):
     losses.distillation_loss(student, teacher, targets, mask, weights=losses.TokenWeights(source='teacher'))
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_behind_its_schedule_the_rate_stays():
+  config = optim_config(warmup=4, steps=50, decay_steps=21)
+  rates = jax.jit(optim.learning_rate(config))(jnp.asarray([3, 12, 21, 49]))
+  np.testing.assert_allclose(rates, [1e-2, 5.5e-3, 1e-3, 1e-3], rtol=1e-5)
+  with pytest.raises(ValueError, match='optim.warmup=21; give a number from 0 below 21, which is config.optim.decay_steps'):
+    optim_config(warmup=21, steps=50, decay_steps=21)
+
+
+# Muon.
+
+MUON = {'name': 'muon', 'warmup': 0, 'weight_decay': 0.0, 'clip': 0.0, 'b1': 0.0}
+
+
+@pytest.mark.usefixtures('standard_promotion')
+def test_muon_moves_every_layers_matrix_alike_in_all_directions_and_the_rest_by_adam():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  params = {'embed': draw(5, 8), 'layers': {'q': draw(2, 8, 2, 3), 'o': draw(2, 2, 3, 8), 'attn_norm': draw(2, 8)}}
+  update = first_update(jax.tree.map(lambda p: 1e-3 * p, params), params, optim_config(**MUON))
+  for matrices in (update['layers']['q'].reshape(2, 8, 6), update['layers']['o'].reshape(2, 6, 8)):
+    lengths = np.linalg.svd(matrices, compute_uv=False) / (1e-2 * 0.2 * np.sqrt(8))   # AdamW's root mean square
+    assert np.all((0.6 < lengths) & (lengths < 1.3)), lengths
+  np.testing.assert_allclose(np.abs(update['embed']), 1e-2, rtol=1e-3)   # Adam's first step is one of length lr
+  np.testing.assert_allclose(np.abs(update['layers']['attn_norm']), 1e-2, rtol=1e-3)

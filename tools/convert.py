@@ -2,12 +2,15 @@
 
   python -m tools.convert from_hf Qwen/Qwen3-4B-Instruct-2507 work/qwen3
   python -m tools.convert to_hf work/distilled exported --step 2000   # default: WORKDIR/best, else the newest checkpoint
+  python -m tools.convert to_peft work/lora adapter
 
 Weights keep their dtype, unless --dtype says another; what that rounds is said.
 
 `from_hf` makes a work directory of step 0: `checkpoints/0` holds the parameters and what the model is, `hf` the
 tokenizer and config files, so that `to_hf` needs nothing else. `to_hf` takes any trainer's work directory: the
-tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source.
+tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source. With --wrappers it
+writes the learned sinks and tails alone, some rows that are read beside the model that the run started from. `to_peft`
+writes what a LoRA run has trained, as an adapter that PEFT adds to that model.
 """
 
 import contextlib
@@ -22,9 +25,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from blockattn import checkpoint, loading, mesh
 from blockattn.data import encode
-from blockattn.hf import card as card_lib, config, convert, files, names
+from blockattn.errors import UserError
+from blockattn.hf import adapter, card as card_lib, config, convert, files, names
+from blockattn.models import lora, spec
 from blockattn.train import export
 from tools import arguments
+
+_WRAPPERS_CARD = '''# Learned sinks and tails
+
+{rows} embedding rows that were trained beside {source}, whose weights stay as they are. The commands of
+`blockattn` read this folder as a model; `blockattn.json` says where the other weights are, and how the rows are used.
+'''
 
 
 def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = False):
@@ -52,13 +63,15 @@ def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = F
 
 
 def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = None, source: str | None = None,
-          card: str | None = None, overwrite: bool = False):
+          card: str | None = None, overwrite: bool = False, wrappers: bool = False):
   """A checkpoint of `workdir`, by default see `loading.checkpoint_of`, -> Hugging Face folder `out`; None: in its own
-  dtype."""
+  dtype. `wrappers`: the learned sinks and tails alone, of a run that trained nothing else."""
   checkpoints, step = loading.checkpoint_of(workdir, step)
   meta = checkpoint.load_meta(checkpoints, step)
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
+  if wrappers and (not meta.get('lora') or meta['lora']['targets']):
+    raise UserError(f'--wrappers: {workdir} trained more than wrappers (config.model.train_only); export all of it')
   config.check_exportable(loading.model_of(meta))
   _check_tokenizer(companions, loading.model_of(meta))
   stored = _stored_dtypes(checkpoints, step, loading.model_of(meta))
@@ -67,11 +80,47 @@ def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = N
   one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
   cfg, params, _ = loading.load_run(workdir, dtype, one, step, source)
   carried = export.carried(meta)
-  card = pathlib.Path(card).read_text(encoding='utf-8') if card else card_lib.text(
-      cfg, carried | {'source': meta.get('source')}, companions, facts=export.training_facts(pathlib.Path(workdir)))
+  card = pathlib.Path(card).read_text(encoding='utf-8') if card else (
+      _WRAPPERS_CARD.format(rows=cfg.learned_sinks, source=carried['source']) if wrappers else card_lib.text(
+          cfg, carried | {'source': meta.get('source')}, companions, facts=export.training_facts(pathlib.Path(workdir))))
+  if wrappers:
+    convert.save_wrappers(params['sinks'], cfg, out, source=companions, card=card, overwrite=overwrite,
+                          meta=carried | {'source': _absolute(source or meta['source'])})
+    return
   with _progress(f'writing {out}') as report:
     convert.save(params, cfg, out, source=companions, meta=carried, dtype=dtype, overwrite=overwrite, report=report,
                  card=card)
+
+
+def to_peft(workdir: str, out: str, dtype: str | None = None, step: int | None = None, source: str | None = None,
+            card: str | None = None, overwrite: bool = False):
+  """What a LoRA run has trained -> adapter in PEFT's format. `source`: the model that it adds to, if it has moved; the
+  others as of `to_hf`."""
+  checkpoints, step = loading.checkpoint_of(workdir, step)
+  meta = checkpoint.load_meta(checkpoints, step)
+  cfg, base = loading.model_of(meta), source or meta['source']
+  options = lora.LoraOptions(**meta['lora']) if meta.get('lora') else None
+  adapter.check(cfg, options)
+  if loading.find(base).is_run:
+    raise UserError(f'{workdir} adds to the run {base}, which PEFT cannot load: export that one (to_hf), and name the '
+                    'folder with --source')
+  companions = _companions(pathlib.Path(workdir), meta, source)
+  files.check_free(pathlib.Path(out), overwrite)
+  stored = [convert.DTYPES[name] for name in checkpoint.param_dtypes(checkpoints, step).values()]
+  dtype = dtype or convert.dtype_for(stored)
+  _say_rounding(stored, dtype)
+  one = mesh.Placement(mesh.make_mesh({}, jax.local_devices(backend='cpu')[:1]))
+  trained = checkpoint.load_params(checkpoints, spec.abstract(lora.spec(cfg, options), dtype, one), step)
+  carried = export.carried(meta)
+  card = pathlib.Path(card).read_text(encoding='utf-8') if card else card_lib.adapter_text(
+      cfg, carried, str(base), companions, facts=export.training_facts(pathlib.Path(workdir)))
+  adapter.save(trained, cfg, options, out, base=str(base), source=companions, meta=carried, card=card, dtype=dtype,
+               overwrite=overwrite)
+
+
+def _absolute(source):
+  """A folder's path from anywhere on this machine; a hub name."""
+  return str(pathlib.Path(source).resolve()) if pathlib.Path(source).is_dir() else source
 
 
 def _stored_dtypes(checkpoints, step, cfg) -> list[str]:
@@ -90,12 +139,12 @@ def _say_rounding(stored, dtype):
 def _companions(workdir, meta, source):
   """The folder that tokenizer files are copied from."""
   if source:
-    return files.locate(source)
+    return files.locate(loading.tokenizer_of(source))
   if (workdir / 'hf').is_dir():
     return workdir / 'hf'
   if meta.get('source'):
     try:
-      return files.locate(meta['source'])
+      return files.locate(loading.tokenizer_of(meta['source']))
     except FileNotFoundError as error:
       raise FileNotFoundError(f'{workdir} started from {meta["source"]}, which is not there now: say where it is with '
                               f'--source ({error})') from error
@@ -120,7 +169,7 @@ def _progress(title):
 
 
 def run(options: dict) -> None:
-  command = {'from_hf': from_hf, 'to_hf': to_hf}[options.pop('command')]
+  command = {'from_hf': from_hf, 'to_hf': to_hf, 'to_peft': to_peft}[options.pop('command')]
   with jax.default_device(jax.local_devices(backend='cpu')[0]):   # nothing is computed: leave accelerators alone
     command(**options)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
@@ -130,16 +179,21 @@ def run(options: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
   parser = arguments.Parser(prog='python -m tools.convert', description=__doc__)
   commands = parser.add_subparsers(dest='command', required=True)
-  for name, first in (('from_hf', 'source'), ('to_hf', 'workdir')):
+  for name, first in (('from_hf', 'source'), ('to_hf', 'workdir'), ('to_peft', 'workdir')):
     command = commands.add_parser(name)
     command.add_argument(first)
     command.add_argument('out')
     command.add_argument('--dtype', choices=sorted(convert.DTYPES), help='of the weights written (default: that of '
                          'the weights read, so that nothing is rounded)')
     command.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
-  command.add_argument('--step', type=int, help='default: the best one that the run kept, else the newest')
-  command.add_argument('--source', help='folder or hub name to copy the tokenizer from')
-  command.add_argument('--card', help='file that becomes README.md')
+    if first == 'workdir':
+      command.add_argument('--step', type=int, help='default: the best one that the run kept, else the newest')
+      command.add_argument('--source', help='the model that a LoRA run started from, or the folder or hub name to copy the '
+                           'tokenizer from')
+      command.add_argument('--card', help='file that becomes README.md')
+    if name == 'to_hf':
+      command.add_argument('--wrappers', action='store_true', help='learned sinks and tails alone, to be read beside the '
+                           'model that the run started from (config.model.train_only=wrappers)')
   options = parser.parse_args(argv)
   return arguments.run('convert', lambda: run(vars(options)))
 

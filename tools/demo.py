@@ -86,7 +86,7 @@ def make_subjects(options, cfg, student, finetuned, form):
   teacher_cfg = job.model_config(options.model)
   teacher = job.load_language_model(options, one, teacher_cfg)
   student, finetuned = jax.device_put((student, finetuned), first)
-  plain = dataclasses.replace(form, sink_ids=())
+  plain = form.bare
   subject = lambda params, cfg, mode, form: gap.Subject(params, cfg, compute, mode, form)
   return {'teacher_full': subject(teacher, teacher_cfg, 'full', plain),
           'student_block_before': subject(teacher, teacher_cfg, 'block', plain),
@@ -109,7 +109,7 @@ def export(folder, params, cfg, form, options, prompt, summary):
 def write_layout(workdir, options, page):
   """layout.json for the report."""
   layout = blocks.from_lengths([[list(page.lengths)]], len(page.tokens))
-  if options.sink_ids:
+  if options.most_added:
     wide = dataclasses.replace(options, max_blocks=len(page.lengths))
     _, layout, _ = blocks.block_mode(page.tokens[None], layout, wide)
   used = int((layout.doc != 0).sum())

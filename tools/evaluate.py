@@ -13,7 +13,9 @@ blockattn.data.prompts, or `pages`: pages about classes of Python's standard lib
 Prints exact match, substring and token F1 of greedy answers, cross-entropy and KL to the teacher on the answer's tokens
 (in nats), each with its interval from resampled documents, and the latter two by distance from the start of the block.
 Beside the student in block mode stand the teacher's weights under the same block mask, without sinks: what blocks cost
-before any training, and how much of it the student makes good.
+before any training, and how much of it the student makes good. --seams 0,2,4 adds the student with seams of so many tokens
+(blocks.BlockOptions.seam), and prints what each share of tokens that is read again for every prompt leaves of the KL: the
+dial between time to the first token and quality.
 
 --out keeps the figures of every document in DIR/documents.jsonl as they come, with all answers; starting the same command
 again goes on. DIR/summary.json has the means; tools.report turns DIR into a page. The model has to fit on one device.
@@ -81,13 +83,15 @@ def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, e
     this start}, and the facts: what summary.json holds.
   """
   start = time.perf_counter()
-  what = lambda s: {'weights': weights_key(s), 'impl': s.compute.impl, 'sink_ids': s.options.sink_ids,
-                    'positions': s.options.positions, 'shared_first': s.options.shared_first}
+  what = lambda s: {'weights': weights_key(s), 'impl': s.compute.impl} | gap.block_facts(s.options)
   decides = {'tokenizer': encode.Encoder(tokenizer).fingerprint, 'models': {name: what(s) for name, s in subjects.items()}}
   with metrics.counting('evaluating', stream=stream) as progress:
     rows = gap.measure(subjects, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new, stop=stop, out=out,
                        facts=decides, progress=progress)
   summary = gap.summarize(rows)
+  for name, subject in subjects.items():
+    if name == gap.seam_name(subject.options.seam):
+      summary[name]['recomputed'] = gap.recomputed(docs, subject.options.seam)
   if {BEFORE, STUDENT} <= set(subjects):
     summary['closed'] = gap.share_closed(rows, TEACHER, BEFORE, STUDENT)
   summary |= {'seconds': {'evaluate': round(time.perf_counter() - start, 3)}} | (facts or {})
@@ -118,7 +122,17 @@ def print_table(summary: dict, console: rich.console.Console | None = None):
   for measure, share in summary.get('closed', {}).items():
     name = measure.replace('_', ' ')
     console.print(f'{name}: {STUDENT} makes good {compare.percent(share)} % of what blocks cost {TEACHER}')
+  if seams := [name for name in results if 'recomputed' in results[name]]:
+    console.print(_seam_table({name: results[name] for name in seams}))
   console.print(_distance_table(results))
+
+
+def _seam_table(results):
+  table = arguments.table('seam', 'context tokens\nread again', 'KL')
+  for name, result in results.items():
+    table.add_row(name.rpartition('_')[2], f'{result["recomputed"]:.1%}',
+                  _cell(COLUMNS['kl'], result['kl'], result['intervals'].get('kl')))
+  return table
 
 
 def _cell(form, value, interval):
@@ -144,6 +158,7 @@ def _arguments(argv):
   parser.add_argument('--data', required=True, nargs='+',
                       help=f'JSON lines: files, folders, globs; or {" or ".join(pages.SPLITS)}')
   parser.add_argument('--modes', default='full,block', help='of the student')
+  parser.add_argument('--seams', help='of the student in block mode, tokens of a seam: numbers with commas between them')
   parser.add_argument('--limit', type=arguments.positive, help=f'most examples (default: all; of pages {_PAGES_BY_DEFAULT})')
   arguments.add_numbers(parser, batch=(8, 'documents at a time'), max_new=(64, 'most tokens of an answer'))
   parser.add_argument('--stop', help='text that ends an answer beside the end-of-text token (default: none; of pages a '
@@ -155,16 +170,24 @@ def _arguments(argv):
   return parser.parse_args(argv)
 
 
+def _seams(text):
+  parts = text.split(',') if text else []
+  if not all(part.isdecimal() for part in parts):
+    raise UserError(f'--seams {text}: give numbers of tokens with commas between them, such as 0,2,4')
+  return list(dict.fromkeys(map(int, parts)))
+
+
 def run(options) -> None:
   console, err = arguments.console(), arguments.console(stderr=True)
   modes = options.modes.split(',')
   if not set(modes) <= set(gap.MODES):
     raise UserError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
+  seams = _seams(options.seams)
   split = pages.SPLITS.get(options.data[0]) if len(options.data) == 1 else None
   files = None if split else json_lines.find_files(options.data)   # before models are loaded
   compute = arguments.compute_of(options, err)
   subjects, teacher, tokenizer = gap.load_pair(options.model, options.teacher, modes, compute,
-                                             template_args=options.template_args, chat=options.chat)
+                                             seams=seams, template_args=options.template_args, chat=options.chat)
   if files is None:
     docs, examples = pages.load(tokenizer, options.limit or _PAGES_BY_DEFAULT, split=split)
     report, stop = json_lines.Report(), options.stop or pages.STOP

@@ -190,7 +190,7 @@ def run(options, stream, console) -> None:
   with _store(options) as store:
     stop = (*options.stop, *([pages.STOP] if split else []))
     like = plan.Request((), max_new=options.max_new, stop=stop, temperature=options.temperature, top_k=options.top_k,
-                        top_p=options.top_p, seed=options.seed)
+                        top_p=options.top_p, seed=options.seed, seam=options.seam)
     session = session_lib.Session(make_engine(options, model, compute, store), encode.Encoder(model.tokenizer), like)
     ask = functools.partial(session_lib.ask, blocks, tokenizer=model.tokenizer, chat=model.chat)
     if options.question is not None:
@@ -254,6 +254,8 @@ def _arguments(argv):
   arguments.add_prompts(parser)
   parser.add_argument('--shared-first', action=argparse.BooleanOptionalAction, help='the first block is a prefix that all '
                       'blocks read (default: as in training); needs local positions')
+  parser.add_argument('--seam', type=int, help='first tokens of every block that are read again behind the blocks before it '
+                      '(default: as in training)')
   parser.add_argument('--stop', action='append', default=[], help='text that ends an answer; may be given again')
   parser.add_argument('--top-k', type=int, default=0, help='of so many tokens only (default: all)')
   parser.add_argument('--seed', type=int, default=0, help='of what is drawn')

@@ -45,8 +45,7 @@ def answerer(subject: gap.Subject, tokenizer, *, batch: int, store: cache_lib.St
 
   Room in device memory starts at _DEVICE_TOKENS tokens and doubles when a prompt needs more.
   """
-  options = subject.options if subject.mode == 'block' else dataclasses.replace(
-      subject.options, sink_ids=(), shared_first=False)
+  options = subject.options if subject.mode == 'block' else dataclasses.replace(subject.options.bare, shared_first=False)
   make = functools.partial(engine_lib.Engine, subject.params, subject.cfg, subject.compute, options, tokenizer,
                            stop_ids=files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id), store=store,
                            batch=batch)
@@ -70,7 +69,7 @@ def answerer(subject: gap.Subject, tokenizer, *, batch: int, store: cache_lib.St
 
 def _room_for(prompt, options):
   """Tokens of device memory that a prompt's context takes at most, whole pages that nobody else uses included."""
-  return sum(pool.padded(len(tokens) + len(options.sink_ids)) for tokens in prompt[:-1])
+  return sum(pool.padded(len(tokens) + options.most_placed) for tokens in prompt[:-1])
 
 
 # Items.
@@ -136,7 +135,7 @@ def _fits(subject, max_length, max_new, lengths):
 
   The same in both modes, so that they answer the same items.
   """
-  tokens, sinks = sum(lengths), len(subject.options.sink_ids) * len(lengths)
+  tokens, sinks = sum(lengths), subject.options.most_placed * len(lengths)
   return tokens <= (max_length or tokens) and tokens + sinks + max_new <= subject.cfg.max_positions
 
 
@@ -199,9 +198,7 @@ def _facts(options, subject, weights, tokenizer):
   if options.benchmark == 'locomo' and options.letters != 'alone':
     facts |= {'letters': options.letters}   # of its scores
   if subject.mode == 'block':
-    facts |= {'sink_ids': list(subject.options.sink_ids), 'positions': subject.options.positions,
-              'shared_first': subject.options.shared_first,
-              'quantize': options.quantize}
+    facts |= gap.block_facts(subject.options) | {'quantize': options.quantize}
   return facts
 
 

@@ -8,10 +8,10 @@ Everything comes from shapes: no device and no network is touched, so a laptop c
 --devices says how many devices there will be (a mesh axis of -1 takes what is left), --mesh AXIS=SIZE,... replaces
 config.mesh (axes left out are 1) and says so too; --json FILE keeps the result. What the mesh cannot cut evenly (heads, mlp,
 vocabulary, rows of the batch, tokens of a row) is an error, with what to change, and exit status 2: here, not when a job has
-waited in a queue. --device (one of v4 v5e v5p v6e a100 h100 h200 b200) adds an estimate of the time of a step, and says if
-memory does not suffice; what is counted stands in tools/show_step.py and tools/show_memory.py. --aot TOPOLOGY compiles the
-step for a TPU slice that need not be there (extra `kernels-ci`), and prints the compiler's count of memory beside the
-estimate; see tools/aot_step.py.
+waited in a queue. --device (one of v4 v5e v5p v6e a100 h100 h200 b200) adds an estimate of the time of a step and of the
+whole run, and says if memory does not suffice; what is counted stands in tools/show_step.py and tools/show_memory.py. --aot
+TOPOLOGY compiles the step for a TPU slice that need not be there (extra `kernels-ci`), and prints the compiler's count of
+memory beside the estimate; see tools/aot_step.py.
 The architecture is that of config.model.source if this is a folder here, else config.model.size and .fields.
 """
 
@@ -46,8 +46,8 @@ def describe(options: job.Options, devices: int, device: str | None = None, **as
 
   Returns:
     {'config', 'model', 'mesh': {axis: size}, 'parameters': [{'name', 'shape', 'axes', 'mesh_axes', 'count', 'bytes'}],
-    'total': {'count', 'bytes'}, 'per_device' and 'rows': see show_memory, 'step': see show_step.estimate, 'warnings':
-    [str]}. 'bytes' of parameters are those of all devices together.
+    'total': {'count', 'bytes'}, 'per_device' and 'rows': see show_memory, 'step': see show_step.estimate, 'run': see
+    show_step.whole_run, 'warnings': [str]}. 'bytes' of parameters are those of all devices together.
 
   Raises:
     ValueError: the config cannot run, naming the key or the parameter.
@@ -55,11 +55,12 @@ def describe(options: job.Options, devices: int, device: str | None = None, **as
   kind = None if device is None else show_step.DEVICES[device]
   made = build(options, devices, kind.platform if kind else 'cpu')
   parameters, memory = parameter_rows(made, options.model.dtype), show_memory.per_device(options, made)
+  step = show_step.estimate(options, made, kind, **assumed)
   return {'config': options_lib.as_json(options), 'model': dataclasses.asdict(made.cfg),
           'mesh': dict(made.placement.mesh.shape), 'parameters': parameters,
           'total': {key: sum(row[key] for row in parameters) for key in ('count', 'bytes')},
           'per_device': memory, 'rows': show_memory.rows(options, made),
-          'step': show_step.estimate(options, made, kind, **assumed),
+          'step': step, 'run': show_step.whole_run(options, step, devices),
           'warnings': _warnings(made) + _too_large(memory['total'], device, kind)}
 
 
@@ -101,6 +102,7 @@ def print_description(shown: dict, console: rich.console.Console):
   console.print(parameter_table(shown))
   console.print(memory_table(shown))
   console.print(step_table(shown))
+  console.print(run_table(shown))
   for warning in shown['warnings']:
     console.print(f'warning: {warning}')
 
@@ -145,6 +147,19 @@ def step_table(shown: dict) -> rich.table.Table:
     table.add_row('a step, the longer of both', _seconds(step['seconds']))
     table.add_row('tokens per second of all devices', f'{step["tokens_per_s"]:,.0f}')
     table.add_row('MFU', f'{step["mfu"]:.1%}')
+  return table
+
+
+def run_table(shown: dict) -> rich.table.Table:
+  run, step = shown['run'], shown['step']
+  table = arguments.table('the whole run', 'estimate')
+  table.add_row('steps', f'{run["steps"]:,}')
+  table.add_row('rows that are read, as often as the data has to be gone through', f'{run["rows"]:,}')
+  table.add_row('tokens of them', f'{run["tokens"]:,}')
+  table.add_row('operations that the models need', f'{run["flops"]:.3g} FLOP')
+  if 'hours' in run:
+    table.add_row(f'time at {step["assumed_mfu"]:.0%} of the peak (assumed), steps alone', f'{run["hours"]:.1f} h')
+    table.add_row('device hours', f'{run["device_hours"]:,.1f}')
   return table
 
 

@@ -2,21 +2,22 @@
 
 The memory of a device is estimated row by row. P is the number of parameters that the rules leave on a device; b, the
 rows that it computes at a time, is batch / accumulate / devices of the 'batch' rule; T is the tokens of a row, and T' =
-T + sinks * max_blocks those of the student's rows, a device's share of them where the 'tokens' rule cuts rows; size() is
-that of a dtype. N, K, F and V are a device's share.
+T + (sinks + tails + seam + align - 1) * max_blocks those of the student's rows, a device's share of them where the 'tokens'
+rule cuts rows; size() is that of a dtype. N, K, F and V are a device's share.
 
   parameters     P size(model.dtype); of a LoRA student those that it trains, here and in the rows that follow
   optimizer      Adam's two moments: 2 P size(model.dtype)
   gradients      P size(model.dtype), and P float32 more if accumulate > 1: the slice at hand, and the sum so far
   teacher        its parameters in teacher.dtype, placed by teacher.rules; distillation only, none if teacher.logits has
                  what it says
-  frozen         what a LoRA student adds to, in model.dtype; 0 where that is the teacher
+  frozen         what a LoRA student adds to, in model.dtype; 0 where that is the teacher, too
   cast           remat 'none' and 'dots' keep all layers' weights in compute.dtype for the backward pass
   saved          activations from the forward to the backward pass, as JAX's own differentiation lists them; attention
                  counts as a fused kernel that keeps q, k, v, its output and one float32 per query and head. Roughly,
                  in units of L b T' size(compute.dtype): remat 'full' D; 'dots' 3 D + (N + 2 K) H + 2 F; 'none' every
                  intermediate value of a layer, and where rows are cut the keys and values of all of their parts.
-                 Fine-tuning in mode 'both' counts both views.
+                 Fine-tuning in mode 'both' counts both views. With remat 'offload' the inputs of all layers are in the
+                 host's memory, which is not counted.
   hidden         last hidden states [b, T, D] of student (as they are, in loss order, gradient) and teacher (two)
   batch          the arrays of the global batch's rows on this device
   loss: logits   float32 [b, chunk, V]: logits and log-probabilities of student and teacher and the student's gradient,
@@ -67,11 +68,12 @@ def per_device(options: job.Options, made: job.Job) -> dict[str, int]:
       'optimizer': device_bytes(made.state.opt_state),
       'gradients': own + (device_bytes(made.state.params, 'float32') if options.accumulate > 1 else 0),
       'teacher': device_bytes(made.frozen.teacher),
-      'frozen': 0 if made.teacher else device_bytes(made.frozen.base),
+      'frozen': 0 if made.frozen.base is made.frozen.teacher else device_bytes(made.frozen.base),
       'cast': cast_bytes(options, made),
       'saved': sum(saved_bytes(local, compute.dtype, compute.remat, at_a_time, tokens)
                    + (others * tokens * made.cfg.layers if compute.remat == 'none' else 0) for tokens in views),
-      'hidden': at_a_time * length * made.cfg.width * size * (5 if made.teacher else 3 * len(views)),
+      'hidden': at_a_time * length * size * (3 * len(views) * made.cfg.width + (2 * made.teacher.cfg.width if made.teacher
+                                                                               else 0)),
       'batch': device_bytes(made.batch),
   }
   loss = {
@@ -109,14 +111,14 @@ def whole_bytes(count, options, place) -> int:
 
 def head_bytes(options, made, local) -> int:
   """Bytes of the output matrices of student and teacher while they are whole."""
-  count, teacher = flops.head_weights(local), made.teacher
+  teacher = made.teacher
   copies = teacher and (made.placement.size('embed') > 1 or teacher.dtype != teacher.compute_dtype)
-  return whole_bytes(count, options, made.placement) + (
-      count * jnp.dtype(teacher.compute_dtype).itemsize if copies else 0)
+  return whole_bytes(flops.head_weights(local), options, made.placement) + (
+      flops.head_weights(share(teacher.cfg, made.placement)) * jnp.dtype(teacher.compute_dtype).itemsize if copies else 0)
 
 
 def cast_bytes(options, made) -> int:
-  if options.compute.remat == 'full' or options.compute.dtype == options.model.dtype:
+  if options.compute.remat in ('full', 'offload') or options.compute.dtype == options.model.dtype:
     return 0
   layers = job.abstract_params(transformer.spec(made.cfg)['layers'], options.compute.dtype, made.placement)
   return device_bytes(layers)
@@ -145,7 +147,8 @@ def saved_bytes(cfg, dtype: str, remat: str, rows: int, tokens: int) -> int:
   weights = {p.shape for p in jax.tree.leaves(params)} | {
       (*p.shape[:1], math.prod(p.shape[1:i]), math.prod(p.shape[i:])) for p in jax.tree.leaves(params)
       for i in range(2, len(p.shape))}
-  kept = {var for var in jaxpr.outvars if isinstance(var, Var) and var.aval.shape not in weights}
+  kept = {var for var in jaxpr.outvars if isinstance(var, Var) and var.aval.shape not in weights
+          and var.aval.memory_space != jax.memory.Space.Host}
   return sum(math.prod(var.aval.shape) * var.aval.dtype.itemsize for var in kept)
 
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from blockattn import mesh as mesh_lib, tree
 from blockattn.kernels import context_parallel
-from blockattn.models import classifier, flops, spec as spec_lib
+from blockattn.models import classifier, flops, spec as spec_lib, transformer
 from blockattn.train import job
 
 
@@ -95,6 +95,22 @@ def estimate(options: job.Options, made: job.Job, device: Device | None, *, mfu:
                   'tokens_per_s': options.batch * options.data.length / seconds}
 
 
+def whole_run(options: job.Options, step: dict, devices: int) -> dict:
+  """Of the training whose step is `estimate`d.
+
+  Returns:
+    {'steps', 'rows': that are read, 'tokens': of them, 'flops': of all devices, and with a device 'hours', 'device_hours'};
+    what is beside the steps (compiling, checkpoints, evaluations) is not in it.
+  """
+  rows = options.steps * options.batch
+  found = {'steps': options.steps, 'rows': rows, 'tokens': rows * options.data.length,
+           'flops': options.steps * devices * step['flops']}
+  if 'seconds' not in step:
+    return found
+  hours = options.steps * step['seconds'] / 3600
+  return found | {'hours': hours, 'device_hours': hours * devices}
+
+
 def operations(options: job.Options, made: job.Job) -> float:
   """Of a step, over all devices."""
   length = options.data.length
@@ -108,18 +124,16 @@ def received_bytes(options: job.Options, made: job.Job) -> dict[str, float]:
   place, cfg, compute = made.placement, made.cfg, options.compute
   local, kept = jnp.dtype(compute.dtype).itemsize, jnp.dtype(options.model.dtype).itemsize
   rows = options.batch / place.size('batch') / options.accumulate
-  passes = [_Pass(place, view.tokens, min(local, kept), 1, context_parallel=view.near and compute.far_queries != 0)
+  passes = [_Pass(cfg, place, view.tokens, min(local, kept), 1, context_parallel=view.near and compute.far_queries != 0)
             for view in made.views]
   if made.teacher:
     sizes = [jnp.dtype(dtype).itemsize for dtype in (made.teacher.dtype, made.teacher.compute_dtype)]
-    passes.append(_Pass(made.teacher.placement, options.data.length, min(sizes), 0))
-  again = 1 if compute.remat == 'full' else 0
+    passes.append(_Pass(made.teacher.cfg, made.teacher.placement, options.data.length, min(sizes), 0))
+  again = 1 if compute.remat in ('full', 'offload') else 0
   weights = activations = 0.0
-  gathered = [leaf for name, leaf in tree.named_leaves(classifier.spec(cfg), is_leaf=_is_spec)
-              if name != 'embed' or cfg.tied and not isinstance(cfg, classifier.ClassifierConfig)]
   for one in passes:
-    forwards = 1 + one.backward * again
-    weights += one.size * sum(_received(one.place, leaf) for leaf in gathered) * (1 + one.backward)
+    cfg, forwards = one.cfg, 1 + one.backward * again
+    weights += one.size * sum(_received(one.place, leaf) for leaf in _gathered(cfg)) * (1 + one.backward)
     state = rows * one.tokens / one.place.size('tokens') * local
     tensor, context = one.place.size('mlp'), one.place.size('tokens')
     activations += cfg.layers * state * cfg.width * 2 * 2 * _part(tensor) * (forwards + one.backward)
@@ -139,6 +153,7 @@ def received_bytes(options: job.Options, made: job.Job) -> dict[str, float]:
 class _Pass:
   """Rows of so many tokens through a model that `place` places, its weights of `size` bytes; `backward`: 1 or 0 times.
   `context_parallel`: of rows over devices only the last block reads further back than the part before."""
+  cfg: transformer.ModelConfig
   place: mesh_lib.Placement
   tokens: int
   size: int
@@ -156,6 +171,12 @@ def gradient_elements(specs, place) -> float:
     whole = math.prod(leaf.shape) / ways(cut - rows)
     total += whole * _part(ways(cut & rows)) + 2 * whole / ways(cut & rows) * _part(ways(rows - cut))
   return total
+
+
+def _gathered(cfg):
+  """The parameters that are needed whole; of an embedding that is no head, rows are looked up where they are."""
+  is_head = cfg.tied and not isinstance(cfg, classifier.ClassifierConfig)
+  return [leaf for name, leaf in tree.named_leaves(classifier.spec(cfg), is_leaf=_is_spec) if name != 'embed' or is_head]
 
 
 def _received(place, leaf):

@@ -69,6 +69,15 @@ class EncodedParts:
   gold: tuple[bool, ...]
 
 
+def check_same_tokens(tokenizer: Any, teacher: Any, name: str | os.PathLike, teacher_name: str | os.PathLike):
+  """Raises ValueError if tokens of a teacher mean something else to its student, or nothing."""
+  ours = tokenizer.get_vocab()
+  other = [text for text, i in teacher.get_vocab().items() if ours.get(text) != i]
+  if other:
+    raise UserError(f'{name} and {teacher_name} have different tokenizers: {len(other)} tokens of the teacher, first '
+                    f'{other[0]!r}, are not the student\'s; name a teacher with the tokenizer of the student')
+
+
 def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
   """A transformers fast tokenizer, from a local folder without any network access, or by its name on the hub, its chat
   template with its arguments, see `chat_template.set_template_args`.

@@ -59,25 +59,43 @@ def load(path: str | os.PathLike, mode: str, compute: transformer.Compute, templ
   return Subject(loaded.params, loaded.cfg, compute, mode, loaded.blocks, loaded.chat), loaded.tokenizer
 
 
+def seam_name(seam: int) -> str:
+  """The subject that is the student in block mode with seams of so many tokens."""
+  return f'{STUDENT}_seam_{seam}'
+
+
+def recomputed(docs: Sequence[encode.EncodedDoc], seam: int) -> float:
+  """The share of the context's text tokens that seams of so many tokens read again, in every prompt."""
+  context = [doc.lengths[:-1] for doc in docs]
+  again = sum(min(seam, length) for lengths in context for length in lengths[1:])
+  return again / max(sum(map(sum, context)), 1)
+
+
+def block_facts(options: blocks.BlockOptions) -> dict[str, Any]:
+  """What of block mode decides figures, JSON values; what came later is said where it is in use."""
+  said = {'sink_ids': list(options.sink_ids), 'positions': options.positions, 'shared_first': options.shared_first}
+  later = {'tail_ids': list(options.tail_ids), 'links': options.links, 'seam': options.seam, 'align': options.align}
+  return said | {name: later[name] for name in later if getattr(options, name) != getattr(options.bare, name)}
+
+
 def load_pair(model: str | os.PathLike, teacher: str | os.PathLike, modes: Sequence[str], compute: transformer.Compute,
-              **prompts: Any) -> tuple[dict[str, Subject], Subject, Any]:
+              *, seams: Sequence[int] = (), **prompts: Any) -> tuple[dict[str, Subject], Subject, Any]:
   """({name: Subject} of the teacher and of the student by mode, the teacher, the student's tokenizer).
 
-  With block mode comes the teacher under the student's block mask, without sinks: it never saw one. Raises ValueError: the
+  With block mode comes the teacher under the student's block mask, without sinks: it never saw one; for each of `seams` the
+  student in block mode with seams of so many tokens. Raises ValueError: the
   two tokenizers differ, so that tokens of one mean nothing to the other."""
   teacher_subject, teacher_tokenizer = load(teacher, 'full', compute)
   student, tokenizer = load(model, 'block', compute, **prompts)
-  ours = tokenizer.get_vocab()
-  other = [text for text, i in teacher_tokenizer.get_vocab().items() if text not in ours or ours[text] != i]
-  if other:
-    raise UserError(f'{model} and {teacher} have different tokenizers: {len(other)} tokens of the teacher, first '
-                    f'{other[0]!r}, are not the student\'s; name the teacher that the student was distilled from')
+  encode.check_same_tokens(tokenizer, teacher_tokenizer, model, teacher)
   subjects = {TEACHER: teacher_subject}
   if 'block' in modes:
-    options = dataclasses.replace(student.options, sink_ids=())
-    subjects[BEFORE] = dataclasses.replace(teacher_subject, mode='block', options=options)
+    subjects[BEFORE] = dataclasses.replace(teacher_subject, mode='block', options=student.options.bare)
   for mode in modes:
     subjects[f'student_{mode}'] = dataclasses.replace(student, mode=mode)
+  for seam in seams:
+    options = dataclasses.replace(student.options, seam=seam)
+    subjects[seam_name(seam)] = dataclasses.replace(student, mode='block', options=options)
   return subjects, teacher_subject, tokenizer
 
 
@@ -137,7 +155,7 @@ def _check_positions(subjects, docs, examples, max_new):
   """Raises ValueError, naming the first document that, with sinks or with its longest answer, has more tokens than a
   subject has positions."""
   for name, subject in subjects.items():
-    sinks, most = len(subject.options.sink_ids) if subject.mode == 'block' else 0, subject.cfg.max_positions
+    sinks, most = subject.options.most_placed if subject.mode == 'block' else 0, subject.cfg.max_positions
     needs = [max(len(doc.tokens), doc.answer[0] + max_new) + sinks * (len(doc.lengths) - 1) for doc in docs]
     long = [i for i, need in enumerate(needs) if need > most]
     if long:

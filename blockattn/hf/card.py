@@ -43,6 +43,15 @@ print(tokenizer.decode(answer[0]))
 
 Loaded without `blockattn`, the model attends to the whole prompt.
 '''
+_ADAPTER = '''
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained('FOLDER').merge_and_unload()   # where this file is
+```
+
+The model then answers prompts of blocks by `blockattn.hf.cached_generate`; without `blockattn` it attends to whole prompts.
+'''
 _SEGMENTER = '''
 ```sh
 python -m tools.segment text.txt --model FOLDER --target-tokens 512
@@ -82,14 +91,26 @@ def text(cfg: ModelConfig, meta: Mapping[str, Any], origin: pathlib.Path | None 
   return '\n'.join(parts)
 
 
-def front_matter(source: str, origin: pathlib.Path | None, task: str, tag: str) -> str:
+def adapter_text(cfg: ModelConfig, meta: Mapping[str, Any], base: str, origin: pathlib.Path | None = None, *,
+                 facts: Mapping[str, Any] | None = None) -> str:
+  """The card of an adapter to the model `base`; the other arguments as of `text`."""
+  head = front_matter(base, origin, 'text-generation', 'block-attention', library='peft')
+  parts = [f'---\n{head}---\n', '# Adapter for block attention\n',
+           _list({'trained by': meta.get('kind'), 'step': meta.get('step'), 'adds to': _hub_name(base)}),
+           f'## Use\n{_ADAPTER}', f'## Blocks\n\n{_blocks(cfg, meta.get("blocks"))}']
+  if facts:
+    parts.append(f'## Training\n\n{_list(facts)}')
+  return '\n'.join(parts)
+
+
+def front_matter(source: str, origin: pathlib.Path | None, task: str, tag: str, library: str = 'transformers') -> str:
   """The YAML at the top, which the hub reads: licence and languages are those of the model that it began as."""
   said = _said(origin)
   data = {name: said[name] for name in _INHERITED if said.get(name)}
   # A folder's name says nothing to others; its card may say what it is.
   if base := _hub_name(source) or said.get('base_model'):
     data['base_model'] = base
-  return yaml.safe_dump(data | {'library_name': 'transformers', 'pipeline_tag': task, 'tags': [tag]}, sort_keys=False,
+  return yaml.safe_dump(data | {'library_name': library, 'pipeline_tag': task, 'tags': [tag]}, sort_keys=False,
                         allow_unicode=True)
 
 
@@ -114,6 +135,8 @@ def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:
     return f'It was never trained in blocks; `{files.META}` asks for no sinks.\n'
   ids = list(said['sink_ids'])
   lines = _list({'sinks in front of every block': f'{len(ids)}, token ids {ids}' if ids else 0,
+                 'learned tokens behind every context block': len(said.get('tail_ids', ())) or None,
+                 'seam tokens that are read again': said.get('seam') or None,
                  'positions': said['positions'], 'most blocks of a row in training': said['max_blocks']})
   learned = (f'\nThe last {cfg.learned_sinks} token ids, from {cfg.vocab} on, are learned sinks: they are never generated.\n'
              if cfg.learned_sinks else '')

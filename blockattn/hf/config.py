@@ -16,8 +16,9 @@ from blockattn.hf import files
 from blockattn.models.classifier import ClassifierConfig
 from blockattn.models.transformer import Llama3Rope, ModelConfig
 
-ARCHITECTURES = {'qwen3': 'Qwen3ForCausalLM', 'llama': 'LlamaForCausalLM'}
-CLASSIFIERS = {'qwen3': 'Qwen3ForTokenClassification', 'llama': 'LlamaForTokenClassification'}
+ARCHITECTURES = {'qwen3': 'Qwen3ForCausalLM', 'qwen2': 'Qwen2ForCausalLM', 'llama': 'LlamaForCausalLM'}
+CLASSIFIERS = {'qwen3': 'Qwen3ForTokenClassification', 'qwen2': 'Qwen2ForTokenClassification',
+               'llama': 'LlamaForTokenClassification'}
 
 # Key -> the values that change nothing, and what to tell whoever has another one.
 HARMLESS = {
@@ -30,10 +31,12 @@ HARMLESS = {
     'attn_logit_softcapping': ((None,), 'supported are plain softmax logits'),
     'final_logit_softcapping': ((None,), 'supported are plain logits'),
     'is_encoder_decoder': ((None, False), 'supported are decoders only'),
-    'auto_map': ((None,), 'code of a checkpoint is never run; remove the key if the model is plain Qwen3 or Llama'),
+    'auto_map': ((None,), 'code of a checkpoint is never run; remove the key if the model is plain Qwen or Llama'),
 }
 
 SINKS_STAND = 'in front of every block'   # part of what an export says of its blocks
+# Fields of BlockOptions that older students do not speak of.
+LATER = {'shared_first': bool, 'tail_ids': [int], 'links': bool, 'seam': int, 'align': int}
 
 LLAMA_THETA = 10000.0   # of configs from before the key
 # Keys that count something, and may not say 0.
@@ -45,14 +48,16 @@ LLAMA3_KEYS = {'factor': 'factor', 'low_freq_factor': 'low_freq_factor', 'high_f
 
 
 def read(folder: os.PathLike | str) -> ModelConfig:
-  """The architecture of a Hugging Face folder, learned sinks (see `convert.save`) included; of a token-classification model
-  a `ClassifierConfig`.
+  """The architecture of a Hugging Face folder, learned sinks (see `convert.save`) included, or of one of wrappers
+  (`convert.save_wrappers`); of a token-classification model a `ClassifierConfig`.
 
   Raises:
     FileNotFoundError: no config.json.
     ValueError: naming the file, key and value that is missing, malformed or unsupported.
   """
   files.check_kind(pathlib.Path(folder))
+  if (pathlib.Path(folder) / files.WRAPPERS).exists():
+    return _read_wrapped(pathlib.Path(folder))
   path = pathlib.Path(folder) / 'config.json'
   cfg = from_dict(files.read_json(path), str(path))
   meta = read_meta(folder)
@@ -63,6 +68,13 @@ def read(folder: os.PathLike | str) -> ModelConfig:
   if not 0 <= sinks < cfg.vocab:
     raise UserError(f'{where}: learned_sinks is {sinks}, of {cfg.vocab} rows of the embedding')
   return dataclasses.replace(cfg, vocab=cfg.vocab - sinks, learned_sinks=sinks)
+
+
+def _read_wrapped(folder):
+  """The architecture of the model that wrappers stand beside, with rows for them."""
+  meta = read_meta(folder)
+  disk.check_form(meta, {'source': str, 'learned_sinks': int}, str(folder / files.META))
+  return dataclasses.replace(read(files.locate(meta['source'])), learned_sinks=meta['learned_sinks'])
 
 
 def read_meta(folder: os.PathLike | str) -> dict:
@@ -83,10 +95,10 @@ def block_options(meta: dict, where: str = files.META) -> BlockOptions:
   said = meta['blocks'] if 'blocks' in meta else None
   if said is None:
     return BlockOptions(sink_ids=(), positions='sequential', max_blocks=1)
-  disk.check_form(said, {'sink_ids': [int], 'positions': str, 'max_blocks': int}, f'{where}: "blocks"')
+  form = {'sink_ids': [int], 'positions': str, 'max_blocks': int} | {key: kind for key, kind in LATER.items() if key in said}
+  disk.check_form(said, form, f'{where}: "blocks"')
   try:
-    options = BlockOptions(tuple(said['sink_ids']), said['positions'], said['max_blocks'],
-                           said.get('shared_first', False))   # older students have no shared prefix
+    options = BlockOptions(**{key: tuple(said[key]) if kind == [int] else said[key] for key, kind in form.items()})
   except ValueError as error:
     raise UserError(f'{where}: "blocks": {error}') from error
   if options.sink_ids and said.get('sinks_stand') != SINKS_STAND:
@@ -116,7 +128,6 @@ def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
   _check_harmless(raw, where)
   need = lambda key: _require(raw, key, int, where)
   # Absent keys mean what they mean to transformers' class; where its guess would be a gamble, the key is required.
-  absent = lambda key: family == 'llama' and raw.get(key) is None
   _check_ranges(raw, where)
   heads, width = need('num_attention_heads'), need('hidden_size')
   theta, scaling = _rope(raw, where)
@@ -125,11 +136,11 @@ def from_dict(raw: dict, where: str = 'config.json') -> ModelConfig:
     classes['unit_tokens'] = need('unit_tokens')
   return _named(
       where, family=family, vocab=need('vocab_size'), width=width, layers=need('num_hidden_layers'), heads=heads,
-      kv_heads=heads if absent('num_key_value_heads') else need('num_key_value_heads'),
-      head_dim=width // heads if absent('head_dim') else need('head_dim'),
+      kv_heads=heads if family == 'llama' and raw.get('num_key_value_heads') is None else need('num_key_value_heads'),
+      head_dim=width // heads if family != 'qwen3' and raw.get('head_dim') is None else need('head_dim'),
       mlp=need('intermediate_size'), norm_eps=_require(raw, 'rms_norm_eps', float, where),
       rope_theta=theta, rope_scaling=scaling,
-      qk_norm=family == 'qwen3', attention_bias=_flag(raw, 'attention_bias', where),
+      qk_norm=family == 'qwen3', attention_bias=family == 'qwen2' or _flag(raw, 'attention_bias', where),
       mlp_bias=family == 'llama' and _flag(raw, 'mlp_bias', where), tied=_flag(raw, 'tie_word_embeddings', where),
       max_positions=need('max_position_embeddings'), **classes)
 
@@ -186,13 +197,15 @@ def to_dict(cfg: ModelConfig, dtype: str, token_ids: dict) -> dict:
       'vocab_size': cfg.vocab + cfg.learned_sinks, 'hidden_size': cfg.width, 'num_hidden_layers': cfg.layers,
       'num_attention_heads': cfg.heads, 'num_key_value_heads': cfg.kv_heads, 'head_dim': cfg.head_dim,
       'intermediate_size': cfg.mlp, 'hidden_act': 'silu', 'rms_norm_eps': cfg.norm_eps,
-      'max_position_embeddings': cfg.max_positions, 'attention_bias': cfg.attention_bias, 'attention_dropout': 0.0,
+      'max_position_embeddings': cfg.max_positions, 'attention_dropout': 0.0,
       'tie_word_embeddings': cfg.tied, 'initializer_range': 0.02, 'use_cache': True, **_rope_to_dict(cfg),
       **{key: token_ids[key] for key in files.TOKEN_IDS}}
   if isinstance(cfg, ClassifierConfig):
     names = {i: f'LABEL_{i}' for i in range(cfg.labels)}
     out |= {'id2label': {str(i): name for i, name in names.items()}, 'label2id': {name: i for i, name in names.items()},
             **({'unit_tokens': cfg.unit_tokens} if cfg.unit_tokens else {})}
+  if cfg.family != 'qwen2':   # whose class has no switch: q, k and v have a bias
+    out |= {'attention_bias': cfg.attention_bias}
   if cfg.family == 'llama':
     return out | {'mlp_bias': cfg.mlp_bias}
   return out | {'use_sliding_window': False, 'sliding_window': None, 'max_window_layers': cfg.layers}
@@ -204,8 +217,10 @@ def check_exportable(cfg: ModelConfig):
   if cfg.qk_norm != (family == 'qwen3'):
     raise UserError(f'qk_norm={cfg.qk_norm} does not exist in {ARCHITECTURES[family]}; export it as '
                     f"family={'llama' if family == 'qwen3' else 'qwen3'!r}")
-  if family == 'qwen3' and cfg.mlp_bias:
-    raise UserError("mlp_bias=True does not exist in Qwen3ForCausalLM; supported by family='llama' only")
+  if family == 'qwen2' and not cfg.attention_bias:
+    raise UserError("attention_bias=False does not exist in Qwen2ForCausalLM; export it as family='llama'")
+  if family != 'llama' and cfg.mlp_bias:
+    raise UserError(f"mlp_bias=True does not exist in {ARCHITECTURES[family]}; supported by family='llama' only")
   if family == 'llama' and cfg.width % cfg.heads:
     raise UserError(f'LlamaForCausalLM refuses width {cfg.width} that is no multiple of heads {cfg.heads}')
 

@@ -33,7 +33,7 @@ Report = Callable[[int, int], None]   # called with (bytes done, bytes in all)
 
 def load(name: os.PathLike | str, dtype: str, mesh: Mesh | None = None, rules: Any = None,
          report: Report | None = None) -> tuple[ModelConfig, Any]:
-  """Reads a model in the Hugging Face format.
+  """Reads a model in the Hugging Face format, or wrappers with the model that they stand beside.
 
   Args:
     name: a local folder, or the hub's owner/model or owner/model@revision.
@@ -53,6 +53,8 @@ def load(name: os.PathLike | str, dtype: str, mesh: Mesh | None = None, rules: A
   errors.check_choice('dtype', dtype, DTYPES)
   folder = files.locate(name)
   cfg = config.read(folder)
+  if (folder / files.WRAPPERS).exists():
+    return cfg, _load_wrapped(folder, cfg, dtype, mesh, rules, report)
   slots, stored = names.slots(cfg), files.stored_tensors(folder)
   _check_tied_head(cfg, stored)
   stored = {key: at for key, at in stored.items() if not (cfg.tied and key == names.HEAD or names.is_buffer(key))}
@@ -136,6 +138,26 @@ def save(params: Any, cfg: ModelConfig, folder: os.PathLike | str, *, source: os
       verify(new, cfg, dtype)
 
 
+def save_wrappers(rows: Any, cfg: ModelConfig, folder: os.PathLike | str, *, source: os.PathLike | str, meta: dict,
+                  card: str, overwrite: bool = False) -> None:
+  """Writes the learned sinks and tails alone; the model that they stand beside is read from where meta['source'] says.
+
+  Args:
+    rows: [learned_sinks, D].
+    source, meta, card, overwrite: as of `save`. Tokenizer and generation config are the base model's: no text is any of
+      these rows.
+
+  Raises as `save`.
+  """
+  meta, source = _check_meta(meta, cfg), pathlib.Path(source)
+  with files.new_folder(pathlib.Path(folder), overwrite) as new:
+    files.write_shard(new / files.WRAPPERS, {'sinks': np.asarray(rows)})
+    metrics.write_json(new / files.META, meta)
+    (new / files.CARD).write_text(card, encoding='utf-8')
+    files.copy_companions(source, new)
+    _write_generation_config(new / 'generation_config.json', files.token_ids(source), files.own_stop_ids(source))
+
+
 def verify(folder: pathlib.Path, cfg: ModelConfig, dtype: str):
   """Reads the headers of a written folder again; raises ValueError unless it is this architecture in this dtype."""
   read_back = config.read(folder)
@@ -175,6 +197,22 @@ def check_same_weights(said: dict | None, now: dict | None, what: str, source: o
 
 
 # Reading.
+
+
+def _load_wrapped(folder, cfg, dtype, mesh, rules, report):
+  """The parameters of a model with the learned sinks and tails that were trained beside it."""
+  meta = config.read_meta(folder)
+  said, source = meta.get('source_weights'), meta['source']
+  params = same = load(source, dtype, mesh, rules, report)[1]
+  if said and said['dtype'] != dtype and tree.fingerprint(params) != said['fingerprint']:
+    same = load(source, said['dtype'], mesh, rules)[1]   # of float32 weights, one of the two was rounded
+  check_same_weights(said, weights_facts(same), str(folder), source, 'train its rows again')
+  with files.open_tensors(folder / files.WRAPPERS) as tensors:
+    rows = tensors.get_tensor('sinks')
+  shape = cfg.learned_sinks, cfg.width
+  if rows.shape != shape or not np.isfinite(rows.astype(np.float32)).all():
+    raise UserError(f'{folder / files.WRAPPERS}: rows of {rows.shape}, where finite ones of {shape} belong')
+  return params | {'sinks': _placer(cfg, mesh, rules)('sinks', rows.astype(jnp.dtype(dtype)))}
 
 
 def _check_stored(slots, stored, folder):

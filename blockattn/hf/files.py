@@ -21,6 +21,7 @@ from blockattn.metrics import write_json
 META = 'blockattn.json'
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
+WRAPPERS = 'wrappers.safetensors'   # learned sinks and tails alone, of a model that lies elsewhere
 TOKEN_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')
 # What an export takes over from the folder that its tokenizer comes from. Licences travel with the weights.
 COPIED = ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'special_tokens_map.json',
@@ -193,7 +194,8 @@ def new_folder(folder: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
     raise
 
 
-_OURS = ('config.json', 'checkpoints')   # what a folder that may be replaced has, of a model or of a run
+# One of which a folder has that may be replaced, of a model or of a run.
+_OURS = ('config.json', 'checkpoints', ADAPTER, WRAPPERS)
 
 
 def check_free(folder: pathlib.Path, overwrite: bool):
@@ -204,7 +206,7 @@ def check_free(folder: pathlib.Path, overwrite: bool):
   if folder.is_dir() and any(folder.iterdir()) and not overwrite:
     raise FileExistsError(f'{folder} is not empty; name a new folder, or replace it with --overwrite (overwrite=True)')
   if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in _OURS):
-    raise FileExistsError(f'{folder} holds neither {" nor ".join(_OURS)}, so that it is no model or run to be replaced; '
+    raise FileExistsError(f'{folder} holds neither {" nor ".join(_OURS[:2])}, so that it is no model or run to be replaced; '
                           'name a new folder')
 
 

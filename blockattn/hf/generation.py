@@ -16,7 +16,8 @@
 
 A prompt is the token ids of each context block and, last, of the question (`data.encode.Encoder.prompt`). Both ways
 give what transformers' generate gives: the prompt with its sinks, then the answer. Models are what `hf.config` reads:
-Qwen3 and Llama with plain full attention. Nothing here computes with jax, which would take a GPU's memory from torch.
+Qwen3, Qwen2.5 and Llama with plain full attention. Nothing here computes with jax, which would take a GPU's memory from
+torch.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from blockattn.blocks import BlockLayout, BlockOptions, check_cacheable, from_lengths, place_prompt, sees
+from blockattn.blocks import BlockLayout, BlockOptions, check_cacheable, place_prompt, prompt_layout, sees
 from blockattn.errors import UserError
 from blockattn.hf import config
 
@@ -40,7 +41,7 @@ except ImportError as error:
 
 NAME = 'block_sdpa'   # of our attention in transformers, as in from_pretrained(..., attn_implementation=NAME)
 
-Model = Any   # LlamaForCausalLM or Qwen3ForCausalLM, of which the annotations of transformers deny that they generate
+Model = Any   # LlamaForCausalLM or another family's, of which the annotations of transformers deny that they generate
 Prompt = Sequence[Sequence[int]]
 State = tuple[tuple[torch.Tensor, torch.Tensor], ...]   # of each layer (k, v), both [1, K, n, H]
 
@@ -67,12 +68,14 @@ class BlockInputs:
     return {'input_ids': self.input_ids, 'position_ids': self.position_ids, 'attention_mask': self.attention_mask}
 
 
-def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, device: torch.device | str = 'cpu') -> BlockInputs:
+def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, seam: int | None = None,
+                 device: torch.device | str = 'cpu') -> BlockInputs:
   """Prompts as the rows of one masked forward pass.
 
   Args:
     prompts: see the top of this file.
     options: see `config.block_options`.
+    seam: tokens of a seam, see `BlockOptions`; None: as the options say. The copies stand among the tokens.
     device: of the tensors.
 
   Raises:
@@ -80,51 +83,57 @@ def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, device: to
   """
   if not prompts:
     raise UserError('no prompt to read; give at least one')
+  options = _with_seam(options, seam)
   placed = [place_prompt(prompt, options) for prompt in prompts]
   lengths = [[len(block.tokens) for block in row] for row in placed]
   length = max(map(sum, lengths))
   padding = [length - sum(row) for row in lengths]
-  layout = from_lengths([[row] for row in lengths], length, shared_first=options.shared_first, positions=options.positions)
+  layout = prompt_layout(placed, length, options.shared_first)
   left_padded = lambda x: torch.from_numpy(np.stack([np.roll(row, n) for row, n in zip(x, padding)])).to(device)
   layout = jax.tree.map(left_padded, layout).replace(position=left_padded(layout.position).long())
   tokens = [[0] * n + [token for block in row for token in block.tokens] for row, n in zip(placed, padding)]
   return BlockInputs(torch.tensor(tokens, device=device), layout.position, (layout.doc != 0).long(), layout)
 
 
+def _with_seam(options, seam):
+  return options if seam is None else dataclasses.replace(options, seam=seam)
+
+
 # Blocks that were read before.
 
 
 @torch.no_grad()
-def cached_generate(model: Model, prompt: Prompt, options: BlockOptions, *,
+def cached_generate(model: Model, prompt: Prompt, options: BlockOptions, *, seam: int | None = None,
                     cache: MutableMapping[str, State] | None = None, **generate_kwargs: Any) -> Any:
   """`model.generate` where the context blocks' keys and values are read once and then only moved to their place.
 
   Args:
-    model: Qwen3 or Llama for causal language modelling, of transformers.
+    model: Qwen3, Qwen2.5 or Llama for causal language modelling, of transformers.
     prompt: one prompt, see the top of this file. Several at once are the masked pass's work (`block_inputs`).
     options: see `config.block_options`.
+    seam: tokens of a seam, see `BlockOptions`; None: as the options say. What `cache` holds serves any of them.
     cache: where states are looked up, and put after they were computed; a dict, or anything that behaves like one and
       keeps tensors as they are. What it holds belongs to this model with these weights and this dtype. Blocks that read a
       shared prefix are kept together with it.
     **generate_kwargs: passed on to `model.generate`, such as max_new_tokens, do_sample or streamer.
 
   Returns:
-    What `model.generate` returns for the whole prompt, sinks included: tokens int64 [1, T + new].
+    What `model.generate` returns for the whole prompt, sinks included and every token once: tokens int64 [1, T + new].
 
   Raises:
     ValueError: a model or prompt that cannot be read in blocks; options with a shared prefix and positions other than
       'local'; several beams or answers.
   """
   _check_one_answer(model, generate_kwargs)
-  past = prefill_blocks(model, prompt, options, cache=cache)
-  inputs = block_inputs([prompt], options, device=model.device)
+  past = prefill_blocks(model, prompt, options, seam=seam, cache=cache)
+  inputs = block_inputs([prompt], options, seam=0, device=model.device)   # in the cache, copies stand for their originals
   # With ids, positions and mask of the whole prompt, generate cuts off what the cache holds, and goes on counting from
   # the last position, whatever the cache's length is.
   return model.generate(**inputs.tensors(), past_key_values=past, use_cache=True, **generate_kwargs)
 
 
 @torch.no_grad()
-def prefill_blocks(model: Model, prompt: Prompt, options: BlockOptions, *,
+def prefill_blocks(model: Model, prompt: Prompt, options: BlockOptions, *, seam: int | None = None,
                    cache: MutableMapping[str, State] | None = None) -> DynamicCache:
   """Keys and values of a prompt's context blocks, each at its place. Arguments and errors as in `cached_generate`.
 
@@ -133,17 +142,25 @@ def prefill_blocks(model: Model, prompt: Prompt, options: BlockOptions, *,
   """
   _check_model(model)
   check_cacheable(options)
-  *context, _ = place_prompt(prompt, options)
+  *placed, _ = place_prompt(prompt, _with_seam(options, seam))
   cache = {} if cache is None else cache
-  decoder, states, prefix = model.get_decoder(), [], None
-  for block in context:
+  decoder, states, prefix, copies = model.get_decoder(), [], None, None
+  for block in placed:
+    if block.reads is not None:   # all that stands before it, which is what the cache holds so far
+      state = _read_block(decoder, block.tokens, states, model.device, block.start)
+      if block.copy:
+        copies = state
+      else:
+        states.append(state)
+      continue
     before = prefix.tokens if prefix else ()
     key = _state_key(block.tokens, before)
     state = cache[key] if key in cache else None
     if state is None:
-      state = cache[key] = _read_block(decoder, block.tokens, states[0] if prefix else None, model.device)
-    states.append(_moved(state, block.start - len(before), decoder.rotary_emb.inv_freq))
-    prefix = context[0] if options.shared_first else None
+      state = cache[key] = _read_block(decoder, block.tokens, states[:1] if prefix else [], model.device, len(before))
+    state = _moved(state, block.start - len(before), decoder.rotary_emb.inv_freq)
+    states.append(state if copies is None else _with_copies(state, copies, block.hidden))
+    prefix, copies = placed[0] if options.shared_first else None, None
   return _joined(states, model.config)
 
 
@@ -171,14 +188,21 @@ def _state_key(tokens, before):
   return digest.hexdigest()
 
 
-def _read_block(decoder, tokens, before: State | None, device) -> State:
-  """Keys and values of a block that is read alone, at positions 0, 1, ..., or right behind `before`."""
-  past = _joined([] if before is None else [before], decoder.config)
+def _read_block(decoder, tokens, before: Sequence[State], device, start: int) -> State:
+  """Keys and values of tokens that read what is `before` them, from position `start` on."""
+  past = _joined(before, decoder.config)
   skip = past.get_seq_length()
-  position = torch.arange(skip, skip + len(tokens), device=device)[None]
+  position = torch.arange(start, start + len(tokens), device=device)[None]
   decoder(input_ids=torch.tensor([tokens], device=device), position_ids=position, past_key_values=past, use_cache=True)
   own = lambda x: x[..., skip:, :].clone() if skip else x
   return tuple((own(keys), own(values)) for keys, values, *_ in past)
+
+
+def _with_copies(state: State, copies: State, where: tuple[int, int]) -> State:
+  """The state with the tokens `where` replaced by copies, which are all that others read of them."""
+  start, stop = where
+  put = lambda x, own: torch.cat([x[..., :start, :], own, x[..., stop:, :]], dim=-2)
+  return tuple(tuple(map(put, *both)) for both in zip(state, copies))
 
 
 def _moved(state: State, distance: int, frequencies) -> State:
@@ -218,7 +242,7 @@ def block_attention(model: Model, layout: BlockLayout) -> Iterator[None]:
   model's attention implementation is changed meanwhile, for other threads, too.
 
   Args:
-    model: Qwen3 or Llama of transformers.
+    model: Qwen3, Qwen2.5 or Llama of transformers.
     layout: BlockLayout [B, T] of tensors or arrays, padding on either side (left for generate), such as that of
       `block_inputs` or, for packed documents, of `blocks.from_lengths`.
 

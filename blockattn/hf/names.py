@@ -1,4 +1,4 @@
-"""The names and shapes of Hugging Face checkpoints against those of our parameter tree: one table for both families.
+"""The names and shapes of Hugging Face checkpoints against those of our parameter tree: one table for all families.
 
 A row says which axes our parameter has (without the leading layer axis, letters as in blocks.py) and which axes the
 Hugging Face tensor has, each a product of ours: `DNH` against `NH D` is torch's [out, in] matrix whose rows are N heads

@@ -58,7 +58,7 @@ class Engine:
 
   Args:
     params, cfg, compute: the model; params are copied to every device of `devices` if they are not there.
-    options: BlockOptions of block mode, as in training.
+    options: BlockOptions of block mode, as in training; `seam` as it is wanted, and for a prompt as its request says.
     tokenizer: `tokenizers.Tokenizer`, or a transformers fast tokenizer.
     stop_ids: tokens that end an answer.
     device_tokens: room in device memory for so many tokens of block states, over all devices; a token takes 2 L K H values
@@ -81,7 +81,7 @@ class Engine:
     self._params = jax.device_put(params, NamedSharding(self._mesh, pool_lib.EVERYWHERE))
     self._cfg, self._compute, self._options = cfg, compute, options
     self._tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
-    encode.check_ids(options.sink_ids, cfg.vocab + cfg.learned_sinks, self._tokenizer, 'sinks')
+    encode.check_ids(options.own_ids, cfg.vocab + cfg.learned_sinks, self._tokenizer, 'sinks')
     encode.check_ids(stop_ids, cfg.vocab, self._tokenizer, 'end of an answer')
     self._stop_ids, self._batch, self._fill_tokens = tuple(stop_ids), batch, fill_tokens
     self._pool = pool_lib.Pool(cfg, compute.dtype, self._mesh, device_tokens)
@@ -185,11 +185,15 @@ class Engine:
   def _read_prompts(self, plans, on_part=_nothing):
     """(x_BD, decode.Cache, decode.Context or None) after the last blocks; the context's states are in the pool."""
     rows, context = decode.bucket(len(plans), 1), None
+    tokens, lengths, first_position, reads = plan_lib.reader_arrays(plans, rows)
     if any(plan.context for plan in plans):
-      context = self._pool.gather(*plan_lib.context_arrays(plans, rows, self._pool.where, self._pool.devices), self._cfg)
+      pages, position, visible, number = plan_lib.context_arrays(plans, rows, self._pool.where, self._pool.devices)
+      context = self._pool.gather(pages, position, visible, self._cfg)
+      if reads is not None:   # else the last blocks read all of it
+        context = dataclasses.replace(context, number=number)
     on_part('gather', context)
     room = padded(max(plan.request.max_new for plan in plans))
-    x_BD, cache = _read(self._params, *plan_lib.question_arrays(plans, rows), context, room=room, cfg=self._cfg,
+    x_BD, cache = _read(self._params, tokens, lengths, first_position, reads, context, room=room, cfg=self._cfg,
                         compute=self._compute, mesh=self._mesh)
     on_part('read', x_BD)
     return x_BD, cache, context
@@ -257,19 +261,24 @@ class Engine:
 
 def _context_specs(context):
   kv = pool_lib.CONTEXT
-  return None if context is None else dataclasses.replace(context, k=kv, v=kv, visible=pool_lib.PAGES)
+  if context is None:
+    return None
+  number = None if context.number is None else pool_lib.PAGES
+  return dataclasses.replace(context, k=kv, v=kv, visible=pool_lib.PAGES, number=number)
 
 
 @functools.partial(jax.jit, static_argnames=('room', 'cfg', 'compute', 'mesh'))
-def _read(params, tokens, lengths, first_position, context, *, room, cfg, compute, mesh):
-  """decode.prefill of the last blocks: tokens [B, T], of `lengths`, from these positions on."""
-  def here(params, tokens, lengths, first_position, context):
+def _read(params, tokens, lengths, first_position, reads, context, *, room, cfg, compute, mesh):
+  """decode.prefill of the readers, see `plan.reader_arrays`."""
+  def here(params, tokens, lengths, first_position, reads, context):
     layout = pool_lib.one_block(lengths, first_position, tokens.shape[1])
+    if reads is not None:   # numbers that never decrease, and all are readers: they read one another causally
+      layout = layout.replace(block=reads)
     return decode.prefill(params, tokens, layout, cfg, compute, room, context)
 
   every = pool_lib.EVERYWHERE
-  return pool_lib.on_mesh(mesh, here, (every, every, every, every, _context_specs(context)), every)(
-      params, tokens, lengths, first_position, context)
+  return pool_lib.on_mesh(mesh, here, (every, every, every, every, every, _context_specs(context)), every)(
+      params, tokens, lengths, first_position, reads, context)
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'mesh'), donate_argnames=('cache',))

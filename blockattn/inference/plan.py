@@ -5,6 +5,7 @@ All shapes come from a few sizes (`pool.padded`), so that after a while nothing 
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -26,6 +27,7 @@ class Request:
     max_new: most tokens of the answer.
     stop: the answer ends before any of these texts, and at an end-of-text token.
     temperature, top_k, top_p, seed: see `sampling.Sampling`.
+    seam: tokens of a seam, see `blocks.BlockOptions`, for this prompt; None: as the engine's options say.
   """
   prompt: Sequence[Sequence[int]]
   max_new: int = 256
@@ -34,10 +36,13 @@ class Request:
   top_k: int = 0
   top_p: float = 1.0
   seed: int = 0
+  seam: int | None = None
 
   def __post_init__(self):
     if self.max_new < 1:
       raise UserError(f'max_new={self.max_new}; an answer has at least one token')
+    if self.seam is not None and self.seam < 0:
+      raise UserError(f'seam={self.seam}; a seam has 0 tokens or more')
     if not all(self.stop):
       raise UserError('an empty stop text would end every answer at once; leave it out')
     if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -47,21 +52,26 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class ContextBlock:
-  """A context block of a prompt: the key of its state, its tokens, sinks included, the position of the first, and the key of
-  the shared prefix that it reads, '' without one."""
+  """A context block of a prompt: the key of its state, its tokens, sinks included, the position of the first, the key of
+  the shared prefix that it reads, '' without one, and (start, stop) of the tokens whose copies are read in their place."""
   key: str
   tokens: tuple[int, ...]
   start: int
   prefix: str
+  hidden: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """A request with its number, its context and its question, see `blocks.place_prompt`."""
+  """A request with its number, its context and its readers, the last of which is the question, see `blocks.place_prompt`."""
   number: int
   request: Request
   context: tuple[ContextBlock, ...]
-  question: blocks_lib.PlacedBlock
+  readers: tuple[blocks_lib.PlacedBlock, ...]
+
+  @property
+  def question(self) -> blocks_lib.PlacedBlock:
+    return self.readers[-1]
 
 
 def make(number: int, request: Request, options: blocks_lib.BlockOptions, keys: cache_lib.Keys) -> Plan:
@@ -71,13 +81,16 @@ def make(number: int, request: Request, options: blocks_lib.BlockOptions, keys: 
     ValueError: its prompt is no list of blocks.
   """
   try:
-    *context, question = blocks_lib.place_prompt(request.prompt, options)
+    options = options if request.seam is None else dataclasses.replace(options, seam=request.seam)
+    placed = blocks_lib.place_prompt(request.prompt, options)
   except ValueError as error:
     raise UserError(f'request {number}: {error}') from error
+  context, readers = ([block for block in placed if (block.reads is not None) == reads] for reads in (False, True))
   first = keys.of(context[0].tokens) if options.shared_first and context else ''
   prefixes = ['', *[first] * (len(context) - 1)]
-  return Plan(number, request, tuple(ContextBlock(keys.of(block.tokens, prefix), block.tokens, block.start, prefix)
-                                     for block, prefix in zip(context, prefixes)), question)
+  return Plan(number, request, tuple(
+      ContextBlock(keys.of(block.tokens, prefix), block.tokens, block.start, prefix, block.hidden)
+      for block, prefix in zip(context, prefixes)), tuple(readers))
 
 
 def blocks_of(plans: Sequence[Plan]) -> dict[str, ContextBlock]:
@@ -150,37 +163,49 @@ def _fill_rows(queues, length, rows, unused):
 
 
 def context_arrays(plans: Sequence[Plan], rows: int, where: Callable[[str], Mapping[int, np.ndarray]],
-                   devices: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Where the context of each prompt is: (pages, position, visible) as `pool.Pool.gather` takes them.
+                   devices: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """Where the context of each prompt is: (pages, position, visible) as `pool.Pool.gather` takes them, and `number` of
+  `decode.Context`.
 
   Args:
     where: key -> {device: pages}, on one device at least.
   """
-  lists = [[[] for _ in range(devices)] for _ in range(rows)]   # (page, first position, tokens) of each row and device
+  # (page, first position, tokens, block's number, start and stop of what is hidden) of each row and device
+  lists = [[[] for _ in range(devices)] for _ in range(rows)]
   for row, plan in zip(lists, plans, strict=False):
-    for block in plan.context:
+    for number, block in enumerate(plan.context):
       device, pages = next(iter(where(block.key).items()))
-      row[device] += [(p, block.start + i * PAGE, min(PAGE, len(block.tokens) - i * PAGE)) for i, p in enumerate(pages)]
+      row[device] += [(p, block.start + at, min(PAGE, len(block.tokens) - at), number, *(x - at for x in block.hidden))
+                      for p, at in zip(pages, itertools.count(step=PAGE))]
   width = decode.bucket(max(len(own) for row in lists for own in row) * PAGE, 8 * PAGE) // PAGE
-  pages, first, used = (np.zeros((rows, devices, width), np.int32) for _ in range(3))
+  pages, first, used, number, start, stop = arrays = [np.zeros((rows, devices, width), np.int32) for _ in range(6)]
   for b, row in enumerate(lists):
     for d, own in enumerate(row):
-      if own:
-        pages[b, d, :len(own)], first[b, d, :len(own)], used[b, d, :len(own)] = np.array(own).T
+      for x, values in zip(arrays, zip(*own)):
+        x[b, d, :len(own)] = values
   slot = np.arange(PAGE, dtype=np.int32)
-  visible = (slot < used[..., None]).reshape(rows, -1)
-  position = np.where(visible, (first[..., None] + slot).reshape(rows, -1), 0).astype(np.int32)
-  return pages.reshape(rows, -1), position, visible
+  flat = lambda x: np.broadcast_to(x, (rows, devices, width, PAGE)).reshape(rows, -1)
+  start, stop = start[..., None], stop[..., None]
+  used = flat(slot < used[..., None])
+  position = np.where(used, flat(first[..., None] + slot), 0).astype(np.int32)
+  return pages.reshape(rows, -1), position, used & ~flat((start <= slot) & (slot < stop)), flat(number[..., None])
 
 
-def question_arrays(plans: Sequence[Plan], rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(tokens [rows, T], lengths [rows], position of the first token [rows]) of the last blocks, int32."""
-  tokens = np.zeros((rows, padded(max(len(plan.question.tokens) for plan in plans))), np.int32)
-  lengths, starts = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-  for i, question in enumerate(plan.question for plan in plans):
-    lengths[i], starts[i] = len(question.tokens), question.start
-    tokens[i, :lengths[i]] = question.tokens
-  return tokens, lengths, starts
+def reader_arrays(plans: Sequence[Plan], rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+  """(tokens [rows, T], lengths [rows], position of the first token [rows], None), int32, of the last blocks; with other
+  readers in front of them what each position is ahead of its place [rows, T], and how many context blocks it reads
+  [rows, T]."""
+  length = max(sum(len(reader.tokens) for reader in plan.readers) for plan in plans)
+  tokens, ahead, reads = (np.zeros((rows, padded(length)), np.int32) for _ in range(3))
+  lengths = np.zeros(rows, np.int32)
+  for i, plan in enumerate(plans):
+    for reader in plan.readers:
+      own = slice(lengths[i], lengths[i] + len(reader.tokens))
+      tokens[i, own], ahead[i, own], reads[i, own] = reader.tokens, reader.start - lengths[i], reader.reads or 0
+      lengths[i] += len(reader.tokens)
+  if all(len(plan.readers) == 1 for plan in plans):
+    return tokens, lengths, ahead[:, 0], None
+  return tokens, lengths, ahead, reads
 
 
 def sampling(requests: Sequence[Request], rows: int) -> sampling_lib.Sampling | None:

@@ -19,13 +19,16 @@ _CHUNK = 1024   # slots of the cache whose scores exist at a time
 
 
 @jax.jit
-def attend_cached(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BS: Array) -> tuple[Array, Array]:
+def attend_cached(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BS: Array,
+                  below: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
   """Softmax attention of every query to all visible keys, chunk after chunk: memory is O(T), whatever S.
 
   Args:
     q_BTNH: queries. Query head n reads key/value head n // (N / K). The scale H ** -0.5 is applied inside.
     k_BSKH, v_BSKH: the cache.
     visible_BS: bool, the slots of the cache that the queries of a row may read.
+    below: (number_BS, reads_BT), int32, where not all queries read as much: of these slots query t reads those of numbers
+      below reads_BT[:, t].
 
   Returns:
     (out_BTNH, lse_BTN), float32. A row without a visible key has output 0 and logsumexp -inf.
@@ -42,13 +45,17 @@ def attend_cached(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BS: Array
   chunks = lambda x: jnp.pad(x, [(0, 0), (0, -S % chunk)] + [(0, 0)] * (x.ndim - 2)).reshape(
       B, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  number_BS, reads_BT = below or (None, None)
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(q_BTKGH.dtype))
 
   def step(carry, chunk):
     acc, peak, total = carry
-    k_BSKH, v_BSKH, visible_BS = chunk
+    k_BSKH, v_BSKH, visible_BS, number_BS = chunk
     scores = dot('btkgh,bskh->btkgs', q_BTKGH, k_BSKH) * H ** -0.5
-    scores = jnp.where(visible_BS[:, None, None, None], scores, MASKED)
+    seen = visible_BS[:, None, None, None]
+    if number_BS is not None and reads_BT is not None:
+      seen = seen & (number_BS[:, None, None, None] < reads_BT[:, :, None, None, None])
+    scores = jnp.where(seen, scores, MASKED)
     new_peak = jnp.maximum(peak, scores.max(axis=-1))
     decay, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak[..., None])
     update = dot('btkgs,bskh->btkgh', weights.astype(v_BSKH.dtype), v_BSKH)
@@ -56,7 +63,7 @@ def attend_cached(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BS: Array
 
   per_query = q_BTKGH.shape[:-1]
   start = jnp.zeros(q_BTKGH.shape, jnp.float32), jnp.full(per_query, MASKED, jnp.float32), jnp.zeros(per_query, jnp.float32)
-  (acc, peak, total), _ = lax.scan(step, start, (chunks(k_BSKH), chunks(v_BSKH), chunks(visible_BS)))
+  (acc, peak, total), _ = lax.scan(step, start, jax.tree.map(chunks, (k_BSKH, v_BSKH, visible_BS, number_BS)))
   seen = peak > MASKED / 2
   total = jnp.where(seen, total, 1)
   out = jnp.where(seen[..., None], acc / total[..., None], 0)

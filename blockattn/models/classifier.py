@@ -1,8 +1,8 @@
 """A transformer that gives classes in place of next tokens, as Hugging Face's token classification does.
 
-The checkpoint is that of the backbone's family (`Qwen3ForTokenClassification`, `LlamaForTokenClassification`: `score.weight`
-[C, D], `score.bias` [C], C classes). Ours is that a position may be several tokens read side by side: their embeddings go
-through one matrix each (`units.weight` [P, D, D]) and are added. transformers reads such a model by `inputs_embeds`.
+The checkpoint is that of the backbone's family (`Qwen3ForTokenClassification`, ...: `score.weight` [C, D], `score.bias` [C],
+C classes). Ours is that a position may be several tokens read side by side: their embeddings go through one matrix each
+(`units.weight` [P, D, D]) and are added. transformers reads such a model by `inputs_embeds`.
 """
 
 import dataclasses

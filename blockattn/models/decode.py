@@ -53,12 +53,15 @@ class Context:
 
   Attributes:
     k, v: [L, B, S, K, H], keys rotated.
-    visible: bool [B, S], what every token of the row may attend to.
+    visible: bool [B, S], what every token of the row may attend to, or, with a number, some of them.
+    number: int32 [B, S], of the prompt's block that a slot is of, where a token reads those below its own number in its
+      layout (`BlockLayout.block`); None: every token reads all that is visible.
     axis: name of the mesh axis over which S is sharded, inside of a shard_map; None where it is whole.
   """
   k: Array
   v: Array
   visible: Array
+  number: Array | None = None
   axis: str | None = flax.struct.field(pytree_node=False, default=None)
 
 
@@ -80,14 +83,18 @@ def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transforme
 
   def attend(q, k, v, *known):
     own = api.block_attention_and_lse(q, k, v, layout, impl=compute.impl, tiles=compute.tiles)
-    return _beside(q, known, context, own)
+    return _beside(q, known, context, own, layout.block)
 
   return run(attend, beside=(context.k, context.v))
 
 
-def _beside(q, known, context, own):
-  """Attention to a layer's (k, v) of the context, merged with `own`, (output, logsumexp) of attention to other keys."""
-  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, *known, context.visible))
+def _beside(q, known, context, own, number=None):
+  """Attention to a layer's (k, v) of the context, merged with `own`, (output, logsumexp) of attention to other keys.
+
+  `number` is the queries', [B, T]; None: they read all that is visible, as the last block's do.
+  """
+  below = None if context.number is None or number is None else (context.number, number)
+  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, *known, context.visible, below))
   if context.axis is not None:   # every device has read its own part of the context
     parts = jax.tree.map(lambda x: jax.lax.all_gather(x[0], context.axis), parts)
   every = jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)[None]]), parts, own)
@@ -96,12 +103,12 @@ def _beside(q, known, context, own):
 
 def prefill(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transformer.ModelConfig,
             compute: transformer.Compute, room: int, context: Context | None = None) -> tuple[Array, Cache]:
-  """Reads the prompt, or of a prompt whose context blocks are known its last block.
+  """Reads the prompt, or of a prompt whose context blocks are known its last block, with seams and links its readers.
 
   Args:
     tokens, layout: [B, T], one document per row, its last block being the prompt's; padding after it.
     room: how many tokens may follow.
-    context: the context blocks before these tokens, if these are the last block alone.
+    context: the context blocks before these tokens, if these are the readers alone.
 
   Returns:
     (x_BD, Cache): the hidden state of each row's last token, after the final norm.

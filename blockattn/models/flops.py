@@ -148,22 +148,37 @@ def as_one_block(blocks: Blocks) -> Seen:
   return Seen(float(blocks.sizes.sum()), float((_own(blocks.sizes) + blocks.sizes * _before(blocks.sizes, blocks)).sum()))
 
 
-def in_blocks(blocks: Blocks, *, sinks: int = 0, drop_rate: float = 0.0, drop_mode: str = 'lift') -> Seen:
-  """Block attention as `blocks.may_attend` allows it, with `sinks` tokens in front of every block; under block dropout
-  (`blocks.drop_blocks`) the mean over its draws."""
-  text, sink = blocks.sizes, np.full(len(blocks.sizes), float(sinks))
+def seams(blocks: Blocks, most: int, *, drawn: bool = False) -> np.ndarray:
+  """Seam tokens of each block (`blocks.seam_tokens`); `drawn`: the mean over seams of 0 to `most` tokens."""
+  mean = np.mean([np.minimum(seam, blocks.sizes) for seam in (range(most + 1) if drawn else (most,))], axis=0)
+  return np.where(blocks.first | blocks.reader | blocks.shared, 0.0, mean)
+
+
+def in_blocks(blocks: Blocks, *, sinks: int = 0, tails: int = 0, links: bool = False, seams: np.ndarray | float = 0.0,
+              drop_rate: float = 0.0, drop_mode: str = 'lift') -> Seen:
+  """Block attention as `blocks.may_attend` allows it, with `sinks` tokens in front of every block, tails or links behind all
+  but the last, and `seams` tokens of each read again; under block dropout (`blocks.drop_blocks`) the mean over its draws.
+
+  Where blocks are merged, tails are counted like sinks, and a seam for every block that is left."""
+  tail = np.where(np.append(blocks.first[1:], True), 0.0, tails) if len(blocks.sizes) else blocks.sizes
+  text, sink = blocks.sizes, sinks + (0.0 if links else tail)
+  link = tail if links else 0.0 * tail
   fixed = blocks.reader | blocks.shared
   rate = np.where(fixed, 0.0, drop_rate)
   if drop_mode == 'merge':   # a boundary vanishes, and its sinks; not behind a reader, a shared block or at the start
     rate = np.where(blocks.first | np.append(True, fixed[:-1]), 0.0, rate)
-    return _in_merged_blocks(blocks, text, sink, rate)
+    own = _in_merged_blocks(blocks, text, sink + link, rate)
+    seams = (1 - rate) * seams
+    return Seen(own.tokens + float(seams.sum()), own.pairs + float((seams * _before(text + sink + link, blocks)).sum()))
   size = text + sink
   visible = 1 - rate if drop_mode in ('isolate', 'remove') else np.ones(len(rate))
   present = 1 - rate if drop_mode == 'remove' else np.ones(len(rate))
   reads = np.where(blocks.reader, 1.0, rate if drop_mode in ('lift', 'isolate') else 0.0)
-  before, shared = _before(size * visible, blocks), _before(size * blocks.shared, blocks)
+  before, shared = _before((size + link) * visible, blocks), _before(size * blocks.shared, blocks)
   pairs = _own(size) + size * (reads * before + (1 - reads) * shared)
-  return Seen(float((present * size).sum()), float((present * pairs).sum()))
+  again = (1 - reads) * seams
+  pairs += again * before + (1 - reads) * _own(seams) + link * (before + size * visible) + _own(link)
+  return Seen(float((present * (size + link + again)).sum()), float((present * pairs).sum()))
 
 
 def _in_merged_blocks(blocks, text, sink, rate):

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): a student that trains a low-rank difference to every matrix of a frozen model.
 
-The trained tree holds, for each matrix, `down` [L, in axes, R] and `up` [L, R, out axes], and the learned sinks if there are
-any. It is all that the optimizer and the checkpoints know of; `attach` puts it onto the frozen parameters, `merge` makes one
-model of both.
+The trained tree holds, for each matrix, `down` [L, in axes, R] and `up` [L, R, out axes], and the learned sinks and tails if
+there are any; of `WRAPPERS` these alone. It is all that the optimizer and the checkpoints know of; `attach` puts it onto the
+frozen parameters, `merge` makes one model of both.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class LoraOptions:
   Attributes:
     rank: R; 0: every parameter is trained, and none of this applies.
     alpha: the difference is alpha / rank times the product of the two matrices.
-    targets: names of the matrices, of models.weights.CONTRACTED.
+    targets: names of the matrices, of models.weights.CONTRACTED; none: see `WRAPPERS`.
   """
   rank: int = 0
   alpha: float = 16.0
@@ -35,9 +35,8 @@ class LoraOptions:
     errors.check_number('config.lora.rank', self.rank, 0, hint='; 0: no LoRA')
     errors.check_number('config.lora.alpha', self.alpha, above=0)
     unknown = [name for name in self.targets if name not in weights.CONTRACTED]
-    if unknown or not self.targets:
-      hint = tree.did_you_mean(str(unknown[0]), weights.CONTRACTED) if unknown else 'name at least one'
-      raise UserError(f'config.lora.targets={self.targets}: {hint}')
+    if unknown:
+      raise UserError(f'config.lora.targets={self.targets}: {tree.did_you_mean(str(unknown[0]), weights.CONTRACTED)}')
 
   @property
   def factor(self) -> float:
@@ -45,6 +44,7 @@ class LoraOptions:
 
 
 NONE = LoraOptions()
+WRAPPERS = LoraOptions(rank=1, targets=())   # no matrix: the learned sinks and tails beside a frozen model
 
 
 def spec(cfg: transformer.ModelConfig, options: LoraOptions) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def spec(cfg: transformer.ModelConfig, options: LoraOptions) -> dict[str, Any]:
         'down': ParamSpec((*matrix.shape[:contracted], options.rank), (*matrix.axes[:contracted], None), std=fan_in ** -0.5),
         'up': ParamSpec((L, options.rank, *matrix.shape[contracted:]), (layer, None, *matrix.axes[contracted:]))}
   sinks = {'sinks': whole['sinks']} if cfg.learned_sinks else {}
-  return sinks | {'layers': layers}
+  return sinks | ({'layers': layers} if layers else {})
 
 
 def attach(frozen: dict[str, Any], trained: dict[str, Any], options: LoraOptions) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def attach(frozen: dict[str, Any], trained: dict[str, Any], options: LoraOptions
   frozen = jax.lax.stop_gradient(frozen)
   layers = frozen['layers'] | {
       name: weights.LowRank(frozen['layers'][name], pair['down'], pair['up'], options.factor)
-      for name, pair in trained['layers'].items()}
+      for name, pair in trained.get('layers', {}).items()}
   sinks = {name: value for name, value in trained.items() if name != 'layers'}
   return frozen | sinks | {'layers': layers}
 
@@ -86,6 +86,7 @@ def merge(frozen: dict[str, Any], trained: dict[str, Any], options: LoraOptions)
     difference = options.factor * jnp.matmul(down, up, precision='highest').reshape(base.shape)
     return (base.astype(jnp.float32) + difference).astype(base.dtype)
 
-  layers = frozen['layers'] | {name: add(frozen['layers'][name], pair) for name, pair in trained['layers'].items()}
+  layers = frozen['layers'] | {name: add(frozen['layers'][name], pair)
+                               for name, pair in trained.get('layers', {}).items()}
   sinks = {name: value.astype(frozen['embed'].dtype) for name, value in trained.items() if name != 'layers'}
   return frozen | sinks | {'layers': layers}

@@ -1,4 +1,4 @@
-"""Qwen3 and Llama 3.x as pure functions over stacked parameters.
+"""Qwen3, Qwen2.5 and Llama 3.x as pure functions over stacked parameters.
 
 `apply(params, tokens, layout, cfg, compute)` gives the hidden states after the final norm; `logits` multiplies them by
 the head. Teacher and student are this same function: the teacher's layout is `blocks.as_one_block`.
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from blockattn import blocks, errors, mesh as mesh_lib, options
 from blockattn.errors import UserError
@@ -22,7 +23,9 @@ Array = jax.Array
 Params = Any                     # a tree of `spec`, of arrays and matrices of models.weights
 Angles = tuple[Array, Array]     # cosines and sines, see `rotary_angles`
 Attend = Callable[..., Array]    # (q_BTNH, k_BTKH, v_BTKH, ...) -> o_BTNH
-REMAT = ('none', 'dots', 'full')
+FAMILIES = ('qwen3', 'qwen2', 'llama')
+REMAT = ('none', 'dots', 'full', 'offload')
+_LAYER_INPUT = 'layer_input'     # by which remat 'offload' finds it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Llama3Rope:
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The architecture; names follow the axis legend in blocks.py."""
-  family: str                       # 'qwen3' or 'llama': decides the Hugging Face class it is exported as
+  family: str                       # one of FAMILIES: decides the Hugging Face class it is exported as
   vocab: int                        # V
   width: int                        # D
   layers: int                       # L
@@ -49,19 +52,28 @@ class ModelConfig:
   rope_theta: float = 10000.0
   rope_scaling: Llama3Rope | None = None
   qk_norm: bool = False             # RMSNorm over each head of q and k (Qwen3)
-  attention_bias: bool = False
+  attention_bias: bool = False      # of q, k and v, and of o but in Qwen2
   mlp_bias: bool = False
   tied: bool = False                # the head is the embedding
   max_positions: int = 4096
-  learned_sinks: int = 0            # extra embedding rows for the token ids V, V + 1, ...
+  learned_sinks: int = 0            # extra embedding rows, of sinks and tails, for the token ids V, V + 1, ...
 
   def __post_init__(self):
-    if self.family not in ('qwen3', 'llama'):
-      raise UserError(f'model family {self.family!r}; choose qwen3 or llama')
+    if self.family not in FAMILIES:
+      raise UserError(f'model family {self.family!r}; choose one of {", ".join(FAMILIES)}')
     if self.heads % self.kv_heads:
       raise UserError(f'{self.heads} query heads cannot share {self.kv_heads} key/value heads evenly')
     if self.head_dim % 2:
       raise UserError(f'head_dim {self.head_dim} is odd; rotary positions need pairs')
+
+  @property
+  def output_bias(self) -> bool:
+    return self.attention_bias and self.family != 'qwen2'
+
+
+def without_sinks(cfg: ModelConfig) -> ModelConfig:
+  """The architecture of the model that a student with learned sinks began as."""
+  return dataclasses.replace(cfg, learned_sinks=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +84,8 @@ class Compute:
     dtype: of activations: float32, bfloat16
     impl: attention: reference, xla, tpu, gpu; auto: see kernels.api
     tiles: (query tile, key tile); None: by device
-    remat: what the backward pass computes again: none, dots (all but matmuls), full
+    remat: what the backward pass computes again: none, dots (all but matmuls), full, offload: as full, and what each layer
+      starts from waits in the host's memory (TPU and GPU)
     far_queries: context parallelism: queries of a row that are sent to far keys, at most; None: 1 in 64
     placement: the mesh with its rules; None: one device.
     platform: JAX's name of what computes, 'cpu', 'gpu' or 'tpu', which need not be here; None: that of this process.
@@ -120,7 +133,9 @@ def spec(cfg: ModelConfig) -> dict[str, Any]:
   }
   if cfg.attention_bias:
     layers |= {'q_bias': stacked((N, H), ('heads', 'head_dim')), 'k_bias': stacked((K, H), ('kv_heads', 'head_dim')),
-               'v_bias': stacked((K, H), ('kv_heads', 'head_dim')), 'o_bias': stacked((D,), ('width',))}
+               'v_bias': stacked((K, H), ('kv_heads', 'head_dim'))}
+  if cfg.output_bias:
+    layers |= {'o_bias': stacked((D,), ('width',))}
   if cfg.qk_norm:
     layers |= {'q_norm': stacked((H,), ('head_dim',), fill=1.0), 'k_norm': stacked((H,), ('head_dim',), fill=1.0)}
   if cfg.mlp_bias:
@@ -209,7 +224,7 @@ def decoder_layer(x_BTD: Array, w: Params, angles: Angles, cfg: ModelConfig, com
     if cfg.qk_norm:
       q, k = rms_norm(q, w['q_norm'], cfg.norm_eps), rms_norm(k, w['k_norm'], cfg.norm_eps)
     out = dense(attend(rotate(q, angles), rotate(k, angles), v), w['o'], contract=2)
-  x_BTD = constrain(x_BTD + (out + w['o_bias'] if cfg.attention_bias else out), compute)
+  x_BTD = constrain(x_BTD + (out + w['o_bias'] if cfg.output_bias else out), compute)
   h = rms_norm(x_BTD, w['mlp_norm'], cfg.norm_eps)
   return constrain(x_BTD + _mlp(h, w, cfg), compute), (k, v)
 
@@ -300,10 +315,17 @@ def constrain(x_BTD: Array, compute: Compute) -> Array:
   return x_BTD if compute.placement is None else compute.placement.constrain(x_BTD, 'batch', 'tokens', 'width')
 
 
-def _remat(layer, policy):
-  if policy == 'none':
+def _remat(layer, remat):
+  if remat == 'none':
     return layer
-  saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == 'dots' else None
+  policies = jax.checkpoint_policies
+  if remat == 'offload':
+    named = lambda x_BTD, scanned: layer(checkpoint_name(x_BTD, _LAYER_INPUT), scanned)
+    policy = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src='device',
+        offload_dst='pinned_host')
+    return jax.checkpoint(named, policy=policy, prevent_cse=False)
+  saved = policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
   return jax.checkpoint(layer, policy=saved, prevent_cse=False)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from blockattn import blocks, errors, losses, mesh as mesh_lib, optim, options as options_lib
-from blockattn.data import teacher_logits
+from blockattn import blocks, errors, loading, losses, mesh as mesh_lib, optim, options as options_lib
+from blockattn.data import encode, teacher_logits
 from blockattn.errors import UserError
 from blockattn.evals import gap
 from blockattn.hf import convert
@@ -69,12 +70,16 @@ class DistillOptions:
 class TeacherOptions:
   """
   Attributes:
+    source: folder, hub name or work directory of another model with the same tokens; empty: model.source
+    size: its name in blockattn/models/sizes.py, for tools.show, where source is no folder here
     dtype: of its frozen parameters: float32, bfloat16, int8 (matrices of 8 bits)
     compute_dtype: of its activations
     rules: logical axis -> mesh axes, where they differ from config.rules
     logits: offline distillation: folder of blockattn.train.teach, what it says, computed before; no teacher
     top_k: tokens of each position that blockattn.train.teach keeps
   """
+  source: str = ''
+  size: str = ''
   dtype: str = 'float32'
   compute_dtype: str = 'float32'
   rules: tuple = ()
@@ -92,7 +97,7 @@ class TeacherOptions:
 class Options(job.PromptOptions):
   """
   Attributes:
-    teacher: the frozen model, which is model.source with full attention
+    teacher: the frozen model, which is model.source with full attention, or another one
     distill: the method, arXiv 2605.15913 as we read it
   """
   teacher: TeacherOptions
@@ -140,16 +145,19 @@ class Models:
     blocks: how block mode looks to the student.
     attach: (frozen base, trained parameters) -> the student's parameters; None: they are what is trained.
     row_parts: devices that the tokens of a row are divided over.
+    seam_drawn: whether each step draws how many seam tokens it has, see `blocks.draw_seam`.
   """
   student: Model
   teacher: Model
   blocks: blocks.BlockOptions
   attach: Callable[[Any, Any], Any] | None = None
   row_parts: int = 1
+  seam_drawn: bool = False
 
 
 def loss_mask(batch, dropped: blocks.BlockLayout, options: DistillOptions):
-  """Which positions count: bool [B, T]. `dropped` is the layout after block dropout, before sinks."""
+  """Which positions count: bool [B, T]. `dropped` is the layout after block dropout, before sinks, its seam tokens
+  readers."""
   present = dropped.doc != 0
   if options.loss_over == 'answer':
     mask = batch['loss']
@@ -182,8 +190,10 @@ def loss_sums(params, frozen: job.Frozen, batch, key, models: Models, options: D
   if options.drop_rate > 0:
     layout = blocks.drop_blocks(layout, key, rate=options.drop_rate, mode=options.drop_mode,
                                 positions=models.blocks.positions)
-  mask = loss_mask(batch, layout, options)
-  tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks)
+  seam = blocks.draw_seam(models.blocks, key) if models.seam_drawn else models.blocks.seam
+  again = blocks.seam_tokens(layout, seam) if models.blocks.seam else False
+  mask = loss_mask(batch, layout.replace(reader=layout.reader | again), options)
+  tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks, seam)
   student = params if models.attach is None else models.attach(frozen.base, params)
   with jax.named_scope('student'):
     x_student = models.student.apply(student, tokens, student_layout)
@@ -223,23 +233,25 @@ def _measure(sums):
           'loss_tokens': sums['tokens']} | {f'kl_pos_{i}': kl_at[i] for i in range(losses.POSITION_BINS)}
 
 
-def step_flops(options: Options, cut: flops.Blocks, cfg) -> flops.Flops:
+def step_flops(options: Options, cut: flops.Blocks, cfg, teacher=None) -> flops.Flops:
   """The operations that both models need in a step, by where the blocks of the batch are; block dropout counts with its
-  mean."""
+  mean. `teacher`: its ModelConfig; None: `cfg`, as that of the student."""
   goal = options.distill
-  student = flops.in_blocks(cut, sinks=options.blocks.sinks, drop_rate=goal.drop_rate, drop_mode=goal.drop_mode)
-  total = flops.trained(flops.forward(cfg, student), frozen=options.lora.rank > 0)
+  student = flops.in_blocks(cut, **job.inserted(options.blocks, cut), drop_rate=goal.drop_rate, drop_mode=goal.drop_mode)
+  total = flops.trained(flops.forward(cfg, student), frozen=options.low_rank.rank > 0)
   if not options.teacher.logits:
-    total += flops.forward(cfg, flops.as_one_block(cut))
+    total += flops.forward(teacher or cfg, flops.as_one_block(cut))
   if goal.weights.source == 'teacher':
-    total += flops.forward(cfg, flops.in_blocks(cut))
+    total += flops.forward(teacher or cfg, flops.in_blocks(cut))
   return total
 
 
-def loss_tokens(goal: DistillOptions, cut: flops.Blocks) -> float:
+def loss_tokens(goal: DistillOptions, cut: flops.Blocks, seams: float = 0.0) -> float:
+  """How many tokens have a loss; `seams`: tokens of seams, all blocks together."""
   everything, last = float(cut.sizes.sum()), float(cut.sizes[-1])
   lifted = goal.drop_rate if goal.drop_mode in ('lift', 'isolate') else 0.0
-  return {'text': everything, 'readers': last + lifted * (everything - last), 'answer': last}[goal.loss_over]
+  readers = last + lifted * (everything - last) + (1 - lifted) * seams
+  return {'text': everything, 'readers': readers, 'answer': last}[goal.loss_over]
 
 
 def teacher_placement(options: Options, placement: mesh_lib.Placement) -> mesh_lib.Placement:
@@ -268,9 +280,29 @@ def teacher_shardings(options: TeacherOptions, cfg, placement: mesh_lib.Placemen
   return weights.quantized_shardings(plain) if options.dtype == 'int8' else plain
 
 
-def as_teacher(params, options: TeacherOptions):
-  """A copy of the student's first parameters in teacher.dtype; 'int8': matrices of 8 bits, see models/weights.py, all else
-  in the dtype of its activations."""
+def teacher_model(options: Options) -> job.ModelOptions:
+  """The model that teaches: that of teacher.source, else the one that is trained."""
+  source = options.teacher.source
+  return job.ModelOptions(source=source, size=options.teacher.size, dtype=options.model.dtype) if source else options.model
+
+
+def teacher_config(cfg: transformer.ModelConfig, student: transformer.ModelConfig, source: str) -> transformer.ModelConfig:
+  """The architecture that teaches: `cfg` without learned sinks, and with as many rows for tokens as the student has. Models
+  of one tokenizer may have more, for no token.
+
+  Raises:
+    ValueError: it has fewer.
+  """
+  if cfg.vocab < student.vocab:
+    raise UserError(f'config.teacher.source={source!r} has {cfg.vocab} rows for tokens, and the student {student.vocab}: it '
+                    'cannot say how likely the last ones are')
+  return dataclasses.replace(cfg, learned_sinks=0, vocab=student.vocab)
+
+
+def as_teacher(params, options: TeacherOptions, vocab: int | None = None):
+  """A copy of a model's parameters, learned sinks left out, in teacher.dtype; 'int8': matrices of 8 bits, see
+  models/weights.py, all else in the dtype of its activations. `vocab`: rows for tokens that it keeps; None: all."""
+  params = {name: p[:vocab] if name in ('embed', 'head') else p for name, p in job.base_params(params).items()}
   if options.dtype == 'int8':
     return weights.quantize(params, options.compute_dtype)
   return jax.tree.map(lambda p: jnp.array(p, options.dtype, copy=True), params)
@@ -280,12 +312,33 @@ def teacher_from(params, cfg, options: TeacherOptions, placement: mesh_lib.Place
   """`as_teacher` of real parameters, whose buffers training reuses.
 
   Args:
-    params: placed by the student's rules.
-    cfg: their ModelConfig, without learned sinks.
+    params: placed by any rules.
+    cfg: from `teacher_config`.
     placement: the teacher's.
   """
-  make = functools.partial(as_teacher, options=options)
+  make = functools.partial(as_teacher, options=options, vocab=cfg.vocab)
   return jax.jit(make, out_shardings=teacher_shardings(options, cfg, placement))(params)
+
+
+def load_teacher(options: Options, cfg, tokenizer, placement: mesh_lib.Placement, params=None):
+  """(the teacher's parameters; which weights they are, see convert.weights_facts).
+
+  Args:
+    cfg: from `teacher_config`.
+    tokenizer: the student's.
+    placement: the teacher's.
+    params: of the model that is trained, at its start, if they are at hand.
+
+  Raises:
+    ValueError: tokens of the teacher are others than the student's, or a check of `job.load_model` fails.
+  """
+  model = teacher_model(options)
+  if options.teacher.source:
+    encode.check_same_tokens(tokenizer, encode.load_tokenizer(loading.tokenizer_of(model.source)),
+                             str(tokenizer.name_or_path), model.source)
+  if options.teacher.source or params is None:
+    params = job.load_language_model(dataclasses.replace(options, model=model), placement, job.model_config(model))
+  return teacher_from(params, cfg, options.teacher, placement), convert.weights_facts(params)
 
 
 def abstract_teacher(options: Options, cfg, placement: mesh_lib.Placement):
@@ -296,38 +349,48 @@ def abstract_teacher(options: Options, cfg, placement: mesh_lib.Placement):
                       teacher_shardings(options.teacher, cfg, placement))
 
 
-def build(options: Options, placement: mesh_lib.Placement, cfg: transformer.ModelConfig, *, platform: str,
-          sink: int = 0) -> job.Job:
-  """The distillation of a model, see job.Job; arguments as of finetune.build."""
-  goal, low_rank, length, stored = options.distill, options.lora, options.data.length, bool(options.teacher.logits)
+def build(options: Options, placement: mesh_lib.Placement, cfg: transformer.ModelConfig, *, platform: str, sink: int = 0,
+          teacher_cfg: transformer.ModelConfig | None = None) -> job.Job:
+  """The distillation of a model, see job.Job; arguments as of finetune.build.
+
+  Args:
+    teacher_cfg: of the model of teacher.source; None: found as tools.show does, without a network.
+  """
+  goal, low_rank, length, stored = options.distill, options.low_rank, options.data.length, bool(options.teacher.logits)
+  own = not options.teacher.source
+  reader = cfg if own or stored else teacher_cfg or job.architecture_here(teacher_model(options), 'config.teacher')
+  reader = teacher_config(reader, cfg, options.teacher.source)
   student, form = job.block_options(options, cfg, sink)
-  padded = blocks.padded_length(length, options.blocks.sinks, form.max_blocks)
+  padded = blocks.padded_length(length, form)
   other = teacher_placement(options, placement)
   job.check_batch(options, placement, platform, padded)
   job.check_model(student, placement)
-  job.check_model(cfg, other, 'query heads of the teacher')
+  job.check_model(reader, other, 'query heads of the teacher')
   compute, reading = job.compute_of(options.compute, placement, platform), teacher_compute(options, other, platform)
   attach = (lambda base, params: lora.attach(base, params, low_rank)) if low_rank.rank else None
-  models = Models(transformer_model(student, compute), transformer_model(cfg, reading), form, attach, compute.row_parts)
+  models = Models(transformer_model(student, compute), transformer_model(reader, reading), form, attach, compute.row_parts,
+                  form.seam > 0 and options.blocks.seam_drawn)
   optimizer, specs = optim.make_optimizer(options.optim), job.trained_specs(student, low_rank)
-  teacher, base = None if stored else abstract_teacher(options, cfg, other), job.base_of(options, student, placement)
+  teacher, base = None if stored else abstract_teacher(options, reader, other), job.base_of(options, student, placement)
   return job.Job(
       placement=placement, cfg=student, blocks=form, specs=specs, optimizer=optimizer,
       step=make_step(models, goal, optimizer, optim.learning_rate(options.optim)),
       state=job.abstract_state(specs, options.model.dtype, optimizer, placement),
-      frozen=job.Frozen(teacher, (teacher or base) if low_rank.rank else None),
+      frozen=job.Frozen(teacher, teacher if base and teacher and own else base),
       batch=job.abstract_batch(options, placement, **(
           {'teacher': teacher_logits.empty(length, options.teacher.top_k)} if stored else {})),
-      views=(job.View(padded, near=not (goal.drop_rate > 0 and goal.drop_mode in ('lift', 'isolate'))),),
-      teacher=None if stored else job.Teacher(other, options.teacher.dtype, options.teacher.compute_dtype),
-      flops=lambda cut: step_flops(options, cut, student), loss_tokens=lambda cut: loss_tokens(goal, cut),
+      views=(job.View(padded, near=not (goal.drop_rate > 0 and goal.drop_mode in ('lift', 'isolate') or form.seam
+                                        or form.links)),),
+      teacher=None if stored else job.Teacher(reader, other, options.teacher.dtype, options.teacher.compute_dtype),
+      flops=lambda cut: step_flops(options, cut, student, reader),
+      loss_tokens=lambda cut: loss_tokens(goal, cut, float(np.sum(job.inserted(options.blocks, cut)['seams']))),
       logits=options.chunk, label='distilling',
       meta=job.model_meta(student, form, options.model.source, 'distill', low_rank))
 
 
 def teacher_facts(options: Options) -> dict:
   """What a training that reads stored logits must agree with, see train/teach.py."""
-  return {'source': options.model.source, 'length': options.data.length, 'temperature': options.distill.temperature,
+  return {'source': teacher_model(options).source, 'length': options.data.length, 'temperature': options.distill.temperature,
           'top_k': options.teacher.top_k, 'positions': options.blocks.positions,
           'blocked': options.distill.weights.source == 'teacher'}
 
@@ -341,9 +404,9 @@ def check_teacher_logits(folder, found: dict, wanted: dict):
 
 
 def check_teacher_weights(folder, options: Options, facts: dict):
-  """Raises ValueError if a folder of stored logits is from other weights than those of model.source."""
+  """Raises ValueError if a folder of stored logits is from other weights than the teacher's are."""
   convert.check_same_weights(teacher_logits.read_meta(folder).get('source_weights'), facts, f'{folder}',
-                             options.model.source, 'run blockattn.train.teach into a new folder')
+                             teacher_model(options).source, 'run blockattn.train.teach into a new folder')
 
 
 def stored_teacher(options: Options) -> teacher_logits.StoredLogits | None:
@@ -367,24 +430,31 @@ def run(options: Options, workdir):
   cfg = job.model_config(options.model)
   tokenizer = job.load_tokenizer(options, cfg)
   sink = job.sink_of(options.blocks, tokenizer)
-  made = build(options, placement, cfg, platform=placement.platform, sink=sink)
-  stored, source = stored_teacher(options), inputs.load_rows(options.data, tokenizer)
+  own, stored = not options.teacher.source, options.teacher.logits
+  made = build(options, placement, cfg, platform=placement.platform, sink=sink,
+               teacher_cfg=None if own or stored else job.model_config(teacher_model(options)))
+  add, source = stored_teacher(options), inputs.load_rows(options.data, tokenizer)
   params = job.load_language_model(options, placement, cfg)
   meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}
-  teacher = None
-  if options.teacher.logits:
-    check_teacher_weights(options.teacher.logits, options, meta['source_weights'])
-  else:
-    teacher = teacher_from(params, cfg, options.teacher, made.teacher.placement)
+  teacher, facts = None, meta['source_weights']
+  if not stored:
+    teacher, facts = load_teacher(options, made.teacher.cfg, tokenizer, made.teacher.placement, params)
+  elif own:
+    check_teacher_weights(stored, options, facts)
+  else:   # it is not read here: what its folder of logits says is all that is known of it
+    facts = teacher_logits.read_meta(stored).get('source_weights')
+  if not own:
+    meta |= {'teacher': options.teacher.source, 'teacher_weights': facts}
   compute = job.compute_of(options.compute, placement, placement.platform)
-  start = gap.Subject(params, cfg, compute, 'full', made.blocks) if teacher is None else gap.Subject(
-      teacher, cfg, teacher_compute(options, made.teacher.placement, placement.platform), 'full', made.blocks)
+  at_work = None if teacher is None else gap.Subject(
+      teacher, made.teacher.cfg, teacher_compute(options, made.teacher.placement, placement.platform), 'full', made.blocks)
+  start = at_work if own and at_work else gap.Subject(params, cfg, compute, 'full', made.blocks)
   params, base = job.student_params(options, made.cfg, params, sink, placement)
-  frozen = job.Frozen(teacher, base and (teacher or base))
+  frozen = job.Frozen(teacher, teacher if base and teacher and own else base)
   watches = job.make_watches(made, options, tokenizer, workdir, base=frozen.base, compute=compute, start=start,
-                             is_teacher=teacher is not None, meta=meta)
+                             teacher=at_work, meta=meta)
   del start
-  params = job.train(made, options, params, frozen, source, workdir, meta, watches, add=stored)
+  params = job.train(made, options, params, frozen, source, workdir, meta, watches, add=add)
   return made.cfg, params, made.blocks
 
 

@@ -4,13 +4,13 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from blockattn import disk, options as options_lib
+from blockattn import disk, loading, options as options_lib
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
 from blockattn.models import transformer
 from blockattn.train import loop
 
 # What blockattn.json of an export takes over from a checkpoint's meta.
-CARRIED = ('source', 'source_weights', 'kind', 'blocks', 'prompt', 'step', 'segmenter')
+CARRIED = ('source', 'source_weights', 'teacher', 'teacher_weights', 'kind', 'blocks', 'prompt', 'step', 'segmenter')
 # And what its card says of the run's config.
 _SHOWN = ('steps', 'batch', 'seed', 'data.kind', 'data.length', 'optim.lr', 'distill.temperature', 'distill.ce_weight',
           'distill.drop_rate', 'distill.drop_mode', 'distill.weights.form', 'finetune.mode', 'lora.rank')
@@ -20,8 +20,9 @@ EXPORTS = 'exports'   # folder of a workdir
 def carried(meta: Mapping[str, Any]) -> dict:
   """What blockattn.json of an export says of the meta of its checkpoint."""
   kept = {key: meta[key] for key in CARRIED if key in meta}
-  if 'source' in kept and pathlib.Path(kept['source']).is_dir():
-    kept['source'] = pathlib.Path(kept['source']).name   # a path of this machine says nothing to others
+  for key in ('source', 'teacher'):
+    if key in kept and pathlib.Path(kept[key]).is_dir():
+      kept[key] = pathlib.Path(kept[key]).name   # a path of this machine says nothing to others
   return kept
 
 
@@ -74,5 +75,5 @@ def make(options, made, workdir, *, whole: Callable[[Any], Any], meta: dict) -> 
   """The `Exports` of a run, [] without export_every. `options` is a job.PromptOptions, `made` its job.Job."""
   if not options.export_every:
     return []
-  source = files.locate(options.data.tokenizer or options.model.source)
+  source = files.locate(loading.tokenizer_of(options.data.tokenizer or options.model.source))
   return [Exports(options.export_every, workdir, made.cfg, whole=whole, source=source, meta=meta, dtype=options.model.dtype)]

@@ -27,6 +27,7 @@ class FinetuneOptions:
     answer_weight: added on answer tokens
     chunk: tokens per row whose logits exist at a time.
     accumulate: slices that a batch is computed in.
+    seed: of how many seam tokens a step has.
   """
   mode: str = 'both'
   text_weight: float = 0.0
@@ -34,6 +35,7 @@ class FinetuneOptions:
   answer_weight: float = 1.0
   chunk: int = options_lib.not_a_key(default=512)
   accumulate: int = options_lib.not_a_key(default=1)
+  seed: int = options_lib.not_a_key(default=0)
 
   def __post_init__(self):
     errors.check_choice('config.finetune.mode', self.mode, MODES)
@@ -73,13 +75,13 @@ def token_weights(batch, options: FinetuneOptions):
           + options.answer_weight * batch['loss']).astype(jnp.float32)
 
 
-def loss_sums(params, batch, cfg, compute, block_options, options: FinetuneOptions):
+def loss_sums(params, batch, cfg, compute, block_options, options: FinetuneOptions, seam=None):
   """Cross-entropy sums over the modes asked for, see losses.cross_entropy_sums."""
   views = []
   if options.mode in ('full', 'both'):
     views.append((batch['tokens'], blocks.as_one_block(batch['layout']), None))
   if options.mode in ('block', 'both'):
-    views.append(blocks.block_mode(batch['tokens'], batch['layout'], block_options))
+    views.append(blocks.block_mode(batch['tokens'], batch['layout'], block_options, seam))
   weight = token_weights(batch, options)
   total = []
   for tokens, layout, index in views:
@@ -93,14 +95,14 @@ def loss_sums(params, batch, cfg, compute, block_options, options: FinetuneOptio
 
 
 def make_step(cfg, compute, block_options, options: FinetuneOptions, optimizer, learning_rate,
-              low_rank: lora.LoraOptions = lora.NONE):
+              low_rank: lora.LoraOptions = lora.NONE, seam_drawn: bool = False):
   """See `loop.make_step`; what is frozen is a `job.Frozen`."""
   def sums(params, frozen, batch, key):
-    del key
+    seam = blocks.draw_seam(block_options, key) if seam_drawn else None
     params = lora.attach(frozen.base, params, low_rank) if low_rank.rank else params
-    return loss_sums(params, batch, cfg, compute, block_options, options)
+    return loss_sums(params, batch, cfg, compute, block_options, options, seam)
 
-  return loop.make_step(sums, _measure, optimizer, learning_rate, slices=options.accumulate)
+  return loop.make_step(sums, _measure, optimizer, learning_rate, slices=options.accumulate, seed=options.seed)
 
 
 def _measure(sums):
@@ -110,9 +112,9 @@ def _measure(sums):
 def step_flops(options: Options, cut: flops.Blocks, cfg) -> flops.Flops:
   """The operations that the model needs in a step, by where the blocks of the batch are."""
   mode = options.finetune.mode
-  views = [flops.as_one_block(cut)] * (mode != 'block') + [flops.in_blocks(cut, sinks=options.blocks.sinks)] * (
-      mode != 'full')
-  return flops.trained(flops.forward(cfg, flops.Seen(*map(sum, zip(*views, strict=True)))), frozen=options.lora.rank > 0)
+  views = [flops.as_one_block(cut)] * (mode != 'block') + [
+      flops.in_blocks(cut, **job.inserted(options.blocks, cut))] * (mode != 'full')
+  return flops.trained(flops.forward(cfg, flops.Seen(*map(sum, zip(*views, strict=True)))), frozen=options.low_rank.rank > 0)
 
 
 def build(options: Options, placement, cfg, *, platform: str, sink: int = 0) -> job.Job:
@@ -123,15 +125,16 @@ def build(options: Options, placement, cfg, *, platform: str, sink: int = 0) -> 
     platform: JAX's name of what will compute.
     sink: the token that sinks are, see job.sink_of; any where only shapes matter.
   """
-  goal, low_rank, length = options.finetune, options.lora, options.data.length
+  goal, low_rank, length = options.finetune, options.low_rank, options.data.length
   student, form = job.block_options(options, cfg, sink)
-  padded = blocks.padded_length(length, options.blocks.sinks, form.max_blocks)
+  padded = blocks.padded_length(length, form)
   job.check_batch(options, placement, platform, padded)
   job.check_model(student, placement)
   optimizer, specs = optim.make_optimizer(options.optim), job.trained_specs(student, low_rank)
   step = make_step(student, job.compute_of(options.compute, placement, platform), form, goal, optimizer,
-                   optim.learning_rate(options.optim), low_rank)
-  views = (job.View(length),) * (goal.mode != 'block') + (job.View(padded, near=True),) * (goal.mode != 'full')
+                   optim.learning_rate(options.optim), low_rank, form.seam > 0 and options.blocks.seam_drawn)
+  views = (job.View(length),) * (goal.mode != 'block') + (
+      job.View(padded, near=not (form.seam or form.links)),) * (goal.mode != 'full')
   tokens = lambda cut: float(cut.sizes.sum() if goal.text_weight else cut.sizes[-1])
   return job.Job(
       placement=placement, cfg=student, blocks=form, specs=specs, optimizer=optimizer, step=step,
@@ -156,7 +159,7 @@ def run(options: Options, workdir):
   compute = job.compute_of(options.compute, placement, placement.platform)
   start = gap.Subject(params, cfg, compute, 'full', made.blocks)
   params, base = job.student_params(options, made.cfg, params, sink, placement)
-  watches = job.make_watches(made, options, tokenizer, workdir, base=base, compute=compute, start=start, is_teacher=False,
+  watches = job.make_watches(made, options, tokenizer, workdir, base=base, compute=compute, start=start,
                              modes=measured_modes(options.finetune), meta=meta)
   del start
   params = job.train(made, options, params, job.Frozen(base=base), source, workdir, meta, watches)

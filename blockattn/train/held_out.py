@@ -244,7 +244,7 @@ def _fingerprint(held_out, options, figure) -> str:
 
 
 def make(options, made, tokenizer: Any, workdir, *, student: Callable[[Any], Any], compute, start: gap.Subject,
-         is_teacher: bool, modes: Sequence[str] = ('block', 'full'), meta: dict) -> list[loop.Watch]:
+         teacher: gap.Subject | None = None, modes: Sequence[str] = ('block', 'full'), meta: dict) -> list[loop.Watch]:
   """The `Evaluation` of a run, [] without data.eval_files.
 
   Args:
@@ -253,7 +253,7 @@ def make(options, made, tokenizer: Any, workdir, *, student: Callable[[Any], Any
     student: trained parameters -> the student's.
     compute: how it computes.
     start: the weights that training starts from, with full attention.
-    is_teacher: whether they are at hand all the time, for the KL to them.
+    teacher: what the KL is to, with full attention; None: nothing is at hand.
     modes: that are measured, the first by default the one by which steps are compared.
     meta: what checkpoints say of the model.
   """
@@ -264,7 +264,8 @@ def make(options, made, tokenizer: Any, workdir, *, student: Callable[[Any], Any
   batch = -(-options.eval.batch // ways) * ways
   own = np.asarray(inputs.own_rows(placement, batch))
   model = functools.partial(gap.Subject, cfg=made.cfg, compute=_whole_rows(compute), options=made.blocks)
-  start = dataclasses.replace(start, compute=_whole_rows(start.compute))
+  whole = lambda subject: dataclasses.replace(subject, compute=_whole_rows(subject.compute))
+  start = whole(start)
   bare = dataclasses.replace(start, mode='block', options=dataclasses.replace(start.options, sink_ids=()))
 
   def subjects(params):
@@ -273,8 +274,8 @@ def make(options, made, tokenizer: Any, workdir, *, student: Callable[[Any], Any
 
   return [Evaluation(
       read(options.data, options.eval.rows, tokenizer), options.eval, steps=options.steps,
-      figure=figure_of(options.eval.best, modes, is_teacher), subjects=subjects,
-      start={START_FULL: start, START_BLOCK: bare} if 'block' in modes else {}, teacher=start if is_teacher else None,
+      figure=figure_of(options.eval.best, modes, teacher is not None), subjects=subjects,
+      start={START_FULL: start, START_BLOCK: bare} if 'block' in modes else {}, teacher=whole(teacher) if teacher else None,
       tokenizer=tokenizer, batch=batch, put=lambda rows: placement.put_batch(jax.tree.map(lambda x: x[own], rows)),
       keep=lambda params, step, found: checkpoint.save_params(folder, params, meta | {'step': step, 'eval': found}, step),
       folder=folder)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from blockattn import errors, mesh as mesh_lib
+from blockattn import errors, loading, mesh as mesh_lib
 from blockattn.data import chat_template, encode, sources, stdlib, stream, tables
 from blockattn.errors import UserError
 from blockattn.segmentation import cutter as segment_cutter, granularity, splitters
@@ -20,7 +20,7 @@ _CHARACTERS = 4     # of a token, as the rule that cuts it then counts
 class DataOptions:
   """
   Attributes:
-    tokenizer: folder or hub name; empty: model.source
+    tokenizer: folder, hub name or work directory; empty: model.source
     length: tokens of a row, T
     files: JSON lines: files, folders or globs; with commas between them on the command line
     strict: stop at the first malformed line instead of counting it
@@ -115,7 +115,7 @@ def fineness(cut: CutOptions) -> granularity.Granularity:
 
 def load_tokenizer(data: PromptData, source: str):
   """data.tokenizer, or that of the model `source`, with the arguments of its chat template."""
-  return encode.load_tokenizer(data.tokenizer or source, data.template_args)
+  return encode.load_tokenizer(loading.tokenizer_of(data.tokenizer or source), data.template_args)
 
 
 def shares(data: PromptData) -> list[tuple[float, list[tables.Origin]]]:

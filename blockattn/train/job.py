@@ -7,7 +7,6 @@ placing parameters, is done by the functions below `Loading`.
 
 import dataclasses
 import importlib.util
-import pathlib
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -20,16 +19,18 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType
 
-from blockattn import blocks, errors, mesh as mesh_lib, optim, options as options_lib, trace, tree
+from blockattn import blocks, errors, loading, mesh as mesh_lib, optim, options as options_lib, trace, tree
 from blockattn.data import encode, packing
 from blockattn.errors import UserError
-from blockattn.hf import config as hf_config, convert, files
+from blockattn.hf import config as hf_config, convert
 from blockattn.kernels import api, tiles
 from blockattn.models import classifier, flops, lora, sizes, spec as spec_lib, transformer
 from blockattn.train import export, held_out, inputs, loop
 
 DTYPES = ('float32', 'bfloat16')
 SINK_KINDS = ('token', 'learned')
+TAIL_KINDS = ('block', 'link')
+TRAIN_ONLY = ('', 'wrappers')
 SINK_TEXTS = ('\n', '\n\n', ' ', '.', ',')
 _FROM_1 = ('vocab', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp', 'max_positions')
 
@@ -41,18 +42,24 @@ _FROM_1 = ('vocab', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp', '
 class ModelOptions:
   """
   Attributes:
-    source: Hugging Face folder or hub name; empty: random values of the size below
+    source: Hugging Face folder or hub name, or work directory of a run, see loading.find; empty: random values of the
+      size below
     size: a name in blockattn/models/sizes.py; empty: all fields below
     fields: of ModelConfig, replacing those of the size
     dtype: of the trained parameters and the optimizer: float32, bfloat16
+    keep_moments: source is a work directory whose optimizer's moments are gone on with, too
+    train_only: 'wrappers': learned sinks and tails, beside frozen weights; empty: everything, or as lora says
   """
   source: str = ''
   size: str = ''
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   dtype: str = 'float32'
+  keep_moments: bool = False
+  train_only: str = ''
 
   def __post_init__(self):
     errors.check_choice('config.model.dtype', self.dtype, DTYPES)
+    errors.check_choice('config.model.train_only', self.train_only, TRAIN_ONLY)
     limits = dict.fromkeys(_FROM_1, {'low': 1}) | {'learned_sinks': {'low': 0}} | dict.fromkeys(
         ('norm_eps', 'rope_theta'), {'above': 0})
     for name in self.fields.keys() & limits.keys():
@@ -94,14 +101,29 @@ class BlockModeOptions:
     sink_kind: 'token': an existing one; 'learned': new embedding rows
     sink_text: the token of kind 'token', and where learned ones start; empty: the line end
     positions: 'sequential', or 'local': every context block starts at 0
+    tails: learned tokens behind every block but the last
+    tail_kind: 'block': they are part of the block in front of them (KV Packet); 'link': they read all before them (KVLink)
+    seam: first tokens of a context block that are read again behind the blocks before it, at most
+    seam_drawn: each step has its own number of them, from 0 to seam; else it is always seam
+    align: blocks but the last are made a multiple of so many tokens by more sinks; serving engines' pages have 16
   """
   sinks: int = 4
   sink_kind: str = 'token'
   sink_text: str = ''
   positions: str = 'sequential'
+  tails: int = 0
+  tail_kind: str = 'block'
+  seam: int = 0
+  seam_drawn: bool = True
+  align: int = 1
 
   def __post_init__(self):
-    errors.check_number('config.blocks.sinks', self.sinks, 0, 1024)
+    for name in ('sinks', 'tails', 'seam'):
+      errors.check_number(f'config.blocks.{name}', getattr(self, name), 0, 1024)
+    errors.check_number('config.blocks.align', self.align, 1, 1024)
+    errors.check_choice('config.blocks.tail_kind', self.tail_kind, TAIL_KINDS)
+    if self.align > 1 and not self.sinks:
+      raise UserError(f'config.blocks.align={self.align} fills blocks up with sinks: config.blocks.sinks is 0')
     errors.check_choice('config.blocks.sink_kind', self.sink_kind, SINK_KINDS)
     errors.check_choice('config.blocks.positions', self.positions, blocks.POSITION_SCHEMES)
 
@@ -186,8 +208,32 @@ class PromptOptions(Options):
     if not self.data.eval_files and (self.eval.best or self.eval.patience):
       raise UserError(f'config.eval.best={self.eval.best!r} and config.eval.patience={self.eval.patience} need held-out '
                       'documents: give config.data.eval_files')
+    if self.model.train_only:
+      self._check_wrappers()
+    if self.lora.rank and not self.lora.targets:
+      raise UserError('config.lora.targets=(): name at least one')
     if self.lora.rank and not self.model.source:
       raise UserError(f'config.lora.rank={self.lora.rank} trains a difference to a model: config.model.source names none')
+    if self.lora.rank and self.optim.name == 'muon':
+      raise UserError(f'config.lora.rank={self.lora.rank} trains small factors of matrices, and Muon is for whole ones: '
+                      'config.optim.name=adamw')
+    if self.lora.rank and self.model.keep_moments:
+      raise UserError(f'config.lora.rank={self.lora.rank} begins with new matrices, for which no moments are kept: leave '
+                      'config.model.keep_moments out')
+
+  def _check_wrappers(self):
+    b, said = self.blocks, f'config.model.train_only={self.model.train_only!r}'
+    if self.lora.rank:
+      raise UserError(f'{said} and config.lora.rank={self.lora.rank} say what is trained; leave one of them out')
+    if not self.model.source:
+      raise UserError(f'{said} trains tokens around the blocks of a model: config.model.source names none')
+    if not b.tails and not (b.sinks and b.sink_kind == 'learned'):
+      raise UserError(f"{said} leaves nothing to train: give config.blocks.tails, or config.blocks.sink_kind='learned'")
+
+  @property
+  def low_rank(self) -> lora.LoraOptions:
+    """What is trained beside frozen weights; of rank 0, the weights are trained."""
+    return lora.WRAPPERS if self.model.train_only else self.lora
 
 
 # The section by which a config is told, and the module of blockattn.train that reads it.
@@ -244,7 +290,7 @@ class Frozen:
 
   Attributes:
     teacher: the teacher's; None where what it says is stored with the rows.
-    base: what a LoRA student adds to, the same arrays as the teacher's where there is one; else None.
+    base: what a LoRA student adds to, the same arrays as the teacher's where that is the same model; else None.
   """
   teacher: Any = None
   base: Any = None
@@ -265,6 +311,7 @@ class View:
 @dataclasses.dataclass(frozen=True)
 class Teacher:
   """A frozen model at work in every step."""
+  cfg: transformer.ModelConfig
   placement: mesh_lib.Placement
   dtype: str           # of its parameters
   compute_dtype: str   # of its activations
@@ -311,12 +358,23 @@ class Job:
   def padded(self) -> int:
     """Tokens of a row in block mode; T of a model that knows no blocks."""
     length = self.batch['labels' if self.blocks is None else 'targets'].shape[1]
-    return length if self.blocks is None else blocks.padded_length(length, len(self.blocks.sink_ids), self.blocks.max_blocks)
+    return length if self.blocks is None else blocks.padded_length(length, self.blocks)
 
 
 def make_placement(options: Options, devices=None) -> mesh_lib.Placement:
-  """The mesh over all devices of all processes, or over those that are given, with the options' rules."""
+  """The mesh over all devices of all processes, or over those that are given, with the options' rules.
+
+  Raises:
+    ValueError: it cannot be made of them, or compute.remat is 'offload' and they do not reach the host's memory.
+  """
+  if devices is None and options.compute.remat == 'offload' and not _reach_host_memory(jax.local_devices()[0]):
+    raise UserError(f"config.compute.remat='offload' needs memory of the host that devices reach (pinned_host), which a "
+                    f'{jax.local_devices()[0].device_kind} does not; use full')
   return mesh_lib.Placement(mesh_lib.make_mesh(options.mesh.sizes, devices), options.rules)
+
+
+def _reach_host_memory(device) -> bool:
+  return any(memory.kind == 'pinned_host' for memory in device.addressable_memories())
 
 
 def abstract_placement(options: Options, devices: int) -> mesh_lib.Placement:
@@ -350,33 +408,47 @@ def architecture(model: ModelOptions) -> transformer.ModelConfig:
 
 def model_config(model: ModelOptions) -> transformer.ModelConfig:
   """The ModelConfig of the model that training starts from, before any weight is read."""
-  return hf_config.read(files.locate(model.source)) if model.source else architecture(model)
+  return loading.find(model.source).cfg if model.source else architecture(model)
 
 
-def architecture_here(model: ModelOptions) -> transformer.ModelConfig:
-  """`model_config` without a network: of a model that is not on this disk, from the size that stands beside its name.
+def architecture_here(model: ModelOptions, where: str = 'config.model') -> transformer.ModelConfig:
+  """`model_config` without a network: of a model that is not on this disk, from the size that stands beside its name in
+  `where`, a section of the config.
 
   Raises:
     ValueError: the source is no folder here, and no size stands beside it.
   """
-  folder = pathlib.Path(model.source).expanduser()
-  if model.source and folder.is_dir():
-    return hf_config.read(folder)
+  if loading.is_here(model.source):
+    return loading.find(model.source).cfg
   if model.size or model.fields:
     return architecture(model)
-  raise UserError(f'config.model.source={model.source!r} is no folder here, and nothing is downloaded: set '
-                  'config.model.size to the name of its architecture in blockattn/models/sizes.py')
+  raise UserError(f'{where}.source={model.source!r} is no folder here, and nothing is downloaded: set '
+                  f'{where}.size to the name of its architecture in blockattn/models/sizes.py')
 
 
 def block_options(options: PromptOptions, cfg, sink: int) -> tuple[transformer.ModelConfig, blocks.BlockOptions]:
-  """The student's ModelConfig and how block mode looks to it; `sink` is the token of sinks that are one."""
+  """The student's ModelConfig and how block mode looks to it; `sink` is the token of sinks that are one.
+
+  Raises:
+    ValueError: the model has learned sinks, and the config asks for others.
+  """
   b = options.blocks
-  if b.sink_kind == 'learned':
-    ids, cfg = range(cfg.vocab, cfg.vocab + b.sinks), dataclasses.replace(cfg, learned_sinks=b.sinks)
-  else:
-    ids = (sink,) * b.sinks
-  return cfg, blocks.BlockOptions(sink_ids=tuple(ids), positions=b.positions, max_blocks=options.data.max_blocks,
-                                  shared_first=options.data.shared_first)
+  learned = b.sinks if b.sink_kind == 'learned' else 0
+  if cfg.learned_sinks and cfg.learned_sinks != learned + b.tails:
+    raise UserError(f'config.model.source={options.model.source!r} has {cfg.learned_sinks} learned sinks, and '
+                    f'config.blocks says {b.sinks} of kind {b.sink_kind!r} and {b.tails} tails; go on with its own: '
+                    f'--config.blocks.sink_kind=learned --config.blocks.sinks={cfg.learned_sinks - b.tails}')
+  rows = tuple(range(cfg.vocab, cfg.vocab + learned + b.tails))
+  return dataclasses.replace(cfg, learned_sinks=len(rows)) if rows else cfg, blocks.BlockOptions(
+      sink_ids=rows[:learned] if learned else (sink,) * b.sinks, positions=b.positions, max_blocks=options.data.max_blocks,
+      shared_first=options.data.shared_first, tail_ids=rows[learned:], links=b.tail_kind == 'link' and b.tails > 0,
+      seam=b.seam, align=b.align)
+
+
+def inserted(b: BlockModeOptions, cut: flops.Blocks) -> dict[str, Any]:
+  """What flops.in_blocks takes beside the blocks of a batch."""
+  return {'sinks': b.sinks, 'tails': b.tails, 'links': b.tail_kind == 'link',
+          'seams': flops.seams(cut, b.seam, drawn=b.seam_drawn)}
 
 
 def check_model(cfg, placement, name: str = 'query heads'):
@@ -391,9 +463,9 @@ def abstract_state(specs, dtype: str, optimizer, placement) -> loop.TrainState:
   placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   moments = []
   # Within a trace, or the zeros that optax makes on the way would want a device.
-  jax.eval_shape(lambda: moments.append(optax.tree_map_params(
-      optimizer, lambda x, p: placed(x, p.sharding), jax.eval_shape(optimizer.init, params), params,
-      transform_non_params=lambda x: placed(x, placement.replicated()))))
+  jax.eval_shape(lambda: moments.append(optim.map_moments(
+      lambda x, p: placed(x, p.sharding), optimizer, jax.eval_shape(optimizer.init, params), params,
+      lambda x: placed(x, placement.replicated()))))
   return loop.TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=placement.replicated()), params, *moments)
 
 
@@ -411,10 +483,10 @@ def abstract_batch(options: Options, placement, **more) -> dict:
 
 
 def base_of(options: PromptOptions, cfg, placement):
-  """What a LoRA student adds to, abstract; None of another one."""
-  if not options.lora.rank:
+  """What a LoRA student adds to, or wrappers, abstract; None of another one."""
+  if not options.low_rank.rank:
     return None
-  return abstract_params(transformer.spec(dataclasses.replace(cfg, learned_sinks=0)), options.model.dtype, placement)
+  return abstract_params(transformer.spec(transformer.without_sinks(cfg)), options.model.dtype, placement)
 
 
 def trained_specs(cfg, low_rank: lora.LoraOptions = lora.NONE):
@@ -433,10 +505,13 @@ def model_meta(cfg, form: blocks.BlockOptions | None, source: str, kind: str, lo
 def check_batch(options: Options, placement, platform: str, padded: int | None = None):
   """Raises ValueError if the global batch cannot be cut over the mesh, in options.accumulate slices, or rows of T or of
   `padded` tokens not into parts of whole tiles."""
-  ways = placement.size('tokens')
+  ways, b = placement.size('tokens'), getattr(options, 'blocks', None)
+  added = [f'config.blocks.{name}' for name in ('sinks', 'tails', 'seam') if name == 'sinks' or getattr(b, name, 0)]
+  added += ['config.blocks.align - 1'] if b and b.align > 1 else []
+  added = added[0] if len(added) == 1 else f'({" + ".join(added)})'
   step = ways * tiles.smallest(api.resolve(options.compute.impl, platform))
   for what, length in (('config.data.length', options.data.length),
-                       ('config.data.length + config.blocks.sinks * config.data.max_blocks', padded)):
+                       (f'config.data.length + {added} * config.data.max_blocks', padded)):
     if ways > 1 and length is not None and length % step:
       raise UserError(f'{what} = {length} must be a multiple of {step}: {ways} devices (config.mesh) share a row, each '
                       f'whole tiles of at least {step // ways} tokens')
@@ -481,19 +556,19 @@ def load_tokenizer(options: PromptOptions, cfg: transformer.ModelConfig):
 
 
 def sink_of(b: BlockModeOptions, tokenizer) -> int:
-  """The token that sinks are, or start as: that of sink_text, or of the first of SINK_TEXTS that is a single one; 0 without
-  sinks.
+  """The token that sinks are, or that they and tails start as: that of sink_text, or of the first of SINK_TEXTS that is a
+  single one; 0 without any.
 
   Raises:
     ValueError: there is no such token.
   """
-  for candidate in ([b.sink_text] if b.sink_text else SINK_TEXTS) if b.sinks else ():
+  for candidate in ([b.sink_text] if b.sink_text else SINK_TEXTS) if b.sinks or b.tails else ():
     ids = tokenizer.encode(candidate, add_special_tokens=False)
     if len(ids) == 1:
       if candidate != (b.sink_text or SINK_TEXTS[0]) and jax.process_index() == 0:
         print(f'config.blocks.sink_text: {candidate!r}, which is one token of this tokenizer')
       return ids[0]
-  if b.sinks:
+  if b.sinks or b.tails:
     raise UserError(f'config.blocks.sink_text={b.sink_text!r} is {len(ids)} tokens of this tokenizer; a sink is one token: '
                     'leave it empty to have one chosen')
   return 0
@@ -515,7 +590,7 @@ def load_model(options: Options, placement, cfg: transformer.ModelConfig):
                     f'{cfg.max_positions} positions (max_position_embeddings of its config.json); give a smaller length, '
                     'or a model with more')
   if model.source:
-    return convert.load(model.source, model.dtype, mesh=placement.mesh, rules=placement.rules)[1]
+    return loading.find(model.source).read(model.dtype, placement)
   return init_params(classifier.spec(cfg), placement, options.seed, model.dtype)
 
 
@@ -539,15 +614,38 @@ def student_params(options: PromptOptions, cfg, params, sink: int, placement):
   """(what is trained, at its start; what a LoRA student adds to, None of another one), from the model's parameters.
 
   Args:
-    cfg: the student. Its learned sinks start as the embedding of the token `sink`.
+    cfg: the student. Its learned sinks and tails go on from those of the model, or start as the embedding of the token
+      `sink`.
   """
-  start, low_rank = params, options.lora
+  start, low_rank = params, options.low_rank
   if low_rank.rank:
-    start = init_params({'layers': lora.spec(cfg, low_rank)['layers']}, placement, options.seed, options.model.dtype)
-  if cfg.learned_sinks:
+    pairs = {name: own for name, own in lora.spec(cfg, low_rank).items() if name == 'layers'}
+    start = init_params(pairs, placement, options.seed, options.model.dtype) if pairs else {}
+  if 'sinks' in params:
+    start = start | {'sinks': params['sinks']}
+  elif cfg.learned_sinks:
     copies = jax.jit(lambda e: jnp.tile(e[sink], (cfg.learned_sinks, 1)), out_shardings=placement.sharding((None, 'width')))
     start = start | {'sinks': copies(params['embed'])}
-  return start, {name: p for name, p in params.items() if name != 'sinks'} if low_rank.rank else None
+  return start, base_params(params) if low_rank.rank else None
+
+
+def base_params(params):
+  """Those of the model without learned sinks, as a teacher and what a LoRA student adds to have none."""
+  return {name: p for name, p in params.items() if name != 'sinks'}
+
+
+def first_state(made: Job, options: Options, params) -> loop.TrainState:
+  """The state at step 0. With model.keep_moments the optimizer's moments are those of the run that model.source names, and
+  only its schedule begins anew.
+
+  Raises:
+    ValueError: they are of another optimizer or of other parameters, or there are none.
+  """
+  state, source = loop.init_state(params, made.optimizer), options.model.source
+  if not options.model.keep_moments:
+    return state
+  kept = loading.find(source).read_optimizer(state.opt_state)
+  return state.replace(opt_state=optim.restart_schedule(kept, state.opt_state))
 
 
 def loop_config(options: Options, made: Job) -> loop.LoopConfig:
@@ -589,7 +687,7 @@ def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, 
     watches: see loop.run.
     add: see stream.batches.
   """
-  state = loop.run(lambda state, batch: made.step(state, frozen, batch), loop.init_state(params, made.optimizer),
+  state = loop.run(lambda state, batch: made.step(state, frozen, batch), first_state(made, options, params),
                    inputs.batches(options, source, made.placement, add), loop_config(options, made), workdir,
                    put_batch=made.placement.put_batch, meta=made.meta | meta, watches=watches)
   return state.params

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blockattn import checkpoint, errors, metrics, multihost, trace
+from blockattn import checkpoint, errors, metrics, multihost, optim, trace
 from blockattn.errors import UserError
 from blockattn.hf import convert
 from blockattn.models import flops as flops_lib
@@ -106,8 +106,8 @@ def init_state(params, optimizer) -> TrainState:
   one = jax.tree.leaves(params)[0].sharding
   everywhere = NamedSharding(one.mesh, PartitionSpec()) if isinstance(one, NamedSharding) else one
   # jit alone would put the zeros that the moments start from on one device: they depend on no parameter.
-  shardings = optax.tree_map_params(optimizer, lambda _, p: p.sharding, jax.eval_shape(optimizer.init, params), params,
-                                    transform_non_params=lambda _: everywhere)
+  shardings = optim.map_moments(lambda _, p: p.sharding, optimizer, jax.eval_shape(optimizer.init, params), params,
+                                lambda _: everywhere)
   return TrainState(step=jax.device_put(jnp.zeros((), jnp.int32), everywhere), params=params,
                     opt_state=jax.jit(optimizer.init, out_shardings=shardings)(params))
 
@@ -216,9 +216,9 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
         trace.Profiler(pathlib.Path(workdir) / 'profile', config.profile if first else None) as profiler:
       report = _Reporter(config, writer, progress)
       if step >= config.steps:
-        progress.say(f'finished already: step {step} of {config.steps} is saved in {folder}. To train longer, give a new '
-                     f'--workdir and a larger --config.steps; to go on from what was learned, export it '
-                     f'(python -m tools.convert to_hf {workdir} FOLDER) and give --config.model.source=FOLDER')
+        progress.say(f'finished already: step {step} of {config.steps} is saved in {folder}. To train longer, give a '
+                     f'larger --config.steps and say where its schedule ended (--config.optim.decay_steps), or begin a new '
+                     f'--workdir from it with --config.model.source={workdir}')
       elif stopped():
         progress.say(f'finished already: step {step} of {config.steps} is saved in {folder}. {stopped()}')
       elif step:
@@ -261,8 +261,9 @@ def _resume(saved, state, batches, meta):
     saved.verify(newest)
     batches.set_state(saved.data(newest))   # refuses other data before the large items are read
     before = saved.meta(newest)
-    convert.check_same_weights(before.get('source_weights'), meta.get('source_weights'),
-                               f'step {newest} in {saved.folder}', meta.get('source'), 'begin again with a new --workdir')
+    for weights, model in (('source_weights', 'source'), ('teacher_weights', 'teacher')):
+      convert.check_same_weights(before.get(weights), meta.get(weights), f'step {newest} in {saved.folder}', meta.get(model),
+                                 'begin again with a new --workdir')
     params, opt_state = saved.restore(newest, state.params, state.opt_state)
   step = jax.device_put(jnp.asarray(newest, jnp.int32), state.step.sharding)
   return TrainState(step=step, params=params, opt_state=opt_state), newest, before

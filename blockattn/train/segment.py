@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import disk, errors, optim
+from blockattn import disk, errors, loading, optim
 from blockattn.data import encode
 from blockattn.errors import UserError
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
@@ -60,6 +60,11 @@ class Options(job.Options):
     segment: what is learned from which texts
   """
   segment: SegmentOptions
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.model.train_only:
+      raise UserError(f'config.model.train_only={self.model.train_only!r}: a segmenter has no blocks to wrap')
 
 
 def read(config) -> Options:
@@ -248,7 +253,7 @@ def run(options: Options, workdir):
   workdir_lib.save_run_facts(workdir, options)
   cfg = job.model_config(options.model)
   made = build(options, placement, cfg, platform=placement.platform)
-  source = files.locate(options.data.tokenizer or options.model.source)
+  source = files.locate(loading.tokenizer_of(options.data.tokenizer or options.model.source))
   reader = make_reader(options, source, cfg.vocab)
   documents = read_documents(options)
   _report_moved(documents)
@@ -289,7 +294,7 @@ def read_meta(options: Options) -> dict:
 def _keep(params, measured, *, cfg, folder, source, options):
   meta = {'kind': 'segment', 'segmenter': read_meta(options) | measured}
   origin = options.model.source or None
-  card = card_lib.text(cfg, meta | {'source': origin}, origin and files.locate(origin), facts=measured)
+  card = card_lib.text(cfg, meta | {'source': origin}, origin and files.locate(loading.tokenizer_of(origin)), facts=measured)
   convert.save(params, cfg, folder, source=source, meta=meta, card=card, dtype=options.segment.export_dtype, overwrite=True)
 
 

@@ -4,7 +4,7 @@
 `python -m blockattn.train.distill --config configs/distill.py --config.teacher.logits=logits/x --workdir runs/x`
 
 Written are the rows that a training of this config reads, in their order, `teacher.top_k` tokens of each position; several
-trainings share them, as long as the rows are the same (model.source, data, blocks and seed are; sinks, dropout, loss,
+trainings share them, as long as the rows are the same (the teacher, data, blocks and seed are; sinks, dropout, loss,
 optimizer may differ, and a training may end sooner). The training then needs no teacher: it costs what fine-tuning in block
 mode does. What is lost is measured here: the KL between the teacher with full attention and under the block mask, whole and
 from so many tokens.
@@ -35,8 +35,10 @@ def run(options: distill.Options, workdir):
   teacher_placement, facts = distill.teacher_placement(options, placement), distill.teacher_facts(options)
   job.check_batch(options, placement, placement.platform)
   _check_claim(folder, facts)
-  cfg = job.model_config(options.model)
-  source = inputs.load_rows(options.data, job.load_tokenizer(options, cfg))
+  student = job.model_config(options.model)
+  tokenizer, model = job.load_tokenizer(options, student), distill.teacher_model(options)
+  cfg = distill.teacher_config(job.model_config(model), student, model.source)
+  source = inputs.load_rows(options.data, tokenizer)
   done = {row for rows in teacher_logits.written_rows(folder).values() for row in rows}
   total = options.steps * options.batch
   missing = total - len(done & {*range(total)})
@@ -47,12 +49,10 @@ def run(options: distill.Options, workdir):
     return
   if first and missing < total:
     print(f'going on: {total - missing} of {total} rows are in {folder}')
-  params = job.load_language_model(options, placement, cfg)
   if options.teacher.top_k >= cfg.vocab:
     raise UserError(f'config.teacher.top_k={options.teacher.top_k}: the vocabulary has {cfg.vocab} tokens; keep fewer')
-  _claim(folder, options, facts, job.source_weights(options, params))
-  teacher = distill.teacher_from(params, cfg, options.teacher, teacher_placement)
-  del params
+  teacher, weights = distill.load_teacher(options, cfg, tokenizer, teacher_placement)
+  _claim(folder, options, facts, weights)
   compute = distill.teacher_compute(options, teacher_placement, placement.platform)
   model = distill.transformer_model(cfg, compute)
   say = functools.partial(teacher_says, model=model, options=goal, top_k=options.teacher.top_k, positions=positions)

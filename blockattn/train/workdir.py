@@ -77,15 +77,27 @@ def newest_step(workdir: pathlib.Path, config: dict) -> int | None:
     return None
   if changed := differing(disk.read_json(path), config):
     said = '; '.join(f'{key} was {old!r} and is {new!r}' for key, (old, new) in changed.items())
-    raise UserError(f'{workdir} holds a run with another config: {said}. Use a new --workdir, or the old values')
+    ended = _schedule_steps(options_lib.flat(disk.read_json(path)))
+    longer = (f'; to go on with other steps, keep the schedule of those that were done: --config.optim.decay_steps={ended}'
+              if changed.keys() & {'steps', 'optim.decay_steps'} else '')
+    raise UserError(f'{workdir} holds a run with another config: {said}. Use a new --workdir, or the old values{longer}')
   return step
 
 
 def differing(old: dict, new: dict) -> dict[str, tuple]:
-  """{dotted key: (old value, new value)} where resolved configs differ, but for keys that may change while a run goes on."""
+  """{dotted key: (old value, new value)} where resolved configs differ, but for keys that may change while a run goes on.
+
+  So may `steps`, as long as the learning rate of the steps that were done stays what it was: the schedule ends where it did.
+  """
   old, new = options_lib.flat(old), options_lib.flat(new)
+  same_schedule = _schedule_steps(old) == _schedule_steps(new)
   return {k: (old.get(k), new.get(k)) for k in sorted(old.keys() | new.keys())
-          if old.get(k) != new.get(k) and not _is_free(k)}
+          if old.get(k) != new.get(k) and not _is_free(k) and not (same_schedule and k in ('steps', 'optim.decay_steps'))}
+
+
+def _schedule_steps(flat: dict) -> int | None:
+  """Where the learning rate's schedule ends, see optim.OptimConfig; configs of before `decay_steps` say it by `steps`."""
+  return flat.get('optim.decay_steps') or flat.get('steps')
 
 
 def _is_free(key):

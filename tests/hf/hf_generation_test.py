@@ -26,14 +26,19 @@ from blockattn.hf import generation  # noqa: E402  needs both
 TOLERANCE = 1e-4     # float32 on both sides, logits between 1 and 20
 COMPUTE = transformer.Compute(impl='reference')
 ROWS, TEXT = 4, 40   # of every forward pass of ours, so that few programs are compiled
-LENGTH = blocks.padded_length(TEXT, 2, 4)
+LENGTH = TEXT + 4 * 8   # the most that is inserted for 4 blocks
 NEW = 6
 END = 0   # the end-of-text token of the exported tokenizer
 LENGTHS = ((5, 4, 3), (7, 2), (4,), (6, 1, 2, 1))
 SINKS = (48, 49)   # the learned ones: every model of hf_cases has a vocabulary of 48
 MODES = {'plain': BlockOptions((), 'sequential', 4), 'local': BlockOptions((), 'local', 4),
          'sinks': BlockOptions(SINKS, 'sequential', 4), 'sinks_local': BlockOptions(SINKS, 'local', 4)}
+MORE = {'seam': BlockOptions(SINKS, 'sequential', 4, seam=1), 'seam_local': BlockOptions(SINKS[:1], 'local', 4, seam=6),
+        'tails': BlockOptions((), 'local', 4, tail_ids=SINKS, seam=2),
+        'links': BlockOptions(SINKS[:1], 'sequential', 4, tail_ids=SINKS[1:], links=True, seam=2, align=4),
+        'links_local': BlockOptions((), 'local', 4, tail_ids=SINKS, links=True)}
 EVERY_MODE = pytest.mark.parametrize('options', MODES.values(), ids=MODES)
+ALL_MODES = pytest.mark.parametrize('options', (MODES | MORE).values(), ids=MODES | MORE)
 
 
 def make_prompt(lengths, seed=3):
@@ -125,7 +130,7 @@ def masked_logits(model, prompts, options, vocab=48):
 
 def cached_logits(model, prompt, options, cache=None, vocab=48):
   """Of the question's tokens, its sinks included."""
-  inputs = hf.block_inputs([prompt], options)
+  inputs = hf.block_inputs([prompt], options, seam=0)   # in the cache a seam takes no place of its own
   past = hf.prefill_blocks(model, prompt, options, cache=cache)
   start = past.get_seq_length()
   with torch.no_grad():
@@ -139,7 +144,7 @@ def padded(answer):
 
 def cached_answer(model, prompt, options, **kwargs):
   out = hf.cached_generate(model, prompt, options, max_new_tokens=NEW, do_sample=False, **kwargs)
-  inputs = hf.block_inputs([prompt], options)
+  inputs = hf.block_inputs([prompt], options, seam=0)
   assert torch.equal(out[:, :inputs.input_ids.shape[1]], inputs.input_ids)
   return padded(out[0, inputs.input_ids.shape[1]:].numpy())
 
@@ -210,7 +215,7 @@ def test_a_packed_batch_reads_as_ours(qwen):
 # Both ways against ours.
 
 
-@EVERY_MODE
+@ALL_MODES
 def test_logits_are_ours(student, options):
   expected = our_logits(student, PROMPTS, options)
   for prompt, ours, masked in zip(PROMPTS, expected, masked_logits(student.model, PROMPTS, options), strict=True):
@@ -220,7 +225,7 @@ def test_logits_are_ours(student, options):
     np.testing.assert_allclose(cached, ours[-len(cached):], atol=TOLERANCE, rtol=0)
 
 
-@EVERY_MODE
+@ALL_MODES
 def test_greedy_answers_are_ours(student, options):
   expected = our_answers(student, PROMPTS, options)
   assert len(np.unique(expected)) > 4, 'the case has to be a hard one'
@@ -238,8 +243,8 @@ def test_the_comparison_can_fail(qwen):
 
 def test_random_layouts(qwen):
   rng = np.random.default_rng(11)
-  for seed in range(8):
-    options = list(MODES.values())[seed % 4]
+  for seed in range(9):
+    options = list((MODES | MORE).values())[seed]
     prompt = make_prompt(rng.integers(1, 7, size=rng.integers(1, 6)), seed)
     ours = our_logits(qwen, [prompt], options)[0]
     cached = cached_logits(qwen.model, prompt, options)
@@ -293,6 +298,11 @@ def test_states_are_used_again_in_any_order(student, options):
   expected = our_answers(student, orders, options)
   for prompt, ours in zip(orders, expected, strict=True):
     np.testing.assert_array_equal(cached_answer(student.model, prompt, options, cache=cache), ours)
+  # Nor does a seam ask for other states.
+  for seam in (1, 6):
+    answer = cached_answer(student.model, orders[0], options, cache=cache, seam=seam)
+    np.testing.assert_array_equal(answer, our_answers(student, orders[:1], dataclasses.replace(options, seam=seam))[0])
+    assert cache.writes == 4
   # A block that comes first is the same block.
   cached_answer(student.model, [a, first, question], options, cache=cache)
   assert cache.writes == 4

@@ -38,6 +38,13 @@ LLAMA31_8B = {
     'rope_scaling': {'factor': 8.0, 'high_freq_factor': 4.0, 'low_freq_factor': 1.0,
                      'original_max_position_embeddings': 8192, 'rope_type': 'llama3'},
     'transformers_version': '4.42.3', 'use_cache': True, 'vocab_size': 128256}
+QWEN25_05B = {
+    'architectures': ['Qwen2ForCausalLM'], 'attention_dropout': 0.0, 'bos_token_id': 151643, 'eos_token_id': 151645,
+    'hidden_act': 'silu', 'hidden_size': 896, 'initializer_range': 0.02, 'intermediate_size': 4864,
+    'max_position_embeddings': 32768, 'max_window_layers': 21, 'model_type': 'qwen2', 'num_attention_heads': 14,
+    'num_hidden_layers': 24, 'num_key_value_heads': 2, 'rms_norm_eps': 1e-06, 'rope_theta': 1000000.0,
+    'sliding_window': 32768, 'tie_word_embeddings': True, 'torch_dtype': 'bfloat16', 'transformers_version': '4.43.1',
+    'use_cache': True, 'use_sliding_window': False, 'vocab_size': 151936}
 NO_IDS = dict.fromkeys(files.TOKEN_IDS)
 
 
@@ -69,7 +76,7 @@ def assert_same_bits(got, expected):
 # config.json
 
 
-@pytest.mark.parametrize('raw, size', [(QWEN3_4B, 'qwen3_4b'), (LLAMA31_8B, 'llama31_8b')])
+@pytest.mark.parametrize('raw, size', [(QWEN3_4B, 'qwen3_4b'), (LLAMA31_8B, 'llama31_8b'), (QWEN25_05B, 'qwen25_0_5b')])
 def test_published_configs_are_the_named_sizes(raw, size):
   assert config.from_dict(raw) == sizes.get(size)
 
@@ -83,7 +90,7 @@ def test_config_round_trip_in_both_styles(cfg):
 
 
 @pytest.mark.parametrize('key, value, supported', [
-    ('model_type', 'mistral', 'qwen3, llama'), ('hidden_act', 'gelu', 'silu'), ('use_sliding_window', True, 'full'),
+    ('model_type', 'mistral', 'qwen3, qwen2, llama'), ('hidden_act', 'gelu', 'silu'), ('use_sliding_window', True, 'full'),
     ('layer_types', ['full_attention', 'sliding_attention'], 'full_attention'), ('num_experts', 8, 'dense'),
     ('quantization_config', {'quant_method': 'fp8'}, 'dequantize'), ('partial_rotary_factor', 0.5, 'whole heads'),
     ('auto_map', {'AutoModel': 'mine.py'}, 'code'),
@@ -146,6 +153,8 @@ def test_configs_of_old_are_read_as_transformers_does(drop, more):
 @pytest.mark.parametrize('cfg, field', [
     (dataclasses.replace(hf_cases.MODELS['qwen3_tied'], mlp_bias=True), 'mlp_bias'),
     (dataclasses.replace(hf_cases.MODELS['qwen3_tied'], qk_norm=False), 'qk_norm'),
+    (dataclasses.replace(hf_cases.MODELS['qwen2_tied'], attention_bias=False), 'attention_bias'),
+    (dataclasses.replace(hf_cases.MODELS['qwen2_tied'], mlp_bias=True), 'mlp_bias'),
     (dataclasses.replace(CFG, width=25), 'width'),
 ])
 def test_architecture_without_a_class_is_refused(cfg, field):

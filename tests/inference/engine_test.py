@@ -45,9 +45,9 @@ def subject(words):
   return engine('qwen3_tied', words)
 
 
-def engine(name, words, positions='sequential', devices=1, dtype='float32', impl='reference', shared=False, **more):
+def engine(name, words, positions='sequential', devices=1, dtype='float32', impl='reference', shared=False, form=(), **more):
   cfg, params = model(name)
-  options = blocks.BlockOptions(SINKS[name], positions, max_blocks=1, shared_first=shared)
+  options = blocks.BlockOptions(SINKS[name], positions, max_blocks=1, shared_first=shared, **dict(form))
   more = dict(stop_ids=(STOP,), device_tokens=1024) | more
   return Engine(params, cfg, Compute(dtype=dtype, impl=impl), options, words, devices=jax.devices()[:devices], **more)
 
@@ -59,17 +59,18 @@ def masked_logits(name, prompt, positions, dtype='float32', shared=False):
                 prompt)
 
 
-def masked(params, cfg, compute, options, prompt):
+def masked(params, cfg, compute, options, prompt, seam=None):
   lengths = [list(map(len, prompt))]
   layout = blocks.from_lengths([lengths], 256)
   tokens = np.zeros((1, 256), np.int32)
   tokens[0, :sum(lengths[0])] = np.concatenate(prompt)
-  tokens, layout, index = blocks.block_mode(tokens, layout, options)
+  tokens, layout, index = _block_mode(tokens, layout, options, seam)
   x_BTD = _apply(params, tokens, layout, cfg, compute)
   return np.asarray(transformer.logits(params, x_BTD[0, int(index[0, sum(lengths[0]) - 1])], cfg))
 
 
 _apply = jax.jit(transformer.apply, static_argnums=(3, 4))
+_block_mode = jax.jit(blocks.block_mode, static_argnums=2)
 
 
 @pytest.mark.parametrize('positions, template, adds_bos', [
@@ -123,6 +124,51 @@ def test_cached_logits_are_those_of_the_masked_forward_pass(words, name, positio
   assert rms(np.stack(off)) <= 1.25 * rms(np.stack(own)) + 1e-5
 
 
+SEAM = 40   # longer than any block
+FORMS = {'seam': {}, 'tails': {'tail_ids': (5, 6)}, 'links': {'tail_ids': (5, 6), 'links': True}}
+
+
+@pytest.mark.parametrize('form, name, positions, devices, shared', [
+    ('seam', 'qwen3_tied', 'sequential', 1, False), ('seam', 'llama_rope', 'local', 3, True),
+    ('tails', 'llama_rope', 'local', 1, False), ('links', 'qwen3_tied', 'sequential', 8, False),
+    ('links', 'llama_rope', 'local', 1, False), ('links', 'qwen3_tied', 'local', 1, True)])
+def test_what_is_read_again_beside_cached_blocks(words, form, name, positions, devices, shared):
+  """Seams of no token, of some and of whole blocks, chosen anew for every prompt, tails and links; the states stay."""
+  rng, (cfg, params) = np.random.default_rng(7), model(name)
+  subject = engine(name, words, positions, devices, shared=shared, form=FORMS[form])
+  options = blocks.BlockOptions(SINKS[name], positions, 8, shared, seam=SEAM, **FORMS[form])
+  prompts, off = [[[9] * 3, [4, 5, 6], [7, 8]], random_prompt(rng, (3, 4))], []
+  for prompt in prompts:
+    for seam in (0, 1, 3, SEAM):
+      exact = masked(params, cfg, Compute(impl='reference'), options, prompt, np.int32(seam))
+      asked = Request(prompt, max_new=1, seam=seam)
+      np.testing.assert_allclose(subject.logits(asked), exact, atol=1e-4, err_msg=f'{seam}')
+      off.append(exact)
+    assert {block.found for block in subject.prepare([asked])[0]} == {'device'}
+    assert np.abs(off[-1] - off[-4]).max() > 1e-3, 'the case has to be a hard one'
+
+
+def test_answers_with_seams_are_those_of_the_masked_forward_pass(words):
+  rng, (cfg, params) = np.random.default_rng(8), model('llama_rope')
+  form = {'tail_ids': (5,), 'links': True, 'seam': 3, 'align': 4}
+  prompts = [random_prompt(rng, (n,)) for n in (1, 3, 4)]
+  layout = blocks.from_lengths([[list(map(len, p))] for p in prompts], 256)
+  tokens = np.zeros((3, 256), np.int32)
+  for row, prompt in zip(tokens, prompts, strict=True):
+    row[:sum(map(len, prompt))] = np.concatenate(prompt)
+  subject, want = engine('llama_rope', words, 'local', form=form), {}
+  for seam in (0, 3):
+    options = blocks.BlockOptions(SINKS['llama_rope'], 'local', 8, **form)
+    made = decode.greedy(params, *_block_mode(tokens, layout, options, np.int32(seam))[:2], cfg=cfg,
+                         compute=Compute(impl='reference'), length=12, stop_ids=np.array([STOP]), vocab=48)
+    want[seam] = [[t for t in row if t != STOP] for row in np.asarray(made).tolist()]
+  got = lambda requests: [list(answer.tokens) for answer in subject.generate(requests)]
+  assert got([Request(prompt, max_new=12) for prompt in prompts]) == want[3] != want[0]
+  assert got([Request(prompt, max_new=12, seam=0) for prompt in prompts]) == want[0]
+  mixed = [Request(prompt, max_new=12, seam=seam) for prompt, seam in zip(prompts, (3, 0, 3), strict=True)]   # in one batch
+  assert got(mixed) == [want[3][0], want[0][1], want[3][2]]
+
+
 def test_blocks_are_computed_without_communication_and_read_with_it():
   cfg, params = model('qwen3_tied')
   mesh, compute = pool.make_mesh(jax.devices()), Compute(impl='xla')
@@ -133,7 +179,8 @@ def test_blocks_are_computed_without_communication_and_read_with_it():
   fill = pool._fill.lower(params, held.k, held.v, *rows, pages, *none, **how).compile().as_text()
   context = held.gather(np.zeros((1, 8), np.int32), np.zeros((1, 128), np.int32), np.ones((1, 128), bool), cfg)
   one = np.array([9], np.int32)
-  read = engine_lib._read.lower(params, np.zeros((1, 32), np.int32), one, one, context, room=32, **how).compile().as_text()
+  read = engine_lib._read.lower(params, np.zeros((1, 32), np.int32), one, one, None, context, room=32,
+                                **how).compile().as_text()
   collectives = re.compile(r'all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter')
   assert not collectives.search(fill)
   assert set(collectives.findall(read)) == {'all-gather'}
@@ -264,7 +311,8 @@ def test_nothing_is_compiled_after_warm_up(words):
 @pytest.mark.parametrize('change, message', [
     (dict(prompt=[]), 'request 1: a prompt must be a list of blocks'), (dict(prompt=[[1], []]), 'none of them empty'),
     (dict(prompt=[[1], [48]]), 'token .* has the id 48, and the model has 48 rows'), (dict(prompt=[[-1]]), 'the id -1'),
-    (dict(max_new=0), 'at least one token'), (dict(stop=('',)), 'empty stop'), (dict(top_p=0.0), 'top_p=0.0'),
+    (dict(max_new=0), 'at least one token'), (dict(seam=-1), 'seam=-1'),
+    (dict(stop=('',)), 'empty stop'), (dict(top_p=0.0), 'top_p=0.0'),
     (dict(temperature=-1.0), 'temperature=-1.0'), (dict(temperature=float('nan')), 'temperature=nan'),
     (dict(max_new=3000), 'the model has 2048'), (dict(prompt=[[1] * 1500, [1]]), 'device_tokens'),
 ])

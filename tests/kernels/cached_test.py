@@ -42,6 +42,19 @@ def test_agrees_with_a_dense_computation(queries, keys, seed, share):
     np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize('keys', [S, 2100])
+def test_queries_that_read_blocks_of_some_numbers_only(keys):
+  random = np.random.default_rng(1)
+  q, k, v = arrays(5, keys=keys)
+  visible = random.random((B, keys)) < 0.8
+  number, reads = random.integers(0, 4, (B, keys)), np.array([[0, 1, 2, 3, 4]] * B)
+  out, lse = cached.attend_cached(q, k, v, jnp.asarray(visible), (jnp.asarray(number), jnp.asarray(reads)))
+  for t in range(5):
+    wanted = dense(q[:, t:t + 1], k, v, visible & (number < reads[:, t:t + 1]))
+    for result, own in zip((out, lse), wanted):
+      np.testing.assert_allclose(result[:, t:t + 1], own, rtol=0, atol=1e-5)
+
+
 def test_bfloat16_is_summed_in_float32():
   q, k, v = arrays(3, 'bfloat16')
   visible = np.ones((B, S), bool)

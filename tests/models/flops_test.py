@@ -38,6 +38,20 @@ def test_pairs_are_those_of_the_mask(sinks, shared_first):
   assert flops.in_blocks(cut, sinks=sinks) == seen_by_the_mask(with_sinks(one, sinks))
 
 
+@pytest.mark.parametrize('tails, links', [(0, False), (2, False), (2, True)])
+@pytest.mark.parametrize('shared_first', [False, True])
+def test_pairs_of_what_is_inserted_are_those_of_the_mask(tails, links, shared_first):
+  one, mean = layout(shared_first=shared_first), np.zeros(2)
+  cut, tokens = flops.blocks_of(one), np.zeros(one.doc.shape, np.int32)
+  options = blocks.BlockOptions((7,), 'sequential', 8, tail_ids=(8,) * tails, links=links, seam=3)
+  for seam in range(4):
+    seen = seen_by_the_mask(blocks.block_mode(tokens, one, options, seam)[1])
+    assert flops.in_blocks(cut, sinks=1, tails=tails, links=links, seams=flops.seams(cut, seam)) == seen
+    mean += np.array(seen).astype(float) / 4
+  drawn = flops.seams(cut, 3, drawn=True)
+  assert drawn.sum() > 0 and flops.in_blocks(cut, sinks=1, tails=tails, links=links, seams=drawn).tokens == mean[0]
+
+
 @pytest.mark.parametrize('lengths', [[7], [1, 1], [5, 3, 9], [16, 16, 16, 2]])
 def test_pairs_of_one_document(lengths):
   expected = seen_by_the_mask(blocks.from_lengths([[lengths]], sum(lengths)))

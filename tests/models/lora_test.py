@@ -86,7 +86,7 @@ def test_only_what_is_named_is_trained_and_it_starts_as_the_model():
 
 @pytest.mark.parametrize('fields, message', [
     ({'rank': -1}, 'lora.rank=-1'), ({'rank': 2, 'alpha': 0.0}, 'lora.alpha=0.0'),
-    ({'rank': 2, 'targets': ('q', 'gates')}, "did you mean 'gate'"), ({'rank': 2, 'targets': ()}, 'name at least one')])
+    ({'rank': 2, 'targets': ('q', 'gates')}, "did you mean 'gate'")])
 def test_options_that_are_no_good(fields, message):
   with pytest.raises(ValueError, match=message):
     lora.LoraOptions(**fields)
@@ -96,6 +96,21 @@ def test_a_difference_needs_a_model():
   config = common.base('finetune')
   config.lora.rank = 2
   with pytest.raises(ValueError, match=r'config.lora.rank=2 trains a difference to a model: config.model.source names none'):
+    finetune.read(config)
+
+
+WRAPPED = {'model.source': 'x', 'model.train_only': 'wrappers'}
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'lora.rank': 2, 'lora.targets': (), 'model.source': 'x'}, 'config.lora.targets=.*name at least one'),
+    (WRAPPED, 'leaves nothing to train'), (WRAPPED | {'blocks.tails': 1, 'lora.rank': 2}, 'say what is trained'),
+    (WRAPPED | {'blocks.tails': 1, 'model.source': ''}, 'config.model.source'),
+    ({'model.train_only': 'heads'}, "config.model.train_only='heads'; choose one of")])
+def test_what_cannot_be_trained_alone(changes, message):
+  config = common.base('finetune')
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ValueError, match=message):
     finetune.read(config)
 
 
@@ -195,11 +210,11 @@ def test_it_learns_the_same_beside_eight_bits_on_a_mesh():
 folder = run_cases.folder   # a teacher, examples and a config file of both
 
 
-def adapted_run(folder, workdir, trainer):
+def adapted_run(folder, workdir, trainer, **changes):
   """The workdir of a run on eight devices, its model and what it has trained."""
   config = run_cases.get_config(folder, trainer.__name__.rpartition('.')[2])
   config.update_from_flattened_dict({'steps': 3, 'save_every': 3, 'mesh.data': 2, 'mesh.fsdp': 2, 'mesh.tensor': 2,
-                                     'lora.rank': 2, 'lora.alpha': 4.0})
+                                     'lora.rank': 2, 'lora.alpha': 4.0} | changes)
   return workdir, *trainer.run(trainer.read(config), workdir)[:2]
 
 
@@ -252,3 +267,37 @@ def test_a_base_that_is_gone_or_another_is_named(folder, distilled, tmp_path, ca
                   card='', dtype='float32')
   assert convert.main(['to_hf', str(run), str(tmp_path / 'x'), '--source', str(tmp_path / 'other')]) == 2
   assert 'LoRA student of another model' in capsys.readouterr().err
+
+
+def test_wrappers_are_all_that_is_trained_and_saved(folder, tmp_path, capsys):
+  changes = {'lora.rank': 0, 'model.train_only': 'wrappers', 'blocks.tails': 2, 'blocks.tail_kind': 'link', 'blocks.seam': 2}
+  run, cfg, own = adapted_run(folder, tmp_path / 'run', distill, **changes)
+  assert cfg.learned_sinks == 4 and set(own) == {'sinks'} and own['sinks'].shape == (4, cfg.width)
+  config = run_cases.get_config(folder)
+  config.update_from_flattened_dict(changes)
+  base = dataclasses.replace(cfg, learned_sinks=0)
+  made = distill.build(distill.read(config), train_cases.placement(1), base, platform='cpu')
+  assert {x.shape for x in jax.tree.leaves(made.state)} == {(), (4, cfg.width)}   # no moments of anything else
+  assert convert.main(['to_hf', str(run), str(tmp_path / 'out'), '--dtype', 'float32']) == 0
+  _, exported = hf_convert.load(tmp_path / 'out', 'float32')
+  _, base = hf_convert.load(folder / 'teacher', 'float32')
+  np.testing.assert_array_equal(exported.pop('sinks'), own['sinks'])
+  for (name, got), (_, want) in zip(tree.named_leaves(exported), tree.named_leaves(base), strict=True):
+    np.testing.assert_array_equal(got, want, err_msg=name)
+  assert np.ptp(np.asarray(own['sinks']), axis=0).min() > 0   # all began as one token's row
+  subject, _ = gap.load(str(tmp_path / 'out'), 'block', transformer.Compute(impl='xla'))
+  vocab = subject.cfg.vocab
+  assert subject.options == made.blocks and made.blocks.tail_ids == (vocab + 2, vocab + 3) and made.blocks.links
+  assert convert.main(['to_hf', str(run), str(tmp_path / 'rows'), '--dtype', 'float32', '--wrappers']) == 0
+  alone, _ = gap.load(str(tmp_path / 'rows'), 'block', transformer.Compute(impl='xla'))
+  assert alone.cfg == subject.cfg and alone.options == subject.options
+  for (name, got), (_, want) in zip(tree.named_leaves(alone.params), tree.named_leaves(subject.params), strict=True):
+    np.testing.assert_array_equal(got, want, err_msg=name)
+  assert sum(path.stat().st_size for path in (tmp_path / 'rows').glob('*.safetensors')) < 1000
+  with run_cases.overwritten(folder), pytest.raises(ValueError, match='made from other weights than lie in'):
+    hf_convert.load(tmp_path / 'rows', 'float32')
+
+
+def test_wrappers_of_a_run_that_trained_more_are_refused(distilled, tmp_path, capsys):
+  assert convert.main(['to_hf', str(distilled[0]), str(tmp_path / 'rows'), '--wrappers']) == 2
+  assert 'trained more than wrappers' in capsys.readouterr().err

@@ -212,7 +212,8 @@ def test_remat_and_impl_change_nothing():
   (expected, expected_x), expected_grads = value_and_gradients(params, *case, FULL, REFERENCE)
   for name, grad in tree.named_leaves(expected_grads):
     assert np.any(grad), f'{name} is not used'
-  for compute in (Compute(impl='xla', remat='dots'), Compute(impl='reference', remat='full')):
+  for compute in (Compute(impl='xla', remat='dots'), Compute(impl='reference', remat='full'),
+                  Compute(impl='reference', remat='offload')):
     (value, x_BTD), grads = value_and_gradients(params, *case, FULL, compute)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(x_BTD, expected_x, atol=1e-4)
@@ -251,7 +252,7 @@ def test_a_mesh_changes_nothing():
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'family': 'gpt2'}, "model family 'gpt2'; choose qwen3 or llama"),
+    ({'family': 'gpt2'}, "model family 'gpt2'; choose one of qwen3, qwen2, llama"),
     ({'kv_heads': 3}, '4 query heads cannot share 3 key/value heads evenly'),
     ({'head_dim': 7}, 'head_dim 7 is odd; rotary positions need pairs')])
 def test_architectures_that_cannot_be(change, message):

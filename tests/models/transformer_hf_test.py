@@ -62,7 +62,7 @@ def packed(vocab, positions, sinks=()):
   layout = blocks.from_lengths([[(9, 7, 5), (6, 4)], [(12, 10)]], 32, positions=positions)
   tokens = np.random.default_rng(1).integers(vocab, size=layout.doc.shape, dtype=np.int32)
   if sinks:
-    tokens, layout, _ = blocks.insert_sinks(tokens, layout, sinks, 38, positions)
+    tokens, layout, _ = blocks.insert(tokens, layout, blocks.BlockOptions(sinks, positions, 1), 38)
   return tokens, layout
 
 

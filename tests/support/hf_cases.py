@@ -18,6 +18,8 @@ MODELS = {
                               rope_theta=1e6, qk_norm=True, tied=True),
     'qwen3_bias': ModelConfig('qwen3', vocab=48, width=20, layers=2, heads=3, kv_heads=3, head_dim=8, mlp=24,
                               rope_theta=1e4, qk_norm=True, attention_bias=True),
+    'qwen2_tied': ModelConfig('qwen2', vocab=48, width=24, layers=2, heads=4, kv_heads=2, head_dim=6, mlp=40,
+                              rope_theta=1e6, attention_bias=True, tied=True),
     'llama_rope': ModelConfig('llama', vocab=48, width=24, layers=3, heads=6, kv_heads=2, head_dim=8, mlp=32,
                               norm_eps=1e-5, rope_theta=1e4, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 64)),
     'llama_bias': ModelConfig('llama', vocab=48, width=24, layers=2, heads=4, kv_heads=1, head_dim=10, mlp=32,

@@ -83,6 +83,16 @@ def test_from_folders_to_summary(models, data, tmp_path, capsys, monkeypatch):
   assert 'come from another run' in capsys.readouterr().err
 
 
+def test_the_dial_between_tokens_read_again_and_quality(models, data, tmp_path, capsys):
+  out = tmp_path / 'out'
+  assert evaluate.main(arguments(models, data, '--modes', 'block', '--seams', '0,2,64', '--out', str(out))) == 0
+  summary, printed = json.loads((out / 'summary.json').read_text()), capsys.readouterr().out
+  of = [summary[f'student_block_seam_{seam}'] for seam in (0, 2, 64)]
+  assert of[0]['kl'] == summary['student_block']['kl'] != of[1]['kl'] != of[2]['kl']
+  assert 0 == of[0]['recomputed'] < of[1]['recomputed'] < of[2]['recomputed'] < 1   # never the first blocks
+  assert 'read again' in printed and f'{of[1]["recomputed"]:.1%}' in printed and 'recomputed' not in summary['student_block']
+
+
 def test_a_student_is_loaded_once_for_all_modes(models):
   teacher, student = models
   subjects, teacher_subject, _ = gap.load_pair(student, teacher, ('full', 'block'), COMPUTE)
@@ -107,14 +117,15 @@ def test_subject_of_a_folder_and_of_a_workdir(models, tmp_path):
 
 
 def test_the_tokenizer_of_a_run_is_that_of_its_config(models, tmp_path):
-  teacher, student = models
+  _, student = models
+  (tmp_path / 'checkpoints').mkdir()
   (tmp_path / 'config.json').write_text(json.dumps({'data': {'tokenizer': str(student)}, 'model': {'source': ''}}))
-  assert loading.tokenizer_of(tmp_path, {'source': str(teacher)}) == str(student)
+  assert loading.tokenizer_of(tmp_path) == str(student)
 
 
 @pytest.mark.parametrize('change, code, message', [
     (['--strict'], 1, 'test.jsonl:3: bad JSON'),
-    (['--modes', 'ful'], 2, '--modes ful'),
+    (['--modes', 'ful'], 2, '--modes ful'), (['--seams', '1,two'], 2, '--seams 1,two'),
     (['--teacher', '/nowhere/teacher'], 2, '/nowhere/teacher'),
     (['--data', '/nowhere/*.jsonl'], 2, '/nowhere/*.jsonl'),
     (['--max-new', '600'], 2, 'documents are too long for teacher_full'),

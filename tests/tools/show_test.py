@@ -11,7 +11,7 @@ import hf_cases
 import pytest
 
 from blockattn.hf import config as hf_config
-from blockattn.models import sizes, spec
+from blockattn.models import sizes, spec, transformer
 from blockattn.train import job
 from configs import distill, finetune
 from tools import show
@@ -65,6 +65,9 @@ def test_memory_follows_the_config():
     config.update_from_flattened_dict(keys)
     return describe(config, devices=8)['per_device']
   full, none = memory(), memory(**{'compute.remat': 'none'})
+  offload = memory(**{'compute.remat': 'offload'})
+  assert full['saved'] - offload['saved'] == 8 * 36 * (32768 + 4 * 256) * 2560 * 2   # what all layers of 8 rows start from
+  assert {**offload, 'saved': 0, 'total': 0} == {**full, 'saved': 0, 'total': 0}
   dots, slices = memory(**{'compute.remat': 'dots'}), memory(accumulate=8)
   assert full['saved'] < dots['saved'] < none['saved'] and none['cast'] > 0
   assert slices['saved'] * 8 == pytest.approx(full['saved']) and slices['gradients'] == 2 * full['gradients']
@@ -98,6 +101,58 @@ def test_a_teacher_takes_the_room_that_its_config_says():
   assert whole['teacher'] == pytest.approx(8 * plain['teacher'], rel=1e-2) and whole['parameters'] == plain['parameters']
   assert stored['teacher'] == 0 and stored['batch'] > plain['batch']
   assert stored['loss: logits'] == plain['loss: logits'] * 3 / 5
+
+
+def test_another_teacher_takes_its_own_room_and_operations():
+  def shown(**keys):
+    config = distill.get_config('model=qwen3_0_6b,ctx=4096')
+    config.update_from_flattened_dict(keys)
+    return describe(config, devices=8)
+  large = {'teacher.source': 'Qwen/Qwen3-8B', 'teacher.size': 'qwen3_8b'}
+  own, other, adapted = shown(), shown(**large), shown(**large, **{'lora.rank': 16})
+  for row in ('parameters', 'optimizer', 'saved', 'loss: logits', 'frozen'):
+    assert own['per_device'][row] == other['per_device'][row], row
+  large_count = spec.count(transformer.spec(sizes.get('qwen3_8b')))
+  assert other['per_device']['teacher'] == pytest.approx(2 * large_count / 8, rel=0.01)   # bfloat16
+  assert other['per_device']['hidden'] > own['per_device']['hidden']
+  assert adapted['per_device']['frozen'] == own['per_device']['parameters']   # nothing is shared
+  assert other['step']['flops'] > own['step']['flops'] + 2 * 6.9e9 * 8 * 4096
+  assert other['step']['received']['weights'] > own['step']['received']['weights'] + 1.9 * 7e9
+
+
+def test_the_whole_run():
+  shown = describe(qwen(), devices=64, device='v5p', mfu=0.5)
+  run, step = shown['run'], shown['step']
+  assert (run['steps'], run['rows'], run['tokens']) == (500, 500 * 64, 500 * 64 * 32768)
+  assert run['hours'] == 500 * step['seconds'] / 3600 and run['device_hours'] == 64 * run['hours']
+  assert 'hours' not in describe(qwen(), devices=64)['run']
+
+
+def recipes():
+  """(line of the table, its cells) of docs/recipes.md."""
+  lines = (ROOT / 'docs/recipes.md').read_text().splitlines()
+  rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines if line.startswith('| qwen3_')]
+  return pytest.mark.parametrize('row', rows, ids=[f'{row[0]} on {row[1]}' for row in rows])
+
+
+@recipes()
+def test_a_recipe_is_what_is_shown(row):
+  model, devices, keys, memory, step, hours = row
+  count, _, kind = devices.partition(' ')
+  config = distill.get_config(f'model={model},ctx=32768')
+  for key in keys.strip('`').split():
+    name, _, value = key.partition('=')
+    config.update_from_flattened_dict({name: type(config_dict_value(config, name))(value)})
+  shown = describe(config, int(count), kind)
+  assert not shown['warnings']
+  assert memory == f'{shown["per_device"]["total"] / 1e9:.1f} GB'
+  assert (step, hours) == (f'{shown["step"]["seconds"]:.1f} s', f'{shown["run"]["hours"]:.1f} h')
+
+
+def config_dict_value(config, name):
+  for part in name.split('.'):
+    config = config[part]
+  return config
 
 
 def test_a_lora_student_has_gradients_of_its_own_part_only():

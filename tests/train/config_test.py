@@ -236,8 +236,9 @@ def test_every_number_has_a_range(name, arg):
 
 
 # Numbers that would be computed with for ever, or be read as others.
-BOUNDED = {'seed', 'steps', 'batch', 'blocks.sinks', 'data.length', 'data.max_blocks', 'distill.drop_rate', 'optim.final_lr',
-           'optim.b1', 'optim.b2', 'optim.warmup', 'data.segment.pages', 'data.pages.renamed', 'segment.draw.join'}
+BOUNDED = {'seed', 'steps', 'batch', 'blocks.sinks', 'blocks.tails', 'blocks.seam', 'blocks.align', 'data.length',
+           'data.max_blocks', 'distill.drop_rate', 'optim.final_lr', 'optim.b1', 'optim.b2', 'optim.warmup',
+           'data.segment.pages', 'data.pages.renamed', 'segment.draw.join'}
 
 
 @pytest.mark.parametrize('name, changes, message', [

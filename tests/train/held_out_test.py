@@ -252,5 +252,5 @@ def test_what_is_refused_is_one_line(trainer, changes, message):
 
 def test_without_held_out_documents_there_is_no_watch(folder):
   options = distill.read(get_config(folder))
-  assert held_out.make(options, None, None, folder, student=None, compute=None, start=None, is_teacher=True, meta={}) == []
+  assert held_out.make(options, None, None, folder, student=None, compute=None, start=None, meta={}) == []
   assert json.loads(json.dumps(options.data.eval_files)) == []

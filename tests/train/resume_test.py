@@ -132,7 +132,8 @@ def test_a_finished_run_started_again_says_so_and_does_nothing(tmp_path, capsys)
   capsys.readouterr()
   assert float(run_loop(tmp_path, unread).params['w']) == 10 and (tmp_path / 'metrics.jsonl').read_text() == text
   said = capsys.readouterr().out
-  assert f'finished already: step 10 of 10 is saved in {tmp_path}/checkpoints. To train longer, give a new --workdir' in said
+  assert (f'finished already: step 10 of 10 is saved in {tmp_path}/checkpoints. To train longer, give a larger '
+          '--config.steps and say where its schedule ended') in said
   assert float(run_loop(tmp_path, steps=12).params['w']) == 12 and losses(tmp_path)[0] == list(range(1, 13))
 
 
@@ -201,6 +202,15 @@ def test_what_may_change_in_a_workdir(tmp_path):
   config.update_from_flattened_dict({'mesh.fsdp': 4, 'rules': (('embed', None),), 'compute.remat': 'full'})
   workdir_lib.save_run_facts(tmp_path, finetune.read(config))
   assert json.loads((tmp_path / 'config.json').read_text())['keep'] == config.keep
+  config.steps *= 2
+  with pytest.raises(ValueError, match='steps was 1000 and is 2000. .* to go on with other steps, keep the schedule of '
+                                       'those that were done: --config.optim.decay_steps=1000'):
+    workdir_lib.save_run_facts(tmp_path, finetune.read(config))
+  for steps in (2000, 3000):
+    config.update_from_flattened_dict({'steps': steps, 'optim.decay_steps': 1000})
+    workdir_lib.save_run_facts(tmp_path, finetune.read(config))
+  config.update_from_flattened_dict({'steps': 1000, 'optim.decay_steps': 0})   # the same again
+  workdir_lib.save_run_facts(tmp_path, finetune.read(config))
   config.update_from_flattened_dict({'finetune.mode': 'full', 'finetune.answer_weight': 2.0})
   with pytest.raises(ValueError, match='another config: finetune.answer_weight was 1.0 and is 2.0; finetune.mode was'):
     workdir_lib.save_run_facts(tmp_path, finetune.read(config))

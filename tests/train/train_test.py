@@ -1,5 +1,6 @@
 """Distillation and fine-tuning steps on a random model of two layers."""
 
+import collections
 import dataclasses
 import functools
 import typing
@@ -260,6 +261,32 @@ def test_every_choice_gives_a_loss_and_gradients(mode):
     assert grads['sinks'].shape == (len(models.blocks.sink_ids), 16) and np.all(np.any(grads['sinks'], axis=1))
 
 
+@pytest.mark.parametrize('drawn', [False, True])
+def test_seam_tokens_have_a_loss_as_readers_have(drawn):
+  cfg, batch, key = train_cases.MODEL, train_cases.batch(0), jax.random.key(2)
+  compute = transformer.Compute(impl='reference')
+  student_cfg = dataclasses.replace(cfg, learned_sinks=2)
+  form = blocks.BlockOptions((cfg.vocab,), 'local', train_cases.MAX_BLOCKS, tail_ids=(cfg.vocab + 1,), links=True, seam=3)
+  models = distill.Models(*(distill.transformer_model(c, compute) for c in (student_cfg, cfg)), form, seam_drawn=drawn)
+  options = dataclasses.replace(DISTILL, drop_rate=0.0, loss_over='readers')
+
+  def loss(params):
+    sums = distill.loss_sums(params, job.Frozen(train_cases.params(cfg)), batch, key, models, options)
+    return sums['loss'], sums
+
+  with jax.numpy_dtype_promotion('strict'):
+    grads, sums = jax.jit(jax.grad(loss, has_aux=True))(train_cases.params(student_cfg, seed=1))
+  assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(grads))
+  seam, layout = int(blocks.draw_seam(form, key)) if drawn else 3, jax.tree.map(np.asarray, batch['layout'])
+  assert seam > 0
+  sizes = collections.Counter()
+  for where in zip(layout.doc.ravel(), layout.block.ravel(), layout.reader.ravel(),
+                   np.repeat(np.arange(len(layout.doc)), layout.doc.shape[1])):
+    sizes[where] += 1
+  again = sum(min(size, seam) for (doc, block, reader, _), size in sizes.items() if doc and block and not reader)
+  assert again > 0 and sums['tokens'] == (batch['text'] & layout.reader).sum() + again
+
+
 @functools.cache
 def forward(source):
   """Sums of the distillation loss without sinks and dropout."""
@@ -486,6 +513,11 @@ def test_sinks_of_a_config():
   student, base = job.student_params(learned, larger, train_cases.params(place=place), sink, place)
   np.testing.assert_array_equal(student['sinks'], np.repeat(np.asarray(student['embed'])[4:5], 2, axis=0))
   assert base is None
+  both = read(**b, blocks__tails=3, blocks__tail_kind='link', blocks__seam=2, blocks__align=16)
+  larger, form = job.block_options(both, cfg, sink)
+  assert larger.learned_sinks == 3 and form.tail_ids == (cfg.vocab, cfg.vocab + 1, cfg.vocab + 2) and form.links
+  assert form.sink_ids == (4, 4) and (form.seam, form.align) == (2, 16)
+  assert blocks.padded_length(100, form) == 100 + (2 + 3 + 2 + 15) * form.max_blocks
   assert job.sink_of(job.BlockModeOptions(sinks=1), Words()) == 1   # the first of those that may be chosen is one token here
   assert job.sink_of(job.BlockModeOptions(sinks=0), None) == 0   # no sinks, no token for them
 
