@@ -266,7 +266,7 @@ def make(options, made, tokenizer: Any, workdir, *, student: Callable[[Any], Any
   model = functools.partial(gap.Subject, cfg=made.cfg, compute=_whole_rows(compute), options=made.blocks)
   whole = lambda subject: dataclasses.replace(subject, compute=_whole_rows(subject.compute))
   start = whole(start)
-  bare = dataclasses.replace(start, mode='block', options=dataclasses.replace(start.options, sink_ids=()))
+  bare = dataclasses.replace(start, mode='block', options=start.options.bare)
 
   def subjects(params):
     params = student(params)

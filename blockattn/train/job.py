@@ -665,11 +665,11 @@ def make_watches(made: Job, options: PromptOptions, tokenizer, workdir, *, base,
   """What looks at a language model while it trains: held-out figures, then exports, each where the options want it.
 
   Args:
-    base: what a LoRA student adds to, None of another one.
+    base: what a student adds to that trains a part alone, None of another one.
     compute, measured: see held_out.make.
     meta: what checkpoints say besides made.meta.
   """
-  low_rank, meta = options.lora, made.meta | meta
+  low_rank, meta = options.low_rank, made.meta | meta
   student = (lambda params: lora.attach(base, params, low_rank)) if low_rank.rank else lambda params: params
   merged = jax.jit(lambda base, params: lora.merge(base, params, low_rank))
   whole = (lambda params: merged(base, params)) if low_rank.rank else lambda params: params
