@@ -107,9 +107,11 @@ class Options(job.PromptOptions):
     super().__post_init__()
     if not self.model.source:
       raise UserError('config.model.source is empty: distillation needs a trained teacher, a Hugging Face folder or name')
-    if self.export_every and self.lora.rank and not self.teacher.logits and self.teacher.dtype != self.model.dtype:
-      raise UserError(f'config.export_every={self.export_every}: a LoRA student adds to the teacher in {self.teacher.dtype} '
-                      f'here, not to the weights in {self.model.dtype}; export afterwards, with tools.convert to_hf')
+    on_teacher = self.low_rank.rank and not self.teacher.logits and not self.teacher.source
+    if self.export_every and on_teacher and self.teacher.dtype != self.model.dtype:
+      raise UserError(f'config.export_every={self.export_every}: what is trained is added to the teacher in '
+                      f'{self.teacher.dtype} here, not to the weights in {self.model.dtype}; export afterwards, with '
+                      'tools.convert to_hf')
     held_out.figure_of(self.eval.best, gap.MODES[::-1], teacher=not self.teacher.logits)
 
 

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from blockattn import checkpoint, errors
-from blockattn.data import chat_template, encode, json_lines, prompts, sources, tables
+from blockattn.data import encode, json_lines
 from blockattn.data.example import Example
 from blockattn.errors import UserError
 from blockattn.evals import gap, pages
@@ -29,7 +29,6 @@ from blockattn.train import inputs, loop
 DISTANCES, SCORES = ('kl', 'ce'), ('exact_match', 'substring', 'f1')
 FIGURES = tuple(f'{mode}/{measure}' for mode in ('block', 'full') for measure in DISTANCES + SCORES)
 START_FULL, START_BLOCK = 'start_full', 'start_block'   # names of subjects: the weights that training started from
-_AT_A_TIME = 64   # examples that are encoded together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class EvalOptions:
   """
   Attributes:
     every: steps between two evaluations; the last step has one, too
-    rows: documents, as many of each file
+    rows: documents, as many of each entry of data.eval_files
     batch: documents per forward pass, or the next number that the devices divide
     answers: documents whose greedy answers are scored; 0: none
     max_new: most tokens of such an answer
@@ -88,39 +87,32 @@ class HeldOut(NamedTuple):
 
 
 def read(data: inputs.PromptData, count: int, tokenizer: Any) -> HeldOut:
-  """`count` documents of data.eval_files, cut and encoded as those of the training, as many of each file.
+  """`count` documents of data.eval_files, cut and encoded as those of the training, as many of each entry.
 
   Raises:
     ValueError: not one is left.
   """
-  stop = None
-  if len(data.eval_files) == 1 and data.eval_files[0] in pages.SPLITS:
-    docs, examples = pages.load(tokenizer, count, split=pages.SPLITS[data.eval_files[0]])
-    whole = [pair for pair in zip(docs, examples, strict=True)
-             if len(pair[0].tokens) <= data.length and len(pair[0].lengths) <= data.max_blocks]
-    stop = pages.STOP
+  each, split = -(-count // len(data.eval_files)), pages.SPLITS.get(str(data.eval_files[0]))
+  if split and len(data.eval_files) == 1:
+    docs, examples = pages.load(tokenizer, count, split=split)
+    whole = [(example, doc) for example, doc in zip(examples, docs, strict=True)
+             if len(doc.tokens) <= data.length and len(doc.lengths) <= data.max_blocks]
   else:
-    files, cutter = tables.find_files(data.eval_files), inputs.load_cutter(data, tokenizer)
-    encoder, each = encode.Encoder(tokenizer), -(-count // len(files))
-    by_file = [list(itertools.islice(_documents(file, data, tokenizer, encoder, cutter), each)) for file in files]
-    # In turns, so that the first ones are of all files.
-    whole = [pair for some in itertools.zip_longest(*by_file) for pair in some if pair is not None][:count]
+    sources = [inputs.file_rows(dataclasses.replace(data, files=(entry,)), tokenizer) for entry in data.eval_files]
+    by_entry = [list(itertools.islice(_documents(source), each)) for source in sources]
+    # In turns, so that the first ones are of all entries; those without a question last, for they have no answer.
+    whole = [pair for some in itertools.zip_longest(*by_entry) for pair in some if pair is not None][:count]
+    whole = sorted(whole, key=lambda pair: pair[0].is_text)
   if not whole:
-    raise UserError(f'config.data.eval_files={",".join(data.eval_files)}: not one document with an answer fits into '
+    raise UserError(f'config.data.eval_files={data.eval_files}: not one document with an answer fits into '
                     f'config.data.length={data.length} tokens and config.data.max_blocks={data.max_blocks} blocks')
-  return HeldOut([doc for doc, _ in whole], [example for _, example in whole], stop)
+  return HeldOut([doc for _, doc in whole], [example for example, _ in whole], pages.STOP if split else None)
 
 
-def _documents(file, data, tokenizer, encoder, cutter) -> Iterable[tuple[encode.EncodedDoc, Example]]:
-  examples = prompts.read_examples([file], report=json_lines.Report(), strict=data.strict, tokenizer=tokenizer,
-                                   chat=chat_template.wants_chat(data.chat, tokenizer))
-  examples = iter(examples if cutter is None else sources.recut_all(examples, cutter))
-  while some := list(itertools.islice(examples, _AT_A_TIME)):
-    for example, parts in zip(some, encoder.parts(some), strict=True):
-      parts = encode.recut(parts, data.block_tokens) if data.block_tokens else parts
-      doc, _ = encode.fit(parts, length=data.length, max_blocks=data.max_blocks, too_long=data.too_long)
-      if doc is not None and doc.answer[0] < doc.answer[1]:
-        yield doc, example
+def _documents(source) -> Iterable[tuple[Example, encode.EncodedDoc]]:
+  report = json_lines.Report()
+  for piece in range(len(source)):
+    yield from ((example, doc) for example, doc in source.examples(piece, report) if doc.answer[0] < doc.answer[1])
 
 
 class Evaluation(loop.Watch):
@@ -151,6 +143,7 @@ class Evaluation(loop.Watch):
     self._subjects, self._start, self._teacher, self._tokenizer = subjects, start, teacher, tokenizer
     self._batch, self._put, self._keep, self._folder = batch, put, keep, folder
     self._of = _fingerprint(held_out, options, figure)
+    self._answered = min(options.answers, sum(not example.is_text for example in held_out.examples))
     self._best, self._since, self._recorded = None, 0, []   # best: (step, value); recorded: bests of the last checkpoints
     self._rows: list[dict] = []   # of the start
 
@@ -211,7 +204,7 @@ class Evaluation(loop.Watch):
   def _measure(self, subjects) -> list[dict]:
     """Rows of gap.measure, the first ones with scores of answers."""
     docs, examples, stop = self._held_out
-    count = min(self._options.answers, len(docs))
+    count = self._answered
     measure = lambda part, max_new: gap.measure(
         subjects, self._teacher, docs[part], examples[part], self._tokenizer, batch=self._batch, max_new=max_new, stop=stop,
         put=self._put) if docs[part] else []

@@ -85,7 +85,7 @@ class PromptData(DataOptions):
   shared_first: bool = False
   block_tokens: int = 0
   chat: bool | None = None
-  eval_files: tuple[str, ...] = ()
+  eval_files: tuple[str | Mapping, ...] = ()
   template_args: str = ''
   too_long: str = 'drop'
   workers: int = 2

@@ -665,7 +665,7 @@ def make_watches(made: Job, options: PromptOptions, tokenizer, workdir, *, base,
   """What looks at a language model while it trains: held-out figures, then exports, each where the options want it.
 
   Args:
-    base: what a LoRA student adds to, None of another one.
+    base: what a student adds to that trains a part alone, None of another one.
     compute, measured: see held_out.make.
     meta: what checkpoints say besides made.meta.
   """
