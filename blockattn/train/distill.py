@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from blockattn import blocks, errors, losses, mesh as mesh_lib, optim, options as options_lib
 from blockattn.data import teacher_logits
 from blockattn.errors import UserError
-from blockattn.hf import convert
+from blockattn.hf import convert, files
 from blockattn.models import flops, lora, spec, transformer, weights
-from blockattn.train import command, inputs, job, loop, workdir as workdir_lib
+from blockattn.train import command, inputs, job, loop, matching, on_policy, workdir as workdir_lib
 
 LOSS_OVER = ('readers', 'text', 'answer')
 
@@ -34,7 +34,9 @@ class DistillOptions:
     divergence: from the teacher's distribution: forward, reverse (both KL), jsd: see losses.divergence
     temperature: of both distributions in the divergence, which counts temperature^2 times
     ce_weight: of cross-entropy on the data, beside the divergence
+    match_weight: of the distance between both attention outputs, see train/matching.py; 0: none
     weights: how much a token counts, see losses.TokenWeights
+    on_policy: answers of the student's own in the batch, see train/on_policy.py
     chunk: tokens per row whose logits exist at a time.
     accumulate: slices that a batch is computed in.
     seed: of block dropout.
@@ -45,7 +47,9 @@ class DistillOptions:
   divergence: str = 'forward'
   temperature: float = 1.0
   ce_weight: float = 0.0
+  match_weight: float = 0.0
   weights: losses.TokenWeights = losses.TokenWeights()
+  on_policy: on_policy.OnPolicyOptions = on_policy.OnPolicyOptions()
   chunk: int = options_lib.not_a_key(default=512)
   accumulate: int = options_lib.not_a_key(default=1)
   seed: int = options_lib.not_a_key(default=0)
@@ -60,6 +64,7 @@ class DistillOptions:
     errors.check_number('config.distill.drop_rate', self.drop_rate, 0, 1)
     errors.check_number('config.distill.temperature', self.temperature, above=0)
     errors.check_number('config.distill.ce_weight', self.ce_weight, 0)
+    errors.check_number('config.distill.match_weight', self.match_weight, 0)
     errors.check_number('config.distill.weights.floor', self.weights.floor, 0)
     errors.check_number('config.distill.weights.cap', self.weights.cap, above=0)
 
@@ -101,6 +106,10 @@ class Options(job.PromptOptions):
     super().__post_init__()
     if not self.model.source:
       raise UserError('config.model.source is empty: distillation needs a trained teacher, a Hugging Face folder or name')
+    for name, value in (('match_weight', self.distill.match_weight), ('on_policy.share', self.distill.on_policy.share)):
+      if value and self.teacher.logits:
+        raise UserError(f'config.distill.{name}={value} needs a teacher at work, and config.teacher.logits='
+                        f'{self.teacher.logits!r} stands in its place; leave one of them out')
 
 
 def read(config) -> Options:
@@ -116,14 +125,31 @@ class Model:
       layout, and a token's place in its document `layout.position`.
     head: params -> a function from hidden states [..., D] to float32 logits [..., V] that JAX can pass on, such as
       jax.tree_util.Partial(project, matrix): the loss calls it on some tokens at a time.
+    keeping: `apply` that also gives what a function makes of every layer, see `transformer.apply_keeping`: only output
+      matching asks for it.
+    place: tells the compiler where an array [B, T, D] lives.
   """
   apply: Callable[[Any, jax.Array, blocks.BlockLayout], jax.Array]
   head: Callable[[Any], Callable[[jax.Array], jax.Array]]
+  keeping: Callable[..., tuple[jax.Array, Any]] | None = None
+  place: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
+
+  def read(self, params, tokens, layout, keep: transformer.Keep | None = None, beside=()) -> tuple[jax.Array, Any]:
+    """(hidden states, what `keep` made of every layer, None without one)."""
+    if keep is None:
+      return self.apply(params, tokens, layout), None
+    if self.keeping is None:
+      raise UserError('config.distill.match_weight compares what attention gives in every layer of models/transformer.py; a '
+                      'model of your own says nothing of its layers: leave it 0')
+    return self.keeping(params, tokens, layout, keep, beside)
 
 
 def transformer_model(cfg: transformer.ModelConfig, compute: transformer.Compute) -> Model:
   return Model(lambda params, tokens, layout: transformer.apply(params, tokens, layout, cfg, compute),
-               lambda params: transformer.head_function(params, cfg))
+               lambda params: transformer.head_function(params, cfg),
+               lambda params, tokens, layout, keep, beside: transformer.apply_keeping(params, tokens, layout, cfg, compute,
+                                                                                      keep, beside),
+               functools.partial(transformer.constrain, compute=compute))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,35 +195,40 @@ def _answer_lost(batch, dropped):
 def loss_sums(params, frozen: job.Frozen, batch, key, models: Models, options: DistillOptions):
   """The sums of losses.distillation_sums for one batch; differentiable in params."""
   layout, position = batch['layout'], batch['layout'].position
-  if 'teacher' in batch:
-    teacher = losses.StoredTeacher(**batch['teacher'])
-  else:
-    teacher = teacher_reading(frozen.teacher, batch, models.teacher, positions=models.blocks.positions,
-                              blocked=options.weights.source == 'teacher')
   if options.drop_rate > 0:
     layout = blocks.drop_blocks(layout, key, rate=options.drop_rate, mode=options.drop_mode,
                                 positions=models.blocks.positions)
   mask = loss_mask(batch, layout, options)
   tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks)
+  match = matching.Match(index, tokens.shape[1], mask, models.student.place) if options.match_weight else None
+  if 'teacher' in batch:
+    teacher, wanted = losses.StoredTeacher(**batch['teacher']), ()
+  else:
+    teacher, wanted = teacher_reading(frozen.teacher, batch, models.teacher, positions=models.blocks.positions,
+                                      blocked=options.weights.source == 'teacher', keep=match and match.wanted)
   student = params if models.attach is None else models.attach(frozen.base, params)
   with jax.named_scope('student'):
-    x_student = models.student.apply(student, tokens, student_layout)
+    x_student, distances = models.student.read(student, tokens, student_layout, match and matching.distance, wanted or ())
   x_student = jnp.take_along_axis(x_student, index[..., None], axis=1)
   with jax.named_scope('loss'):
     return losses.distillation_sums(losses.Reading(models.student.head(student), x_student), teacher,
                                     batch['targets'], position, mask, weights=options.weights,
                                     temperature=options.temperature, ce_weight=options.ce_weight, chunk=options.chunk,
-                                    kind=options.divergence, document=batch['layout'].doc, parts=models.row_parts)
+                                    kind=options.divergence, document=batch['layout'].doc,
+                                    match=match and match.of_text(distances), match_weight=options.match_weight,
+                                    parts=models.row_parts)
 
 
 @jax.named_scope('teacher')
-def teacher_reading(teacher, batch, model: Model, *, positions: str, blocked: bool) -> losses.Reading:
-  """The teacher's reading with full attention, and, if it is wanted `blocked` too, under the block mask, without sinks. No
-  gradient."""
+def teacher_reading(teacher, batch, model: Model, *, positions: str, blocked: bool,
+                    keep: transformer.Keep | None = None) -> tuple[losses.Reading, Any]:
+  """The teacher's reading with full attention, and, if it is wanted `blocked` too, under the block mask, without sinks; and
+  what `keep` makes of every layer with full attention. No gradient."""
   layout = batch['layout']
-  read = lambda layout: jax.lax.stop_gradient(model.apply(teacher, batch['tokens'], layout))
-  return losses.Reading(model.head(teacher), read(blocks.as_one_block(layout)),
-                        read(blocks.with_positions(layout, positions)) if blocked else None)
+  read = lambda layout, keep=None: jax.lax.stop_gradient(model.read(teacher, batch['tokens'], layout, keep))
+  x_BTD, kept = read(blocks.as_one_block(layout), keep)
+  blocked_BTD = read(blocks.with_positions(layout, positions))[0] if blocked else None
+  return losses.Reading(model.head(teacher), x_BTD, blocked_BTD), kept
 
 
 def make_step(models: Models, options: DistillOptions, optimizer, learning_rate):
@@ -215,7 +246,8 @@ def _measure(sums):
   return {'kl': sums['kl'] / tokens, 'ce': sums['ce'] / tokens, 'teacher_ce': sums['teacher_ce'] / tokens,
           'gap': sums['gap'] / tokens, 'weight_mean': mean_weight, 'weight_spread': spread,
           'weight_at_floor': sums['at_floor'] / tokens, 'weight_at_cap': sums['at_cap'] / tokens,
-          'loss_tokens': sums['tokens']} | {f'kl_pos_{i}': kl_at[i] for i in range(losses.POSITION_BINS)}
+          'loss_tokens': sums['tokens'], **({'match': sums['match'] / tokens} if 'match' in sums else {}),
+          **{f'kl_pos_{i}': kl_at[i] for i in range(losses.POSITION_BINS)}}
 
 
 def step_flops(options: Options, cut: flops.Blocks, cfg) -> flops.Flops:
@@ -297,6 +329,7 @@ def build(options: Options, placement: mesh_lib.Placement, cfg: transformer.Mode
   goal, low_rank, length, stored = options.distill, options.lora, options.data.length, bool(options.teacher.logits)
   student, form = job.block_options(options, cfg, sink)
   padded = blocks.padded_length(length, options.blocks.sinks, form.max_blocks)
+  on_policy.check(goal.on_policy, form)
   other = teacher_placement(options, placement)
   job.check_batch(options, placement, platform, padded)
   job.check_model(student, placement)
@@ -354,6 +387,23 @@ def with_teacher_logits(options: Options, source):
   return teacher_logits.StoredLogits(source, folder, inputs.needed_rows(options, source))
 
 
+def rewriter(options: Options, made: job.Job, tokenizer, base):
+  """What puts the student's own answers into a batch, see `loop.run`; None if none are wanted.
+
+  Args:
+    base: what a LoRA student adds to.
+  """
+  goal, place = options.distill.on_policy, made.placement
+  if not goal.share:
+    return None
+  attach = (lambda params: lora.attach(base, params, options.lora)) if options.lora.rank else None
+  engine = on_policy.engine_maker(
+      made.cfg, job.compute_of(options.compute, None, place.platform), made.blocks, tokenizer,
+      files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id), length=options.data.length,
+      rows=max(1, options.batch // options.accumulate // place.size('batch')), attach=attach)
+  return functools.partial(on_policy.rewritten, options=goal, seed=options.seed, engine=engine)
+
+
 def run(options: Options, workdir):
   """Trains; returns (ModelConfig, params, BlockOptions) of the student; of LoRA, the trained params alone, as its
   checkpoints hold them."""
@@ -373,7 +423,7 @@ def run(options: Options, workdir):
     teacher = teacher_from(params, cfg, options.teacher, made.teacher.placement)
   params, base = job.student_params(options, made.cfg, params, sink, placement)
   frozen = job.Frozen(teacher, base and (teacher or base))
-  params = job.train(made, options, params, frozen, source, workdir, meta)
+  params = job.train(made, options, params, frozen, source, workdir, meta, rewrite=rewriter(options, made, tokenizer, base))
   return made.cfg, params, made.blocks
 
 

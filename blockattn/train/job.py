@@ -554,16 +554,16 @@ def loop_config(options: Options, made: Job) -> loop.LoopConfig:
                          profile=trace.parse_steps(options.profile, options.steps))
 
 
-def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watch=None):
+def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watch=None, rewrite=None):
   """Runs a job on values; returns the trained parameters.
 
   Args:
     params: what is trained, at its start.
     source: of packed rows.
     meta: what checkpoints say besides made.meta.
-    watch: see loop.run.
+    watch, rewrite: see loop.run.
   """
   state = loop.run(lambda state, batch: made.step(state, frozen, batch), loop.init_state(params, made.optimizer),
                    inputs.batches(options, source, made.placement), loop_config(options, made), workdir,
-                   put_batch=made.placement.put_batch, meta=made.meta | meta, watch=watch)
+                   put_batch=made.placement.put_batch, meta=made.meta | meta, watch=watch, rewrite=rewrite)
   return state.params

@@ -150,7 +150,7 @@ def accumulate(sums_and_grads, params, batch, parts: int):
 
 
 def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put_batch, meta: dict,
-        watch=None) -> TrainState:
+        watch=None, rewrite=None) -> TrainState:
   """Trains until config.steps, from the newest checkpoint in the workdir if there is one.
 
   Metrics are fetched one step late, so that the device never waits for the host.
@@ -163,6 +163,7 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
     meta: JSON saved with every checkpoint: what the model is, and under 'source_weights' what it began from.
     watch: what looks at the state now and then, in time that does not count as training: `due(step) -> bool`, and called
       with (step, state) it gives scalars to write, {} for none.
+    rewrite: (params, host batch, finished steps) -> (the host batch to train on, scalars to report); None: as it is read.
 
   Returns:
     The state after the last step.
@@ -192,10 +193,12 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
         progress.say(f'going on from step {step} of {config.steps}, saved in {folder}')
       while step < config.steps:
         with profiler.step(step + 1, state):
-          batch = next(batches)
+          batch, more = next(batches), {}
+          if rewrite is not None:
+            batch, more = rewrite(state.params, batch, step)
           state, values = step_fn(state, put_batch(batch))
         step += 1
-        report.queue(step, values, batch)
+        report.queue(step, values | more, batch)
         if watch is not None and watch.due(step):
           with report.pause():
             if seen := watch(step, state):
