@@ -19,7 +19,7 @@ from blockattn.data import teacher_logits
 from blockattn.errors import UserError
 from blockattn.hf import convert, files
 from blockattn.models import flops, lora, spec, transformer, weights
-from blockattn.train import command, inputs, job, loop, matching, on_policy, workdir as workdir_lib
+from blockattn.train import command, inputs, job, loop, matching, on_policy as on_policy_lib, workdir as workdir_lib
 
 LOSS_OVER = ('readers', 'text', 'answer')
 
@@ -49,7 +49,7 @@ class DistillOptions:
   ce_weight: float = 0.0
   match_weight: float = 0.0
   weights: losses.TokenWeights = losses.TokenWeights()
-  on_policy: on_policy.OnPolicyOptions = on_policy.OnPolicyOptions()
+  on_policy: on_policy_lib.OnPolicyOptions = on_policy_lib.OnPolicyOptions()
   chunk: int = options_lib.not_a_key(default=512)
   accumulate: int = options_lib.not_a_key(default=1)
   seed: int = options_lib.not_a_key(default=0)
@@ -329,7 +329,7 @@ def build(options: Options, placement: mesh_lib.Placement, cfg: transformer.Mode
   goal, low_rank, length, stored = options.distill, options.lora, options.data.length, bool(options.teacher.logits)
   student, form = job.block_options(options, cfg, sink)
   padded = blocks.padded_length(length, options.blocks.sinks, form.max_blocks)
-  on_policy.check(goal.on_policy, form)
+  on_policy_lib.check(goal.on_policy, form)
   other = teacher_placement(options, placement)
   job.check_batch(options, placement, platform, padded)
   job.check_model(student, placement)
@@ -397,11 +397,11 @@ def rewriter(options: Options, made: job.Job, tokenizer, base):
   if not goal.share:
     return None
   attach = (lambda params: lora.attach(base, params, options.lora)) if options.lora.rank else None
-  engine = on_policy.engine_maker(
+  engine = on_policy_lib.engine_maker(
       made.cfg, job.compute_of(options.compute, None, place.platform), made.blocks, tokenizer,
       files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id), length=options.data.length,
       rows=max(1, options.batch // options.accumulate // place.size('batch')), attach=attach)
-  return functools.partial(on_policy.rewritten, options=goal, seed=options.seed, engine=engine)
+  return functools.partial(on_policy_lib.rewritten, options=goal, seed=options.seed, engine=engine)
 
 
 def run(options: Options, workdir):

@@ -138,7 +138,7 @@ class Stream:
 
   def __next__(self):
     self.step += 1
-    return answers_that_end(train_cases.batch(self.step - 1))
+    return answers_that_end(train_cases.batch(self.step - 1, blocks=(3,)))   # few shapes
 
   def get_state(self):
     return {'next_step': self.step}
@@ -153,10 +153,11 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(tmp_path):
   step = distill.make_step(distill.Models(model, model, FORM), distill.DistillOptions(chunk=16), optimizer,
                            optim.learning_rate(train_cases.OPTIM))
   teacher, place, seen = train_cases.params(), train_cases.placement(), []
+  options = on_policy.OnPolicyOptions(share=1.0, max_new=3)
 
   def train(folder, steps):
     def rewrite(params, batch, step):
-      seen.append(rewritten(params, batch, step))
+      seen.append(rewritten(params, batch, step, options))
       return seen[-1]
     config = loop.LoopConfig(steps=steps, log_every=1, save_every=1, keep=1, tokens_per_step=1)
     return loop.run(lambda state, batch: step(state, job.Frozen(teacher), batch),
