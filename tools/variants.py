@@ -40,26 +40,25 @@ VARIANTS = {
     'matching': {'distill.match_weight': 1.0},
     'on_policy': {'distill.on_policy.share': 0.5, 'distill.on_policy.max_new': 24},
 }
-PROBE = 20        # steps that are timed, after as many that are not
 _MAX_NEW = 24     # of an answer in the evaluation
 
 
-def options_of(name: str, seed: int, steps: int) -> distill.Options:
+def options_of(name: str, seed: int, steps: int, log_every: int = 20) -> distill.Options:
   """The training of a variant."""
   config = tiny.get_config()
   config.update_from_flattened_dict(VARIANTS[name])
-  config.seed, config.steps, config.save_every, config.log_every = seed, steps, steps, PROBE
+  config.seed, config.steps, config.save_every, config.log_every = seed, steps, steps, log_every
   config.optim.warmup = min(config.optim.warmup, steps // 2)
   return distill.read(config)
 
 
-def seconds_per_step(folder: pathlib.Path, name: str) -> float:
-  """Of a variant, from a run that is made for it if there is none."""
-  distill.run(options_of(name, 0, 2 * PROBE), folder)
+def seconds_per_step(folder: pathlib.Path, name: str, probe: int) -> float:
+  """Of a variant, from a run that is made for it if there is none: `probe` steps, and as many that are timed."""
+  distill.run(options_of(name, 0, 2 * probe, probe), folder)
   speed = [line['steps_per_s'] for line in _lines(folder) if 'steps_per_s' in line]
   # A line's speed is that of all steps so far but the first: the programs of the first answers are compiled in these.
-  spent = [steps / per_s for steps, per_s in zip((PROBE - 1, 2 * PROBE - 1), speed, strict=True)]
-  return (spent[1] - spent[0]) / PROBE
+  spent = [steps / per_s for steps, per_s in zip((probe - 1, 2 * probe - 1), speed, strict=True)]
+  return (spent[1] - spent[0]) / probe
 
 
 def _lines(folder):
@@ -120,7 +119,8 @@ def run(options) -> None:
   job.use_cpu_cores(options_of('plain', 0, 1))
   folder, results = pathlib.Path(options.workdir), []
   ask = functools.cache(lambda: examiner(options.docs, options.docs))
-  steps = {name: max(2, round(options.seconds / seconds_per_step(folder / name / 'probe', name))) for name in options.only}
+  timed = lambda name: seconds_per_step(folder / name / f'probe_{options.probe}', name, options.probe)
+  steps = {name: max(2, round(options.seconds / timed(name))) for name in options.only}
   for seed in range(options.seeds):   # a table of fewer seeds is one, too
     for name in options.only:
       results.append(trained(folder / name / f'{steps[name]}_steps_seed_{seed}', name, seed, steps[name],
@@ -136,8 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument('--only', metavar='NAMES', default=list(VARIANTS), type=lambda text: text.split(','),
                       help='of the variants, with commas')
   arguments.add_numbers(parser, seconds=(120, 'of each training'), seeds=(3, 'trainings of each variant'),
-                        docs=(256, 'questions of the evaluation'))
+                        docs=(256, 'questions of the evaluation'),
+                        probe=(20, 'steps that say how long one takes, after as many that do not'))
   options = parser.parse_args(argv)
+  if options.probe < 2:
+    parser.error('--probe takes two steps or more: the first of a run, which compiles, is not timed')
   return arguments.run('variants', lambda: run(options),
                        stopped=f'what is done stands in {options.workdir}, start the same command again to go on')
 
