@@ -40,7 +40,8 @@ class TokenWeights:
     source: whose block-mode probability: the 'student' as it is now, or the frozen 'teacher' under the block mask.
     floor: of 'relu'.
     cap: of the gap, in nats.
-    on: what they count of: 'both' divergence and cross-entropy, or one of them, 'kl' or 'ce', beside the other unweighted.
+    on: what they count of: 'both' divergence and cross-entropy (and the output matching), or one of them, 'kl' or 'ce',
+      beside the other unweighted.
     mean: over what a mean is weighted: the 'batch'; or each 'document', whose share of the loss is then that of its
       tokens. With 'exp', this is a softmax of the capped gaps over the document.
   """
@@ -127,7 +128,7 @@ def sum_over_tokens(token_fn: Callable[..., Any], heads: Any, states: Any, per_t
     token_fn: (heads, states, per_token, mask) of one chunk, arrays [B, chunk, ...] -> pytree of float32 scalars.
     heads: pytree of whatever token_fn needs whole (the output matrices); differentiable.
     states: pytree of [B, T, D], hidden states; differentiable.
-    per_token: pytree of [B, T], not differentiable.
+    per_token: pytree of [B, T], differentiable where it is float.
     mask: bool [B, T].
     chunk: static number of tokens per row and chunk.
     parts: of a row that are on different devices: each gathers and sums its own tokens.
@@ -208,18 +209,21 @@ class _Token(NamedTuple):
   position: Array
   document: Array | None
   stored: StoredTeacher | None
+  match: Array | None
 
 
 def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, targets: Array, position: Array, mask: Array, *,
                       weights: TokenWeights, temperature: float, ce_weight: float, chunk: int, kind: str = 'forward',
-                      document: Array | None = None, parts: int = 1) -> dict[str, Array]:
+                      document: Array | None = None, match: Array | None = None, match_weight: float = 0.0,
+                      parts: int = 1) -> dict[str, Array]:
   """The distillation loss as sums: loss = sums['loss'] / sums['weight'].
 
-  loss = sum_t m_t w_t [ temperature^2 D(p_T, p_S)_t + ce_weight * CE_t ] / sum_t m_t w_t, with D the KL divergence or
-  another one. The weights carry no gradient. D's gradient shrinks as 1 / temperature^2, so the factor (Hinton et al.,
-  arXiv 1503.02531) keeps it as large as it is at temperature 1, and ce_weight means the same at every temperature.
+  loss = sum_t m_t w_t [ temperature^2 D(p_T, p_S)_t + ce_weight * CE_t + match_weight * match_t ] / sum_t m_t w_t, with D
+  the KL divergence or another one. The weights carry no gradient. D's gradient shrinks as 1 / temperature^2, so the factor
+  (Hinton et al., arXiv 1503.02531) keeps it as large as it is at temperature 1, and ce_weight means the same at every
+  temperature.
 
-  Where the weights count of one of both only, the other has weight 1 and the sum is divided by the number of loss tokens.
+  Where the weights count of one of both only, all else has weight 1 and the sum is divided by the number of loss tokens.
   Where they are means of documents, w is divided by its mean over the document's loss tokens first.
 
   Args:
@@ -229,13 +233,14 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
     mask: bool [B, T], the loss tokens m.
     kind: of D, see `divergence`.
     document: int32 [B, T] below T + 1, the document of each token in its row; needed for weights.mean='document' only.
+    match: float32 [B, T], how far the student's layers are from the teacher's at each token; None: that is no part of it.
     parts: see `sum_over_tokens`.
 
   Returns:
     {'loss', 'weight', 'weight_sum', 'weight_sq', 'at_floor', 'at_cap', 'tokens', 'kl', 'ce', 'teacher_ce', 'gap'}: float32
     scalars, each a sum over the loss tokens, `weight_sum` and `weight_sq` of w as it is before any division, `kl` (always
     the forward one) and the rest unweighted, `at_floor` and `at_cap` the tokens whose gap is outside of 0 ... cap; 'kl_at',
-    'tokens_at' [POSITION_BINS]: sums over the tokens of each bin, see `position_bin`.
+    'tokens_at' [POSITION_BINS]: sums over the tokens of each bin, see `position_bin`; 'match', unweighted, where given.
   """
   length, by_document = mask.shape[1], weights.mean == 'document'
 
@@ -250,6 +255,8 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
     gap = jax.lax.stop_gradient(found.log_p - blocked)
     w = m * token_weight(gap, weights)
     terms = {'kl': temperature ** 2 * found.divergence, 'ce': -ce_weight * found.log_q}
+    if token.match is not None:
+      terms['match'] = match_weight * token.match
     nothing = jnp.zeros_like(m)
     weighted = sum((x for name, x in terms.items() if weights.on in (name, 'both')), nothing)
     plain = sum((m * x for name, x in terms.items() if weights.on not in (name, 'both')), nothing)
@@ -261,6 +268,8 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
         'tokens': jnp.sum(m), 'kl': jnp.sum(m * found.kl), 'ce': -jnp.sum(m * found.log_q),
         'teacher_ce': -jnp.sum(m * found.log_p), 'gap': jnp.sum(m * gap),
         'kl_at': jnp.sum(found.kl[..., None] * at, axis=(0, 1)), 'tokens_at': jnp.sum(at, axis=(0, 1))}
+    if token.match is not None:
+      sums['match'] = jnp.sum(m * token.match)
     if by_document:
       rows = jnp.arange(m.shape[0])[:, None]
       of = lambda x: jnp.zeros((m.shape[0], length + 1)).at[rows, token.document].add(x)
@@ -270,7 +279,7 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
   stored, models = (teacher, (student,)) if isinstance(teacher, StoredTeacher) else (None, (student, teacher))
   heads = tuple(model.head for model in models)
   states = tuple(model._replace(head=None) for model in models)
-  token = _Token(targets, position, document if by_document else None, stored)
+  token = _Token(targets, position, document if by_document else None, stored, match)
   sums = sum_over_tokens(chunk_sums, heads, states, token, mask, chunk, parts)
   if by_document:
     sums['loss'] += _sum_of_document_means(**jax.tree.map(lambda x: x.reshape(-1, parts, length + 1).sum(axis=1),

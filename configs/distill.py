@@ -14,7 +14,8 @@ tools.show and not been run at full size: learning rate, warm-up, batch and numb
 is usual for continued training at this size, and are to be tuned. The method's constants are those of
 configs/common.py.
 
-`sweep` has the sweeps that the method's open constants ask for: sinks (the default), dropout, weights, lr:
+`sweep` has the sweeps that the method's open constants ask for: sinks (the default), dropout, weights, lr, and goal, which
+is other losses, output matching and on-policy rows, each against the plain divergence:
 
     python -m launch.sweep --config configs/distill.py:model=qwen3_4b --points dropout --workdir runs/dropout \
         --config.data.files=train/ --run slurm --sbatch "--nodes=8 --ntasks-per-node=8 --gpus-per-node=8"
@@ -55,6 +56,10 @@ def sweep(add, arg='sinks'):
       'dropout': [{'distill.drop_rate': 0.0}] + [{'distill.drop_rate': rate, 'distill.drop_mode': mode}
                                                  for mode in blocks.DROP_MODES for rate in (0.1, 0.2, 0.4)],
       'weights': [{'distill.weights.form': form} for form in ('none', 'relu', 'exp')],
+      'goal': [{'distill.divergence': 'forward'}, {'distill.divergence': 'reverse'}, {'distill.divergence': 'jsd'},
+               {'distill.ce_weight': 0.5, 'distill.weights.on': 'ce'},
+               {'distill.weights.form': 'exp', 'distill.weights.mean': 'document'}, {'distill.match_weight': 1.0},
+               {'distill.on_policy.share': 0.5, 'distill.on_policy.every': 4}],
       'lr': [{'optim.lr': lr} for lr in (5e-6, 1e-5, 2e-5, 4e-5)],
   }
   arg = arg or 'sinks'

@@ -18,6 +18,8 @@ rule cuts rows; size() is that of a dtype. N, K, F and V are a device's share.
                  intermediate value of a layer, and where rows are cut the keys and values of all of their parts.
                  Fine-tuning in mode 'both' counts both views. With remat 'offload' the inputs of all layers are in the
                  host's memory, which is not counted.
+  matching       distill.match_weight: what the teacher's attention gave, L b T' D size(teacher.compute_dtype), and with
+                 remat 'none' what the student's gave
   hidden         last hidden states [b, T, D] of student (as they are, in loss order, gradient) and teacher (two)
   batch          the arrays of the global batch's rows on this device
   loss: logits   float32 [b, chunk, V]: logits and log-probabilities of student and teacher and the student's gradient,
@@ -72,6 +74,7 @@ def per_device(options: job.Options, made: job.Job) -> dict[str, int]:
       'cast': cast_bytes(options, made),
       'saved': sum(saved_bytes(local, compute.dtype, compute.remat, at_a_time, tokens)
                    + (others * tokens * made.cfg.layers if compute.remat == 'none' else 0) for tokens in views),
+      'matching': matching_bytes(options, made, at_a_time),
       'hidden': at_a_time * length * size * (3 * len(views) * made.cfg.width + (2 * made.teacher.cfg.width if made.teacher
                                                                                else 0)),
       'batch': device_bytes(made.batch),
@@ -117,6 +120,14 @@ def head_bytes(options, made, local) -> int:
       flops.head_weights(share(teacher.cfg, made.placement)) * jnp.dtype(teacher.compute_dtype).itemsize if copies else 0)
 
 
+def matching_bytes(options, made, rows) -> int:
+  if not (made.teacher and options.distill.match_weight):
+    return 0
+  kept = [made.teacher.compute_dtype] + [options.compute.dtype] * (options.compute.remat == 'none')
+  tokens = sum(view.tokens for view in made.views) // made.placement.size('tokens')
+  return made.cfg.layers * rows * tokens * made.cfg.width * sum(jnp.dtype(dtype).itemsize for dtype in kept)
+
+
 def cast_bytes(options, made) -> int:
   if options.compute.remat in ('full', 'offload') or options.compute.dtype == options.model.dtype:
     return 0
@@ -139,7 +150,7 @@ def saved_bytes(cfg, dtype: str, remat: str, rows: int, tokens: int) -> int:
 
   def residuals(params, tokens, position_BT):
     forward = lambda params: transformer.run_layers(params, classifier.embed(params, tokens, cfg, compute), position_BT, cfg,
-                                                    compute, _fused_attention, keep_kv=False)[0]
+                                                    compute, _fused_attention)[0]
     return jax.vjp(forward, params)[1]
 
   jaxpr = jax.make_jaxpr(residuals)(params, inputs, position).jaxpr

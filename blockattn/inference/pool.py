@@ -57,7 +57,7 @@ class Pool:
     if self.pages < 1:
       raise UserError(f'room for {tokens} tokens is not a page of {PAGE} tokens on each of {mesh.size} devices; give more')
     shape = (cfg.layers, mesh.size * self.pages, PAGE, cfg.kv_heads, cfg.head_dim)
-    self._zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=NamedSharding(mesh, PAGES))
+    self._zeros = _zeros(shape, dtype, NamedSharding(mesh, PAGES))
     self._allocate()
 
   def _allocate(self):
@@ -133,6 +133,11 @@ class Pool:
     """
     arrays = _gather(self.k, self.v, pages, position, visible, cfg=cfg, mesh=self.mesh)
     return decode.Context(*arrays, axis=None if self.devices == 1 else AXIS)
+
+
+@functools.cache   # a pool like one before it compiles nothing
+def _zeros(shape, dtype, sharding):
+  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 def on_mesh(mesh: Mesh, fn: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -77,7 +77,8 @@ def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transforme
     (x_BTD after the final norm, (k, v)), keys not rotated, each [L, B, T, K, H].
   """
   x_BTD = transformer.embed(params, tokens, cfg, compute)
-  run = functools.partial(transformer.run_layers, params, x_BTD, layout.position, cfg, compute, keep_kv=True)
+  run = functools.partial(transformer.run_layers, params, x_BTD, layout.position, cfg, compute,
+                          keep=lambda inside, *_: (inside.k, inside.v))
   if context is None:
     return run(lambda q, k, v: transformer.masked_attention(q, k, v, layout, compute))
 

@@ -7,7 +7,7 @@ the head. Teacher and student are this same function: the teacher's layout is `b
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,21 @@ Attend = Callable[..., Array]    # (q_BTNH, k_BTKH, v_BTKH, ...) -> o_BTNH
 FAMILIES = ('qwen3', 'qwen2', 'llama')
 REMAT = ('none', 'dots', 'full', 'offload')
 _LAYER_INPUT = 'layer_input'     # by which remat 'offload' finds it
+
+
+class Inside(NamedTuple):
+  """What a layer makes on its way.
+
+  Attributes:
+    k, v: [B, T, K, H], what a cache would keep: keys not yet rotated, which are the same wherever the token stands.
+    out: [B, T, D], what its attention adds to the residual stream.
+  """
+  k: Array
+  v: Array
+  out: Array
+
+
+Keep = Callable[..., Any]        # (Inside, ...) -> what is kept of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,36 +181,46 @@ def apply(params: Params, tokens: Array, layout: blocks.BlockLayout, cfg: ModelC
 
 def apply_embedded(params: Params, x_BTD: Array, layout: blocks.BlockLayout, cfg: ModelConfig, compute: Compute) -> Array:
   """`apply` to embeddings x_BTD in place of tokens."""
-  attend = lambda q, k, v: masked_attention(q, k, v, layout, compute)
-  return run_layers(params, x_BTD, layout.position, cfg, compute, attend, keep_kv=False)[0]
+  return run_layers(params, x_BTD, layout.position, cfg, compute, _attention(layout, compute))[0]
+
+
+def apply_keeping(params: Params, tokens: Array, layout: blocks.BlockLayout, cfg: ModelConfig, compute: Compute, keep: Keep,
+                  beside: tuple[Array, ...] = ()) -> tuple[Array, Any]:
+  """`apply`, and what `keep` makes of every layer, see `run_layers`."""
+  x_BTD = embed(params, tokens, cfg, compute)
+  return run_layers(params, x_BTD, layout.position, cfg, compute, _attention(layout, compute), keep=keep, beside=beside)
+
+
+def _attention(layout, compute) -> Attend:
+  return lambda q, k, v, *_: masked_attention(q, k, v, layout, compute)
 
 
 def run_layers(params: Params, x_BTD: Array, position: Array, cfg: ModelConfig, compute: Compute, attend: Attend, *,
-               keep_kv: bool, beside: tuple[Array, ...] = ()) -> tuple[Array, Any]:
+               keep: Keep | None = None, beside: tuple[Array, ...] = ()) -> tuple[Array, Any]:
   """All layers and the final norm, with any attention.
 
   Args:
     x_BTD: embeddings, from `embed`.
     position: int32 [B, T].
     attend: (q_BTNH, k_BTKH, v_BTKH, *each of `beside`) -> o_BTNH, queries and keys already rotated.
-    keep_kv: whether to return every layer's keys, not yet rotated, and its values.
+    keep: (Inside, *each of `beside`) -> what to return of a layer; None: nothing.
     beside: arrays [L, ...] that attention takes too, each layer its own part.
 
   Returns:
-    (x_BTD, (k, v) each [L, B, T, K, H], or None).
+    (x_BTD, what was kept of the layers, stacked along a first axis L, or None).
   """
   angles = rotary_angles(position, cfg)
 
   def layer(x_BTD, scanned):
     weights, own = scanned
     weights = weights_lib.cast(weights, compute.dtype)
-    x_BTD, kv = decoder_layer(x_BTD, weights, angles, cfg, compute, lambda *qkv: attend(*qkv, *own))
-    return x_BTD, kv if keep_kv else None
+    x_BTD, inside = decoder_layer(x_BTD, weights, angles, cfg, compute, lambda *qkv: attend(*qkv, *own))
+    return x_BTD, None if keep is None else keep(inside, *own)
 
   x_BTD = constrain(x_BTD, compute)
   with jax.named_scope('layer'):
-    x_BTD, kv = jax.lax.scan(_remat(layer, compute.remat), x_BTD, (params['layers'], tuple(beside)))
-  return final_norm(params, x_BTD, cfg), kv
+    x_BTD, kept = jax.lax.scan(_remat(layer, compute.remat), x_BTD, (params['layers'], tuple(beside)))
+  return final_norm(params, x_BTD, cfg), kept
 
 
 def final_norm(params: Params, x: Array, cfg: ModelConfig) -> Array:
@@ -203,7 +228,7 @@ def final_norm(params: Params, x: Array, cfg: ModelConfig) -> Array:
 
 
 def decoder_layer(x_BTD: Array, w: Params, angles: Angles, cfg: ModelConfig, compute: Compute, attend: Attend
-                  ) -> tuple[Array, tuple[Array, Array]]:
+                  ) -> tuple[Array, Inside]:
   """One transformer layer.
 
   Args:
@@ -213,8 +238,7 @@ def decoder_layer(x_BTD: Array, w: Params, angles: Angles, cfg: ModelConfig, com
     attend: (q_BTNH, k_BTKH, v_BTKH) -> o_BTNH, queries and keys already rotated.
 
   Returns:
-    (x_BTD, (k_BTKH, v_BTKH)): the new residual stream, and what a cache would keep: keys not yet rotated, which are the
-    same wherever the token stands.
+    (x_BTD, Inside): the new residual stream, and what was made on the way to it.
   """
   h = rms_norm(x_BTD, w['attn_norm'], cfg.norm_eps)
   with jax.named_scope('attention'):
@@ -224,9 +248,10 @@ def decoder_layer(x_BTD: Array, w: Params, angles: Angles, cfg: ModelConfig, com
     if cfg.qk_norm:
       q, k = rms_norm(q, w['q_norm'], cfg.norm_eps), rms_norm(k, w['k_norm'], cfg.norm_eps)
     out = dense(attend(rotate(q, angles), rotate(k, angles), v), w['o'], contract=2)
-  x_BTD = constrain(x_BTD + (out + w['o_bias'] if cfg.output_bias else out), compute)
+  out = out + w['o_bias'] if cfg.output_bias else out
+  x_BTD = constrain(x_BTD + out, compute)
   h = rms_norm(x_BTD, w['mlp_norm'], cfg.norm_eps)
-  return constrain(x_BTD + _mlp(h, w, cfg), compute), (k, v)
+  return constrain(x_BTD + _mlp(h, w, cfg), compute), Inside(k, v, out)
 
 
 def dense(x: Array, w: weights_lib.Matrix, *, contract: int = 1, out: Any = None) -> Array:

@@ -19,9 +19,18 @@ from blockattn import blocks, errors, loading, losses, mesh as mesh_lib, optim, 
 from blockattn.data import encode, teacher_logits
 from blockattn.errors import UserError
 from blockattn.evals import gap
-from blockattn.hf import convert
+from blockattn.hf import convert, files
 from blockattn.models import flops, lora, spec, transformer, weights
-from blockattn.train import command, held_out, inputs, job, loop, workdir as workdir_lib
+from blockattn.train import (
+    command,
+    held_out,
+    inputs,
+    job,
+    loop,
+    matching,
+    on_policy as on_policy_lib,
+    workdir as workdir_lib,
+)
 
 LOSS_OVER = ('readers', 'text', 'answer')
 
@@ -36,7 +45,9 @@ class DistillOptions:
     divergence: from the teacher's distribution: forward, reverse (both KL), jsd: see losses.divergence
     temperature: of both distributions in the divergence, which counts temperature^2 times
     ce_weight: of cross-entropy on the data, beside the divergence
+    match_weight: of the distance between both attention outputs, see train/matching.py; 0: none
     weights: how much a token counts, see losses.TokenWeights
+    on_policy: answers of the student's own in the batch, see train/on_policy.py
     chunk: tokens per row whose logits exist at a time.
     accumulate: slices that a batch is computed in.
     seed: of block dropout.
@@ -47,7 +58,9 @@ class DistillOptions:
   divergence: str = 'forward'
   temperature: float = 1.0
   ce_weight: float = 0.0
+  match_weight: float = 0.0
   weights: losses.TokenWeights = losses.TokenWeights()
+  on_policy: on_policy_lib.OnPolicyOptions = on_policy_lib.OnPolicyOptions()
   chunk: int = options_lib.not_a_key(default=512)
   accumulate: int = options_lib.not_a_key(default=1)
   seed: int = options_lib.not_a_key(default=0)
@@ -62,6 +75,7 @@ class DistillOptions:
     errors.check_number('config.distill.drop_rate', self.drop_rate, 0, 1)
     errors.check_number('config.distill.temperature', self.temperature, above=0)
     errors.check_number('config.distill.ce_weight', self.ce_weight, 0)
+    errors.check_number('config.distill.match_weight', self.match_weight, 0)
     errors.check_number('config.distill.weights.floor', self.weights.floor, 0)
     errors.check_number('config.distill.weights.cap', self.weights.cap, above=0)
 
@@ -113,6 +127,10 @@ class Options(job.PromptOptions):
                       f'{self.teacher.dtype} here, not to the weights in {self.model.dtype}; export afterwards, with '
                       'tools.convert to_hf')
     held_out.figure_of(self.eval.best, gap.MODES[::-1], teacher=not self.teacher.logits)
+    for name, value in (('match_weight', self.distill.match_weight), ('on_policy.share', self.distill.on_policy.share)):
+      if value and self.teacher.logits:
+        raise UserError(f'config.distill.{name}={value} needs a teacher at work, and config.teacher.logits='
+                        f'{self.teacher.logits!r} stands in its place; leave one of them out')
 
 
 def read(config) -> Options:
@@ -128,14 +146,31 @@ class Model:
       layout, and a token's place in its document `layout.position`.
     head: params -> a function from hidden states [..., D] to float32 logits [..., V] that JAX can pass on, such as
       jax.tree_util.Partial(project, matrix): the loss calls it on some tokens at a time.
+    keeping: `apply` that also gives what a function makes of every layer, see `transformer.apply_keeping`: only output
+      matching asks for it.
+    place: tells the compiler where an array [B, T, D] lives.
   """
   apply: Callable[[Any, jax.Array, blocks.BlockLayout], jax.Array]
   head: Callable[[Any], Callable[[jax.Array], jax.Array]]
+  keeping: Callable[..., tuple[jax.Array, Any]] | None = None
+  place: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
+
+  def read(self, params, tokens, layout, keep: transformer.Keep | None = None, beside=()) -> tuple[jax.Array, Any]:
+    """(hidden states, what `keep` made of every layer, None without one)."""
+    if keep is None:
+      return self.apply(params, tokens, layout), None
+    if self.keeping is None:
+      raise UserError('config.distill.match_weight compares what attention gives in every layer of models/transformer.py; a '
+                      'model of your own says nothing of its layers: leave it 0')
+    return self.keeping(params, tokens, layout, keep, beside)
 
 
 def transformer_model(cfg: transformer.ModelConfig, compute: transformer.Compute) -> Model:
   return Model(lambda params, tokens, layout: transformer.apply(params, tokens, layout, cfg, compute),
-               lambda params: transformer.head_function(params, cfg))
+               lambda params: transformer.head_function(params, cfg),
+               lambda params, tokens, layout, keep, beside: transformer.apply_keeping(params, tokens, layout, cfg, compute,
+                                                                                      keep, beside),
+               functools.partial(transformer.constrain, compute=compute))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +219,6 @@ def _answer_lost(batch, dropped):
 def loss_sums(params, frozen: job.Frozen, batch, key, models: Models, options: DistillOptions):
   """The sums of losses.distillation_sums for one batch; differentiable in params."""
   layout, position = batch['layout'], batch['layout'].position
-  if 'teacher' in batch:
-    teacher = losses.StoredTeacher(**batch['teacher'])
-  else:
-    teacher = teacher_reading(frozen.teacher, batch, models.teacher, positions=models.blocks.positions,
-                              blocked=options.weights.source == 'teacher')
   if options.drop_rate > 0:
     layout = blocks.drop_blocks(layout, key, rate=options.drop_rate, mode=options.drop_mode,
                                 positions=models.blocks.positions)
@@ -196,25 +226,35 @@ def loss_sums(params, frozen: job.Frozen, batch, key, models: Models, options: D
   again = blocks.seam_tokens(layout, seam) if models.blocks.seam else False
   mask = loss_mask(batch, layout.replace(reader=layout.reader | again), options)
   tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks, seam)
+  match = matching.Match(index, tokens.shape[1], mask, models.student.place) if options.match_weight else None
+  if 'teacher' in batch:
+    teacher, wanted = losses.StoredTeacher(**batch['teacher']), ()
+  else:
+    teacher, wanted = teacher_reading(frozen.teacher, batch, models.teacher, positions=models.blocks.positions,
+                                      blocked=options.weights.source == 'teacher', keep=match and match.wanted)
   student = params if models.attach is None else models.attach(frozen.base, params)
   with jax.named_scope('student'):
-    x_student = models.student.apply(student, tokens, student_layout)
+    x_student, distances = models.student.read(student, tokens, student_layout, match and matching.distance, wanted or ())
   x_student = jnp.take_along_axis(x_student, index[..., None], axis=1)
   with jax.named_scope('loss'):
     return losses.distillation_sums(losses.Reading(models.student.head(student), x_student), teacher,
                                     batch['targets'], position, mask, weights=options.weights,
                                     temperature=options.temperature, ce_weight=options.ce_weight, chunk=options.chunk,
-                                    kind=options.divergence, document=batch['layout'].doc, parts=models.row_parts)
+                                    kind=options.divergence, document=batch['layout'].doc,
+                                    match=match and match.of_text(distances), match_weight=options.match_weight,
+                                    parts=models.row_parts)
 
 
 @jax.named_scope('teacher')
-def teacher_reading(teacher, batch, model: Model, *, positions: str, blocked: bool) -> losses.Reading:
-  """The teacher's reading with full attention, and, if it is wanted `blocked` too, under the block mask, without sinks. No
-  gradient."""
+def teacher_reading(teacher, batch, model: Model, *, positions: str, blocked: bool,
+                    keep: transformer.Keep | None = None) -> tuple[losses.Reading, Any]:
+  """The teacher's reading with full attention, and, if it is wanted `blocked` too, under the block mask, without sinks; and
+  what `keep` makes of every layer with full attention. No gradient."""
   layout = batch['layout']
-  read = lambda layout: jax.lax.stop_gradient(model.apply(teacher, batch['tokens'], layout))
-  return losses.Reading(model.head(teacher), read(blocks.as_one_block(layout)),
-                        read(blocks.with_positions(layout, positions)) if blocked else None)
+  read = lambda layout, keep=None: jax.lax.stop_gradient(model.read(teacher, batch['tokens'], layout, keep))
+  x_BTD, kept = read(blocks.as_one_block(layout), keep)
+  blocked_BTD = read(blocks.with_positions(layout, positions))[0] if blocked else None
+  return losses.Reading(model.head(teacher), x_BTD, blocked_BTD), kept
 
 
 def make_step(models: Models, options: DistillOptions, optimizer, learning_rate):
@@ -232,7 +272,8 @@ def _measure(sums):
   return {'kl': sums['kl'] / tokens, 'ce': sums['ce'] / tokens, 'teacher_ce': sums['teacher_ce'] / tokens,
           'gap': sums['gap'] / tokens, 'weight_mean': mean_weight, 'weight_spread': spread,
           'weight_at_floor': sums['at_floor'] / tokens, 'weight_at_cap': sums['at_cap'] / tokens,
-          'loss_tokens': sums['tokens']} | {f'kl_pos_{i}': kl_at[i] for i in range(losses.POSITION_BINS)}
+          'loss_tokens': sums['tokens'], **({'match': sums['match'] / tokens} if 'match' in sums else {}),
+          **{f'kl_pos_{i}': kl_at[i] for i in range(losses.POSITION_BINS)}}
 
 
 def step_flops(options: Options, cut: flops.Blocks, cfg, teacher=None) -> flops.Flops:
@@ -364,6 +405,7 @@ def build(options: Options, placement: mesh_lib.Placement, cfg: transformer.Mode
   reader = teacher_config(reader, cfg, options.teacher.source)
   student, form = job.block_options(options, cfg, sink)
   padded = blocks.padded_length(length, form)
+  on_policy_lib.check(goal.on_policy, form)
   other = teacher_placement(options, placement)
   job.check_batch(options, placement, platform, padded)
   job.check_model(student, placement)
@@ -424,6 +466,23 @@ def stored_teacher(options: Options) -> teacher_logits.StoredLogits | None:
   return teacher_logits.StoredLogits(folder, options.steps * options.batch)
 
 
+def rewriter(options: Options, made: job.Job, tokenizer, base):
+  """What puts the student's own answers into a batch, see `loop.run`; None if none are wanted.
+
+  Args:
+    base: what a LoRA student adds to.
+  """
+  goal, place = options.distill.on_policy, made.placement
+  if not goal.share:
+    return None
+  attach = (lambda params: lora.attach(base, params, options.low_rank)) if options.low_rank.rank else None
+  engine = on_policy_lib.engine_maker(
+      made.cfg, job.compute_of(options.compute, None, place.platform), made.blocks, tokenizer,
+      files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id), length=options.data.length,
+      rows=max(1, options.batch // options.accumulate // place.size('batch')), attach=attach)
+  return functools.partial(on_policy_lib.rewritten, options=goal, seed=options.seed, engine=engine)
+
+
 def run(options: Options, workdir):
   """Trains; returns (ModelConfig, params, BlockOptions) of the student; of LoRA, the trained params alone, as its
   checkpoints hold them."""
@@ -456,7 +515,8 @@ def run(options: Options, workdir):
   watches = job.make_watches(made, options, tokenizer, workdir, base=frozen.base, compute=compute, start=start,
                              teacher=at_work, meta=meta)
   del start
-  params = job.train(made, options, params, frozen, source, workdir, meta, watches, add=add)
+  params = job.train(made, options, params, frozen, source, workdir, meta, watches, add=add,
+                     rewrite=rewriter(options, made, tokenizer, frozen.base))
   return made.cfg, params, made.blocks
 
 

@@ -677,17 +677,18 @@ def make_watches(made: Job, options: PromptOptions, tokenizer, workdir, *, base,
           *export.make(options, made, workdir, whole=whole, meta=meta)]
 
 
-def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watches=(), add=None):
+def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watches=(), add=None,
+          rewrite=None):
   """Runs a job on values; returns the trained parameters.
 
   Args:
     params: what is trained, at its start.
     source: of packed rows.
     meta: what checkpoints say besides made.meta.
-    watches: see loop.run.
+    watches, rewrite: see loop.run.
     add: see stream.batches.
   """
   state = loop.run(lambda state, batch: made.step(state, frozen, batch), first_state(made, options, params),
                    inputs.batches(options, source, made.placement, add), loop_config(options, made), workdir,
-                   put_batch=made.placement.put_batch, meta=made.meta | meta, watches=watches)
+                   put_batch=made.placement.put_batch, meta=made.meta | meta, watches=watches, rewrite=rewrite)
   return state.params

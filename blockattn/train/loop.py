@@ -179,7 +179,7 @@ def accumulate(sums_and_grads, params, batch, parts: int):
 
 
 def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put_batch, meta: dict,
-        watches: Sequence[Watch] = ()) -> TrainState:
+        watches: Sequence[Watch] = (), rewrite=None) -> TrainState:
   """Trains until config.steps, from the newest checkpoint in the workdir if there is one.
 
   Metrics are fetched one step late, so that the device never waits for the host.
@@ -191,6 +191,7 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
     put_batch: host batch -> device batch.
     meta: JSON saved with every checkpoint: what the model is, and under 'source_weights' what it began from.
     watches: what looks at the state now and then.
+    rewrite: (params, host batch, finished steps) -> (the host batch to train on, scalars to report); None: as it is read.
 
   Returns:
     The state after the last step, or after the one at which a watch ended the run.
@@ -225,10 +226,12 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
         progress.say(f'going on from step {step} of {config.steps}, saved in {folder}')
       while step < config.steps and not stopped():
         with profiler.step(step + 1, state):
-          batch = next(batches)
+          batch, more = next(batches), {}
+          if rewrite is not None:
+            batch, more = rewrite(state.params, batch, step)
           state, values = step_fn(state, put_batch(batch))
         step += 1
-        report.queue(step, values, batch)
+        report.queue(step, values | more, batch)
         for watch in watches:
           if watch.due(step):
             with report.pause():

@@ -118,7 +118,8 @@ def _claim(folder, options, facts, weights):
 
 def teacher_says(teacher, batch, *, model: distill.Model, options, top_k, positions) -> dict:
   """Arrays [B, T, ...] of data/teacher_logits.py for a batch, `options.chunk` tokens of each row at a time."""
-  reading = distill.teacher_reading(teacher, batch, model, positions=positions, blocked=options.weights.source == 'teacher')
+  reading, _ = distill.teacher_reading(teacher, batch, model, positions=positions,
+                                       blocked=options.weights.source == 'teacher')
 
   def chunk(inputs):
     x_BTD, blocked_BTD, targets = inputs
@@ -135,7 +136,7 @@ def teacher_says(teacher, batch, *, model: distill.Model, options, top_k, positi
 def bias_sums(teacher, batch, *, model: distill.Model, vocab, options, positions, row_parts) -> dict:
   """Sums over text tokens: 'tokens', 'kl' of the teacher from itself under the block mask, and for each of BIAS_AT the KL
   from so many tokens and the probability that is left for the rest."""
-  reading = distill.teacher_reading(teacher, batch, model, positions=positions, blocked=True)
+  reading, _ = distill.teacher_reading(teacher, batch, model, positions=positions, blocked=True)
   sizes = [k for k in BIAS_AT if k < vocab]
 
   def chunk(head, states, per_token, mask):

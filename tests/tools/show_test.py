@@ -158,6 +158,17 @@ def config_dict_value(config, name):
   return config
 
 
+def test_output_matching_keeps_what_the_teachers_attention_gave():
+  def memory(**keys):
+    config = qwen()
+    config.update_from_flattened_dict({'batch': 8} | keys)   # a row for each device
+    return describe(config, devices=8)['per_device']
+  plain, full, none = memory(), memory(**{'distill.match_weight': 1.0}), memory(**{
+      'distill.match_weight': 1.0, 'compute.remat': 'none'})
+  assert plain['matching'] == 0 and full['matching'] == 36 * (32768 + 4 * 256) * 2560 * 2
+  assert full['total'] - plain['total'] == full['matching'] == none['matching'] / 2   # its own, too, without remat
+
+
 def test_a_lora_student_has_gradients_of_its_own_part_only():
   def shown(make=distill.get_config, **keys):
     config = make('model=qwen3_4b,ctx=32768')

@@ -122,6 +122,16 @@ def test_slices_of_a_batch_add_up_to_the_batch(kind, shape, options):
       np.testing.assert_allclose(sliced[name], one[name], rtol=2e-5, atol=ROUNDING, err_msg=name)
 
 
+def test_output_matching_is_the_same_on_a_mesh_and_in_slices():
+  options = {'drop_rate': 0.0, 'match_weight': 0.5}
+  here, there = (run('distill', shape, **options, accumulate=parts)[1]
+                 for shape, parts in (((1, 1, 1, 1), 1), ((1, 2, 1, 2), 2)))
+  for one, other in zip(here, there, strict=True):
+    for name in one:
+      np.testing.assert_allclose(other[name], one[name], rtol=2e-5, atol=ROUNDING, err_msg=name)
+  assert here[0]['match'] > 0.1
+
+
 @pytest.mark.parametrize('kind', GOLDEN)
 def test_golden_losses(kind):
   np.testing.assert_allclose(

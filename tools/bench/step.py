@@ -12,7 +12,7 @@ from blockattn import losses, mesh, optim
 from blockattn.data import encode, packing
 from blockattn.errors import UserError
 from blockattn.models import flops, lora, spec, transformer
-from blockattn.train import distill, finetune, inputs, job, loop
+from blockattn.train import distill, finetune, inputs, job, loop, on_policy
 from tools import arguments
 from tools.bench import measuring
 
@@ -22,6 +22,14 @@ LOW_RANK = lora.LoraOptions(rank=16)
 DROP = 0.2
 DISTILLED, STORED, TUNED, BLOCK = 'distillation', 'distillation, stored teacher', 'block fine-tuning', 'block mode only'
 LORA = 'distillation, LoRA student of rank 16'
+# What can be asked of a distillation beside its defaults. All rows of the on-policy one are the student's own.
+VARIANTS = {
+    'reverse KL': {'divergence': 'reverse'},
+    'Jensen-Shannon divergence': {'divergence': 'jsd'},
+    'cross-entropy, and it alone weighted': {'ce_weight': 0.5, 'weights': losses.TokenWeights(on='ce')},
+    'weights by document': {'weights': losses.TokenWeights(form='exp', mean='document')},
+    'output matching': {'match_weight': 1.0},
+    'on-policy': {'on_policy': on_policy.OnPolicyOptions(share=1.0)}}
 
 
 def model(width: int, layers: int, vocab: int) -> transformer.ModelConfig:
@@ -59,12 +67,14 @@ class Step:
     params: () -> what is trained, at its start.
     frozen, batch: the step's other arguments.
     flops: that the models need in a step, by the number of loss tokens.
+    rewrite: what is done to a batch before its step, see loop.run; None: nothing.
   """
   made: job.Job
   params: Callable
   frozen: job.Frozen
   batch: dict
   flops: Callable[[float], float]
+  rewrite: Callable | None = None
 
   def state(self) -> loop.TrainState:
     return loop.init_state(self.params(), self.made.optimizer)
@@ -89,12 +99,13 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
 
   def step(trainer, options, frozen=job.Frozen, more=None):
     made = trainer.build(options, placement, cfg, platform=placement.platform)
+    own = isinstance(options, distill.Options) and options.distill.on_policy.share
     return Step(made, lambda: job.init_params(made.specs, placement, 0, dtype), frozen(), batch | (more or {}),
-                made.flops(cut).total)
+                made.flops(cut).total, distill.rewriter(options, made, _tokenizer(), None) if own else None)
 
-  def distilled(low_rank=lora.NONE, precision=compute.dtype, stored=False):
+  def distilled(low_rank=lora.NONE, precision=compute.dtype, stored=False, **goal):
     options = distill.Options(
-        **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, chunk=chunk),
+        **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, chunk=chunk, **goal),
         teacher=distill.TeacherOptions(precision, compute.dtype, logits='stored' if stored else '', top_k=TOP_K))
     if stored:
       return step(distill, options, more={'teacher': stored_teacher(batch, cfg.vocab)})
@@ -110,7 +121,16 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
       LORA: lambda: distilled(LOW_RANK),
       TUNED: lambda: tuned('both'),
       'full fine-tuning': lambda: tuned('full'),
-      BLOCK: lambda: tuned('block')}
+      BLOCK: lambda: tuned('block'),
+      **{name: functools.partial(distilled, **goal) for name, goal in VARIANTS.items()}}
+
+
+def _tokenizer():
+  """For answers of random tokens, whose text nobody reads."""
+  import tokenizers
+  import transformers  # slow to import
+  one = tokenizers.Tokenizer(tokenizers.models.WordLevel({'?': 0}, unk_token='?'))
+  return transformers.PreTrainedTokenizerFast(tokenizer_object=one)
 
 
 def calls_of(steps: dict[str, Callable[[], Step]]) -> dict:
@@ -119,8 +139,10 @@ def calls_of(steps: dict[str, Callable[[], Step]]) -> dict:
   states = {name: step.state() for name, step in made.items()}
 
   def call(name):
-    one = made[name]
-    states[name], values = one.made.step(states[name], one.frozen, one.batch)
+    one, batch = made[name], made[name].batch
+    if one.rewrite is not None:
+      batch, _ = one.rewrite(states[name].params, jax.device_get(batch), 0)
+    states[name], values = one.made.step(states[name], one.frozen, batch)
     return jax.block_until_ready(values)
 
   return {name: functools.partial(call, name) for name in steps}
@@ -130,17 +152,18 @@ def step(args) -> None:
   cfg = model(args.width, args.layers, args.vocab)
   batch = make_batch(args.rows, args.length, args.blocks, args.question, args.answer, args.vocab)
   place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
-  calls = calls_of(make_steps(cfg, batch, place, transformer.Compute(remat=args.remat), max_blocks=args.blocks + 1,
-                              chunk=args.chunk))
+  steps = make_steps(cfg, batch, place, transformer.Compute(remat=args.remat), max_blocks=args.blocks + 1, chunk=args.chunk)
+  unit = DISTILLED if args.variants else TUNED
+  calls = calls_of({name: make for name, make in steps.items() if name == unit or (name in VARIANTS) == args.variants})
   for call in calls.values():
     call()
   times, facts = measuring.take_turns(calls, args.samples, args.seconds), measuring.machine(args.cores)
   print(measuring.describe(facts, (
       f'{spec.count(transformer.spec(cfg)) / 1e6:.1f}M parameters, {args.rows} rows of T={args.length}, {args.blocks} '
       f'context blocks, question {args.question}, answer {args.answer}, {SINKS} sinks\n')))
-  print(measuring.head('step', 'min ms', 'median ms', 'time / block fine-tuning'))
+  print(measuring.head('step', 'min ms', 'median ms', f'time / {unit}'))
   for name, seconds in times.items():
-    print(measuring.row(name, *measuring.milliseconds(seconds), f'{min(seconds) / min(times[TUNED]):.2f}'))
+    print(measuring.row(name, *measuring.milliseconds(seconds), f'{min(seconds) / min(times[unit]):.2f}'))
   measuring.keep(args, facts, seconds=times)
 
 
@@ -184,6 +207,8 @@ def add(commands) -> None:
       chunk=(512, 'loss chunk'), samples=(5, 'samples per step'),
       seconds=(60, 'a step that ran so long is not sampled again'))
   parser.add_argument('--remat', default='none', choices=transformer.REMAT)
+  parser.add_argument('--variants', action='store_true',
+                      help='distillation with other losses, output matching, on-policy, each against plain distillation')
 
   parser = measuring.add_command(commands, 'memory', 'peak memory of the chunked loss against T and V', memory, cores=2)
   parser.add_argument('--lengths', type=int, nargs='+', default=[4096, 8192, 16384, 32768])
