@@ -406,6 +406,10 @@ def build(options: Options, placement: mesh_lib.Placement, cfg: transformer.Mode
   student, form = job.block_options(options, cfg, sink)
   padded = blocks.padded_length(length, form)
   on_policy_lib.check(goal.on_policy, form)
+  if goal.match_weight and (reader.layers, reader.width) != (cfg.layers, cfg.width):
+    raise UserError(f'config.distill.match_weight={goal.match_weight} compares layer by layer, and config.teacher.source='
+                    f'{options.teacher.source!r} has {reader.layers} layers of width {reader.width}, the student '
+                    f'{cfg.layers} of {cfg.width}; leave it 0')
   other = teacher_placement(options, placement)
   job.check_batch(options, placement, platform, padded)
   job.check_model(student, placement)

@@ -150,7 +150,7 @@ def engine_maker(cfg: transformer.ModelConfig, compute: transformer.Compute, for
     rows: whose blocks have room in memory together.
     attach: what is trained -> the student's parameters; None: the same.
   """
-  padded = blocks_lib.padded_length(length, len(form.sink_ids), form.max_blocks)
+  padded = blocks_lib.padded_length(length, form)
   # Positions that training reads are no reason to refuse a prompt.
   cfg = dataclasses.replace(cfg, max_positions=max(cfg.max_positions, padded))
   compute = dataclasses.replace(compute, placement=None, remat='none')
