@@ -117,7 +117,7 @@ def naive_attention(h_TD, w, mask_TS, positions, cfg):
         scores = k[keys] @ q[t] / np.sqrt(cfg.head_dim)
         weights = np.exp(scores - scores.max())
         out_TD[t] += weights / weights.sum() @ v[keys] @ w['o'][n]
-  return out_TD + w['o_bias'] if cfg.attention_bias else out_TD
+  return out_TD + w['o_bias'] if cfg.output_bias else out_TD
 
 
 def naive_mlp(h_TD, w, cfg):
@@ -316,8 +316,9 @@ def test_shape_and_axes_belong_together():
 
 # Named sizes.
 
-def by_arithmetic(vocab, width, layers, heads, kv_heads, head_dim, mlp, *, tied, qk_norm):
-  attention = width * head_dim * (2 * heads + 2 * kv_heads) + (2 * head_dim if qk_norm else 0)
+def by_arithmetic(vocab, width, layers, heads, kv_heads, head_dim, mlp, *, tied, qk_norm, bias):
+  attention = width * head_dim * (2 * heads + 2 * kv_heads) + (2 * head_dim if qk_norm else 0) + (
+      head_dim * (heads + 2 * kv_heads) if bias else 0)
   return layers * (attention + 3 * width * mlp + 2 * width) + width + vocab * width * (1 if tied else 2)
 
 
@@ -327,12 +328,15 @@ def by_arithmetic(vocab, width, layers, heads, kv_heads, head_dim, mlp, *, tied,
     ('qwen3_4b', 4_022_468_096, (151936, 2560, 36, 32, 8, 128, 9728)),
     ('qwen3_4b_instruct_2507', 4_022_468_096, (151936, 2560, 36, 32, 8, 128, 9728)),
     ('qwen3_8b', 8_190_735_360, (151936, 4096, 36, 32, 8, 128, 12288)),
+    ('qwen25_0_5b', 494_032_768, (151936, 896, 24, 14, 2, 64, 4864)),
+    ('qwen25_1_5b', 1_543_714_304, (151936, 1536, 28, 12, 2, 128, 8960)),
+    ('qwen25_7b', 7_615_616_512, (152064, 3584, 28, 28, 4, 128, 18944)),
     ('llama32_1b', 1_235_814_400, (128256, 2048, 16, 32, 8, 64, 8192)),
     ('llama31_8b', 8_030_261_248, (128256, 4096, 32, 32, 8, 128, 14336))])
 def test_sizes_have_as_many_parameters_as_published(size, published, facts):
   cfg = sizes.get(size)
   assert spec_lib.count(transformer.spec(cfg)) == published
-  assert by_arithmetic(*facts, tied=cfg.tied, qk_norm=cfg.family == 'qwen3') == published
+  assert by_arithmetic(*facts, tied=cfg.tied, qk_norm=cfg.family == 'qwen3', bias=cfg.family == 'qwen2') == published
 
 
 def test_no_size_is_left_out():
