@@ -37,6 +37,7 @@ OVER_INPUT = {
     'tools.generate': ['run a.jsonl --cache run'],
     'tools.judge': ['qa run --data a.jsonl --out run', 'qa x --data a.jsonl --out a.jsonl',
                     'qa x --data a.jsonl --out o --cache o'],
+    'tools.runs': ['. --json run/config.json', 'run --json ./run/config.json'],
     'tools.segment': ['a.jsonl --out a.jsonl', 'run --out run/config.json', '*.jsonl --html=a.jsonl',
                       'a.jsonl --html x --out x'],
     'tools.show': ['--config CONFIG --json CONFIG', '--config=CONFIG --overrides run/config.json --json=run/config.json'],
@@ -70,7 +71,8 @@ def test_the_table_of_outputs_is_whole():
 def test_no_command_writes_over_what_it_reads(name, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'a.jsonl').write_text('{"text": "my only copy"}')
-  (tmp_path / 'run' / 'hf').mkdir(parents=True)
+  for folder in ('hf', 'checkpoints'):
+    (tmp_path / 'run' / folder).mkdir(parents=True)
   for file in ('config.json', 'summary.json', 'predictions.jsonl'):
     (tmp_path / 'run' / file).write_text('{"steps": 1}')
   (tmp_path / 'tiny.py').write_text((ROOT / 'configs' / 'tiny.py').read_text())

@@ -171,6 +171,8 @@ def run(options) -> int:
     console.print(f'deleted {delete(options.folder, options.delete)}')
     return 0
   found = find(options.folder)
+  arguments.check_outputs({'json': options.json, 'files': [workdir / name for workdir in found
+                                                           for name in ('config.json', 'run.json', metrics.FILE_NAME)]})
   if options.verify:
     return 1 if verify(found, console) else 0
   described = {workdir: describe(workdir, time.time()) for workdir in found}
