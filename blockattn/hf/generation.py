@@ -202,7 +202,7 @@ def _with_copies(state: State, copies: State, where: tuple[int, int]) -> State:
   """The state with the tokens `where` replaced by copies, which are all that others read of them."""
   start, stop = where
   put = lambda x, own: torch.cat([x[..., :start, :], own, x[..., stop:, :]], dim=-2)
-  return tuple(tuple(map(put, *both)) for both in zip(state, copies))
+  return tuple((put(k, own_k), put(v, own_v)) for (k, v), (own_k, own_v) in zip(state, copies))
 
 
 def _moved(state: State, distance: int, frequencies) -> State:
