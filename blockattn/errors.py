@@ -27,6 +27,10 @@ class UserError(ValueError):
   what to do; a traceback would add nothing."""
 
 
+class MissingLibrary(UserError, ImportError):
+  """A library that is not installed, of an extra."""
+
+
 class Parser(argparse.ArgumentParser):
   """argparse's, whose refusals are one line, too. It names a mistyped option, not the one that is missing for it."""
 
@@ -89,12 +93,12 @@ def _is_ours(error):
 
 
 def library(module: str, who: str, extra: str) -> Any:
-  """A module of a library that an extra brings. Raises ImportError, saying who needs it and how to install it."""
+  """A module of a library that an extra brings. Raises MissingLibrary, saying who needs it and how to install it."""
   try:
     return importlib.import_module(module)
   except ImportError as error:
     package = module.partition('.')[0].replace('_', '-')
-    raise ImportError(f'{who} needs {package}: pip install "blockattn[{extra}]" ({error})') from error
+    raise MissingLibrary(f'{who} needs {package}: pip install "blockattn[{extra}]" ({error})') from error
 
 
 @contextlib.contextmanager

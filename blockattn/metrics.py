@@ -21,7 +21,7 @@ from typing import Any, TextIO
 import rich.console
 import rich.progress
 
-from blockattn import disk
+from blockattn import disk, errors
 from blockattn.errors import UserError
 
 FILE_NAME = 'metrics.jsonl'
@@ -176,10 +176,7 @@ def _event_files(folder: pathlib.Path, resume_step: int | None):
 @contextlib.contextmanager
 def _wandb_run(project: str, workdir: pathlib.Path):
   """The W&B run of this workdir, with its config; its id is kept in a file so that a resumed run goes on in the same one."""
-  try:
-    import wandb
-  except ImportError as e:
-    raise ImportError(f'wandb_project={project!r} needs Weights & Biases: pip install "blockattn[log]"') from e
+  wandb = errors.library('wandb', f'wandb_project={project!r}', 'log')
   id_file = workdir / 'wandb_id.txt'
   if not id_file.exists():
     id_file.write_text(uuid.uuid4().hex[:12] + '\n')

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from blockattn import metrics
+from blockattn import errors, metrics
 
 
 class Clock:
@@ -187,8 +187,9 @@ def test_a_run_that_is_sent_later_holds_no_step_twice(tmp_path, wandb):
 
 def test_without_weights_and_biases_the_extra_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'wandb', None)
-  with pytest.raises(ImportError, match=r'pip install "blockattn\[log\]"'):
+  with pytest.raises(ImportError, match=r'pip install "blockattn\[log\]"') as raised:
     metrics.MetricWriter(tmp_path, tensorboard=False, wandb_project='blocks')
+  assert errors.line_of(raised.value) == str(raised.value)   # and no traceback
 
 
 def test_clock_leaves_out_the_first_step_and_pauses():

@@ -11,7 +11,6 @@ A record is a dict as JSON lines hold it: its columns are named as `Origin.colum
 import dataclasses
 import gzip
 import hashlib
-import importlib
 import os
 import pathlib
 import shutil
@@ -326,10 +325,7 @@ def _dataset(source, piece):
 
 
 def _library(name, what):
-  try:
-    return importlib.import_module(name)
-  except ImportError as error:
-    raise UserError(f'{what}: reading it needs {name.partition(".")[0]}: pip install "blockattn[data]"') from error
+  return errors.library(name, f'{what}: reading it', 'data')
 
 
 def _wanted(file, names, columns):
