@@ -6,8 +6,8 @@
 MODEL and TEACHER are folders in the Hugging Face format, hub names, or work directories of a trainer (the best
 checkpoint). Sinks and positions of block mode are those that the model was trained with: `blocks` in its blockattn.json
 or in its checkpoint; a model without runs in block mode without sinks, at sequential positions. The teacher reads in
-full attention. Prompts are made as in training, with the chat template or without. --data takes JSON lines in the forms of
-blockattn.data.prompts, or `pages`: pages about classes of Python's standard library that no training of this project sees;
+full attention. Prompts are made as in training, with the chat template or without. --data takes JSON lines, parquet or
+Arrow files in the forms of blockattn.data.prompts, or `pages`: pages about classes of Python's standard library that no training of this project sees;
 `pages:validation` are those that settings may be chosen by.
 
 Prints exact match, substring and token F1 of greedy answers, cross-entropy and KL to the teacher on the answer's tokens
@@ -34,7 +34,7 @@ from collections.abc import Sequence
 import rich.console
 
 from blockattn import disk, metrics
-from blockattn.data import encode, json_lines, prompts
+from blockattn.data import encode, json_lines, prompts, tables
 from blockattn.errors import UserError
 from blockattn.evals import answers, gap, pages
 from blockattn.evals.gap import BEFORE, STUDENT, TEACHER
@@ -46,7 +46,7 @@ _PAGES_BY_DEFAULT = 200
 
 
 def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bool = False, limit: int | None = None):
-  """(documents, their examples, json_lines.Report of the lines) of JSON lines files; at most `limit` examples are read.
+  """(documents, their examples, json_lines.Report of the lines) of files; at most `limit` examples are read.
 
   Raises:
     json_lines.BadLineError: `strict`, and a line is malformed.
@@ -156,7 +156,7 @@ def _arguments(argv):
   parser.add_argument('model', help='the student: Hugging Face folder, hub name, or work directory')
   parser.add_argument('--teacher', required=True, help='the same of the teacher')
   parser.add_argument('--data', required=True, nargs='+',
-                      help=f'JSON lines: files, folders, globs; or {" or ".join(pages.SPLITS)}')
+                      help=f'JSON lines, parquet or Arrow files, folders, globs; or {" or ".join(pages.SPLITS)}')
   parser.add_argument('--modes', default='full,block', help='of the student')
   parser.add_argument('--seams', help='of the student in block mode, tokens of a seam: numbers with commas between them')
   parser.add_argument('--limit', type=arguments.positive, help=f'most examples (default: all; of pages {_PAGES_BY_DEFAULT})')
@@ -184,7 +184,7 @@ def run(options) -> None:
     raise UserError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
   seams = _seams(options.seams)
   split = pages.SPLITS.get(options.data[0]) if len(options.data) == 1 else None
-  files = None if split else json_lines.find_files(options.data)   # before models are loaded
+  files = None if split else tables.find_files(options.data)   # before models are loaded
   compute = arguments.compute_of(options, err)
   subjects, teacher, tokenizer = gap.load_pair(options.model, options.teacher, modes, compute,
                                              seams=seams, template_args=options.template_args, chat=options.chat)

@@ -6,11 +6,11 @@
   python -m tools.generate blockattn/assets/tiny_teacher pages --limit 3
 
 MODEL is a folder in the Hugging Face format, a hub name, or a trainer's work directory. Every text file ("-": standard
-input) is one block, or, with --segmenter, as many as it is cut into. JSON lines, in the forms of blockattn.data.prompts,
-hold their own blocks and questions; with --question or --interactive it is asked about the blocks of the first line. `pages`
-are those of tools.evaluate: classes of Python's standard library that no training of this project sees.
-Without a question the blocks are read, and then questions line by line until the end of the input (Ctrl-D) or /quit; /help
-lists the commands. Ctrl-C ends an answer, and at the prompt the program.
+input) is one block, or, with --segmenter, as many as it is cut into. JSON lines, parquet and Arrow files, in the forms of
+blockattn.data.prompts, hold their own blocks and questions; with --question or --interactive it is asked about the blocks of
+the first line. `pages` are those of tools.evaluate: classes of Python's standard library that no training of this project
+sees. Without a question the blocks are read, and then questions line by line until the end of the input (Ctrl-D) or /quit;
+/help lists the commands. Ctrl-C ends an answer, and at the prompt the program.
 
 The answer goes to standard output as it is made; what became of the blocks, the time to the first token and tokens per
 second go to standard error, without the time of compiling, which the first answer of a size waits for and which is said
@@ -32,7 +32,7 @@ import rich.table
 
 import blockattn
 from blockattn import loading, tree
-from blockattn.data import encode, json_lines, prompts
+from blockattn.data import encode, prompts, tables
 from blockattn.data.example import Example, pieces
 from blockattn.errors import UserError
 from blockattn.evals import pages
@@ -167,7 +167,7 @@ def _answer(session, ask, question, console, stops):
 
 
 def run(options, stream, console) -> None:
-  lines = [file for file in options.files if file.endswith(json_lines.SUFFIXES)]
+  lines = [file for file in options.files if file.endswith(tables.SUFFIXES)]
   if lines and len(lines) < len(options.files):
     raise UserError('give either JSON lines or text files')
   if options.target_tokens and options.segmenter is None:
@@ -177,7 +177,7 @@ def run(options, stream, console) -> None:
     raise UserError('standard input cannot be a text and the questions; give --question')
   split = pages.SPLITS.get(options.files[0]) if len(options.files) == 1 else None
   if lines:
-    json_lines.find_files(lines)
+    tables.find_files(lines)
   texts = [] if lines or split else read_texts(options.files)   # before the model is loaded
   compute = arguments.compute_of(options, console)
   model = loading.load(options.model, options.dtype, template_args=options.template_args, chat=options.chat)
@@ -206,7 +206,7 @@ def run(options, stream, console) -> None:
 
 
 def read_examples(options, model: loading.Loaded, lines: Sequence[str], split: str | None) -> list[Example]:
-  """Those of JSON lines, or pages of a split; [] where text files are asked about."""
+  """Those of files of examples, or pages of a split; [] where text files are asked about."""
   if split:
     return pages.load(model.tokenizer, options.limit or _SOME_PAGES, split=split)[1]
   limit = 1 if options.question or options.interactive else options.limit
@@ -214,7 +214,7 @@ def read_examples(options, model: loading.Loaded, lines: Sequence[str], split: s
 
 
 def examples_of(lines: Sequence[str], tokenizer, chat: bool, limit: int | None) -> list[Example]:
-  """The first examples of JSON lines files.
+  """The first examples of files, see `tables.find_files`.
 
   Raises:
     ValueError: a line is malformed, or there is none.
@@ -244,7 +244,7 @@ def _store(options) -> cache_lib.Store:
 def _arguments(argv):
   parser = arguments.Parser(prog='python -m tools.generate', description=__doc__)
   parser.add_argument('model', help='Hugging Face folder, hub name, or work directory')
-  parser.add_argument('files', nargs='+', help='text files or JSON lines; or pages')
+  parser.add_argument('files', nargs='+', help='text files; or JSON lines, parquet or Arrow files; or pages')
   parser.add_argument('--question', help='what to ask; without it questions are read from standard input')
   parser.add_argument('--interactive', action='store_true', help='ask about the blocks of the first JSON line')
   parser.add_argument('--limit', type=arguments.positive, help='most questions of JSON lines (default: all)')

@@ -3,8 +3,8 @@
   python -m tools.generate_torch exported/student notes.txt report.md --question 'Who wrote the report?'
   python -m tools.generate_torch exported/student questions.jsonl --limit 5 --max-new 32
 
-MODEL is a folder in the Hugging Face format or a hub name. Every text file is one block; JSON lines (in the forms of
-blockattn.data.prompts) hold their own blocks and questions, and a block that one question has read is not read again for
+MODEL is a folder in the Hugging Face format or a hub name. Every text file is one block; JSON lines, parquet and Arrow files
+(in the forms of blockattn.data.prompts) hold their own blocks and questions, and a block that one question has read is not read again for
 the next. Every answer is made twice, greedily: by blockattn.hf.cached_generate over blocks that are read one by one,
 and by generate under blockattn.hf.block_attention, which reads the whole prompt in one masked pass. They compute the
 same in another order: in bfloat16 a near tie may fall to either side.
@@ -16,7 +16,7 @@ import sys
 import time
 
 from blockattn import hf, loading
-from blockattn.data import encode, json_lines
+from blockattn.data import encode, tables
 from blockattn.data.example import Example
 from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, files as hf_files
@@ -46,7 +46,7 @@ def examples(files, question: str | None, tokenizer, *, chat: bool, limit: int |
   Raises:
     ValueError: text files without a question, or JSON lines with one; not an example.
   """
-  lines = [file for file in files if file.endswith(json_lines.SUFFIXES)]
+  lines = [file for file in files if file.endswith(tables.SUFFIXES)]
   if lines and (question is not None or len(lines) < len(files)):
     raise UserError('JSON lines bring their own questions: give either them, or text files and --question')
   if lines:
@@ -93,7 +93,7 @@ def run(args) -> int:
 def main(argv: list[str] | None = None) -> int:
   parser = arguments.Parser(prog='python -m tools.generate_torch', description=__doc__)
   parser.add_argument('model', help='Hugging Face folder or hub name')
-  parser.add_argument('files', nargs='+', help='text files, a block each; or JSON lines')
+  parser.add_argument('files', nargs='+', help='text files, a block each; or JSON lines, parquet or Arrow files')
   parser.add_argument('--question', help='about the text files')
   arguments.add_prompts(parser)
   parser.add_argument('--limit', type=arguments.positive, help='most questions of JSON lines (default: all)')

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import rich.console
 
 from blockattn import metrics
-from blockattn.data import encode, json_lines
+from blockattn.data import encode, tables
 from blockattn.evals import answers, gap, locomo, longbench, qa
 from blockattn.hf import files
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, pool
@@ -150,7 +150,7 @@ def _longbench_records(options):
 SOURCES = {   # benchmark -> (reads data, makes items of it)
     'longbench': (_longbench_records, load_longbench),
     'locomo': (lambda options: locomo.read_conversations(options.data[0]), load_locomo),
-    'qa': (lambda options: json_lines.find_files(options.data), load_qa),
+    'qa': (lambda options: tables.find_files(options.data), load_qa),
 }
 
 
@@ -226,7 +226,7 @@ def _arguments(argv):
   common = argparse.ArgumentParser(add_help=False)
   common.add_argument('model', help='Hugging Face folder, hub name, or work directory')
   common.add_argument('--data', required=True, nargs='+', help='longbench: folder, data.zip or hub name; locomo: '
-                      'locomo10.json or its folder; qa: JSON lines files, folders, globs')
+                      'locomo10.json or its folder; qa: JSON lines, parquet or Arrow files, folders, globs')
   common.add_argument('--out', required=True, help='folder for MODE/summary.json and MODE/predictions.jsonl')
   common.add_argument('--mode', choices=MODES, default='block', help='of attention')
   common.add_argument('--tasks', nargs='+', help='tasks, categories or names of files (default: all)')

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from blockattn.data import json_lines, prompts
+from blockattn.data import json_lines, prompts, tables
 from blockattn.errors import UserError
 from blockattn.evals import answers, scores
 
@@ -22,7 +22,8 @@ STOP = ('\n',)   # without a chat template a model goes on with questions of its
 
 def task_of(file: str) -> str:
   """The task that a file's questions make: its name without what says the form."""
-  return os.path.basename(file).removesuffix('.gz').removesuffix('.jsonl')
+  name = os.path.basename(file)
+  return next((name.removesuffix(suffix) for suffix in tables.SUFFIXES if name.endswith(suffix)), name)
 
 
 def read_items(files: Sequence[str], tokenizer: Any, *, chat: bool, max_new: int, stop: tuple[str, ...],
@@ -31,7 +32,7 @@ def read_items(files: Sequence[str], tokenizer: Any, *, chat: bool, max_new: int
   """The questions of files, a task per file.
 
   Args:
-    files: as of json_lines.find_files.
+    files: as of tables.find_files.
     tokenizer: of the model; its chat template is put around prompts if `chat`.
     tasks: names of those to read; None: all.
     limit: most questions per task, from its beginning.

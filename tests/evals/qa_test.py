@@ -1,9 +1,11 @@
 """Questions over blocks from files: tasks, ids, stops, and the scores."""
 
 import data_cases
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from blockattn.data import json_lines
+from blockattn.data import json_lines, tables
 from blockattn.evals import answers, qa
 
 PLAIN = data_cases.tiny_tokenizer(None)
@@ -46,6 +48,14 @@ def test_files_of_one_name_are_refused(files, tmp_path):
   other = data_cases.write_lines(tmp_path / 'new' / 'own.jsonl', [data_cases.passages_line(0)])
   with pytest.raises(ValueError, match='have the same name'):
     read([*files, other])
+
+
+def test_parquet_is_read_as_json_lines_are(files, tmp_path):
+  rows = [data_cases.passages_line(i) for i in range(2)]
+  parquet.write_table(pyarrow.Table.from_pylist([row | {'id': None} for row in rows]), tmp_path / 'other.parquet')
+  items, _ = read(tables.find_files(tmp_path))
+  assert [item.id for item in items if item.task == 'other'] == ['other:1', 'other:2']
+  assert {item.task for item in items} == {'hotpot', 'own', 'other'}
 
 
 def test_a_chat_template_goes_around_it(files):

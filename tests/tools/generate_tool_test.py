@@ -7,8 +7,10 @@ import re
 import data_cases
 import hf_cases
 import jax
+import pyarrow
 import pytest
 import rich.console
+from pyarrow import parquet
 
 from blockattn import blocks
 from blockattn.data import encode
@@ -29,6 +31,7 @@ def folder(tmp_path_factory):
   (folder / 'bad.txt').write_bytes(b'\xff\xfe')
   (folder / 'empty.txt').write_text('')
   (folder / 'lines.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in LINES))
+  parquet.write_table(pyarrow.Table.from_pylist(LINES), folder / 'lines.parquet')
   return folder
 
 
@@ -66,11 +69,12 @@ def test_blocks_have_a_length_in_the_tokens_of_the_model_that_answers(call, fold
   assert sum(sizes) >= len(counts([text])[0]) > 128 and all(8 <= size <= 64 for size in sizes[:-1])
 
 
-def test_lines_bring_their_own_questions(call):
-  code, out, err = call('lines.jsonl')
+@pytest.mark.parametrize('file', ['lines.jsonl', 'lines.parquet'])
+def test_lines_bring_their_own_questions(call, file):
+  code, out, err = call(file)
   assert code == 0 and len(out.splitlines()) >= 2
   assert 'a: count:' in err and 'b: count:' in err
-  assert len(call('lines.jsonl', '--limit', '1')[2].split('first token')) == 2
+  assert len(call(file, '--limit', '1')[2].split('first token')) == 2
 
 
 def test_questions_are_read_until_the_input_ends(call):
