@@ -17,21 +17,18 @@ class Held(RuntimeError):
 
 
 @contextlib.contextmanager
-def held(path: str | os.PathLike, *, wait: bool = False) -> Iterator[None]:
+def held(path: str | os.PathLike) -> Iterator[None]:
   """Within the block no other process is in such a block with the same file.
 
   The file is made if absent, says who has locked it last, and stays. It is its lock that counts (flock), not that it is
   there, so a process that was killed leaves nothing behind that must be cleaned up. On NFS the lock holds among hosts,
   if the server keeps locks. Where there are none at all (some cluster filesystems, mounted buckets) nothing is locked.
 
-  Args:
-    wait: for the other process to end.
-
   Raises:
-    Held: another process has it, unless `wait`.
+    Held: another process has it.
   """
   with _open(path) as file:
-    if _lock(file, wait) and file.writable():
+    if _lock(file) and file.writable():
       file.truncate(0)
       file.write(f'process {os.getpid()} on {socket.gethostname()}, since {datetime.datetime.now():%Y-%m-%d %H:%M:%S}')
       file.flush()
@@ -42,7 +39,7 @@ def is_held(path: str | os.PathLike) -> bool:
   """Whether a process is in a block of `held` with this file, which is looked at and left as it is."""
   try:
     with open(path) as file:
-      _lock(file, wait=False)
+      _lock(file)
   except Held:
     return True
   except OSError:   # there is none
@@ -60,10 +57,10 @@ def _open(path):
       raise error from None
 
 
-def _lock(file, wait) -> bool:
+def _lock(file) -> bool:
   """Whether the file is locked now; False: here are no locks."""
   try:
-    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     file.seek(0)
     raise Held(file.read().strip() or 'another process') from None
