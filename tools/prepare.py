@@ -53,7 +53,7 @@ class Read:
 
 def joined(reads: Sequence[Read], seconds: float) -> Read:
   """Several, in order."""
-  arrays = {name: np.concatenate([getattr(read, name) for read in reads])
+  arrays = {name: np.concatenate([np.zeros(0, np.int32), *(getattr(read, name) for read in reads)])
             for name in ('sizes', 'counts', 'answers', 'blocks')}
   return Read(sum((read.report for read in reads), json_lines.Report()), **arrays, seconds=seconds,
               first=next((read.first for read in reads if read.first), None))
@@ -90,10 +90,9 @@ def read_piece(source, piece: int) -> Read:
               docs[0] if docs else None)
 
 
-def read_all(source, workers: int, console) -> dict[str, Read]:
-  """Reads the tables of a source or mixture behind a progress bar: {name of a table: what it holds}."""
-  found = {}
-  parts = source.sources if isinstance(source, stream.Mixture) else (source,)
+def read_all(source, workers: int, console) -> list[tuple[str, Read]]:
+  """Reads the tables of a source or mixture behind a progress bar: [(name of a table, what it holds)]."""
+  found, parts = [], stream.parts_of(source)
   columns = (*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn())
   with rich.progress.Progress(*columns, console=console, transient=True) as bar:
     task = bar.add_task('all files', total=sum(table.bytes for part in parts for table, _ in part.tables))
@@ -107,8 +106,7 @@ def read_all(source, workers: int, console) -> dict[str, Read]:
           shown = shown or read.first is not None
           bar.advance(task, table.bytes / table.pieces)
         first += table.pieces
-        if reads:
-          found[name] = joined(reads, time.perf_counter() - start)
+        found.append((name, joined(reads, time.perf_counter() - start)))
   return found
 
 
@@ -130,18 +128,14 @@ def _row(name, read, options):
   return (name, *(f'{n:,}' for n in numbers), padding)
 
 
-def make_table(found: dict[str, Read], options) -> rich.table.Table:
+def make_table(found: Sequence[tuple[str, Read]], together: Read, options) -> rich.table.Table:
   """A line per table and one for all of them packed together."""
   table = arguments.table(*_COLUMNS)
-  for name, read in found.items():
+  for name, read in found:
     table.add_row(*_row(os.path.basename(name), read, options))
   table.add_section()
-  table.add_row(*_row('all', sum_of(found), options))
+  table.add_row(*_row('all', together, options))
   return table
-
-
-def sum_of(found: dict[str, Read]) -> Read:
-  return joined([*found.values()], sum(read.seconds for read in found.values()))
 
 
 def make_percentiles(read: Read) -> rich.table.Table:
@@ -192,11 +186,8 @@ def _print_problems(report, console):
     if counter:
       reasons = ', '.join(f'{n} {reason}' for reason, n in counter.most_common())
       console.print(f'{title}: {reasons} ({counter.total() / of:.1%})')
-  for bad in report.listed:
-    console.print(f'  {bad}')
-  unlisted = report.bad.total() - len(report.listed)
-  if unlisted:
-    console.print(f'  ... and {unlisted} more')
+  for line in report.malformed():
+    console.print(f'  {line}')
 
 
 def run(args, more) -> int:
@@ -205,13 +196,12 @@ def run(args, more) -> int:
   tokenizer = inputs.load_tokenizer(data, model)
   source = inputs.file_rows(data, tokenizer)
   found = read_all(source, 1 if data.segmenter else data.workers, err)
-  report = sum((read.report for read in found.values()), json_lines.Report())
-  if found:
-    out.print(make_table(found, inputs.file_options(data, tokenizer)))
-  _print_problems(report, out)
-  if not report.docs:
-    raise UserError(f'not one document to train on in {report.lines:,} lines of {", ".join(found)}')
-  read = sum_of(found)
+  read = joined([own for _, own in found], sum(own.seconds for _, own in found))
+  out.print(make_table(found, read, inputs.file_options(data, tokenizer)))
+  _print_problems(read.report, out)
+  if not read.report.docs:
+    raise UserError(f'not one document to train on in {read.report.lines:,} lines of '
+                    f'{", ".join(name for name, _ in found)}')
   out.print(make_percentiles(read))
   out.print('The first document, with a loss between ⟦ and ⟧ (more of it by options of the trainer):')
   out.print(render(read.first, tokenizer))

@@ -23,6 +23,7 @@ R = TypeVar('R')
 T = TypeVar('T')
 
 SUFFIXES = ('.jsonl', '.jsonl.gz')
+MARK = b'\xef\xbb\xbf'   # of the byte order, which some editors write in front of a text
 LISTED = 100   # malformed lines a report lists; the rest are counted only
 
 
@@ -98,9 +99,12 @@ class Report:
     """Several lines for a log: counts by reason, then the listed lines, and how many are not listed."""
     counts = ', '.join(f'{count} {reason}' for reason, count in (self.bad + self.dropped).most_common())
     head = f'{self.lines} lines, {self.examples} examples, {self.docs} docs'
+    return '\n'.join([f'{head}; left out: {counts}' if counts else head, *self.malformed()])
+
+  def malformed(self) -> list[str]:
+    """The listed lines, and how many are not listed."""
     more = self.bad.total() - len(self.listed)
-    return '\n'.join([f'{head}; left out: {counts}' if counts else head, *map(str, self.listed),
-                      *([f'... and {more} more'] if more else [])])
+    return [*map(str, self.listed), *([f'... and {more} more'] if more else [])]
 
 
 def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
@@ -135,16 +139,20 @@ def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path],
 
 def numbered_lines(file: str) -> Iterator[tuple[int, bytes]]:
   """(number from 1, bytes) of every line that is not blank; of standard input, if the file is '-'."""
-  with contextlib.nullcontext(sys.stdin.buffer) if file == '-' else open(file, 'rb') as raw:
-    stream = gzip.GzipFile(fileobj=raw) if file.endswith('.gz') else raw
-    try:
-      for number, line in enumerate(stream, start=1):
-        if number == 1:
-          line = line.removeprefix(b'\xef\xbb\xbf')   # the byte order mark that some editors write
-        if line.strip():
-          yield number, line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-      raise UserError(f'{file}: its compressed data is damaged or cut off ({error}); fetch the file again') from error
+  with contextlib.nullcontext(sys.stdin.buffer) if file == '-' else open(file, 'rb') as raw, naming_damage(file):
+    for number, line in enumerate(gzip.GzipFile(fileobj=raw) if file.endswith('.gz') else raw, start=1):
+      line = line.removeprefix(MARK) if number == 1 else line
+      if line.strip():
+        yield number, line
+
+
+@contextlib.contextmanager
+def naming_damage(file: str) -> Iterator[None]:
+  """Within the block, damaged compression is an error that names the file."""
+  try:
+    yield
+  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    raise UserError(f'{file}: its compressed data is damaged or cut off ({error}); fetch the file again') from error
 
 
 def parsed_lines(file: str, parse: Callable[[int, bytes], T], report: Report, *,

@@ -56,6 +56,11 @@ class Mixture:
     return named | {'the shares of the sources': repr(self.weights)}
 
 
+def parts_of(source: Any) -> tuple:
+  """The sources of a mixture; of a source, itself."""
+  return source.sources if isinstance(source, Mixture) else (source,)
+
+
 def fingerprint(source: Any) -> dict[str, str]:
   """What a source or mixture is made of, name -> value; {} for one that does not say."""
   return source.fingerprint() if hasattr(source, 'fingerprint') else {}
@@ -161,12 +166,11 @@ class _Stream(Iterator):
   """The batches of one process, made when they are asked for; what a thread of `Batches` goes through."""
 
   def __init__(self, source, batch, seed, own, workers, add):
-    parts, weights = (source.sources, source.weights) if isinstance(source, Mixture) else ((source,), (1.0,))
     self._batch, self._own, self._add, self._step = batch, frozenset(own), add, 0
-    self._schedule = schedule(weights)
+    self._schedule = schedule(source.weights if isinstance(source, Mixture) else (1.0,))
     # The first has the order that it has alone.
     self._parts = [_PackedRows(part, (seed, i), workers) if hasattr(part, 'read') else
-                   _Rows(part, (seed, i) if i else seed) for i, part in enumerate(parts)]
+                   _Rows(part, (seed, i) if i else seed) for i, part in enumerate(parts_of(source))]
 
   def __next__(self):
     rows = []
@@ -267,7 +271,7 @@ def batches(source: Any, *, batch: int, seed: int, rows: Sequence[int] | None = 
   own = range(batch) if rows is None else tuple(rows)
   if batch < 1 or not own or sorted({*own}) != [*own] or own[0] < 0 or own[-1] >= batch:
     raise UserError(f'rows {own} of a batch of {batch}: give some of its rows, each once, ascending')
-  if any(len(part) == 0 for part in (source.sources if isinstance(source, Mixture) else (source,))):
+  if any(len(part) == 0 for part in parts_of(source)):
     raise UserError('the source has no rows; give files with documents')
   print_ = fingerprint(source) | (fingerprint(add) if add else {})
   return Batches(_Stream(source, batch, seed, own, workers, add), print_)

@@ -15,7 +15,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -178,7 +177,7 @@ class JsonLines:
       at = stream.tell()
       while at < stop and (line := stream.readline()):
         at, count = at + len(line), count + 1
-        line = line.removeprefix(b'\xef\xbb\xbf') if at == len(line) else line   # the mark that some editors write
+        line = line.removeprefix(json_lines.MARK) if at == len(line) else line
         if line.strip():
           yield (piece, count), self._record(line)
     if piece in self._before:
@@ -204,12 +203,8 @@ class JsonLines:
 def _decompressed(file):
   """An unnamed file of what a compressed one holds."""
   text = tempfile.TemporaryFile(prefix='blockattn-')
-  try:
-    with gzip.open(file) as stream:
-      shutil.copyfileobj(stream, text, 1 << 20)
-  except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-    text.close()
-    raise UserError(f'{file}: its compressed data is damaged or cut off ({error}); fetch the file again') from error
+  with json_lines.naming_damage(file), gzip.open(file) as stream:
+    shutil.copyfileobj(stream, text, 1 << 20)
   text.flush()
   return text
 

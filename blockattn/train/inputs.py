@@ -153,7 +153,7 @@ def load_rows(data: PromptData, tokenizer):
     return page_rows(data, tokenizer, split='train')
   tell = (lambda bad: print(f'left out: {bad}', file=sys.stderr, flush=True)) if jax.process_index() == 0 else None
   source = file_rows(data, tokenizer, tell=tell)
-  for part in source.sources if isinstance(source, stream.Mixture) else (source,):
+  for part in stream.parts_of(source):
     part.check()
   return source
 

@@ -1,10 +1,13 @@
 """The tool that encodes files and says what becomes of them."""
 
 import os
+import re
 
 import data_cases
+import pyarrow
 import pytest
 import source_cases
+from pyarrow import parquet
 
 from blockattn.train import finetune, inputs
 from launch import sweep
@@ -35,6 +38,18 @@ def test_prepare_prints_a_table(folder, arguments, tmp_path, capsys):
   assert int(cells['tokens of an answer'][0]) <= int(cells['tokens of an answer'][-1]) < LENGTH
   first = problems.partition('The first document')[2]
   assert '── block 1, ' in first and first.rstrip().endswith('⟦answer 0<|im_end|>⟧') and '<|im_start|>user' in first
+
+
+def test_a_file_that_is_read_twice_counts_twice(folder, arguments, capsys):
+  assert prepare.main([str(folder / 'a.jsonl')] * 2 + arguments) == 0
+  assert re.search(r'│ all +│ +34 │ +30 │', capsys.readouterr().out)
+
+
+def test_a_table_without_rows_is_named(arguments, tmp_path, capsys):
+  empty = tmp_path / 'empty.parquet'
+  parquet.write_table(pyarrow.table({'text': pyarrow.array([], pyarrow.string())}), empty)
+  assert prepare.main([str(empty), *arguments]) == 2
+  assert f'not one document to train on in 0 lines of {empty}' in capsys.readouterr().err
 
 
 def test_prepare_leaves_nothing(folder, arguments, tmp_path, capsys, monkeypatch):
