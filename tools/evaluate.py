@@ -3,12 +3,12 @@
   python -m tools.evaluate exported/qwen3_4b --teacher Qwen/Qwen3-4B --data test.jsonl --out runs/eval
   python -m tools.evaluate runs/tiny --teacher blockattn/assets/tiny_teacher --data pages --limit 200
 
-MODEL and TEACHER are folders in the Hugging Face format, hub names, or work directories of a trainer (the best
-checkpoint). Sinks and positions of block mode are those that the model was trained with: `blocks` in its blockattn.json
-or in its checkpoint; a model without runs in block mode without sinks, at sequential positions. The teacher reads in
-full attention. Prompts are made as in training, with the chat template or without. --data takes JSON lines, parquet or
-Arrow files in the forms of blockattn.data.prompts, or `pages`: pages about classes of Python's standard library that no training of this project sees;
-`pages:validation` are those that settings may be chosen by.
+MODEL and TEACHER are folders in the Hugging Face format, hub names, or work directories of a trainer (the best checkpoint).
+Sinks and positions of block mode are those that the model was trained with: `blocks` in its blockattn.json or in its
+checkpoint; a model without runs in block mode without sinks, at sequential positions. The teacher reads in full attention.
+Prompts are made as in training, with the chat template or without. --data takes JSON lines, parquet or Arrow files in the
+forms of blockattn.data.prompts, or `pages`: pages about classes of Python's standard library that no training of this
+project sees; `pages:validation` are those that settings may be chosen by.
 
 Prints exact match, substring and token F1 of greedy answers, cross-entropy and KL to the teacher on the answer's tokens
 (in nats), each with its interval from resampled documents, and the latter two by distance from the start of the block.

@@ -3,11 +3,11 @@
   python -m tools.generate_torch exported/student notes.txt report.md --question 'Who wrote the report?'
   python -m tools.generate_torch exported/student questions.jsonl --limit 5 --max-new 32
 
-MODEL is a folder in the Hugging Face format or a hub name. Every text file is one block; JSON lines, parquet and Arrow files
-(in the forms of blockattn.data.prompts) hold their own blocks and questions, and a block that one question has read is not read again for
-the next. Every answer is made twice, greedily: by blockattn.hf.cached_generate over blocks that are read one by one,
-and by generate under blockattn.hf.block_attention, which reads the whole prompt in one masked pass. They compute the
-same in another order: in bfloat16 a near tie may fall to either side.
+MODEL is a folder in the Hugging Face format or a hub name. Every text file is one block; JSON lines, parquet and Arrow
+files (in the forms of blockattn.data.prompts) hold their own blocks and questions, and a block that one question has read
+is not read again for the next. Every answer is made twice, greedily: by blockattn.hf.cached_generate over blocks that are
+read one by one, and by generate under blockattn.hf.block_attention, which reads the whole prompt in one masked pass. They
+compute the same in another order: in bfloat16 a near tie may fall to either side.
 
 The exit code is 0 if they agree, 1 if they do not, 2 if model, files or options are refused.
 """

@@ -272,7 +272,7 @@ class PageRows:
     """Page `number` as text."""
     page = stdlib.make_page(number, self._containers, self._style)
     return Example(tuple(page['blocks']), page['prompt'], page['response'], page['id'],
-                            (page['response'].strip(),), tuple(page['gold']))
+                   (page['response'].strip(),), tuple(page['gold']))
 
   def __len__(self):
     return _ROWS

@@ -24,7 +24,7 @@ import safetensors
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 from safetensors import numpy as safetensors_numpy
 
-from blockattn import metrics
+from blockattn import disk, metrics
 from blockattn.errors import UserError
 
 META = 'meta.json'
@@ -65,7 +65,7 @@ def read_meta(folder: str | os.PathLike) -> dict:
   if not path.is_file():
     raise FileNotFoundError(f'{path} is not there: config.teacher.logits names a folder that `python -m '
                             'blockattn.train.teach` has finished')
-  return json.loads(path.read_text())
+  return disk.read_json(path)
 
 
 class StoredLogits:

@@ -83,8 +83,8 @@ def load_pair(model: str | os.PathLike, teacher: str | os.PathLike, modes: Seque
   """({name: Subject} of the teacher and of the student by mode, the teacher, the student's tokenizer).
 
   With block mode comes the teacher under the student's block mask, without sinks: it never saw one; for each of `seams` the
-  student in block mode with seams of so many tokens. Raises ValueError: the
-  two tokenizers differ, so that tokens of one mean nothing to the other."""
+  student in block mode with seams of so many tokens. Raises ValueError: the two tokenizers differ, so that tokens of one
+  mean nothing to the other."""
   teacher_subject, teacher_tokenizer = load(teacher, 'full', compute)
   student, tokenizer = load(model, 'block', compute, **prompts)
   encode.check_same_tokens(tokenizer, teacher_tokenizer, model, teacher)
