@@ -23,8 +23,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
   """The description as it stands, and the default of each option that has one."""
 
   def _get_help_string(self, action):
-    has_none = action.default in (None, False, []) or '(default' in action.help
-    return action.help if has_none else super()._get_help_string(action)
+    has_none = action.default is None or action.default is False or action.default == []   # 0 is one
+    return action.help if has_none or '(default' in action.help else super()._get_help_string(action)
 
 
 class Parser(errors.Parser):
