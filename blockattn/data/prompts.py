@@ -25,6 +25,7 @@ Reasons for which a line is refused, beside those of `json_lines` and `chat_temp
 """
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -79,11 +80,11 @@ def read_examples(files: str | pathlib.Path | Sequence[str | pathlib.Path], *, r
   report = json_lines.Report() if report is None else report
   for file in tables.find_files(files):
     for table in tables.open_tables(tables.Origin(file)):
-      for piece in range(table.pieces):
-        parse = lambda place, record, table=table: parse_record(
-            record, where=f'{table.name}:{table.line(place)}', chat=chat, template=template, tokenizer=tokenizer)
-        rows = json_lines.parsed(table.read(piece), parse, table.name, table.line, report, strict=strict)
-        yield from (example for _, example in rows)
+      parse = lambda place, record, table=table: parse_record(
+          record, where=f'{table.name}:{table.line(place)}', chat=chat, template=template, tokenizer=tokenizer)
+      rows = itertools.chain.from_iterable(map(table.read, range(table.pieces)))
+      for _, example in json_lines.parsed(rows, parse, table.name, table.line, report, strict=strict):
+        yield example
 
 
 def parse_record(record: dict | Malformed, *, where: str, chat: bool = False, template: QuestionTemplate | None = None,

@@ -125,18 +125,19 @@ class FileRows:
       json_lines.BadLineError: a line read was malformed, if `strict`.
       ValueError: the first rows of a table have not the form, or there is not one document.
     """
+    found = []
     for first in self._firsts:
       table, _ = self.tables[first]
       report = json_lines.Report()
       if isinstance(table, tables.Columns) and table.pieces:
-        list(self.examples(int(self._starts[first]), report, quiet=True))
+        found += self.examples(int(self._starts[first]), report, quiet=True)
         if report.lines and not report.examples:
           raise UserError(f'{report.listed[0]}; so are {report.lines} rows, all that were looked at: correct the column, or '
                           'say with columns which is which')
     report = json_lines.Report()
-    for piece in range(len(self)):
-      for _ in self.examples(piece, report, quiet=True):
-        return
+    pieces = (self.examples(piece, report, quiet=True) for piece in range(len(self)))
+    if found or any(True for piece in pieces for _ in piece):
+      return
     raise UserError(f'{", ".join(table.name for table, _ in self.tables)}: no document to train on\n{report.summary()}')
 
   def __len__(self):
