@@ -8,8 +8,10 @@ import data_cases
 import hf_cases
 import jax
 import numpy as np
+import pyarrow
 import pytest
 import rich.console
+from pyarrow import parquet
 
 from blockattn import blocks, checkpoint, loading
 from blockattn.data import json_lines
@@ -133,6 +135,13 @@ def test_the_tokenizer_of_a_run_is_that_of_its_config(models, tmp_path):
 def test_what_is_wrong_is_said(models, data, change, code, message, capsys):
   assert evaluate.main(arguments(models, data, *change)) == code
   assert message in capsys.readouterr().err
+
+
+def test_parquet_is_read_too(models, tmp_path, capsys):
+  file = tmp_path / 'test.parquet'
+  parquet.write_table(pyarrow.Table.from_pylist([data_cases.passages_line(0)]), file)
+  assert evaluate.main(arguments(models, file, '--max-new', '600')) == 2
+  assert '1 of 1 documents are too long for teacher_full' in capsys.readouterr().err
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(models, data, tmp_path, capsys):

@@ -6,7 +6,9 @@ import json
 import data_cases
 import hf_cases
 import huggingface_hub
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import blockattn
 from blockattn import blocks
@@ -152,6 +154,13 @@ def test_what_is_too_long_is_left_out(model, data, tmp_path, capsys):
 def test_what_is_wrong_is_said(model, data, tmp_path, benchmark, more, code, message, capsys):
   assert run(benchmark, model, data, tmp_path, *more, made=Made()) == code
   assert message in capsys.readouterr().err and not list(tmp_path.rglob('summary.json'))
+
+
+def test_parquet_is_judged_too(model, tmp_path):
+  file = tmp_path / 'hotpot.parquet'
+  parquet.write_table(pyarrow.Table.from_pylist([data_cases.passages_line(i) for i in range(4)]), file)
+  assert run('qa', model, {'qa': str(file)}, tmp_path / 'out', made=Made()) == 0
+  assert set(json.loads((tmp_path / 'out/block/summary.json').read_text())['tasks']) == {'hotpot'}
 
 
 def test_a_stopped_run_says_how_to_go_on(model, data, tmp_path, capsys):
