@@ -114,7 +114,8 @@ def test_a_lora_student_is_fine_tuned_exported_and_measured_by_cross_entropy(fol
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(folder, held):
   overrides = [f'--config.{key}={value}' for key, value in HELD.items()] + [
-      f'--config.data.eval_files={held[1]}', '--config.steps=2', '--config.save_every=2', '--config.export_every=2']
+      f'--config.data.eval_files={held[1]}', '--config.steps=2', '--config.save_every=2',
+      '--config.optim.warmup=1', '--config.export_every=2']
   trainer = lambda name: ['-m', 'blockattn.train.distill', f'--config={folder}/config.py', f'--workdir={folder / name}',
                           *overrides]
   result = run_cases.start(folder, folder / 'one', overrides=overrides)
