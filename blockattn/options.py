@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blockattn import tree
@@ -102,11 +102,25 @@ def _plain(value):
 
 def as_json(options: Any) -> dict[str, Any]:
   """The config that options were read from, as config.json holds it."""
-  return json.loads(json.dumps(_tree(options)), parse_constant=str)   # JSON has no infinity
+  return _json(_tree(options))
+
+
+def default_json(cls: type) -> dict[str, Any]:
+  """`as_json` of the defaults of all keys."""
+  return _json(defaults(cls))
+
+
+def _json(nested):
+  return json.loads(json.dumps(nested), parse_constant=str)   # JSON has no infinity
 
 
 def _tree(value):
   return {name: _tree(getattr(value, name)) for name in keys(type(value))} if dataclasses.is_dataclass(value) else value
+
+
+def different(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+  """The dotted keys, sorted, in which flat configs differ; one that some lack is one of them."""
+  return [key for key in sorted(set().union(*configs)) if len({json.dumps(config.get(key)) for config in configs}) > 1]
 
 
 def flat(nested: Any, prefix: str = '') -> dict[str, Any]:

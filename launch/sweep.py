@@ -40,7 +40,7 @@ from typing import Any
 
 import yaml
 
-from blockattn import checkpoint, disk, options as options_lib
+from blockattn import checkpoint, disk, loading
 from blockattn.errors import UserError
 from blockattn.train import command, job, loop, workdir as workdir_lib
 from tools import arguments
@@ -165,11 +165,11 @@ def _checked(path, workdir, changes, common) -> Point:
     _check_meant(config, path, common, changes)
     options = job.options_of(config)
     command.check_local(options)
-    step = workdir_lib.newest_step(workdir / name, options_lib.as_json(options))
+    step = workdir_lib.newest_step(workdir / name, options)
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'point {name}: {error.args[0] if error.args else error}') from error
   words = ('-m', type(options).__module__, *args, f'--workdir={workdir / name}')
-  finished = step is not None and checkpoint.is_finished(workdir / name / 'checkpoints', options.steps)
+  finished = step is not None and checkpoint.is_finished(workdir / name / loading.CHECKPOINTS, options.steps)
   return Point(name, workdir / name, changes, words, options.steps, step, finished)
 
 

@@ -140,6 +140,7 @@ def test_operations_of_the_trainers():
   assert one_batch(distill, **undropped) == flops.trained(once(student)) + once(full)
   of_teacher = undropped | {'distill.weights.source': 'teacher'}
   assert one_batch(distill, **of_teacher) == flops.trained(once(student)) + once(full) + once(plain)
+  assert one_batch(distill, **of_teacher, **{'teacher.logits': 'x'}) == flops.trained(once(student))   # both are stored
   assert one_batch(distill, **{'distill.drop_rate': 0.5}).attention > one_batch(distill, **undropped).attention
   modes = {mode: one_batch(finetune, **{'finetune.mode': mode}) for mode in finetune.MODES}
   assert modes['full'] == flops.trained(once(full)) and modes['block'] == flops.trained(once(student))

@@ -31,6 +31,7 @@ import rich.table
 from blockattn import checkpoint, disk, metrics, options as options_lib
 from blockattn.errors import UserError
 from blockattn.evals import answers
+from blockattn.loading import CHECKPOINTS
 from tools import arguments, report
 
 _RANKING = ('eval/block/kl', 'eval/block/ce', 'eval/full/ce', 'val_f1')   # the first that all points measured
@@ -155,8 +156,7 @@ def read_sweep(folder: str | os.PathLike) -> dict:
   if not configs:
     raise FileNotFoundError(f'{folder}: no point of a sweep in it, that is no folder with a config.json; give the '
                             '--workdir of launch.sweep')
-  keys = sorted({key for config in configs.values() for key in config})
-  keys = [key for key in keys if len({json.dumps(config.get(key)) for config in configs.values()}) > 1]
+  keys = options_lib.different([*configs.values()])
   points = [_point(folder / name, config, {key: config.get(key) for key in keys}) for name, config in configs.items()]
   points = sorted(points, key=lambda p: [_order(value) for value in p['changes'].values()])
   figure, why = _rank(points, keys, [config.get('eval.best') for config in configs.values()])
@@ -196,7 +196,7 @@ def _point(folder, config, changes) -> dict:
       step, value = (min if _less_is_better(name) else max)(finite, key=lambda point: point[1])
       best[name] = {'value': value, 'step': step}
   # Finished is what has its last checkpoint: lines may be ahead of it.
-  finished = checkpoint.is_finished(folder / 'checkpoints', config['steps'])
+  finished = checkpoint.is_finished(folder / CHECKPOINTS, config['steps'])
   state = 'finished' if finished else 'unfinished' if series else 'not started'
   return {'name': folder.name, 'changes': changes, 'step': last, 'steps': config['steps'],
           'state': state, 'final': {name: values[-1][1] for name, values in series.items()}, 'best': best}

@@ -59,7 +59,7 @@ def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = F
       cfg, params = convert.load(folder, dtype, report=report)
     meta = {'kind': 'from_hf', 'blocks': None} | export.carried(config.read_meta(folder))
     meta |= {'source': str(source), 'source_weights': convert.weights_facts(params), 'model': dataclasses.asdict(cfg)}
-    checkpoint.save_params(new / 'checkpoints', params, meta)
+    checkpoint.save_params(new / loading.CHECKPOINTS, params, meta)
 
 
 def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = None, source: str | None = None,

@@ -28,9 +28,8 @@ import rich.console
 from blockattn import checkpoint, disk, locks, metrics, options as options_lib
 from blockattn.errors import UserError
 from blockattn.loading import BEST, CHECKPOINTS
+from blockattn.train import workdir as workdir_lib
 from tools import arguments
-
-_LOCK = 'run.lock'   # see train/workdir.only_run_in
 
 
 def find(folder: str | os.PathLike) -> list[pathlib.Path]:
@@ -63,7 +62,7 @@ def describe(workdir: pathlib.Path, now: float) -> dict:
   figure = None if best is None else best['figure']
   values = {line['step']: line[f'eval/{figure}'] for line in lines if f'eval/{figure}' in line}
   finished = checkpoint.is_finished(workdir / CHECKPOINTS, config['steps']) if saved else False
-  state = ('at work' if locks.is_held(workdir / _LOCK) else 'finished' if finished else
+  state = ('at work' if locks.is_held(workdir / workdir_lib.LOCK) else 'finished' if finished else
            'stopped' if lines or saved else 'not started')
   return {'config': config, 'state': state, 'step': lines[-1]['step'] if lines else max(saved, default=0),
           'steps': config['steps'], 'age': now - lines[-1]['time'] if lines else None,
@@ -81,16 +80,9 @@ def _step(path, now, losses, values):
           'loss': before(losses), 'value': before(values)}
 
 
-def differences(configs: Sequence[dict]) -> list[str]:
-  """The dotted keys in which configs differ."""
-  flat = [options_lib.flat(config) for config in configs]
-  return [key for key in sorted({key for one in flat for key in one})
-          if len({json.dumps(one.get(key)) for one in flat}) > 1]
-
-
 def show(folder: pathlib.Path, runs: dict[pathlib.Path, dict], console: rich.console.Console) -> None:
   """A table of the runs and one of their checkpoints."""
-  keys = differences([run['config'] for run in runs.values()])
+  keys = options_lib.different([options_lib.flat(run['config']) for run in runs.values()])
   table = arguments.table('run', 'state', 'step', 'last line', 'loss', 'held out', 'best (step)', *keys, left=2)
   steps = arguments.table('checkpoint', 'age', 'size', 'loss', 'held out')
   for workdir, run in runs.items():
@@ -149,7 +141,7 @@ def delete(folder: pathlib.Path, name: str) -> pathlib.Path:
   if step is not None and step not in checkpoint.steps(path.parent):
     raise UserError(f'--delete {name}: no such step; there are {checkpoint.steps(path.parent)}')
   try:
-    with locks.held(workdir / _LOCK):
+    with locks.held(workdir / workdir_lib.LOCK):
       shutil.rmtree(workdir) if step is None else checkpoint.remove(path.parent, step)
   except locks.Held as other:
     raise UserError(f'--delete {name}: a run is at work there ({other}); end it first') from None

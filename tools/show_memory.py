@@ -6,7 +6,7 @@ T + (sinks + tails + seam + align - 1) * max_blocks those of the student's rows,
 rule cuts rows; size() is that of a dtype. N, K, F and V are a device's share.
 
   parameters     P size(model.dtype); of a LoRA student those that it trains, here and in the rows that follow
-  optimizer      Adam's two moments: 2 P size(model.dtype)
+  optimizer      Adam's two moments: 2 P size(model.dtype); Muon has one of each matrix that it moves
   gradients      P size(model.dtype), and P float32 more if accumulate > 1: the slice at hand, and the sum so far
   teacher        its parameters in teacher.dtype, placed by teacher.rules; distillation only, none if teacher.logits has
                  what it says

@@ -282,11 +282,10 @@ def step_flops(options: Options, cut: flops.Blocks, cfg, teacher=None) -> flops.
   goal = options.distill
   student = flops.in_blocks(cut, **job.inserted(options.blocks, cut), drop_rate=goal.drop_rate, drop_mode=goal.drop_mode)
   total = flops.trained(flops.forward(cfg, student), frozen=options.low_rank.rank > 0)
-  if not options.teacher.logits:
-    total += flops.forward(teacher or cfg, flops.as_one_block(cut))
-  if goal.weights.source == 'teacher':
-    total += flops.forward(teacher or cfg, flops.in_blocks(cut))
-  return total
+  if options.teacher.logits:   # no teacher is at work
+    return total
+  total += flops.forward(teacher or cfg, flops.as_one_block(cut))
+  return total + flops.forward(teacher or cfg, flops.in_blocks(cut)) if goal.weights.source == 'teacher' else total
 
 
 def loss_tokens(goal: DistillOptions, cut: flops.Blocks, seams: float = 0.0) -> float:
@@ -363,14 +362,13 @@ def teacher_from(params, cfg, options: TeacherOptions, placement: mesh_lib.Place
   return jax.jit(make, out_shardings=teacher_shardings(options, cfg, placement))(params)
 
 
-def load_teacher(options: Options, cfg, tokenizer, placement: mesh_lib.Placement, params=None):
+def load_teacher(options: Options, cfg, tokenizer, placement: mesh_lib.Placement):
   """(the teacher's parameters; which weights they are, see convert.weights_facts).
 
   Args:
     cfg: from `teacher_config`.
     tokenizer: the student's.
     placement: the teacher's.
-    params: of the model that is trained, at its start, if they are at hand.
 
   Raises:
     ValueError: tokens of the teacher are others than the student's, or a check of `job.load_model` fails.
@@ -379,8 +377,7 @@ def load_teacher(options: Options, cfg, tokenizer, placement: mesh_lib.Placement
   if options.teacher.source:
     encode.check_same_tokens(tokenizer, encode.load_tokenizer(loading.tokenizer_of(model.source)),
                              str(tokenizer.name_or_path), model.source)
-  if options.teacher.source or params is None:
-    params = job.load_language_model(dataclasses.replace(options, model=model), placement, job.model_config(model))
+  params = job.load_language_model(dataclasses.replace(options, model=model), placement, job.model_config(model))
   return teacher_from(params, cfg, options.teacher, placement), convert.weights_facts(params)
 
 
@@ -502,12 +499,14 @@ def run(options: Options, workdir):
   params = job.load_language_model(options, placement, cfg)
   meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}
   teacher, facts = None, meta['source_weights']
-  if not stored:
-    teacher, facts = load_teacher(options, made.teacher.cfg, tokenizer, made.teacher.placement, params)
-  elif own:
+  if stored and own:
     check_teacher_weights(stored, options, facts)
-  else:   # it is not read here: what its folder of logits says is all that is known of it
+  elif stored:   # it is not read here: what its folder of logits says is all that is known of it
     facts = teacher_logits.read_meta(stored).get('source_weights')
+  elif own:
+    teacher = teacher_from(params, made.teacher.cfg, options.teacher, made.teacher.placement)
+  else:
+    teacher, facts = load_teacher(options, made.teacher.cfg, tokenizer, made.teacher.placement)
   if not own:
     meta |= {'teacher': options.teacher.source, 'teacher_weights': facts}
   compute = job.compute_of(options.compute, placement, placement.platform)

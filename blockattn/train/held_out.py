@@ -265,7 +265,8 @@ def make(options, made, tokenizer: Any, workdir, *, student: Callable[[Any], Any
   own = np.asarray(inputs.own_rows(placement, batch))
   model = functools.partial(gap.Subject, cfg=made.cfg, compute=_whole_rows(compute), options=made.blocks)
   whole = lambda subject: dataclasses.replace(subject, compute=_whole_rows(subject.compute))
-  start = whole(start)
+  is_teacher, start = teacher is start, whole(start)
+  teacher = start if is_teacher else teacher and whole(teacher)   # the same Subject, so that gap.measure runs it once
   bare = dataclasses.replace(start, mode='block', options=start.options.bare)
 
   def subjects(params):
@@ -275,7 +276,7 @@ def make(options, made, tokenizer: Any, workdir, *, student: Callable[[Any], Any
   return [Evaluation(
       read(options.data, options.eval.rows, tokenizer), options.eval, steps=options.steps,
       figure=figure_of(options.eval.best, modes, teacher is not None), subjects=subjects,
-      start={START_FULL: start, START_BLOCK: bare} if 'block' in modes else {}, teacher=whole(teacher) if teacher else None,
+      start={START_FULL: start, START_BLOCK: bare} if 'block' in modes else {}, teacher=teacher,
       tokenizer=tokenizer, batch=batch, put=lambda rows: placement.put_batch(jax.tree.map(lambda x: x[own], rows)),
       keep=lambda params, step, found: checkpoint.save_params(folder, params, meta | {'step': step, 'eval': found}, step),
       folder=folder)]

@@ -60,6 +60,8 @@ class ModelOptions:
   def __post_init__(self):
     errors.check_choice('config.model.dtype', self.dtype, DTYPES)
     errors.check_choice('config.model.train_only', self.train_only, TRAIN_ONLY)
+    if self.keep_moments and not self.source:
+      raise UserError('config.model.keep_moments goes on with the moments of a run: config.model.source names none')
     limits = dict.fromkeys(_FROM_1, {'low': 1}) | {'learned_sinks': {'low': 0}} | dict.fromkeys(
         ('norm_eps', 'rope_theta'), {'above': 0})
     for name in self.fields.keys() & limits.keys():

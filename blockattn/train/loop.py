@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from blockattn import checkpoint, errors, metrics, multihost, optim, trace
+from blockattn import checkpoint, errors, loading, metrics, multihost, optim, trace
 from blockattn.errors import UserError
 from blockattn.hf import convert
 from blockattn.models import flops as flops_lib
@@ -203,7 +203,7 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
     checkpoint.Damaged: the newest checkpoint is not what was written.
     ValueError: the newest checkpoint is of other data, or began from other weights.
   """
-  folder = pathlib.Path(workdir) / 'checkpoints'
+  folder = pathlib.Path(workdir) / loading.CHECKPOINTS
   multihost.check_equal('data', batches.fingerprint)
   with checkpoint.Checkpoints(folder, keep=config.keep) as saved, \
       multihost.failing_ends_all(agreed=(NotFinite, Preempted)), _Signals() as signals:

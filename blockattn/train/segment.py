@@ -260,7 +260,7 @@ def run(options: Options, workdir):
   rows = labelled.DrawnRows(documents, reader, options.segment.draw, options.seed)
   validation = read_validation(options, reader)
   cfg, params = load_model(options, placement, cfg)
-  best, compute = pathlib.Path(workdir) / 'best', job.compute_of(options.compute, placement, placement.platform)
+  best, compute = pathlib.Path(workdir) / loading.BEST, job.compute_of(options.compute, placement, placement.platform)
   predict = jax.jit(lambda params, batch: model.log_odds(model.apply(
       params, batch['tokens'], batch['layout'], cfg, compute)), out_shardings=placement.replicated())
   watch = Watch(validation, every=options.segment.eval_every, steps=options.steps, batch=options.batch,

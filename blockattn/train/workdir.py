@@ -7,10 +7,11 @@ import sys
 
 import jax
 
-from blockattn import checkpoint, disk, locks, metrics, options as options_lib
+from blockattn import checkpoint, disk, loading, locks, metrics, options as options_lib
 from blockattn.errors import UserError
 from blockattn.kernels import api
 
+LOCK = 'run.lock'   # file of a workdir, held by the run that is at work in it
 # Keys that do not change what is learned, but for the last bits of its sums; with a dot, all that stand below.
 _FREE_TO_CHANGE = ('log_every', 'save_every', 'keep', 'chunk', 'mesh.', 'rules', 'teacher.rules', 'compute.impl',
                    'compute.tiles', 'compute.remat', 'compute.far_queries', 'data.workers', 'wandb', 'peak_tflops',
@@ -31,7 +32,7 @@ def only_run_in(workdir):
   workdir.mkdir(parents=True, exist_ok=True)
   with contextlib.ExitStack() as stack:
     try:
-      stack.enter_context(locks.held(workdir / 'run.lock'))
+      stack.enter_context(locks.held(workdir / LOCK))
     except locks.Held as other:
       raise UserError(f'{workdir}: another run is at work here ({other}). Wait for its end, end it, or use another '
                       '--workdir') from None
@@ -59,25 +60,26 @@ def save_run_facts(workdir, options):
     return
   workdir = pathlib.Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  new = options_lib.as_json(options)
-  newest_step(workdir, new)
-  metrics.write_json(workdir / 'config.json', new)
+  newest_step(workdir, options)
+  metrics.write_json(workdir / 'config.json', options_lib.as_json(options))
   metrics.write_json(workdir / 'run.json', {'command': sys.argv, 'commit': git_commit(), 'jax': jax.__version__}
                      | computing(options.compute.impl))
 
 
-def newest_step(workdir: pathlib.Path, config: dict) -> int | None:
+def newest_step(workdir: pathlib.Path, options) -> int | None:
   """The step of the newest checkpoint of a workdir, None without one.
 
   Raises:
-    ValueError: it is of another config; names the keys that differ.
+    ValueError: it is of another config than that of the options; names the keys that differ. A key that the workdir's config
+      lacks is newer than it, and counts as its default: runs that were begun before it did just that.
   """
-  step, path = checkpoint.newest_step(workdir / 'checkpoints'), workdir / 'config.json'
+  step, path = checkpoint.newest_step(workdir / loading.CHECKPOINTS), workdir / 'config.json'
   if step is None or not path.exists():
     return None
-  if changed := differing(disk.read_json(path), config):
+  old = options_lib.flat(options_lib.default_json(type(options))) | options_lib.flat(disk.read_json(path))
+  if changed := differing(old, options_lib.as_json(options)):
     said = '; '.join(f'{key} was {old!r} and is {new!r}' for key, (old, new) in changed.items())
-    ended = _schedule_steps(options_lib.flat(disk.read_json(path)))
+    ended = _schedule_steps(old)
     longer = (f'; to go on with other steps, keep the schedule of those that were done: --config.optim.decay_steps={ended}'
               if changed.keys() & {'steps', 'optim.decay_steps'} else '')
     raise UserError(f'{workdir} holds a run with another config: {said}. Use a new --workdir, or the old values{longer}')

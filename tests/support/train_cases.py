@@ -44,3 +44,21 @@ def batch(seed=0, rows=ROWS, blocks=(1, 2, 3, 4)) -> dict:
     fits = np.cumsum([len(doc.tokens) for doc in docs]) <= LENGTH
     packed.append(packing.pack_row([doc for doc, fit in zip(docs, fits, strict=True) if fit], LENGTH))
   return jax.tree.map(lambda *x: np.stack(x), *packed)
+
+
+class Stream:
+  """`make` of 0, 1, ... with a state, as loop.run wants its batches."""
+  fingerprint = {}
+
+  def __init__(self, make=batch):
+    self._make, self._step = make, 0
+
+  def __next__(self):
+    self._step += 1
+    return self._make(self._step - 1)
+
+  def get_state(self):
+    return {'next_step': self._step}
+
+  def set_state(self, state):
+    self._step = state['next_step']

@@ -129,24 +129,6 @@ def test_a_lora_student_says_what_its_merged_model_says():
   assert not np.array_equal(own['tokens'], rewritten(base, batch, 0, always)[0]['tokens'])
 
 
-class Stream:
-  """Batches 0, 1, ... with a state, as loop.run wants them."""
-  fingerprint = {}
-
-  def __init__(self):
-    self.step = 0
-
-  def __next__(self):
-    self.step += 1
-    return answers_that_end(train_cases.batch(self.step - 1, blocks=(3,)))   # few shapes
-
-  def get_state(self):
-    return {'next_step': self.step}
-
-  def set_state(self, state):
-    self.step = state['next_step']
-
-
 @pytest.mark.usefixtures('standard_promotion')   # optax
 def test_a_run_goes_on_as_if_it_had_not_been_stopped(tmp_path):
   model, optimizer = distill.transformer_model(CFG, COMPUTE), optim.make_optimizer(train_cases.OPTIM)
@@ -154,6 +136,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(tmp_path):
                            optim.learning_rate(train_cases.OPTIM))
   teacher, place, seen = train_cases.params(), train_cases.placement(), []
   options = on_policy.OnPolicyOptions(share=1.0, max_new=3)
+  make = lambda number: answers_that_end(train_cases.batch(number, blocks=(3,)))   # few shapes
 
   def train(folder, steps):
     def rewrite(params, batch, step):
@@ -161,7 +144,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_stopped(tmp_path):
       return seen[-1]
     config = loop.LoopConfig(steps=steps, log_every=1, save_every=1, keep=1, tokens_per_step=1)
     return loop.run(lambda state, batch: step(state, job.Frozen(teacher), batch),
-                    loop.init_state(train_cases.params(seed=1), optimizer), Stream(), config, folder,
+                    loop.init_state(train_cases.params(seed=1), optimizer), train_cases.Stream(make), config, folder,
                     put_batch=place.put_batch, meta={}, rewrite=rewrite)
 
   straight = train(tmp_path / 'straight', 4)

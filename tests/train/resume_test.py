@@ -214,3 +214,17 @@ def test_what_may_change_in_a_workdir(tmp_path):
   config.update_from_flattened_dict({'finetune.mode': 'full', 'finetune.answer_weight': 2.0})
   with pytest.raises(ValueError, match='another config: finetune.answer_weight was 1.0 and is 2.0; finetune.mode was'):
     workdir_lib.save_run_facts(tmp_path, finetune.read(config))
+
+
+def test_a_key_that_is_newer_than_a_run_counts_as_its_default(tmp_path):
+  config = common.base('finetune')
+  workdir_lib.save_run_facts(tmp_path, finetune.read(config))
+  (tmp_path / 'checkpoints' / '1').mkdir(parents=True)
+  said = json.loads((tmp_path / 'config.json').read_text())
+  del said['blocks']['seam'], said['optim']['name'], said['eval']
+  (tmp_path / 'config.json').write_text(json.dumps(said))
+  config.blocks.seam = 4
+  with pytest.raises(ValueError, match='another config: blocks.seam was 0 and is 4. Use'):
+    workdir_lib.save_run_facts(tmp_path, finetune.read(config))
+  config.blocks.seam = 0
+  workdir_lib.save_run_facts(tmp_path, finetune.read(config))

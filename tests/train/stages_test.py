@@ -93,6 +93,8 @@ def test_moments_of_another_model_are_refused(folder, tuned):
   config = config_of(folder, **{'model.source': str(tuned), 'model.keep_moments': True, 'lora.rank': 2})
   with pytest.raises(ValueError, match='for which no moments are kept: leave config.model.keep_moments out'):
     distill.read(config)
+  with pytest.raises(ValueError, match='keep_moments goes on with the moments of a run: config.model.source names none'):
+    job.ModelOptions(size='tiny', keep_moments=True)
 
 
 def test_a_larger_teacher_and_more_steps(folder, large, tuned, tmp_path):

@@ -201,7 +201,7 @@ def test_the_teacher_stays_and_is_not_saved(tmp_path):
   before = jax.tree.map(np.array, t.teacher)
   meta = job.model_meta(train_cases.MODEL, block_options(train_cases.MODEL), 'a/teacher', 'distill')
   config = loop.LoopConfig(steps=2, log_every=1, save_every=1, keep=2, tokens_per_step=1)
-  state = loop.run(t.step, t.start(), Stream(), config, tmp_path, put_batch=t.place.put_batch, meta=meta)
+  state = loop.run(t.step, t.start(), train_cases.Stream(), config, tmp_path, put_batch=t.place.put_batch, meta=meta)
   jax.tree.map(np.testing.assert_array_equal, t.teacher, before)
   saved = tmp_path / 'checkpoints' / '2'
   assert {path.name for path in saved.iterdir() if path.is_dir()} == {'params', 'opt_state', 'data', 'meta'}
@@ -209,24 +209,6 @@ def test_the_teacher_stays_and_is_not_saved(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, state.params)
   assert not np.array_equal(params['embed'], before['embed'])
   assert checkpoint.load_meta(saved.parent)['source'] == 'a/teacher'
-
-
-class Stream:
-  """Batches 0, 1, ... with a state, as loop.run wants them."""
-  fingerprint = {}
-
-  def __init__(self):
-    self.step = 0
-
-  def __next__(self):
-    self.step += 1
-    return train_cases.batch(self.step - 1)
-
-  def get_state(self):
-    return {'next_step': self.step}
-
-  def set_state(self, state):
-    self.step = state['next_step']
 
 
 CASES = {   # the steps above are the case of lift, relu by the student, readers

@@ -45,12 +45,12 @@ def in_the_loop(options, made, state, source) -> float:
                              tokens_per_step=options.batch * options.data.length, label='overhead')
   with tempfile.TemporaryDirectory() as workdir:
     loop.run(lambda state, batch: made.step(state, made.frozen, batch), state, batches, settings, workdir,
-             put_batch=made.placement.put_batch, meta={}, watch=look)
+             put_batch=made.placement.put_batch, meta={}, watches=[look])
   batches.close()
   return (look.seen[options.steps] - look.seen[WARM_UP]) / (options.steps - WARM_UP)
 
 
-class _Look:
+class _Look(loop.Watch):
   """When some steps had been done."""
 
   def __init__(self, steps):

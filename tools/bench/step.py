@@ -12,7 +12,7 @@ from blockattn import losses, mesh, optim
 from blockattn.data import encode, packing
 from blockattn.errors import UserError
 from blockattn.models import flops, lora, spec, transformer
-from blockattn.train import distill, finetune, inputs, job, loop, on_policy
+from blockattn.train import distill, finetune, held_out, inputs, job, loop, on_policy
 from tools import arguments
 from tools.bench import measuring
 
@@ -94,7 +94,7 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
   shared = dict(
       steps=1000, batch=rows, chunk=chunk, model=job.ModelOptions(source='random values', dtype=dtype), compute=compute,
       mesh=job.MeshOptions(), blocks=job.BlockModeOptions(sinks=SINKS), optim=optim.OptimConfig(steps=1000, warmup=1),
-      data=inputs.PromptData(length=length, max_blocks=max_blocks))
+      data=inputs.PromptData(length=length, max_blocks=max_blocks), eval=held_out.EvalOptions())
   whole = lambda: job.init_params(transformer.spec(cfg), placement, 0, dtype)
 
   def step(trainer, options, frozen=job.Frozen, more=None):
@@ -106,7 +106,8 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
   def distilled(low_rank=lora.NONE, precision=compute.dtype, stored=False, **goal):
     options = distill.Options(
         **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, chunk=chunk, **goal),
-        teacher=distill.TeacherOptions(precision, compute.dtype, logits='stored' if stored else '', top_k=TOP_K))
+        teacher=distill.TeacherOptions(dtype=precision, compute_dtype=compute.dtype, logits='stored' if stored else '',
+                                       top_k=TOP_K))
     if stored:
       return step(distill, options, more={'teacher': stored_teacher(batch, cfg.vocab)})
     teacher = jax.jit(lambda params: distill.as_teacher(params, options.teacher))(whole())
