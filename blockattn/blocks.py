@@ -335,6 +335,10 @@ class BlockOptions:
     """The same without anything inserted: for a model that never saw it."""
     return dataclasses.replace(self, sink_ids=(), tail_ids=(), links=False, seam=0, align=1)
 
+  def with_seam(self, seam: int | None) -> 'BlockOptions':
+    """The same with so many tokens of a seam; None: with those that it has."""
+    return self if seam is None else dataclasses.replace(self, seam=seam)
+
   def front(self, tokens: Field) -> Field:
     """How many sinks stand in front of a block but the last of so many text tokens, an int or an array."""
     count = len(self.sink_ids)
@@ -373,22 +377,24 @@ def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tupl
     raise UserError('a prompt must be a list of blocks, none of them empty, the question last; got '
                     f'{[len(tokens) for tokens in prompt]} tokens: drop empty blocks first')
   *context, question = [tuple(map(int, tokens)) for tokens in prompt]
-  placed, tail = [], () if options.links else options.tail_ids
+  own, tail = [], () if options.links else options.tail_ids   # all but the copies
   for i, text in enumerate(context):
-    front, seam = options.front(len(text)), text[:options.seam] if i else ()
+    front, seam = options.front(len(text)), min(options.seam, len(text)) if i else 0
     sinks = (*options.sink_ids[:1] * (front - len(options.sink_ids)), *options.sink_ids)
-    if seam:
-      placed.append(PlacedBlock(seam, front, reads=i, copy=True))
-    placed.append(PlacedBlock((*sinks, *text, *tail), 0, hidden=(front, front + len(seam))))
+    own.append(PlacedBlock((*sinks, *text, *tail), 0, hidden=(front, front + seam)))
     if options.links and options.tail_ids:
-      placed.append(PlacedBlock(options.tail_ids, 0, reads=i + 1))
-  placed.append(PlacedBlock((*options.sink_ids, *question), 0, reads=len(context)))
-  own = [block for block in placed if not block.copy]
+      own.append(PlacedBlock(options.tail_ids, 0, reads=i + 1))
+  own.append(PlacedBlock((*options.sink_ids, *question), 0, reads=len(context)))
   starts = block_positions([len(block.tokens) for block in own], options.positions, options.shared_first,
                            [i for i, block in enumerate(own) if block.reads is not None])
-  where = dict(zip(map(id, own), starts, strict=True))
-  return tuple(dataclasses.replace(block, start=block.start + where[id(behind if block.copy else block)])
-               for block, behind in zip(placed, [*placed[1:], None], strict=True))
+  placed, before = [], 0   # blocks of the prompt
+  for block, start in zip(own, starts, strict=True):
+    first, stop = block.hidden
+    if first < stop:
+      placed.append(PlacedBlock(block.tokens[first:stop], start + first, reads=before, copy=True))
+    placed.append(dataclasses.replace(block, start=start))
+    before += block.reads is None
+  return tuple(placed)
 
 
 def check_cacheable(options: BlockOptions) -> None:
@@ -507,9 +513,10 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
   for i, tail_id in enumerate(options.tail_ids, start=1):
     source = put(source, ends, index + i, each)
     inserted, behind = put(inserted, ends, index + i, tail_id), put(behind, ends, index + i, True)
-  at_copy = first - front - copies + offset
-  copy, original = put(nowhere, copied, at_copy, True), put(nowhere, copied, index, True)
-  source = put(source, copied, at_copy, each)
+  at_copy, copy, original = first - front - copies + offset, nowhere, nowhere
+  if options.seam:
+    copy, original = put(nowhere, copied, at_copy, True), put(nowhere, copied, index, True)
+    source = put(source, copied, at_copy, each)
   take = lambda x: jnp.take_along_axis(jnp.pad(jnp.asarray(x), ((0, 0), (0, 1))), source, axis=1)
 
   apart, block = copy | behind if links else copy, take(layout.block)   # apart: blocks of their own

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from blockattn import blocks as blocks_lib, checkpoint, mesh, tree
+from blockattn import blocks as blocks_lib, checkpoint, mesh
 from blockattn.data import chat_template, encode
 from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, convert, files
@@ -183,25 +183,17 @@ def load_run(workdir: str | os.PathLike, dtype: str, placement: mesh.Placement, 
   options = lora.LoraOptions(**meta['lora'])
   trained, source = load_tree(lora.spec(cfg, options), 'float32'), source or meta['source']
   try:
-    base_cfg, base = _load_base(source, dtype, placement, meta.get('source_weights'))
+    origin = find(source)
+    base, facts = convert.read_as_made(lambda dtype: origin.read(dtype, placement), dtype, meta.get('source_weights'))
   except FileNotFoundError as error:
     raise FileNotFoundError(f'{workdir} holds a LoRA student, to be merged with the model that it started from: {error}'
                             ) from error
-  if transformer.without_sinks(base_cfg) != transformer.without_sinks(cfg):
-    raise UserError(f'{workdir} holds a LoRA student of another model than {source}: {base_cfg} there, {cfg} in the '
+  if transformer.without_sinks(origin.cfg) != transformer.without_sinks(cfg):
+    raise UserError(f'{workdir} holds a LoRA student of another model than {source}: {origin.cfg} there, {cfg} in the '
                     'checkpoint; name the one that it started from')
-  convert.check_same_weights(meta.get('source_weights'), convert.weights_facts(base), f'the LoRA student in {workdir}',
-                             source, 'name the folder that has them with --source of tools.convert')
+  convert.check_same_weights(meta.get('source_weights'), facts, f'the LoRA student in {workdir}', source,
+                             'name the folder that has them with --source of tools.convert')
   return cfg, jax.tree.map(lambda x: x.astype(dtype), lora.merge(base, trained, options)), meta
-
-
-def _load_base(source, dtype, placement, said):
-  """(ModelConfig, parameters) that a LoRA student adds to."""
-  origin = find(source)
-  params = origin.read(dtype, placement)
-  if said and said['dtype'] != dtype and tree.fingerprint(params) != said['fingerprint']:
-    params = origin.read(said['dtype'], placement)   # of float32 weights, one of the two was rounded: as in training
-  return origin.cfg, params
 
 
 def model_of(meta: dict) -> transformer.ModelConfig:

@@ -49,7 +49,7 @@ def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = F
   """
   folder = files.locate(source)
   _check_tokenizer(folder, config.read(folder))
-  stored = [tensor.dtype for tensor in files.stored_tensors(folder).values()]
+  stored = convert.stored_dtypes(folder)
   dtype = dtype or convert.dtype_for(stored)
   _say_rounding(stored, dtype)
   with files.new_folder(pathlib.Path(out), overwrite) as new:
@@ -72,6 +72,8 @@ def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = N
   files.check_free(pathlib.Path(out), overwrite)
   if wrappers and (not meta.get('lora') or meta['lora']['targets']):
     raise UserError(f'--wrappers: {workdir} trained more than wrappers (config.model.train_only); export all of it')
+  if wrappers:
+    _check_base(workdir, source or meta['source'], 'wrappers cannot stand beside')
   config.check_exportable(loading.model_of(meta))
   _check_tokenizer(companions, loading.model_of(meta))
   stored = _stored_dtypes(checkpoints, step, loading.model_of(meta))
@@ -101,9 +103,7 @@ def to_peft(workdir: str, out: str, dtype: str | None = None, step: int | None =
   cfg, base = loading.model_of(meta), source or meta['source']
   options = lora.LoraOptions(**meta['lora']) if meta.get('lora') else None
   adapter.check(cfg, options)
-  if loading.find(base).is_run:
-    raise UserError(f'{workdir} adds to the run {base}, which PEFT cannot load: export that one (to_hf), and name the '
-                    'folder with --source')
+  _check_base(workdir, base, 'PEFT cannot load')
   companions = _companions(pathlib.Path(workdir), meta, source)
   files.check_free(pathlib.Path(out), overwrite)
   stored = [convert.DTYPES[name] for name in checkpoint.param_dtypes(checkpoints, step).values()]
@@ -134,6 +134,13 @@ def _stored_dtypes(checkpoints, step, cfg) -> list[str]:
 def _say_rounding(stored, dtype):
   if said := convert.rounding(stored, dtype):
     print(f'{said}, as --dtype {dtype} says')
+
+
+def _check_base(workdir, base, why):
+  """Raises ValueError if a student of part of a model adds to a run."""
+  if loading.find(base).is_run:
+    raise UserError(f'{workdir} adds to the run {base}, which {why}: export that one (to_hf), and name the folder with '
+                    '--source')
 
 
 def _companions(workdir, meta, source):

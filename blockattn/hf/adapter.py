@@ -14,7 +14,7 @@ import numpy as np
 
 from blockattn import metrics
 from blockattn.errors import UserError
-from blockattn.hf import files, names
+from blockattn.hf import convert, files, names
 from blockattn.models import lora, transformer
 
 WEIGHTS = 'adapter_model.safetensors'
@@ -37,12 +37,11 @@ def save(trained: Any, cfg: transformer.ModelConfig, options: lora.LoraOptions, 
     ValueError: the student has learned sinks.
   """
   check(cfg, options)
+  meta = convert.check_meta(meta, cfg)
   with files.new_folder(pathlib.Path(folder), overwrite) as new:
-    files.copy_companions(pathlib.Path(source), new)
     files.write_shard(new / WEIGHTS, tensors(jax.device_get(trained), cfg, dtype))
     metrics.write_json(new / files.ADAPTER, to_dict(cfg, options, base))
-    metrics.write_json(new / files.META, {'vocab': cfg.vocab, 'learned_sinks': 0} | meta)
-    (new / files.CARD).write_text(card, encoding='utf-8')
+    files.write_companions(new, pathlib.Path(source), meta, card)
 
 
 def check(cfg: transformer.ModelConfig, options: lora.LoraOptions | None):

@@ -74,6 +74,15 @@ def load(name: os.PathLike | str, dtype: str, mesh: Mesh | None = None, rules: A
   return cfg, traverse_util.unflatten_dict(flat, sep='/')
 
 
+def stored_dtypes(folder: pathlib.Path) -> list[str]:
+  """The dtype of each tensor of a model, of wrappers with those of the model beside them, as safetensors calls it."""
+  if not (folder / files.WRAPPERS).exists():
+    return [tensor.dtype for tensor in files.stored_tensors(folder).values()]
+  with files.open_tensors(folder / files.WRAPPERS) as tensors:
+    own = [tensors.get_slice(key).get_dtype() for key in tensors.keys()]
+  return stored_dtypes(files.locate(config.read_meta(folder)['source'])) + own
+
+
 def dtype_for(stored: Iterable[str]) -> str:
   """The smallest of DTYPES that holds numbers of these dtypes, safetensors' names of them, as they are."""
   return 'bfloat16' if set(stored) == {'BF16'} else 'float32'
@@ -118,7 +127,7 @@ def save(params: Any, cfg: ModelConfig, folder: os.PathLike | str, *, source: os
   errors.check_choice('dtype', dtype, DTYPES)
   flat = _check_params(params, cfg)
   raw_config = config.to_dict(cfg, dtype, files.token_ids(pathlib.Path(source)))
-  meta = _check_meta(meta, cfg)
+  meta = check_meta(meta, cfg)
   slots = names.slots(cfg)
   sizes = {key: math.prod(slot.hf_shape) * jnp.dtype(dtype).itemsize for key, slot in slots.items()}
   shards = files.plan_shards(sizes, max_shard_bytes)
@@ -149,12 +158,10 @@ def save_wrappers(rows: Any, cfg: ModelConfig, folder: os.PathLike | str, *, sou
 
   Raises as `save`.
   """
-  meta, source = _check_meta(meta, cfg), pathlib.Path(source)
+  meta, source = check_meta(meta, cfg), pathlib.Path(source)
   with files.new_folder(pathlib.Path(folder), overwrite) as new:
     files.write_shard(new / files.WRAPPERS, {'sinks': np.asarray(rows)})
-    metrics.write_json(new / files.META, meta)
-    (new / files.CARD).write_text(card, encoding='utf-8')
-    files.copy_companions(source, new)
+    files.write_companions(new, source, meta, card)
     _write_generation_config(new / 'generation_config.json', files.token_ids(source), files.own_stop_ids(source))
 
 
@@ -176,6 +183,22 @@ def verify(folder: pathlib.Path, cfg: ModelConfig, dtype: str):
 def weights_facts(params: Any) -> dict:
   """What a checkpoint, stored logits or an export say of the weights that they were made from."""
   return {'fingerprint': tree.fingerprint(params), 'dtype': str(jax.tree.leaves(params)[0].dtype)}
+
+
+def read_as_made(read: Callable[[str], Any], dtype: str, said: dict | None) -> tuple[Any, dict]:
+  """(parameters, their `weights_facts`): as `dtype`, or, where those are not the weights that something was made from, in
+  the dtype that they were read in then: of float32 weights, one of the two was rounded.
+
+  Args:
+    read: dtype -> parameters.
+    said: from `weights_facts`, of what was made; None: not known.
+  """
+  params = read(dtype)
+  facts = weights_facts(params)
+  if said and said['dtype'] != dtype and said['fingerprint'] != facts['fingerprint']:
+    params = read(said['dtype'])
+    facts = weights_facts(params)
+  return params, facts
 
 
 def check_same_weights(said: dict | None, now: dict | None, what: str, source: os.PathLike | str, remedy: str):
@@ -203,15 +226,14 @@ def _load_wrapped(folder, cfg, dtype, mesh, rules, report):
   """The parameters of a model with the learned sinks and tails that were trained beside it."""
   meta = config.read_meta(folder)
   said, source = meta.get('source_weights'), meta['source']
-  params = same = load(source, dtype, mesh, rules, report)[1]
-  if said and said['dtype'] != dtype and tree.fingerprint(params) != said['fingerprint']:
-    same = load(source, said['dtype'], mesh, rules)[1]   # of float32 weights, one of the two was rounded
-  check_same_weights(said, weights_facts(same), str(folder), source, 'train its rows again')
+  params, facts = read_as_made(lambda dtype: load(source, dtype, mesh, rules, report)[1], dtype, said)
+  check_same_weights(said, facts, str(folder), source, 'train its rows again')
   with files.open_tensors(folder / files.WRAPPERS) as tensors:
     rows = tensors.get_tensor('sinks')
   shape = cfg.learned_sinks, cfg.width
   if rows.shape != shape or not np.isfinite(rows.astype(np.float32)).all():
     raise UserError(f'{folder / files.WRAPPERS}: rows of {rows.shape}, where finite ones of {shape} belong')
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
   return params | {'sinks': _placer(cfg, mesh, rules)('sinks', rows.astype(jnp.dtype(dtype)))}
 
 
@@ -315,7 +337,8 @@ def _check_params(params, cfg):
   return flat
 
 
-def _check_meta(meta, cfg):
+def check_meta(meta: dict, cfg: ModelConfig) -> dict:
+  """What blockattn.json says: `meta` and the architecture's rows. Raises ValueError where the two differ."""
   own = {'learned_sinks': cfg.learned_sinks, 'vocab': cfg.vocab}
   for key, value in own.items():
     if key in meta and meta[key] != value:
@@ -351,9 +374,7 @@ def _picker(sharding):
 
 def _write_companions(new, source, cfg, raw_config, meta, card):
   metrics.write_json(new / 'config.json', raw_config)
-  metrics.write_json(new / files.META, meta)
-  (new / files.CARD).write_text(card, encoding='utf-8')
-  files.copy_companions(source, new)
+  files.write_companions(new, source, meta, card)
   _write_generation_config(new / 'generation_config.json', raw_config, files.own_stop_ids(source))
   if cfg.learned_sinks:
     files.add_sink_tokens(new, cfg.vocab, cfg.learned_sinks)

@@ -210,6 +210,13 @@ def check_free(folder: pathlib.Path, overwrite: bool):
                           'name a new folder')
 
 
+def write_companions(new: pathlib.Path, source: pathlib.Path, meta: dict, card: str):
+  """What every export has beside its weights: blockattn.json, the card, and what is copied from `source`."""
+  write_json(new / META, meta)
+  (new / CARD).write_text(card, encoding='utf-8')
+  copy_companions(source, new)
+
+
 def copy_companions(source: pathlib.Path, target: pathlib.Path, also: Iterable[str] = ()):
   """Copies tokenizer, generation config and licence files, and those named by `also`, where `source` has them.
 

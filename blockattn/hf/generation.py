@@ -83,8 +83,7 @@ def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, seam: int 
   """
   if not prompts:
     raise UserError('no prompt to read; give at least one')
-  options = _with_seam(options, seam)
-  placed = [place_prompt(prompt, options) for prompt in prompts]
+  placed = [place_prompt(prompt, options.with_seam(seam)) for prompt in prompts]
   lengths = [[len(block.tokens) for block in row] for row in placed]
   length = max(map(sum, lengths))
   padding = [length - sum(row) for row in lengths]
@@ -93,10 +92,6 @@ def block_inputs(prompts: Sequence[Prompt], options: BlockOptions, *, seam: int 
   layout = jax.tree.map(left_padded, layout).replace(position=left_padded(layout.position).long())
   tokens = [[0] * n + [token for block in row for token in block.tokens] for row, n in zip(placed, padding)]
   return BlockInputs(torch.tensor(tokens, device=device), layout.position, (layout.doc != 0).long(), layout)
-
-
-def _with_seam(options, seam):
-  return options if seam is None else dataclasses.replace(options, seam=seam)
 
 
 # Blocks that were read before.
@@ -142,7 +137,7 @@ def prefill_blocks(model: Model, prompt: Prompt, options: BlockOptions, *, seam:
   """
   _check_model(model)
   check_cacheable(options)
-  *placed, _ = place_prompt(prompt, _with_seam(options, seam))
+  *placed, _ = place_prompt(prompt, options.with_seam(seam))
   cache = {} if cache is None else cache
   decoder, states, prefix, copies = model.get_decoder(), [], None, None
   for block in placed:

@@ -185,7 +185,7 @@ class Engine:
   def _read_prompts(self, plans, on_part=_nothing):
     """(x_BD, decode.Cache, decode.Context or None) after the last blocks; the context's states are in the pool."""
     rows, context = decode.bucket(len(plans), 1), None
-    tokens, lengths, first_position, reads = plan_lib.reader_arrays(plans, rows)
+    tokens, lengths, ahead, reads = plan_lib.reader_arrays(plans, rows)
     if any(plan.context for plan in plans):
       pages, position, visible, number = plan_lib.context_arrays(plans, rows, self._pool.where, self._pool.devices)
       context = self._pool.gather(pages, position, visible, self._cfg)
@@ -193,7 +193,7 @@ class Engine:
         context = dataclasses.replace(context, number=number)
     on_part('gather', context)
     room = padded(max(plan.request.max_new for plan in plans))
-    x_BD, cache = _read(self._params, tokens, lengths, first_position, reads, context, room=room, cfg=self._cfg,
+    x_BD, cache = _read(self._params, tokens, lengths, ahead, reads, context, room=room, cfg=self._cfg,
                         compute=self._compute, mesh=self._mesh)
     on_part('read', x_BD)
     return x_BD, cache, context
@@ -268,17 +268,17 @@ def _context_specs(context):
 
 
 @functools.partial(jax.jit, static_argnames=('room', 'cfg', 'compute', 'mesh'))
-def _read(params, tokens, lengths, first_position, reads, context, *, room, cfg, compute, mesh):
+def _read(params, tokens, lengths, ahead, reads, context, *, room, cfg, compute, mesh):
   """decode.prefill of the readers, see `plan.reader_arrays`."""
-  def here(params, tokens, lengths, first_position, reads, context):
-    layout = pool_lib.one_block(lengths, first_position, tokens.shape[1])
+  def here(params, tokens, lengths, ahead, reads, context):
+    layout = pool_lib.one_block(lengths, ahead, tokens.shape[1])
     if reads is not None:   # numbers that never decrease, and all are readers: they read one another causally
       layout = layout.replace(block=reads)
     return decode.prefill(params, tokens, layout, cfg, compute, room, context)
 
   every = pool_lib.EVERYWHERE
   return pool_lib.on_mesh(mesh, here, (every, every, every, every, every, _context_specs(context)), every)(
-      params, tokens, lengths, first_position, reads, context)
+      params, tokens, lengths, ahead, reads, context)
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'mesh'), donate_argnames=('cache',))

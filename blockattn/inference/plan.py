@@ -81,8 +81,7 @@ def make(number: int, request: Request, options: blocks_lib.BlockOptions, keys: 
     ValueError: its prompt is no list of blocks.
   """
   try:
-    options = options if request.seam is None else dataclasses.replace(options, seam=request.seam)
-    placed = blocks_lib.place_prompt(request.prompt, options)
+    placed = blocks_lib.place_prompt(request.prompt, options.with_seam(request.seam))
   except ValueError as error:
     raise UserError(f'request {number}: {error}') from error
   context, readers = ([block for block in placed if (block.reads is not None) == reads] for reads in (False, True))
@@ -192,9 +191,9 @@ def context_arrays(plans: Sequence[Plan], rows: int, where: Callable[[str], Mapp
 
 
 def reader_arrays(plans: Sequence[Plan], rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-  """(tokens [rows, T], lengths [rows], position of the first token [rows], None), int32, of the last blocks; with other
-  readers in front of them what each position is ahead of its place [rows, T], and how many context blocks it reads
-  [rows, T]."""
+  """(tokens [rows, T], lengths [rows], position of the first token [rows, 1], None), int32, of the last blocks; with other
+  readers in front of them how far each position is ahead of the token's place [rows, T], and how many context blocks it
+  reads [rows, T]."""
   length = max(sum(len(reader.tokens) for reader in plan.readers) for plan in plans)
   tokens, ahead, reads = (np.zeros((rows, padded(length)), np.int32) for _ in range(3))
   lengths = np.zeros(rows, np.int32)
@@ -204,7 +203,7 @@ def reader_arrays(plans: Sequence[Plan], rows: int) -> tuple[np.ndarray, np.ndar
       tokens[i, own], ahead[i, own], reads[i, own] = reader.tokens, reader.start - lengths[i], reader.reads or 0
       lengths[i] += len(reader.tokens)
   if all(len(plan.readers) == 1 for plan in plans):
-    return tokens, lengths, ahead[:, 0], None
+    return tokens, lengths, ahead[:, :1], None
   return tokens, lengths, ahead, reads
 
 

@@ -167,15 +167,13 @@ def _fill(params, k_pool, v_pool, tokens, lengths, pages, prefix_pages, prefix_t
       params, k_pool, v_pool, tokens, lengths, pages, prefix_pages, prefix_tokens)
 
 
-def one_block(lengths: jax.Array, first_position: jax.Array | int, length: int) -> blocks.BlockLayout:
-  """The layout of rows that are each one block of `lengths` tokens [B], from `first_position` on, [B] or a number, or for
-  each token [B, T], so much further on than it stands in its row."""
+def one_block(lengths: jax.Array, ahead: jax.Array | int, length: int) -> blocks.BlockLayout:
+  """The layout of rows that are each one block of `lengths` tokens [B], whose positions are so far `ahead` of their places:
+  [B, T], [B, 1] or a number."""
   at = jnp.arange(length, dtype=jnp.int32)[None]
   valid = at < lengths[:, None]
   none = jnp.zeros_like(valid)
-  first_position = jnp.asarray(first_position, jnp.int32)
-  first_position = first_position if first_position.ndim == 2 else first_position.reshape(-1, 1)
-  position = jnp.where(valid, at + first_position, 0)
+  position = jnp.where(valid, at + ahead, 0)
   return blocks.BlockLayout(doc=valid.astype(jnp.int32), block=jnp.zeros_like(position), position=position, reader=valid,
                             hidden=none, shared=none)
 

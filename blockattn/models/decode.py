@@ -76,25 +76,25 @@ def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transforme
   Returns:
     (x_BTD after the final norm, (k, v)), keys not rotated, each [L, B, T, K, H].
   """
-  x_BTD = transformer.embed(params, tokens, cfg, compute)
-  run = functools.partial(transformer.run_layers, params, x_BTD, layout.position, cfg, compute,
-                          keep=lambda inside, *_: (inside.k, inside.v))
+  keep = lambda inside, *_: (inside.k, inside.v)
   if context is None:
-    return run(lambda q, k, v: transformer.masked_attention(q, k, v, layout, compute))
+    return transformer.apply_keeping(params, tokens, layout, cfg, compute, keep)
+  below = None if context.number is None else (context.number, layout.block)
 
   def attend(q, k, v, *known):
     own = api.block_attention_and_lse(q, k, v, layout, impl=compute.impl, tiles=compute.tiles)
-    return _beside(q, known, context, own, layout.block)
+    return _beside(q, known, context, own, below)
 
-  return run(attend, beside=(context.k, context.v))
+  x_BTD = transformer.embed(params, tokens, cfg, compute)
+  return transformer.run_layers(params, x_BTD, layout.position, cfg, compute, attend, keep=keep,
+                                beside=(context.k, context.v))
 
 
-def _beside(q, known, context, own, number=None):
+def _beside(q, known, context, own, below=None):
   """Attention to a layer's (k, v) of the context, merged with `own`, (output, logsumexp) of attention to other keys.
 
-  `number` is the queries', [B, T]; None: they read all that is visible, as the last block's do.
+  `below` as of `cached.attend_cached`; None: the queries read all that is visible, as the last block's do.
   """
-  below = None if context.number is None or number is None else (context.number, number)
   parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, *known, context.visible, below))
   if context.axis is not None:   # every device has read its own part of the context
     parts = jax.tree.map(lambda x: jax.lax.all_gather(x[0], context.axis), parts)

@@ -192,7 +192,7 @@ def apply_keeping(params: Params, tokens: Array, layout: blocks.BlockLayout, cfg
 
 
 def _attention(layout, compute) -> Attend:
-  return lambda q, k, v, *_: masked_attention(q, k, v, layout, compute)
+  return lambda q, k, v, *_: _attend(q, k, v, layout, compute)
 
 
 def run_layers(params: Params, x_BTD: Array, position: Array, cfg: ModelConfig, compute: Compute, attend: Attend, *,
@@ -306,8 +306,7 @@ def _mlp(h, w, cfg):
   return down + w['down_bias'] if cfg.mlp_bias else down
 
 
-def masked_attention(q: Array, k: Array, v: Array, layout: blocks.BlockLayout, compute: Compute) -> Array:
-  """Attention as `compute` has it: on one device, or on its mesh."""
+def _attend(q, k, v, layout, compute):
   if compute.placement is None:
     return api.block_attention(q, k, v, layout, impl=compute.impl, tiles=compute.tiles,
                                platform=compute.platform)

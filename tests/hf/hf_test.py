@@ -14,9 +14,10 @@ import tokenizers
 import transformers
 import yaml
 
-from blockattn import blocks, mesh, tree
+from blockattn import blocks, checkpoint, loading, mesh, tree
 from blockattn.hf import card, config, convert, files, names
-from blockattn.models import classifier, sizes
+from blockattn.models import classifier, lora, sizes, transformer
+from blockattn.train import job
 from tools import convert as cli
 
 CFG = hf_cases.MODELS['llama_rope']
@@ -439,6 +440,43 @@ def test_real_tokenizer_is_copied_and_gets_sinks(data_dir, tmp_path):
   text = 'Was sagt <|im_start|>user\nder Block? 12345 <|im_end|>'
   assert after.encode(text).ids == before.encode(text).ids
   assert after.encode('a<|sink_0|><|sink_3|>b').ids == [64, 151936, 151939, 65]
+
+
+# Wrappers, some rows beside a model.
+
+
+def wrappers_run(tmp_path, source, base_dtype, base='base'):
+  """(work directory of a run that trained two learned sinks alone, beside weights read as `base_dtype`; the student's
+  ModelConfig)."""
+  cfg = dataclasses.replace(hf_cases.MODELS['qwen3_tied'], learned_sinks=2)
+  plain = transformer.without_sinks(cfg)
+  save(hf_cases.random_params(plain, 'float32'), plain, tmp_path / 'base', source)
+  if base == 'work':
+    assert cli.main(['from_hf', str(tmp_path / 'base'), str(tmp_path / 'work')]) == 0
+  facts = convert.weights_facts(convert.load(tmp_path / 'base', base_dtype)[1])
+  rows = {'sinks': np.random.default_rng(1).standard_normal((2, cfg.width)).astype(np.float32)}
+  checkpoint.save_params(tmp_path / 'run/checkpoints', rows, job.model_meta(
+      cfg, None, str(tmp_path / base), 'distill', lora.WRAPPERS, weights=facts))
+  return tmp_path / 'run', cfg
+
+
+@pytest.mark.parametrize('base_dtype', ['float32', 'bfloat16'])
+def test_exported_wrappers_are_the_model_of_their_run_and_can_be_converted(tmp_path, source, base_dtype):
+  run, cfg = wrappers_run(tmp_path, source, base_dtype)
+  assert cli.main(['to_hf', str(run), str(tmp_path / 'rows'), '--wrappers']) == 0
+  expected = loading.find(run).read('float32')
+  assert_same_bits(convert.load(tmp_path / 'rows', 'float32')[1], expected)
+  assert cli.main(['from_hf', str(tmp_path / 'rows'), str(tmp_path / 'converted')]) == 0
+  assert loading.find(tmp_path / 'converted').cfg == cfg
+  assert_same_bits(loading.find(tmp_path / 'converted').read('float32'), expected)
+
+
+def test_wrappers_beside_a_run_are_refused(tmp_path, source, capsys):
+  run, _ = wrappers_run(tmp_path, source, 'float32', base='work')
+  assert cli.main(['to_hf', str(run), str(tmp_path / 'rows'), '--wrappers']) == 2
+  assert 'which wrappers cannot stand beside: export that one' in capsys.readouterr().err
+  assert cli.main(['to_hf', str(run), str(tmp_path / 'rows'), '--wrappers', '--source', str(tmp_path / 'base')]) == 0
+  assert_same_bits(convert.load(tmp_path / 'rows', 'float32')[1], loading.find(run).read('float32'))
 
 
 # The command line.
