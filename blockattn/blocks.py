@@ -166,7 +166,7 @@ def picture(layout: BlockLayout, row: int = 0) -> str:
 def as_one_block(layout: BlockLayout) -> BlockLayout:
   """The teacher's layout: the same documents, each one block at positions 0, 1, ...: plain causal attention.
 
-  The teacher never sees sinks, so `layout` must be the layout before `insert_sinks`.
+  The teacher never sees sinks, so `layout` must be the layout before `insert`.
   """
   nothing = jnp.zeros_like(layout.hidden)
   one = layout.replace(block=jnp.zeros_like(layout.block), reader=layout.doc != 0, hidden=nothing, shared=nothing)

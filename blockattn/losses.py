@@ -243,6 +243,8 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
     'tokens_at' [POSITION_BINS]: sums over the tokens of each bin, see `position_bin`; 'match', unweighted, where given.
   """
   length, by_document = mask.shape[1], weights.mean == 'document'
+  if by_document and document is None:
+    raise UserError("weights.mean='document' needs to know which document each token is of; give `document`")
 
   def chunk_sums(heads, states, token, mask):
     m = mask.astype(jnp.float32)

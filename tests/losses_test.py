@@ -451,6 +451,8 @@ def test_the_loss_of_two_heads_is_that_of_the_sums():
   assert loss(teacher, jnp.zeros_like(mask))[0] == 0
   with pytest.raises(ValueError, match="weights.source must be 'student' here, got 'teacher'"):
     losses.distillation_loss(student, teacher, targets, mask, weights=losses.TokenWeights(source='teacher'))
+  with pytest.raises(ValueError, match="weights.mean='document' needs to know which document"):
+    losses.distillation_loss(student, teacher, targets, mask, weights=losses.TokenWeights(mean='document'))
 
 
 @pytest.mark.usefixtures('standard_promotion')

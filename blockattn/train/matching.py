@@ -23,7 +23,7 @@ class Match:
   """How text tokens [B, T] and the student's tokens [B, T'] belong together, sinks being nobody's.
 
   Attributes:
-    index: int32 [B, T], see `blocks.insert_sinks`.
+    index: int32 [B, T], see `blocks.insert`.
     length: T'.
     mask: bool [B, T], the loss tokens.
     place: tells the compiler where an array [B, T', D] lives.
