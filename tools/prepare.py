@@ -217,8 +217,10 @@ def main(argv=None) -> int:
   parser.add_argument('--tokenizer', help='a local folder, or a name on the hub')
   parser.add_argument('--length', type=arguments.positive, help='tokens of a row')
   parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
-  args, more = parser.parse_known_args(argv)
-  if any(not arg.startswith('--config.') for arg in more) or (more and not args.config):
+  given = sys.argv[1:] if argv is None else argv
+  more = [arg for arg in given if arg.startswith('--config.')]   # to argparse one with a space in its value is a file
+  args = parser.parse_args([arg for arg in given if arg not in more])
+  if more and not args.config:
     parser.error(f'unrecognized arguments: {" ".join(more)}')
   return arguments.run('prepare', lambda: run(args, more))
 

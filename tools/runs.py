@@ -66,7 +66,7 @@ def describe(workdir: pathlib.Path, now: float) -> dict:
            'stopped' if lines or saved else 'not started')
   return {'config': config, 'state': state, 'step': lines[-1]['step'] if lines else max(saved, default=0),
           'steps': config['steps'], 'age': now - lines[-1]['time'] if lines else None,
-          'loss': lines[-1].get('loss') if lines else None, 'figure': figure,
+          'loss': losses[max(losses)] if losses else None, 'figure': figure,
           'best': None if best is None else [kept[-1], best['value']],
           'checkpoints': [_step(workdir / name / str(step), now, losses, values)
                           for name, steps in ((CHECKPOINTS, saved), (BEST, kept)) for step in steps]}

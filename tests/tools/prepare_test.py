@@ -75,6 +75,8 @@ def get_config(arg=''):
   data = finetune.read(config).data
   source = inputs.load_rows(data, inputs.load_tokenizer(data, ''))
   assert source.options.chat and source.options.too_long == 'cut'   # the tokenizer has a template
+  entry = f"--config.data.files={{'path': {files[0]!r}, 'weight': 0.6}}"   # with spaces, as a shell hands it on
+  assert prepare.main([f'--config={tmp_path}/own.py', entry]) == 0
   assert prepare.main([*files, '--length', '9']) == 2 and prepare.main(['--tokenizer', arguments[1]]) == 2
   err = capsys.readouterr().err
   assert 'give --tokenizer, or a --config' in err and 'give files, --length, or a --config' in err

@@ -27,6 +27,7 @@ def folder(tmp_path):
         writer.write(step, {'loss': 1 / step})
         if name == 'few' and step % 2:
           writer.write(step, {'eval/block/kl': 10.0 + step})
+      writer.write(steps[-1], {'eval/seconds': 1.0})   # the last line has no loss
   checkpoint.save_params(tmp_path / 'few/best', {'w': jnp.zeros(9)}, {'eval': {'figure': 'block/kl', 'value': 11.0}}, step=1)
   return tmp_path
 
@@ -42,6 +43,7 @@ def test_what_is_said_of_runs(folder, capsys):
       'stopped', 'block/kl', [1, 11.0], 'finished', None)
   assert [(c['folder'], c['step'], c['loss'], c['value']) for c in few['checkpoints']] == [
       ('checkpoints', 2, 0.5, 11.0), ('checkpoints', 4, 0.25, 13.0), ('best', 1, 1.0, 11.0)]
+  assert few['loss'] == 0.25 and many['loss'] == 1 / 6
   assert all(c['bytes'] > 36 and c['age'] >= 0 for c in few['checkpoints'])
   with locks.held(folder / 'few/run.lock'):
     assert runs.describe(folder / 'few', 0.0)['state'] == 'at work'
