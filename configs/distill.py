@@ -26,7 +26,7 @@ The batch of 64 rows gives each of 64 devices one; a step is 2M tokens at ctx=32
 
 from blockattn import blocks, tree
 from blockattn.errors import UserError
-from configs import common
+from configs import common, variants
 
 HUB = {
     'qwen3_0_6b': 'Qwen/Qwen3-0.6B',
@@ -56,10 +56,7 @@ def sweep(add, arg='sinks'):
       'dropout': [{'distill.drop_rate': 0.0}] + [{'distill.drop_rate': rate, 'distill.drop_mode': mode}
                                                  for mode in blocks.DROP_MODES for rate in (0.1, 0.2, 0.4)],
       'weights': [{'distill.weights.form': form} for form in ('none', 'relu', 'exp')],
-      'goal': [{'distill.divergence': 'forward'}, {'distill.divergence': 'reverse'}, {'distill.divergence': 'jsd'},
-               {'distill.ce_weight': 0.5, 'distill.weights.on': 'ce'},
-               {'distill.weights.form': 'exp', 'distill.weights.mean': 'document'}, {'distill.match_weight': 1.0},
-               {'distill.on_policy.share': 0.5, 'distill.on_policy.every': 4}],
+      'variants': list(variants.VARIANTS.values()),
       'lr': [{'optim.lr': lr} for lr in (5e-6, 1e-5, 2e-5, 4e-5)],
   }
   arg = arg or 'sinks'

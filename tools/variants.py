@@ -3,7 +3,8 @@
   python -m tools.variants --workdir runs/variants                                     all of them, three seeds
   python -m tools.variants --workdir runs/variants --only plain,on_policy --seconds 30 --seeds 1 --docs 32
 
-A variant is configs/tiny.py with the keys of the table below changed. A short run of each says how long a step takes; a
+A variant is configs/tiny.py (the forward divergence, unweighted, with half as much cross-entropy) with the keys of
+configs/variants.py changed. A short run of each says how long a step takes; a
 training then has as many steps as fit into --seconds, compiling apart, its learning rate falling over just these. All are
 asked the same questions about classes and modules that no training page showed. In DIR stand a folder per training,
 table.md, and results.json; started again in DIR, what is there is not done again.
@@ -22,30 +23,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from blockattn import disk, mesh, metrics
+from blockattn import disk, loading, mesh, metrics
 from blockattn.errors import UserError
 from blockattn.evals import gap, pages
 from blockattn.train import command, distill, inputs, job
 from configs import tiny
+from configs.variants import VARIANTS
 from tools import arguments, evaluate
 from tools.bench import measuring
 
-# The tiny config's own divergence is the forward one, unweighted, with half as much cross-entropy.
-VARIANTS = {
-    'plain': {},
-    'reverse': {'distill.divergence': 'reverse'},
-    'jsd': {'distill.divergence': 'jsd'},
-    'ce_weighted': {'distill.weights.form': 'relu', 'distill.weights.on': 'ce'},
-    'document_softmax': {'distill.weights.form': 'exp', 'distill.weights.mean': 'document'},
-    'matching': {'distill.match_weight': 1.0},
-    'on_policy': {'distill.on_policy.share': 0.5, 'distill.on_policy.max_new': 24},
-}
-_MAX_NEW = 24     # of an answer in the evaluation
+_MAX_NEW = 24   # of an answer
 
 
 def options_of(name: str, seed: int, steps: int, log_every: int = 20) -> distill.Options:
   """The training of a variant."""
   config = tiny.get_config()
+  config.distill.on_policy.max_new = _MAX_NEW
   config.update_from_flattened_dict(VARIANTS[name])
   config.seed, config.steps, config.save_every, config.log_every = seed, steps, steps, log_every
   config.optim.warmup = min(config.optim.warmup, steps // 2)
@@ -71,8 +64,8 @@ def trained(folder: pathlib.Path, name: str, seed: int, steps: int, ask) -> dict
   if path.is_file():
     return disk.read_json(path, {'variant': str, 'steps': int, 'kl': float, 'exact_match': float})
   options = options_of(name, seed, steps)
-  cfg, params, form = distill.run(options, folder)
-  own = ask(name, params, cfg, form)
+  form = distill.run(options, folder)[2]
+  own = ask(name, form, folder)
   result = {'variant': name, 'seed': seed, 'steps': steps, 'seconds': steps / _lines(folder)[-1]['steps_per_s'],
             'kl': own['kl'], 'exact_match': own['exact_match']}
   metrics.write_json(path, result)
@@ -80,18 +73,18 @@ def trained(folder: pathlib.Path, name: str, seed: int, steps: int, ask) -> dict
 
 
 def examiner(docs: int, batch: int):
-  """(name, params, cfg, form) of a student -> its figures on the questions."""
+  """(name, form, work directory) of a student -> its figures on the questions."""
   options = options_of('plain', 0, 1)
   tokenizer = inputs.load_tokenizer(options.data, options.model.source)
-  first = jax.local_devices()[0]
-  one = mesh.Placement(mesh.make_mesh({}, [first]))
+  one = mesh.Placement(mesh.make_mesh({}, jax.local_devices()[:1]))
   compute, cfg = job.compute_of(options.compute, None, one.platform), job.model_config(options.model)
   bare = job.block_options(options, cfg, 0)[1]
   teacher = gap.Subject(job.load_language_model(options, one, cfg), cfg, compute, 'full', bare)
   documents, examples = pages.load(tokenizer, docs, style=options.data.pages)
 
-  def ask(name, params, cfg, form):
-    subject = gap.Subject(jax.device_put(params, first), cfg, compute, 'block', form)
+  def ask(name, form, folder):
+    own, params, _ = loading.load_run(folder, 'float32', one)
+    subject = gap.Subject(params, own, compute, 'block', form)
     return evaluate.evaluate_all({name: subject}, teacher, documents, examples, tokenizer, batch=batch, max_new=_MAX_NEW,
                                  stop=pages.STOP)[name]
   return ask

@@ -1,4 +1,4 @@
-"""Packing documents into rows of a fixed number of tokens. Pure functions on numpy arrays.
+"""Packing documents into rows of a fixed number of tokens, and joining their blocks. Pure functions on numpy arrays.
 
 A document never straddles rows. A row is bounded in tokens and in blocks, because every block gets sink tokens in front
 of it and the length of the rows with sinks is fixed too (`blocks.padded_length`).
@@ -102,3 +102,16 @@ def pack_row(docs: Sequence[encode.EncodedDoc], length: int, *, shared_first: bo
     start = stop
   layout = layout_row([doc.lengths for doc in docs], length, shared_first=shared_first)
   return {'tokens': tokens, 'layout': layout, 'targets': targets, 'loss': loss, 'text': text, 'gold': gold}
+
+
+def join_blocks(layout: blocks_lib.BlockLayout, most: int, seed: Sequence[int]) -> blocks_lib.BlockLayout:
+  """The layout of a row, arrays [T], with the context blocks of each document joined in groups of 1 to `most`.
+
+  The size of the groups is drawn for each document, log-evenly; its last group may be smaller. A shared prefix stays alone.
+  """
+  doc, inner = layout.doc, layout.block.copy()
+  group = ((most + 1) ** np.random.default_rng(seed).random(int(doc.max(initial=0)) + 1)).astype(inner.dtype)[doc]
+  prefixed = np.isin(doc, doc[layout.shared]).astype(inner.dtype)
+  inner -= prefixed
+  joined = np.where(layout.reader, -(-inner // group), inner // group) + prefixed
+  return layout.replace(block=np.where(layout.shared, 0, joined))

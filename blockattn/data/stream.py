@@ -11,6 +11,7 @@ of them, too. With it goes a fingerprint of the sources, so that a run does not 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -165,8 +166,8 @@ def _reader(source, seed, together, reads):
 class _Stream(Iterator):
   """The batches of one process, made when they are asked for; what a thread of `Batches` goes through."""
 
-  def __init__(self, source, batch, seed, own, workers, add):
-    self._batch, self._own, self._add, self._step = batch, frozenset(own), add, 0
+  def __init__(self, source, batch, seed, own, workers, changes):
+    self._batch, self._own, self._changes, self._step = batch, frozenset(own), changes, 0
     self._schedule = schedule(source.weights if isinstance(source, Mixture) else (1.0,))
     # The first has the order that it has alone.
     self._parts = [_PackedRows(part, (seed, i), workers) if hasattr(part, 'read') else
@@ -178,7 +179,9 @@ class _Stream(Iterator):
       wanted = number - self._step * self._batch in self._own
       row = self._parts[self._schedule[number % _CYCLE]].next(wanted)
       if wanted:
-        rows.append(self._add(number, row) if self._add else row)
+        for change in self._changes:
+          row = change(number, row)
+        rows.append(row)
     self._step += 1
     return jax.tree.map(lambda *x: np.stack(x), *rows)
 
@@ -249,7 +252,7 @@ def _check_same(before: dict[str, str], now: dict[str, str]):
 
 
 def batches(source: Any, *, batch: int, seed: int, rows: Sequence[int] | None = None, workers: int = 2,
-            add: Callable[[int, dict], dict] | None = None) -> Batches:
+            changes: Sequence[Callable[[int, dict], dict]] = ()) -> Batches:
   """The batches that one process sees, without end; a thread prepares them ahead, and what goes wrong there is raised when
   the batch is asked for.
 
@@ -260,7 +263,7 @@ def batches(source: Any, *, batch: int, seed: int, rows: Sequence[int] | None = 
     seed: of the shuffling, 0 to 2**32 - 1.
     rows: which of the B rows of each global batch are read, numbers from 0, ascending; None: all.
     workers: threads that read and encode pieces ahead.
-    add: (number of a row in the stream, row) -> row.
+    changes: (number of a row in the stream, row) -> row, one after the other.
 
   Returns:
     Iterator of batches: dicts of numpy arrays as from `packing.pack_row`, with a leading axis of len(rows) rows.
@@ -273,5 +276,5 @@ def batches(source: Any, *, batch: int, seed: int, rows: Sequence[int] | None = 
     raise UserError(f'rows {own} of a batch of {batch}: give some of its rows, each once, ascending')
   if any(len(part) == 0 for part in parts_of(source)):
     raise UserError('the source has no rows; give files with documents')
-  print_ = fingerprint(source) | (fingerprint(add) if add else {})
-  return Batches(_Stream(source, batch, seed, own, workers, add), print_)
+  print_ = functools.reduce(lambda found, one: found | fingerprint(one), (source, *changes), {})
+  return Batches(_Stream(source, batch, seed, own, workers, changes), print_)

@@ -155,7 +155,7 @@ def read_config(argv: Sequence[str]) -> tuple[Any, list[str]]:
     raise UserError(f'{mistyped}--config is missing: give --config FILE[:ARG], such as configs/tiny.py')
   overrides, rest = _take_overrides(argv, _load([f'--config={path}']))
   config = _load([f'--config={path}', *overrides])
-  said = [match[2] for match in map(_OVERRIDE.match, overrides)]
+  said = [match[2] for match in map(_OVERRIDE.match, overrides) if match]
   for file in files:
     values = read_overrides(file, config)
     for key in [key for key in values if any(key == name or key.startswith(f'{name}.') for name in said)]:
@@ -247,7 +247,7 @@ def _load(args):
       raise   # no text for the user: all of it is needed
     raise UserError(said) from None
   if not isinstance(flag.value, ConfigDict):
-    raise FileNotFoundError(f'{values["config"].config_filename}: no such config file')
+    raise FileNotFoundError(f'{args[0].removeprefix("--config=").partition(":")[0]}: no such config file')
   return flag.value
 
 

@@ -498,20 +498,20 @@ def run(options: Options, workdir):
   add, source = stored_teacher(options), inputs.load_rows(options.data, tokenizer)
   params = job.load_language_model(options, placement, cfg)
   meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}
-  teacher, facts = None, meta['source_weights']
-  if stored and own:
+  reader, teacher, facts = made.teacher, None, meta['source_weights']
+  if reader is None and own:
     check_teacher_weights(stored, options, facts)
-  elif stored:   # it is not read here: what its folder of logits says is all that is known of it
+  elif reader is None:   # it is not read here: what its folder of logits says is all that is known of it
     facts = teacher_logits.read_meta(stored).get('source_weights')
   elif own:
-    teacher = teacher_from(params, made.teacher.cfg, options.teacher, made.teacher.placement)
+    teacher = teacher_from(params, reader.cfg, options.teacher, reader.placement)
   else:
-    teacher, facts = load_teacher(options, made.teacher.cfg, tokenizer, made.teacher.placement)
+    teacher, facts = load_teacher(options, reader.cfg, tokenizer, reader.placement)
   if not own:
     meta |= {'teacher': options.teacher.source, 'teacher_weights': facts}
   compute = job.compute_of(options.compute, placement, placement.platform)
-  at_work = None if teacher is None else gap.Subject(
-      teacher, made.teacher.cfg, teacher_compute(options, made.teacher.placement, placement.platform), 'full', made.blocks)
+  at_work = None if reader is None else gap.Subject(
+      teacher, reader.cfg, teacher_compute(options, reader.placement, placement.platform), 'full', made.blocks)
   start = at_work if own and at_work else gap.Subject(params, cfg, compute, 'full', made.blocks)
   params, base = job.student_params(options, made.cfg, params, sink, placement)
   frozen = job.Frozen(teacher, teacher if base and teacher and own else base)

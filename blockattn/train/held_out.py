@@ -144,7 +144,8 @@ class Evaluation(loop.Watch):
     self._batch, self._put, self._keep, self._folder = batch, put, keep, folder
     self._of = _fingerprint(held_out, options, figure)
     self._answered = min(options.answers, sum(not example.is_text for example in held_out.examples))
-    self._best, self._since, self._recorded = None, 0, []   # best: (step, value); recorded: bests of the last checkpoints
+    self._best: tuple[int, float] | None = None   # step, value
+    self._since, self._recorded = 0, []   # recorded: bests of the last checkpoints
     self._rows: list[dict] = []   # of the start
 
   def begin(self, step, meta):
@@ -172,7 +173,7 @@ class Evaluation(loop.Watch):
     began = time.perf_counter()
     found = self.figures(self._measure(self._subjects(state.params)))
     value = found[self.figure]
-    if math.isfinite(value) and (self._best is None or self._is_better(value)):
+    if math.isfinite(value) and (self._best is None or self._is_better(value, self._best[1])):
       self._best, self._since = (step, value), 0
       self._keep(state.params, step, {'figure': self.figure, 'value': value})
       self._drop(lambda kept: kept not in (step, *self._recorded))
@@ -182,8 +183,8 @@ class Evaluation(loop.Watch):
     found |= {'best': best, 'seconds': time.perf_counter() - began}
     return {f'eval/{name}': x for name, x in found.items()}
 
-  def _is_better(self, value):
-    return value < self._best[1] if less_is_better(self.figure) else value > self._best[1]
+  def _is_better(self, value, best):
+    return value < best if less_is_better(self.figure) else value > best
 
   def meta(self):
     if self._best is None:
@@ -210,7 +211,7 @@ class Evaluation(loop.Watch):
         put=self._put) if docs[part] else []
     return measure(slice(count), self._options.max_new) + measure(slice(count, None), 0)
 
-  def figures(self, rows: Sequence[Mapping]) -> dict[str, float]:
+  def figures(self, rows: Sequence[dict]) -> dict[str, float]:
     """From the model's rows {'block/kl', 'full/f1', 'start_full/ce', 'closed/kl', 'block/kl_by_distance/16',
     'block/kl_by_blocks/4', ...: figure}."""
     modes = list(rows[0]['models'])

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping
 import jax
 
 from blockattn import errors, loading, mesh as mesh_lib
-from blockattn.data import chat_template, encode, sources, stdlib, stream, tables
+from blockattn.data import chat_template, encode, packing, sources, stdlib, stream, tables
 from blockattn.errors import UserError
 from blockattn.segmentation import cutter as segment_cutter, granularity, splitters
 
 KINDS = ('files', 'pages')
 _TEXT_BLOCK = 512   # tokens of a block of a text that no segmenter cuts
 _CHARACTERS = 4     # of a token, as the rule that cuts it then counts
+_JOIN_SEED = 11
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class PromptData(DataOptions):
     max_blocks: most blocks of a row
     shared_first: a document's first block is a prefix that all its blocks read: needs local positions
     block_tokens: 0: the blocks that are given; else blocks of so many tokens, cut anywhere
+    join_blocks: random granularity: context blocks are joined in groups of 1 to so many, drawn for a document each time that
+      it is read; 1: never
     chat: wrap plain examples in the chat template; None: if there is one
     eval_files: held-out documents, as `files`, or 'pages:validation' of the standard library; empty: none, see config.eval
     template_args: of the chat template, 'enable_thinking=true,...'; see data/chat_template.py for what is default
@@ -84,6 +87,7 @@ class PromptData(DataOptions):
   max_blocks: int = 64
   shared_first: bool = False
   block_tokens: int = 0
+  join_blocks: int = 1
   chat: bool | None = None
   eval_files: tuple[str | Mapping, ...] = ()
   template_args: str = ''
@@ -99,6 +103,7 @@ class PromptData(DataOptions):
     errors.check_choice('config.data.too_long', self.too_long, encode.TOO_LONG)
     errors.check_number('config.data.max_blocks', self.max_blocks, 1, 2 ** 24)
     errors.check_number('config.data.block_tokens', self.block_tokens, 0)
+    errors.check_number('config.data.join_blocks', self.join_blocks, 1)
     errors.check_number('config.data.workers', self.workers, 1, 256)
     shares(self)
     if self.segmenter and self.block_tokens:
@@ -166,8 +171,8 @@ def file_rows(data: PromptData, tokenizer, tell=None):
   shared = {'options': file_options(data, tokenizer), 'strict': data.strict, 'cutter': load_cutter(data, tokenizer),
             'text_cutter': TextRule(data.segment.target or _TEXT_BLOCK), 'tell': tell, 'encoder': encode.Encoder(tokenizer)}
   weights, origins = zip(*shares(data))
-  parts = tuple(sources.FileRows(some, tokenizer, **shared) for some in origins)
-  return stream.Mixture(parts, weights) if len(parts) > 1 else parts[0]
+  parts = [sources.FileRows(some, tokenizer, **shared) for some in origins]
+  return stream.Mixture(tuple(parts), weights) if len(parts) > 1 else parts[0]
 
 
 class TextRule:
@@ -203,8 +208,27 @@ def page_rows(data: PromptData, tokenizer, *, split: str, own_blocks: bool = Fal
 def batches(options, source, placement: mesh_lib.Placement, add: Callable[[int, dict], dict] | None = None):
   """This process's rows of the global batches, see stream.batches."""
   workers = 1 if getattr(options.data, 'segmenter', '') else getattr(options.data, 'workers', 1)   # one model cuts at a time
-  return stream.batches(source, batch=options.batch, seed=options.seed, rows=own_rows(placement, options.batch), add=add,
-                        workers=workers)
+  return stream.batches(source, batch=options.batch, seed=options.seed, rows=own_rows(placement, options.batch),
+                        workers=workers, changes=[change for change in (joiner(options), add) if change])
+
+
+def joiner(options) -> Callable[[int, dict], dict] | None:
+  """What joins the blocks of a row, see packing.join_blocks; None if none are joined."""
+  most = getattr(options.data, 'join_blocks', 1)
+  return Joiner(most, options.seed) if most > 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Joiner:
+  """Joins blocks as the number of a row in the stream decides."""
+  most: int
+  seed: int
+
+  def fingerprint(self) -> dict[str, str]:
+    return {'config.data.join_blocks': str(self.most)}
+
+  def __call__(self, number, row):
+    return row | {'layout': packing.join_blocks(row['layout'], self.most, (_JOIN_SEED, self.seed, number))}
 
 
 def own_rows(placement: mesh_lib.Placement, batch: int) -> list[int]:

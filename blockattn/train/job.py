@@ -25,6 +25,7 @@ from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, convert
 from blockattn.kernels import api, tiles
 from blockattn.models import classifier, flops, lora, sizes, spec as spec_lib, transformer
+from blockattn.models.lora import LoraOptions  # `lora` names a field below
 from blockattn.train import export, held_out, inputs, loop
 
 DTYPES = ('float32', 'bfloat16')
@@ -62,7 +63,7 @@ class ModelOptions:
     errors.check_choice('config.model.train_only', self.train_only, TRAIN_ONLY)
     if self.keep_moments and not self.source:
       raise UserError('config.model.keep_moments goes on with the moments of a run: config.model.source names none')
-    limits = dict.fromkeys(_FROM_1, {'low': 1}) | {'learned_sinks': {'low': 0}} | dict.fromkeys(
+    limits: dict[str, dict[str, Any]] = dict.fromkeys(_FROM_1, {'low': 1}) | {'learned_sinks': {'low': 0}} | dict.fromkeys(
         ('norm_eps', 'rope_theta'), {'above': 0})
     for name in self.fields.keys() & limits.keys():
       errors.check_number(f'config.model.fields.{name}', self.fields[name], **limits[name])
@@ -201,7 +202,7 @@ class PromptOptions(Options):
   blocks: BlockModeOptions
   data: inputs.PromptData
   eval: held_out.EvalOptions
-  lora: lora.LoraOptions
+  lora: LoraOptions
 
   def __post_init__(self):
     super().__post_init__()
@@ -233,7 +234,7 @@ class PromptOptions(Options):
       raise UserError(f"{said} leaves nothing to train: give config.blocks.tails, or config.blocks.sink_kind='learned'")
 
   @property
-  def low_rank(self) -> lora.LoraOptions:
+  def low_rank(self) -> LoraOptions:
     """What is trained beside frozen weights; of rank 0, the weights are trained."""
     return lora.WRAPPERS if self.model.train_only else self.lora
 
@@ -326,22 +327,22 @@ class Job:
   Attributes:
     placement: of the batch and the trained parameters.
     cfg: the trained model, learned sinks included.
-    blocks: how block mode looks to it; None: it knows no blocks.
+    blocks: how block mode looks to it.
     specs: the trained parameters as ParamSpec.
     optimizer: optax transformation.
     step: jitted (state, frozen, batch) -> (state, metrics).
     state, frozen, batch: its arguments as abstract arrays with their shardings; the batch is the global one.
     views: the trained model's forward passes over a row.
     teacher: the teacher at work; None: there is none.
-    flops: where the blocks of a batch are -> the operations that the models need in a step.
-    loss_tokens: likewise -> how many tokens have a loss, all views together.
+    loss_tokens: where the blocks of a batch are -> how many tokens have a loss, all views together.
+    flops: likewise -> the operations that the models need in a step.
     logits: positions of a row whose logits exist at a time.
     label: of the progress line.
     meta: what a checkpoint says of the model: enough to export it and to run it.
   """
   placement: mesh_lib.Placement
   cfg: transformer.ModelConfig
-  blocks: blocks.BlockOptions | None
+  blocks: blocks.BlockOptions
   specs: Any
   optimizer: optax.GradientTransformation
   step: Callable
@@ -350,17 +351,16 @@ class Job:
   batch: dict
   views: tuple[View, ...]
   teacher: Teacher | None
-  flops: Callable[[flops.Blocks], flops.Flops]
   loss_tokens: Callable[[flops.Blocks], float]
+  flops: Callable[[flops.Blocks], flops.Flops]
   logits: int
   label: str
   meta: dict
 
   @property
   def padded(self) -> int:
-    """Tokens of a row in block mode; T of a model that knows no blocks."""
-    length = self.batch['labels' if self.blocks is None else 'targets'].shape[1]
-    return length if self.blocks is None else blocks.padded_length(length, self.blocks)
+    """Tokens of a row in block mode."""
+    return blocks.padded_length(self.batch['tokens'].shape[1], self.blocks)
 
 
 def make_placement(options: Options, devices=None) -> mesh_lib.Placement:
@@ -382,7 +382,8 @@ def _reach_host_memory(device) -> bool:
 def abstract_placement(options: Options, devices: int) -> mesh_lib.Placement:
   """`make_placement` over so many devices that need not exist."""
   shape = mesh_lib.mesh_sizes(options.mesh.sizes, devices)
-  return mesh_lib.Placement(AbstractMesh(shape, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(shape)), options.rules)
+  abstract: Any = AbstractMesh(shape, mesh_lib.AXES, axis_types=(AxisType.Auto,) * len(shape))   # a Mesh but for its devices
+  return mesh_lib.Placement(abstract, options.rules)
 
 
 def compute_of(compute: transformer.Compute, placement, platform: str, **changes) -> transformer.Compute:
@@ -491,12 +492,12 @@ def base_of(options: PromptOptions, cfg, placement):
   return abstract_params(transformer.spec(transformer.without_sinks(cfg)), options.model.dtype, placement)
 
 
-def trained_specs(cfg, low_rank: lora.LoraOptions = lora.NONE):
+def trained_specs(cfg, low_rank: LoraOptions = lora.NONE):
   """The trained parameters as ParamSpec: the model's, or those of a LoRA student."""
   return lora.spec(cfg, low_rank) if low_rank.rank else transformer.spec(cfg)
 
 
-def model_meta(cfg, form: blocks.BlockOptions | None, source: str, kind: str, low_rank: lora.LoraOptions = lora.NONE,
+def model_meta(cfg, form: blocks.BlockOptions | None, source: str, kind: str, low_rank: LoraOptions = lora.NONE,
                prompt: dict | None = None, weights: dict | None = None) -> dict:
   """What a checkpoint says of its model. `prompt`: see inputs.prompt_meta; `weights`: see `source_weights`."""
   return {'model': dataclasses.asdict(cfg), 'source': str(source), 'source_weights': weights, 'kind': kind,
@@ -647,7 +648,7 @@ def first_state(made: Job, options: Options, params) -> loop.TrainState:
   if not options.model.keep_moments:
     return state
   kept = loading.find(source).read_optimizer(state.opt_state)
-  return state.replace(opt_state=optim.restart_schedule(kept, state.opt_state))
+  return dataclasses.replace(state, opt_state=optim.restart_schedule(kept, state.opt_state))
 
 
 def loop_config(options: Options, made: Job) -> loop.LoopConfig:

@@ -11,12 +11,13 @@ and the measures.
 import dataclasses
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import disk, errors, loading, optim
+from blockattn import blocks, disk, errors, loading, optim
 from blockattn.data import encode
 from blockattn.errors import UserError
 from blockattn.hf import card as card_lib, config as hf_config, convert, files
@@ -24,6 +25,8 @@ from blockattn.models import classifier, flops, spec
 from blockattn.segmentation import labelled, markers, model
 from blockattn.segmentation.semanticseg import hints, schema
 from blockattn.train import command, inputs, job, loop, workdir as workdir_lib
+
+_ONE_BLOCK = blocks.BlockOptions(sink_ids=(), positions='sequential', max_blocks=1)   # a text, with nothing beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +195,7 @@ def read_validation(options: Options, reader) -> Validation:
   return Validation(rows + bare_rows, names + [name + '*' for name in bare_names])
 
 
-def load_model(options: Options, placement, cfg):
+def load_model(options: Options, placement, cfg: Any) -> tuple[classifier.ClassifierConfig, Any]:
   """(ModelConfig, params) of options.model, which is a `cfg`: a segmenter as it is, a language model with a new head, or
   random values.
 
@@ -236,7 +239,7 @@ def build(options: Options, placement, cfg, *, platform: str) -> job.Job:
   position = (length, *classifier.position_shape(cfg))
   batch = job.abstract_batch(options, placement, tokens=np.zeros(position, np.int32), labels=np.zeros(length, np.int32))
   return job.Job(
-      placement=placement, cfg=cfg, blocks=None, specs=specs, optimizer=optimizer,
+      placement=placement, cfg=cfg, blocks=_ONE_BLOCK, specs=specs, optimizer=optimizer,
       step=make_step(cfg, job.compute_of(options.compute, placement, platform), options.segment.cut_weight,
                      options.accumulate, optimizer, optim.learning_rate(options.optim)),
       state=job.abstract_state(specs, options.model.dtype, optimizer, placement), frozen=job.Frozen(),

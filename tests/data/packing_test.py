@@ -87,3 +87,34 @@ def test_rows_at_their_bounds():
   assert packing.pack_row([answer_only], 3)['loss'].tolist() == [True, False, False]   # nothing predicts the first
   with pytest.raises(ValueError, match='1 documents of 8 tokens in all do not fit into a row of 7'):
     packing.pack_row(make_docs([(8,)]), 7)
+
+
+def joined_lengths(layout):
+  """The lengths of the blocks of each document of a row."""
+  blocks = [layout.block[layout.doc == doc] for doc in range(1, layout.doc.max() + 1)]
+  assert all((np.diff(block) >= 0).all() and set(block) == set(range(block.max() + 1)) for block in blocks)
+  return [tuple(np.bincount(block)) for block in blocks]
+
+
+@few
+@given(SHAPES, st.integers(1, 5), st.booleans(), st.integers(0, 2 ** 32))
+def test_joined_blocks_are_groups_of_one_size_in_each_document(shapes, most, shared_first, seed):
+  shapes = [tuple(shape) for shape in shapes]
+  length = sum(map(sum, shapes)) + 2
+  row = packing.pack_row(make_docs(shapes), length, shared_first=shared_first)['layout']
+  found = packing.join_blocks(row, most, (seed,))
+  for name in ('doc', 'position', 'reader', 'hidden', 'shared'):
+    np.testing.assert_array_equal(getattr(found, name), getattr(row, name))
+
+  def in_groups(shape, size):
+    first, context = shape[:shared_first and len(shape) > 1], shape[shared_first and len(shape) > 1:-1]
+    return *first, *(sum(context[i:i + size]) for i in range(0, len(context), size)), shape[-1]
+  for shape, joined in zip(shapes, joined_lengths(found), strict=True):
+    assert joined in [in_groups(shape, size) for size in range(1, most + 1)]
+
+
+def test_sizes_of_groups_are_drawn_log_evenly():
+  row = packing.pack_row(make_docs([(1,) * 17] * 300), 17 * 300)['layout']
+  counts = np.bincount([len(lengths) - 1 for lengths in joined_lengths(packing.join_blocks(row, 4, (3, 1)))], minlength=17)
+  expected = 300 * np.diff(np.log(range(1, 6))) / np.log(5)   # of groups of 1, 2, 3, 4: 16, 8, 6, 4 blocks
+  assert np.abs(counts[[16, 8, 6, 4]] - expected).max() < 30 and counts.sum() == 300

@@ -27,4 +27,4 @@ def test_a_trained_variant_is_not_trained_again(tmp_path):
 
 def test_an_unknown_variant(capsys):
   assert variants.main(['--only', 'plain,jds']) == 2
-  assert 'variants: --only jds: choose from plain, reverse, jsd' in ' '.join(capsys.readouterr().err.split())
+  assert 'variants: --only jds: choose from plain, weighted, ce' in ' '.join(capsys.readouterr().err.split())

@@ -116,6 +116,26 @@ def test_batches_of_a_job(data, tokenizer):
     assert {'the shares of the sources'} < batches.fingerprint.keys()
 
 
+def test_a_job_with_random_granularity(data, tokenizer):
+  placement = mesh.Placement(mesh.make_mesh({'data': 1}, jax.devices()[:1]))
+
+  def read(most, state=None):
+    options = finetune.read(command.read_config([
+        TINY, '--config.batch=4', '--config.data.length=256', f'--config.data.join_blocks={most}'])[0])
+    with contextlib.closing(inputs.batches(options, inputs.load_rows(data, tokenizer), placement)) as batches:
+      if state:
+        batches.set_state(state)
+      return [next(batches), batches.get_state(), next(batches)]
+
+  (first, _, _), (joined, state, after) = read(1), read(64)
+  np.testing.assert_array_equal(joined['tokens'], first['tokens'])
+  assert joined['layout'].block.sum() < first['layout'].block.sum()
+  assert 'config.data.join_blocks' in state['source']
+  data_cases.assert_same([read(64, state)[0]], [after])
+  with pytest.raises(stream.DataChanged, match='config.data.join_blocks has changed'):
+    read(3, state)
+
+
 def test_no_files():
   with pytest.raises(ValueError, match='config.data.files is empty: give JSON lines, parquet or Arrow files'):
     inputs.load_rows(inputs.PromptData(), None)

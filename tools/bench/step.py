@@ -2,17 +2,19 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blockattn import losses, mesh, optim
+from blockattn import blocks, losses, mesh, optim
 from blockattn.data import encode, packing
 from blockattn.errors import UserError
 from blockattn.models import flops, lora, spec, transformer
-from blockattn.train import distill, finetune, held_out, inputs, job, loop, on_policy
+from blockattn.train import distill, finetune, held_out, inputs, job, loop
+from configs.variants import VARIANTS
 from tools import arguments
 from tools.bench import measuring
 
@@ -22,14 +24,9 @@ LOW_RANK = lora.LoraOptions(rank=16)
 DROP = 0.2
 DISTILLED, STORED, TUNED, BLOCK = 'distillation', 'distillation, stored teacher', 'block fine-tuning', 'block mode only'
 LORA = 'distillation, LoRA student of rank 16'
-# What can be asked of a distillation beside its defaults. All rows of the on-policy one are the student's own.
-VARIANTS = {
-    'reverse KL': {'divergence': 'reverse'},
-    'Jensen-Shannon divergence': {'divergence': 'jsd'},
-    'cross-entropy, and it alone weighted': {'ce_weight': 0.5, 'weights': losses.TokenWeights(on='ce')},
-    'weights by document': {'weights': losses.TokenWeights(form='exp', mean='document')},
-    'output matching': {'match_weight': 1.0},
-    'on-policy': {'on_policy': on_policy.OnPolicyOptions(share=1.0)}}
+# Distillation and the method's family beside it. All rows of the on-policy step are the student's own: a run's share less.
+FAMILY = {name: keys for name, keys in VARIANTS.items() if name != 'plain'} | {
+    'on_policy': {'distill.on_policy.share': 1.0}}
 
 
 def model(width: int, layers: int, vocab: int) -> transformer.ModelConfig:
@@ -90,7 +87,6 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
     max_blocks: of a row.
   """
   rows, length = batch['tokens'].shape
-  cut = flops.blocks_of(jax.device_get(batch['layout']))
   shared = dict(
       steps=1000, batch=rows, chunk=chunk, model=job.ModelOptions(source='random values', dtype=dtype), compute=compute,
       mesh=job.MeshOptions(), blocks=job.BlockModeOptions(sinks=SINKS), optim=optim.OptimConfig(steps=1000, warmup=1),
@@ -100,18 +96,21 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
   def step(trainer, options, frozen=job.Frozen, more=None):
     made = trainer.build(options, placement, cfg, platform=placement.platform)
     own = isinstance(options, distill.Options) and options.distill.on_policy.share
-    return Step(made, lambda: job.init_params(made.specs, placement, 0, dtype), frozen(), batch | (more or {}),
-                made.flops(cut).total, distill.rewriter(options, made, _tokenizer(), None) if own else None)
+    read = batch | (more or {})
+    cut = flops.blocks_of(jax.device_get(read['layout']))
+    return Step(made, lambda: job.init_params(made.specs, placement, 0, dtype), frozen(), read, made.flops(cut).total,
+                distill.rewriter(options, made, _tokenizer(), None) if own else None)
 
-  def distilled(low_rank=lora.NONE, precision=compute.dtype, stored=False, **goal):
-    options = distill.Options(
-        **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, chunk=chunk, **goal),
+  def distilled(low_rank=lora.NONE, precision=compute.dtype, stored=False, **keys):
+    options = changed(distill.Options(
+        **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, chunk=chunk),
         teacher=distill.TeacherOptions(dtype=precision, compute_dtype=compute.dtype, logits='stored' if stored else '',
-                                       top_k=TOP_K))
+                                       top_k=TOP_K)), keys)
     if stored:
       return step(distill, options, more={'teacher': stored_teacher(batch, cfg.vocab)})
     teacher = jax.jit(lambda params: distill.as_teacher(params, options.teacher))(whole())
-    return step(distill, options, lambda: job.Frozen(teacher, teacher if low_rank.rank else None))
+    return step(distill, options, lambda: job.Frozen(teacher, teacher if options.low_rank.rank else None),
+                {'layout': read_as(batch['layout'], options.data)})
 
   tuned = lambda mode: step(finetune, finetune.Options(
       **shared, lora=lora.NONE, finetune=finetune.FinetuneOptions(mode, chunk=chunk)))
@@ -123,7 +122,27 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
       TUNED: lambda: tuned('both'),
       'full fine-tuning': lambda: tuned('full'),
       BLOCK: lambda: tuned('block'),
-      **{name: functools.partial(distilled, **goal) for name, goal in VARIANTS.items()}}
+      **{name: functools.partial(distilled, **keys) for name, keys in FAMILY.items()}}
+
+
+def changed(options, keys: dict):
+  """Options with other values at some dotted keys, all set before any is checked against another."""
+  changes = {}
+  for name in dict.fromkeys(key.partition('.')[0] for key in keys):
+    inner = {key.removeprefix(f'{name}.'): value for key, value in keys.items() if key.startswith(f'{name}.')}
+    changes[name] = changed(getattr(options, name), inner) if inner else keys[name]
+  return dataclasses.replace(options, **changes)
+
+
+def read_as(layout, data: inputs.PromptData):
+  """The layout [B, T] of a batch that is read with these options."""
+  if data.shared_first:
+    layout = blocks.share_first(layout)
+  if data.join_blocks == 1:
+    return layout
+  rows = [jax.tree.map(operator.itemgetter(i), jax.device_get(layout)) for i in range(layout.doc.shape[0])]
+  joined = [packing.join_blocks(row, data.join_blocks, (i,)) for i, row in enumerate(rows)]
+  return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *joined)
 
 
 def _tokenizer():
@@ -155,7 +174,7 @@ def step(args) -> None:
   place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
   steps = make_steps(cfg, batch, place, transformer.Compute(remat=args.remat), max_blocks=args.blocks + 1, chunk=args.chunk)
   unit = DISTILLED if args.variants else TUNED
-  calls = calls_of({name: make for name, make in steps.items() if name == unit or (name in VARIANTS) == args.variants})
+  calls = calls_of({name: make for name, make in steps.items() if name == unit or (name in FAMILY) == args.variants})
   for call in calls.values():
     call()
   times, facts = measuring.take_turns(calls, args.samples, args.seconds), measuring.machine(args.cores)
@@ -209,7 +228,7 @@ def add(commands) -> None:
       seconds=(60, 'a step that ran so long is not sampled again'))
   parser.add_argument('--remat', default='none', choices=transformer.REMAT)
   parser.add_argument('--variants', action='store_true',
-                      help='distillation with other losses, output matching, on-policy, each against plain distillation')
+                      help='the method\'s family, configs/variants.py, each against plain distillation')
 
   parser = measuring.add_command(commands, 'memory', 'peak memory of the chunked loss against T and V', memory, cores=2)
   parser.add_argument('--lengths', type=int, nargs='+', default=[4096, 8192, 16384, 32768])

@@ -18,7 +18,7 @@ def test_every_step_can_be_made():
   batch = step.make_batch(1, 64, 2, 8, 8, 128)
   steps = step.make_steps(cfg, batch, train_cases.placement(), transformer.Compute(), max_blocks=3, chunk=32)
   made = {name: make() for name, make in steps.items()}
-  assert all(one.flops(10.0) > 0 for one in made.values()) and step.VARIANTS.keys() <= made.keys()
+  assert all(one.flops(10.0) > 0 for one in made.values()) and step.FAMILY.keys() <= made.keys()
   dtypes = lambda name: {leaf.dtype.name for leaf in jax.tree.leaves(made[name].frozen.teacher)}
   assert dtypes(step.DISTILLED) == {'float32'} and 'int8' in dtypes('distillation, teacher of 8 bits')
   assert made[step.STORED].frozen.teacher is None and 'teacher' in made[step.STORED].batch
