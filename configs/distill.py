@@ -29,6 +29,7 @@ from blockattn.errors import UserError
 from configs import common, variants
 
 HUB = {
+    'smollm2_135m': 'HuggingFaceTB/SmolLM2-135M-Instruct',
     'qwen3_0_6b': 'Qwen/Qwen3-0.6B',
     'qwen3_1_7b': 'Qwen/Qwen3-1.7B',
     'qwen3_4b': 'Qwen/Qwen3-4B',

@@ -27,6 +27,8 @@ def _llama(width, layers, heads, head_dim, mlp, *, tied, factor):
 
 
 SIZES = {
+    'smollm2_135m': ModelConfig('llama', vocab=49152, width=576, layers=30, heads=9, kv_heads=3, head_dim=64, mlp=1536,
+                                norm_eps=1e-5, rope_theta=1e5, tied=True, max_positions=8192),
     'qwen3_0_6b': _qwen3(1024, 28, 16, 3072, tied=True),
     'qwen3_1_7b': _qwen3(2048, 28, 16, 6144, tied=True),
     'qwen3_4b': _qwen3(2560, 36, 32, 9728, tied=True),

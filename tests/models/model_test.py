@@ -323,6 +323,7 @@ def by_arithmetic(vocab, width, layers, heads, kv_heads, head_dim, mlp, *, tied,
 
 
 @pytest.mark.parametrize('size, published, facts', [
+    ('smollm2_135m', 134_515_008, (49152, 576, 30, 9, 3, 64, 1536)),
     ('qwen3_0_6b', 596_049_920, (151936, 1024, 28, 16, 8, 128, 3072)),
     ('qwen3_1_7b', 1_720_574_976, (151936, 2048, 28, 16, 8, 128, 6144)),
     ('qwen3_4b', 4_022_468_096, (151936, 2560, 36, 32, 8, 128, 9728)),

@@ -4,7 +4,8 @@
   python -m tools.bench attention --json attention.json        some minutes; one core
   python -m tools.bench attention --cores 2 --devices 2        two cores; the heads divided over two CPU devices
   python -m tools.bench step                                   a distillation step against block fine-tuning
-  python -m tools.bench step --variants                        other losses, output matching, on-policy, against it
+  python -m tools.bench step --variants                        the method's family, against it
+  python -m tools.bench step --torch --size smollm2_135m --rows 2 --devices 2 --length 1152 --blocks 8 --samples 3
   python -m tools.bench memory                                 the loss's peak memory against T and V
   python -m tools.bench overhead                               what the loop, its data and its metrics add to a step
   python -m tools.bench gpu                                    our kernels on a GPU against torch, cuDNN and tokamax

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import resource
 from collections.abc import Callable
 
 import jax
@@ -12,11 +13,11 @@ import numpy as np
 from blockattn import blocks, losses, mesh, optim
 from blockattn.data import encode, packing
 from blockattn.errors import UserError
-from blockattn.models import flops, lora, spec, transformer
+from blockattn.models import flops, lora, sizes, spec, transformer
 from blockattn.train import distill, finetune, held_out, inputs, job, loop
 from configs.variants import VARIANTS
 from tools import arguments
-from tools.bench import measuring
+from tools.bench import measuring, torch_step
 
 SINKS = 4
 TOP_K = 64   # tokens of a stored teacher
@@ -25,6 +26,11 @@ DROP = 0.2
 DISTILLED, STORED, TUNED, BLOCK = 'distillation', 'distillation, stored teacher', 'block fine-tuning', 'block mode only'
 LORA = 'distillation, LoRA student of rank 16'
 # Distillation and the method's family beside it. All rows of the on-policy step are the student's own: a run's share less.
+# What torch_step.py does, too; there are no sinks there.
+ALL_FULL, ALL_BLOCK = 'full fine-tuning, loss on all tokens', 'block mode only, loss on all tokens'
+ALL_LORA, UNDROPPED = 'full fine-tuning, LoRA of rank 16, loss on all tokens', 'distillation without block dropout'
+_ALL_TOKENS = {'finetune.text_weight': 1.0, 'blocks.sinks': 0}
+BESIDE_TORCH = (ALL_FULL, ALL_BLOCK, ALL_LORA, UNDROPPED)
 FAMILY = {name: keys for name, keys in VARIANTS.items() if name != 'plain'} | {
     'on_policy': {'distill.on_policy.share': 1.0}}
 
@@ -76,6 +82,9 @@ class Step:
   def state(self) -> loop.TrainState:
     return loop.init_state(self.params(), self.made.optimizer)
 
+  def put(self, batch) -> dict:
+    return self.made.placement.put_batch(jax.device_get(batch))
+
 
 def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='float32', max_blocks: int,
                chunk: int = 512) -> dict[str, Callable[[], Step]]:
@@ -108,12 +117,14 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
                                        top_k=TOP_K)), keys)
     if stored:
       return step(distill, options, more={'teacher': stored_teacher(batch, cfg.vocab)})
-    teacher = jax.jit(lambda params: distill.as_teacher(params, options.teacher))(whole())
+    teacher = distill.teacher_from(whole(), cfg, options.teacher, placement)
     return step(distill, options, lambda: job.Frozen(teacher, teacher if options.low_rank.rank else None),
                 {'layout': read_as(batch['layout'], options.data)})
 
-  tuned = lambda mode: step(finetune, finetune.Options(
-      **shared, lora=lora.NONE, finetune=finetune.FinetuneOptions(mode, chunk=chunk)))
+  def tuned(mode, low_rank=lora.NONE, **keys):
+    options = finetune.Options(**shared, lora=low_rank, finetune=finetune.FinetuneOptions(mode, chunk=chunk))
+    return step(finetune, changed(options, keys), lambda: job.Frozen(base=whole() if low_rank.rank else None))
+
   return {
       DISTILLED: distilled,
       'distillation, teacher of 8 bits': lambda: distilled(precision='int8'),
@@ -122,7 +133,11 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
       TUNED: lambda: tuned('both'),
       'full fine-tuning': lambda: tuned('full'),
       BLOCK: lambda: tuned('block'),
-      **{name: functools.partial(distilled, **keys) for name, keys in FAMILY.items()}}
+      **{name: functools.partial(distilled, **keys) for name, keys in FAMILY.items()},
+      ALL_FULL: lambda: tuned('full', **_ALL_TOKENS),
+      ALL_BLOCK: lambda: tuned('block', **_ALL_TOKENS),
+      ALL_LORA: lambda: tuned('full', LOW_RANK, **_ALL_TOKENS),
+      UNDROPPED: lambda: distilled(**{'distill.drop_rate': 0.0, 'blocks.sinks': 0})}
 
 
 def changed(options, keys: dict):
@@ -157,11 +172,12 @@ def calls_of(steps: dict[str, Callable[[], Step]]) -> dict:
   """name -> call; each runs a step on from where its last one ended, and waits for it."""
   made = {name: make() for name, make in steps.items()}
   states = {name: step.state() for name, step in made.items()}
+  batches = {name: step.put(step.batch) for name, step in made.items()}
 
   def call(name):
-    one, batch = made[name], made[name].batch
+    one, batch = made[name], batches[name]
     if one.rewrite is not None:
-      batch, _ = one.rewrite(states[name].params, jax.device_get(batch), 0)
+      batch = one.put(one.rewrite(states[name].params, jax.device_get(batch), 0)[0])
     states[name], values = one.made.step(states[name], one.frozen, batch)
     return jax.block_until_ready(values)
 
@@ -169,12 +185,22 @@ def calls_of(steps: dict[str, Callable[[], Step]]) -> dict:
 
 
 def step(args) -> None:
-  cfg = model(args.width, args.layers, args.vocab)
-  batch = make_batch(args.rows, args.length, args.blocks, args.question, args.answer, args.vocab)
-  place = mesh.Placement(mesh.make_mesh({}, jax.devices()[:1]))
+  cfg = sizes.get(args.size) if args.size else model(args.width, args.layers, args.vocab)
+  batch = make_batch(args.rows, args.length, args.blocks, args.question, args.answer, cfg.vocab)
+  place = mesh.Placement(mesh.make_mesh({'data': -1}))
   steps = make_steps(cfg, batch, place, transformer.Compute(remat=args.remat), max_blocks=args.blocks + 1, chunk=args.chunk)
-  unit = DISTILLED if args.variants else TUNED
-  calls = calls_of({name: make for name, make in steps.items() if name == unit or (name in FAMILY) == args.variants})
+  unit, own = TUNED, steps.keys() - FAMILY.keys() - {*BESIDE_TORCH}
+  if args.torch:
+    unit, own = ALL_FULL, BESIDE_TORCH
+  elif args.variants:
+    unit, own = DISTILLED, {DISTILLED, *FAMILY}
+  calls = calls_of({name: make for name, make in steps.items() if name in own and args.only in name})
+  if args.torch:
+    peers = torch_step.calls(cfg, batch, LOW_RANK, 1e-5)
+    calls |= {name: make() for name, make in peers.items() if args.only in name}
+  if not calls:
+    raise UserError(f'--only {args.only!r}: no such step; there are {", ".join(own)}')
+  unit = unit if unit in calls else next(iter(calls))
   for call in calls.values():
     call()
   times, facts = measuring.take_turns(calls, args.samples, args.seconds), measuring.machine(args.cores)
@@ -184,7 +210,9 @@ def step(args) -> None:
   print(measuring.head('step', 'min ms', 'median ms', f'time / {unit}'))
   for name, seconds in times.items():
     print(measuring.row(name, *measuring.milliseconds(seconds), f'{min(seconds) / min(times[unit]):.2f}'))
-  measuring.keep(args, facts, seconds=times)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+  print(f'\npeak memory of the process: {peak:.2f} GiB')
+  measuring.keep(args, facts, seconds=times, peak_gib=peak)
 
 
 def loss_memory(rows: int, length: int, width: int, vocab: int, chunk: int) -> int:
@@ -226,6 +254,9 @@ def add(commands) -> None:
       answer=(64, 'tokens'), width=(512, 'model width'), layers=(6, 'layers'), vocab=(16384, 'vocabulary'),
       chunk=(512, 'loss chunk'), samples=(5, 'samples per step'),
       seconds=(60, 'a step that ran so long is not sampled again'))
+  parser.add_argument('--size', help=f'shapes of a published model, for width, layers, vocab: {", ".join(sizes.SIZES)}')
+  parser.add_argument('--only', default='', metavar='TEXT', help='steps with TEXT in their name')
+  parser.add_argument('--torch', action='store_true', help='against steps in torch, of transformers and peft')
   parser.add_argument('--remat', default='none', choices=transformer.REMAT)
   parser.add_argument('--variants', action='store_true',
                       help='the method\'s family, configs/variants.py, each against plain distillation')

@@ -9,7 +9,7 @@ import pytest
 import train_cases
 
 from blockattn.models import transformer
-from tools.bench import overhead, step
+from tools.bench import overhead, step, torch_step
 
 
 @pytest.mark.usefixtures('standard_promotion')   # as the tool runs
@@ -22,6 +22,17 @@ def test_every_step_can_be_made():
   dtypes = lambda name: {leaf.dtype.name for leaf in jax.tree.leaves(made[name].frozen.teacher)}
   assert dtypes(step.DISTILLED) == {'float32'} and 'int8' in dtypes('distillation, teacher of 8 bits')
   assert made[step.STORED].frozen.teacher is None and 'teacher' in made[step.STORED].batch
+
+
+def test_the_peers_in_torch_learn():
+  pytest.importorskip('torch')
+  cfg = step.model(64, 1, 128)
+  calls = torch_step.calls(cfg, step.make_batch(2, 64, 2, 8, 8, 128), step.LOW_RANK, 1e-2)
+  assert {torch_step.FULL, torch_step.DISTILLED} <= calls.keys()
+  for name in (torch_step.FULL, torch_step.DISTILLED):
+    one = calls[name]()
+    losses = [one() for _ in range(8)]
+    assert losses[0] > losses[-1] > 0, name
 
 
 @pytest.mark.usefixtures('standard_promotion')   # optax
