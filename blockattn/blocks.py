@@ -49,6 +49,7 @@ Field = Any         # an array of jax's, on the host of numpy's, in a model of t
 
 POSITION_SCHEMES = ('sequential', 'local')
 DROP_MODES = ('lift', 'isolate', 'merge', 'remove')
+ROOMS = 4   # sizes that the student's rows have, at most: a step is compiled for each that is met
 
 
 class BlockLayout(flax.struct.PyTreeNode):
@@ -419,9 +420,33 @@ def prompt_layout(rows: Sequence[Sequence[PlacedBlock]], length: int, shared_fir
   return layout
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Room:
+  """For how many blocks each row of a batch has room. As a node of a pytree it has no leaves: a jitted function is compiled
+  for each room once."""
+  blocks: int
+
+
+def room_of(layout: BlockLayout, options: BlockOptions, multiple: int = 1) -> Room:
+  """The smallest of ROOMS rooms, evenly spaced up to `max_blocks`, that every row's blocks fit into.
+
+  Args:
+    layout: of numpy arrays [B, T], before insertions.
+    multiple: the student's rows have a multiple of so many tokens, as those of `max_blocks` have.
+  """
+  T = layout.doc.shape[1]
+  number = np.where(layout.doc != 0, layout.doc * (T + 1) + layout.block, -1)
+  starts = (np.diff(number, axis=1, prepend=-1) != 0) & (number >= 0)
+  most, needed = options.max_blocks, int(starts.sum(axis=1).max(initial=0))
+  rooms = (-(-most * i // ROOMS) for i in range(1, ROOMS))
+  return Room(next((room for room in rooms if room >= needed and (T + options.most_added * room) % multiple == 0), most))
+
+
 def block_mode(tokens: Array, layout: BlockLayout, options: BlockOptions,
-               seam: Array | int | None = None) -> tuple[Array, BlockLayout, Array]:
-  """Tokens, layout and index of a student's forward pass, see `insert`."""
+               seam: Array | int | None = None, room: Room | None = None) -> tuple[Array, BlockLayout, Array]:
+  """Tokens, layout and index of a student's forward pass, see `insert`; `room`: of the rows, None: the largest."""
+  options = dataclasses.replace(options, max_blocks=room.blocks) if room else options
   layout = share_first(layout) if options.shared_first else layout
   if not options.most_added:
     index = jnp.broadcast_to(jnp.arange(layout.doc.shape[1], dtype=jnp.int32), layout.doc.shape)

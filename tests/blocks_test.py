@@ -342,6 +342,30 @@ def test_what_is_inserted_aligns_with_the_text_by_index(name, scheme, layout):
       block_mode(tokens, layout, dataclasses.replace(options, seam=0))[2])), axis=1))
 
 
+@pytest.mark.parametrize('name', OPTIONS)
+@few
+@given(layout=shipped, spare=st.integers(0, 40))
+def test_a_smaller_room_holds_all_that_a_larger_one_does(name, layout, spare):
+  tokens = np.arange(1, ROWS * T + 1, dtype=np.int32).reshape(ROWS, T)
+  needed = max(len(runs(layout, row)) for row in range(ROWS))
+  options = dataclasses.replace(options_of(name, 'sequential'), max_blocks=max(1, needed + spare))
+  room = blocks.room_of(layout, options)
+  assert needed <= room.blocks <= options.max_blocks and room.blocks - needed <= max(options.max_blocks // blocks.ROOMS, 1)
+  large, *of_large = block_mode(tokens, layout, options)
+  small, *of_small = block_mode(tokens, layout, options, None, room)
+  n = small.shape[1]
+  assert n == blocks.padded_length(T, dataclasses.replace(options, max_blocks=room.blocks))
+  assert not np.asarray(of_large[0].doc)[:, n:].any()
+  np.testing.assert_array_equal(large[:, :n], small)
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[:, :n], y), of_large, of_small)
+
+
+def test_rooms_have_rows_that_devices_can_share():
+  layout = blocks.from_lengths([[[4, 3, 2]]], length=96)
+  options = blocks.BlockOptions((7,) * 4, 'sequential', 64)
+  assert [blocks.room_of(layout, options, multiple).blocks for multiple in (1, 32, 96, 128)] == [16, 16, 48, 64]
+
+
 def test_the_picture_of_a_seam():
   """Block 1 has one copy in front, which reads block 0; behind it the original is seen within its block only."""
   layout = blocks.from_lengths([[[2, 2, 1]]], 5)

@@ -512,13 +512,19 @@ def check_batch(options: Options, placement, platform: str, padded: int | None =
   added = [f'config.blocks.{name}' for name in ('sinks', 'tails', 'seam') if name == 'sinks' or getattr(b, name, 0)]
   added += ['config.blocks.align - 1'] if b and b.align > 1 else []
   added = added[0] if len(added) == 1 else f'({" + ".join(added)})'
-  step = ways * tiles.smallest(api.resolve(options.compute.impl, platform))
+  step = row_multiple(options, placement, platform)
   for what, length in (('config.data.length', options.data.length),
                        (f'config.data.length + {added} * config.data.max_blocks', padded)):
-    if ways > 1 and length is not None and length % step:
+    if length is not None and length % step:
       raise UserError(f'{what} = {length} must be a multiple of {step}: {ways} devices (config.mesh) share a row, each '
                       f'whole tiles of at least {step // ways} tokens')
   check_batch_divides(options, placement)
+
+
+def row_multiple(options: Options, placement, platform: str) -> int:
+  """Rows that devices share are a multiple of so many tokens: whole tiles for each."""
+  ways = placement.size('tokens')
+  return ways * tiles.smallest(api.resolve(options.compute.impl, platform)) if ways > 1 else 1
 
 
 def check_batch_divides(options: Options, placement):
@@ -680,6 +686,16 @@ def make_watches(made: Job, options: PromptOptions, tokenizer, workdir, *, base,
           *export.make(options, made, workdir, whole=whole, meta=meta)]
 
 
+def put_batch(made: Job, options: Options, batch: dict) -> dict:
+  """The global batch on its devices, with the room that its blocks take. Several processes, of which each knows its own
+  rows alone, take the most."""
+  put = made.placement.put_batch(batch)
+  if jax.process_count() > 1 or not made.blocks.most_added:
+    return put
+  return put | {'room': blocks.room_of(batch['layout'], made.blocks,
+                                       row_multiple(options, made.placement, made.placement.platform))}
+
+
 def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, meta: dict, watches=(), add=None,
           rewrite=None):
   """Runs a job on values; returns the trained parameters.
@@ -693,5 +709,6 @@ def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, 
   """
   state = loop.run(lambda state, batch: made.step(state, frozen, batch), first_state(made, options, params),
                    inputs.batches(options, source, made.placement, add), loop_config(options, made), workdir,
-                   put_batch=made.placement.put_batch, meta=made.meta | meta, watches=watches, rewrite=rewrite)
+                   put_batch=lambda batch: put_batch(made, options, batch), meta=made.meta | meta, watches=watches,
+                   rewrite=rewrite)
   return state.params

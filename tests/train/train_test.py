@@ -152,6 +152,14 @@ def test_a_step_is_compiled_once(kind, shape):
     assert new.sharding.is_equivalent_to(old.sharding, old.ndim), name
 
 
+def test_rows_may_have_room_for_the_blocks_at_hand_alone():
+  t, batch = trainer('distill'), train_cases.batch(0)
+  room = blocks.room_of(batch['layout'], block_options(train_cases.MODEL))
+  assert room.blocks < train_cases.MAX_BLOCKS
+  _, values = t.step(t.start(), t.place.put_batch(batch) | {'room': room})
+  assert abs(float(values['loss']) - loss_curve('distill')[0]) < ROUNDING
+
+
 @pytest.mark.parametrize('shape', [(1, 1, 1, 1), (1, 4, 2, 1)])
 def test_moments_are_placed_like_their_parameters(shape):
   state = trainer('distill', shape).start()
