@@ -374,11 +374,23 @@ def load_opt_state(folder, abstract, step: int | None = None):
   with _reader(folder) as manager:
     step = _step_of(manager, folder, step, 'opt_state')
     verify(folder, step, ('opt_state',))
-    stored = _shapes_of(pathlib.Path(manager.directory) / str(step), 'opt_state')
-    shapes = lambda state: collections.Counter(tuple(leaf.shape) for leaf in jax.tree.leaves(state))
-    if shapes(stored) != shapes(abstract):   # names would not do: orbax has others for the nodes of optax
-      raise UserError(f'{folder} holds the optimizer\'s state of another model, or of another optimizer')
+    _check_moments(manager, step, abstract)
     return _restored(manager, step, opt_state=ocp.args.StandardRestore(abstract))['opt_state']
+
+
+def check_opt_state(folder, abstract, step: int | None = None):
+  """Raises what `load_opt_state` would, but for damage of the values, which are not read."""
+  with _reader(folder) as manager:
+    _check_moments(manager, _step_of(manager, folder, step, 'opt_state'), abstract)
+
+
+def _check_moments(manager, step, wanted):
+  path = pathlib.Path(manager.directory) / str(step)
+  # Names would not do: orbax has others for the nodes of optax.
+  shapes = lambda state: collections.Counter(tuple(leaf.shape) for leaf in jax.tree.leaves(state))
+  if shapes(_shapes_of(path, 'opt_state')) != shapes(wanted):
+    raise UserError(f'{path} holds the optimizer\'s state of another model, or of another optimizer, or of other parts of '
+                    'the model (learned sinks and tails alone, or all of it)')
 
 
 def param_dtypes(folder, step: int | None = None) -> dict[str, str]:

@@ -67,19 +67,27 @@ class Origin:
       return convert.load(self.folder, dtype)[1]
     return convert.load(self.folder, dtype, mesh=placement.mesh, rules=placement.rules)[1]
 
+  def check_optimizer(self, like: Any):
+    """Raises ValueError if `read_optimizer` would refuse this; reads no values."""
+    checkpoint.check_opt_state(self._moments(), like, self.step)
+
   def read_optimizer(self, like: Any) -> Any:
     """The optimizer's state of a run's checkpoint. `like`: its tree, for shapes and places.
 
     Raises:
       ValueError: it is no run, or its state is another one.
     """
+    return checkpoint.load_opt_state(self._moments(), checkpoint.abstract_like(like), self.step)
+
+  def _moments(self) -> pathlib.Path:
+    """The folder of the checkpoints that hold the optimizer's state."""
     if not self.is_run:
       raise UserError(f'{self.folder} is no work directory of a run, and holds no optimizer\'s moments')
     folder = self.folder / CHECKPOINTS
     if self.step is not None and self.step not in checkpoint.steps(folder):
       raise UserError(f'{self.folder}: its best step, {self.step}, is kept without the moments; name one that has them, '
                       f'{folder}/STEP')
-    return checkpoint.load_opt_state(folder, checkpoint.abstract_like(like), self.step)
+    return folder
 
 
 def find(name: str | os.PathLike) -> Origin:

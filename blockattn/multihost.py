@@ -336,11 +336,7 @@ def check_equal(what: str, facts: Mapping[str, Any]):
   index, count = _me()
   mine = json.dumps({'host': socket.gethostname(), 'facts': dict(facts)}, sort_keys=True, default=str)
   said = collect(what, mine)
-  if said is not None:
-    verdict = _differences([json.loads(text) for text in said])
-    _put(f'verdict/{what}', verdict)
-  else:
-    verdict = _client().blocking_key_value_get(f'{_PREFIX}/verdict/{what}', (AGREE_S + 60) * 1000)
+  verdict = from_first(f'verdict/{what}', '' if said is None else _differences([json.loads(text) for text in said]))
   if verdict:
     raise UserError(f'the {count} processes of this run differ in {verdict}; start all of them with the same command, '
                     'checkout and hardware')
@@ -357,6 +353,16 @@ def _differences(said: Sequence[Mapping]) -> str:
                        f'{other["host"]}')
   more = f'; and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''
   return '; '.join(list(found.values())[:_SHOWN]) + more
+
+
+def from_first(what: str, text: str) -> str:
+  """The text of process 0, in all processes; `what`: a name that is used once in a run."""
+  if not is_started():
+    return text
+  if _me()[0] == 0:
+    _put(f'first/{what}', text)
+    return text
+  return _client().blocking_key_value_get(f'{_PREFIX}/first/{what}', (AGREE_S + 60) * 1000)
 
 
 def collect(what: str, value: str) -> list[str] | None:
@@ -376,11 +382,12 @@ def collect(what: str, value: str) -> list[str] | None:
   if index != 0:
     return None
   deadline, values = time.monotonic() + AGREE_S, {}
-  while missing := [i for i in range(count) if i not in values]:
+  look = lambda: {i: said for i in range(count) if i not in values and (said := _peek(f'collect/{what}/{i}')) is not None}
+  while len(values := values | look()) < count:
     if time.monotonic() > deadline:
+      missing = [i for i in range(count) if i not in values]
       raise TimeoutError(f'{what}: after {AGREE_S} s, {len(missing)} of {count} processes have said nothing: '
                          f'{_numbers(missing)}; look at their logs')
-    values |= {i: said for i in missing if (said := _peek(f'collect/{what}/{i}')) is not None}
     time.sleep(0.05)
   return [values[i] for i in range(count)]
 

@@ -40,7 +40,7 @@ from typing import Any
 
 import yaml
 
-from blockattn import checkpoint, disk, loading
+from blockattn import disk, options as options_lib
 from blockattn.errors import UserError
 from blockattn.train import command, job, loop, workdir as workdir_lib
 from tools import arguments
@@ -166,10 +166,10 @@ def _checked(path, workdir, changes, common) -> Point:
     options = job.options_of(config)
     command.check_local(options)
     step = workdir_lib.newest_step(workdir / name, options)
+    finished = bool(job.finished(options, workdir / name))
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'point {name}: {error.args[0] if error.args else error}') from error
   words = ('-m', type(options).__module__, *args, f'--workdir={workdir / name}')
-  finished = step is not None and checkpoint.is_finished(workdir / name / loading.CHECKPOINTS, options.steps)
   return Point(name, workdir / name, changes, words, options.steps, step, finished)
 
 
@@ -185,8 +185,8 @@ def parse(args: Sequence[str]):
 def _check_meant(config, path, common, changes):
   """The command line must give what the sweep says: it turns texts into values in its own way."""
   meant = parse([f'--config={path}', *common])
-  meant.update_from_flattened_dict(dict(changes))   # raises at a value of another type
-  wrong = workdir_lib.differing(meant.to_dict(), config.to_dict())
+  meant.update_from_flattened_dict({key: command.without_dots(value) for key, value in changes.items()})   # checks types
+  wrong = options_lib.different([options_lib.flat(one.to_dict()) for one in (meant, config)])
   if wrong:
     raise UserError(f'{", ".join(wrong)}: the command line cannot say this value; change it in get_config, by an argument')
 

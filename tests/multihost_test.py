@@ -89,6 +89,7 @@ def run_script(tmp_path, body, overrides=((), ())):
 def test_the_slow_one_is_named_while_the_others_wait(tmp_path):
   ends, _ = run_script(tmp_path, '''
       multihost_utils.sync_global_devices('start')
+      assert multihost.from_first('word', f'of {me}') == 'of 0'
 
       def read_slowly():
         if me == 1:

@@ -89,7 +89,7 @@ def test_metrics_are_fetched_when_the_next_step_has_begun(tmp_path):
   assert order == ['begin 1', 'begin 2', 'fetch 1', 'begin 3', 'fetch 2', 'begin 4', 'fetch 3', 'fetch 4']
 
 
-def test_what_looks_at_the_state_takes_no_time_from_training(tmp_path):
+def test_what_looks_at_the_state_takes_no_time_from_training(tmp_path, capsys):
   """Its numbers follow those of the step that it looked at."""
   class Slow(loop.Watch):
     def due(self, step):
@@ -97,11 +97,12 @@ def test_what_looks_at_the_state_takes_no_time_from_training(tmp_path):
 
     def __call__(self, step, state):
       time.sleep(0.5)
-      return {'seen': int(state.step)}
+      return 'looked', {'seen': int(state.step)}
 
   run_loop(tmp_path, watches=[Slow()])
   lines = metrics.read_metrics(tmp_path / 'metrics.jsonl')
   assert [(line['step'], line['seen']) for line in lines if 'seen' in line] == [(4, 4), (8, 8)]
+  assert [line for line in capsys.readouterr().out.splitlines() if 'looked' in line] == ['step 4: looked', 'step 8: looked']
   assert [line['step'] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8, 9, 10]
   assert lines[-1]['time'] - lines[0]['time'] > 1 > 9 / lines[-1]['steps_per_s']
 

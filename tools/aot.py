@@ -41,19 +41,20 @@ def missing_compiler(target: str) -> str | None:
   return f'{target} needs {module}: pip install -e .[kernels-ci]'
 
 
-def run_child(call: Callable[..., dict], *args, **environ: str) -> tuple[dict, str]:
-  """(what `call(*args)` gives, all that was printed), in a process of its own, for compilers of devices that are not there.
+def run_child(call: Callable[..., dict], target: str, *args, **environ: str) -> tuple[dict, str]:
+  """(what `call(target, *args)` gives, all that was printed), in a process of its own, for compilers of devices that are not
+  there.
 
   Raises:
-    RuntimeError: it fails; the message ends with what the compiler said.
+    RuntimeError: it fails; the message names the target, and ends with what the compiler said.
   """
   environ = os.environ | {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1',
                           'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'} | environ   # several compilations at once
-  done = subprocess.run([sys.executable, '-c', _CHILD, pickle.dumps((call, args)).hex()], capture_output=True, text=True,
-                        env=environ, cwd=ROOT)
+  asked = pickle.dumps((call, (target, *args))).hex()
+  done = subprocess.run([sys.executable, '-c', _CHILD, asked], capture_output=True, text=True, env=environ, cwd=ROOT)
   output = done.stdout + done.stderr
   if done.returncode:
-    raise RuntimeError(f'the compilation failed:\n{output[-3000:]}')
+    raise RuntimeError(f'{target}: the compilation failed:\n{output[-3000:]}')
   return json.loads(done.stdout.splitlines()[-1]), output
 
 

@@ -12,7 +12,6 @@ import rich.console
 import rich.table
 
 from blockattn import disk, errors
-from blockattn.data import json_lines
 from blockattn.errors import UserError
 
 # Names of arguments, in any tool, that say where to write; all others may be read.
@@ -107,9 +106,6 @@ def run(name: str, command: Callable[[], int | None], *, stopped: str = '',
   err = console(stderr=True)
   try:
     return command() or 0
-  except json_lines.BadLineError as error:
-    err.print(str(error))
-    return 1
   except (OSError, ValueError, ImportError, *mendable) as error:
     err.print(printable(f'{name}: {errors.line_of(error) or error}'))
     return errors.EXIT_MEND

@@ -19,8 +19,7 @@ dial between time to the first token and quality.
 
 --out keeps the figures of every document in DIR/documents.jsonl as they come, with all answers; starting the same command
 again goes on. DIR/summary.json has the means; tools.report turns DIR into a page. The model has to fit on one device.
-The exit code is 0; 1 with --strict at the first malformed line; 2 if models, data or options are refused; 130 if it was
-stopped.
+The exit code is 0; 2 if models, data (with --strict its first malformed line) or options are refused; 130 if it was stopped.
 """
 
 import itertools
@@ -57,7 +56,7 @@ def file_docs(files: Sequence[str], tokenizer, *, chat: bool = False, strict: bo
   examples = list(itertools.islice(lines, limit))
   if not examples:
     raise UserError(f'{", ".join(map(str, files))}: no example to evaluate\n{report.summary()}')
-  docs = [encode.fit(parts)[0] for parts in encode.Encoder(tokenizer).parts(examples)]
+  docs = [encode.whole(parts) for parts in encode.Encoder(tokenizer).parts(examples)]
   report.docs = len(docs)
   return docs, examples, report
 
@@ -83,7 +82,9 @@ def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, e
     this start}, and the facts: what summary.json holds.
   """
   start = time.perf_counter()
-  what = lambda s: {'weights': weights_key(s), 'impl': s.compute.impl} | gap.block_facts(s.options)
+  shared = lambda s: (id(s.params), s.cfg, s.compute.dtype)
+  keys = {which: weights_key(s) for which, s in {shared(s): s for s in subjects.values()}.items()}   # each model's once
+  what = lambda s: {'weights': keys[shared(s)], 'impl': s.compute.impl} | gap.block_facts(s.options)
   decides = {'tokenizer': encode.Encoder(tokenizer).fingerprint, 'models': {name: what(s) for name, s in subjects.items()}}
   with metrics.counting('evaluating', stream=stream) as progress:
     rows = gap.measure(subjects, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new, stop=stop, out=out,

@@ -15,7 +15,7 @@ sees. Without a question the blocks are read, and then questions line by line un
 The answer goes to standard output as it is made; what became of the blocks, the time to the first token and tokens per
 second go to standard error, without the time of compiling, which the first answer of a size waits for and which is said
 apart. --cache keeps states for the next time.
-The exit code is 0; 1 at a malformed line; 2 if model, files or options are refused; 130 if it was stopped.
+The exit code is 0; 2 if model, files (at a malformed line) or options are refused; 130 if it was stopped.
 """
 
 import argparse

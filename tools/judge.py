@@ -9,8 +9,8 @@ are those that it was trained with; in full mode a prompt is one block. Answers 
 with predictions.jsonl and summary.json; starting the same command again answers what is missing, --limit and --tasks may
 differ then. tools.compare sets two such folders side by side.
 
-The model has to fit on one device. The exit code is 0; 1 at a malformed line of a benchmark's data, or of any data with
---strict; 2 if model, data or options are refused; 130 if it was stopped.
+The model has to fit on one device. The exit code is 0; 2 if model, data or options are refused (data at a malformed line of
+a benchmark's, of any with --strict); 130 if it was stopped.
 """
 
 import argparse

@@ -4,8 +4,8 @@
   python -m tools.prepare train/*.parquet --tokenizer Qwen3-4B --length 32768
 
 Prints a table with a line per file, the malformed lines, how long documents, blocks and answers are, and the first document
-as the model reads it. Nothing is kept: a training encodes while it runs. The exit code is 0; 1 with --strict at the first
-malformed line; 2 if a file, the tokenizer or an option must be mended, or no document is left.
+as the model reads it. Nothing is kept: a training encodes while it runs. The exit code is 0; 2 if a file, with --strict its
+first malformed line, the tokenizer or an option must be mended, or no document is left.
 """
 
 import concurrent.futures

@@ -312,8 +312,8 @@ def fit(parts: EncodedParts, *, length: int | None = None, max_blocks: int | Non
   """
   if too_long not in TOO_LONG:
     raise UserError(f'too_long={too_long!r}; choose one of {", ".join(TOO_LONG)}')
-  kept = [i for i, tokens in enumerate(parts.blocks) if tokens]   # a normaliser may leave nothing of a block
-  whole = len(kept)
+  kept = _kept(parts)
+  given = len(kept)
   room = float('inf') if length is None else length - len(parts.header) - len(parts.prompt) - len(parts.response)
   places = float('inf') if max_blocks is None else max_blocks - 1 - bool(parts.header)
   over = lambda: sum(len(parts.blocks[i]) for i in kept) > room or len(kept) > places
@@ -322,7 +322,16 @@ def fit(parts: EncodedParts, *, length: int | None = None, max_blocks: int | Non
     kept.remove(spare.pop())
   if over():
     return None, 'too long' if sum(len(parts.blocks[i]) for i in kept) > room else 'too many blocks'
-  return _doc(kept, parts), 'cut' if len(kept) < whole else ''
+  return _doc(kept, parts), 'cut' if len(kept) < given else ''
+
+
+def whole(parts: EncodedParts) -> EncodedDoc:
+  """The document of an example, however long."""
+  return _doc(_kept(parts), parts)
+
+
+def _kept(parts):
+  return [i for i, tokens in enumerate(parts.blocks) if tokens]   # a normaliser may leave nothing of a block
 
 
 def _doc(kept, parts):

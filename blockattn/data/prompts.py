@@ -25,7 +25,6 @@ Reasons for which a line is refused, beside those of `json_lines` and `chat_temp
 """
 
 import dataclasses
-import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -79,12 +78,10 @@ def read_examples(files: str | pathlib.Path | Sequence[str | pathlib.Path], *, r
   chat = chat_template.wants_chat(chat, tokenizer)
   report = json_lines.Report() if report is None else report
   for file in tables.find_files(files):
-    for table in tables.open_tables(tables.Origin(file)):
-      parse = lambda place, record, table=table: parse_record(
-          record, where=f'{table.name}:{table.line(place)}', chat=chat, template=template, tokenizer=tokenizer)
-      rows = itertools.chain.from_iterable(map(table.read, range(table.pieces)))
-      for _, example in json_lines.parsed(rows, parse, table.name, table.line, report, strict=strict):
-        yield example
+    parse = lambda number, record, file=file: parse_record(record, where=f'{file}:{number}', chat=chat, template=template,
+                                                           tokenizer=tokenizer)
+    for _, example in json_lines.parsed(tables.in_order(file), parse, file, lambda number: number, report, strict=strict):
+      yield example
 
 
 def parse_record(record: dict | Malformed, *, where: str, chat: bool = False, template: QuestionTemplate | None = None,

@@ -26,6 +26,7 @@ _ROWS = 1_000_000      # of an epoch of pages, of which there is no end
 _CUT_SEED = 7
 _PAGES = 2             # format of the documents of pages; part of their fingerprint
 _PROBED_PAGES = 64     # from which PageRows guesses how many pages fill a row
+_PROBED = 1000         # examples after which no document is looked for any more
 _CUT_AT_A_TIME = 64    # examples that a cutter is given together
 
 
@@ -123,7 +124,7 @@ class FileRows:
 
     Raises:
       json_lines.BadLineError: a line read was malformed, if `strict`.
-      ValueError: the first rows of a table have not the form, or there is not one document.
+      ValueError: the first rows of a table have not the form, or not one of a thousand examples gives a document.
     """
     found = []
     for first in self._firsts:
@@ -135,10 +136,15 @@ class FileRows:
           raise UserError(f'{report.listed[0]}; so are {report.lines} rows, all that were looked at: correct the column, or '
                           'say with columns which is which')
     report = json_lines.Report()
-    pieces = (self.examples(piece, report, quiet=True) for piece in range(len(self)))
-    if found or any(True for piece in pieces for _ in piece):
-      return
-    raise UserError(f'{", ".join(table.name for table, _ in self.tables)}: no document to train on\n{report.summary()}')
+    for piece in np.random.default_rng(0).permutation(len(self)):   # of all files, as a training reads them
+      if found or report.examples >= _PROBED:
+        break
+      found += itertools.islice(self.examples(int(piece), report, quiet=True), 1)
+    if not found:
+      told = ': '.join(report.summary().splitlines()[:2])
+      raise UserError(f'{", ".join(table.name for table, _ in self.tables)}: no document to train on: {told}' + (
+          f'; rows have config.data.length={self.length} tokens and config.data.max_blocks={self.options.max_blocks} blocks'
+          if report.dropped else ''))
 
   def __len__(self):
     return int(self._starts[-1])
@@ -196,9 +202,18 @@ class FileRows:
     """What the rows are made of, by name: of each table its content and all that decides how it is encoded."""
     cutters = [cutter and cutter.fingerprint for cutter in (self._cutter, self._text_cutter)]
     facts = (FORMAT, self.options, self._encoder.fingerprint, cutters, self.together, len(self))
-    return {f'{table.name}{" in full" * full}': hashlib.sha256(
-        repr((table.fingerprint, sorted(table.columns.items()), full, facts)).encode()).hexdigest()[:32]
-            for table, full in self.tables}
+    prints: dict[str, dict[str, None]] = {}   # of a table that is read in several ways one for each
+    for table, full in self.tables:
+      said = repr((table.fingerprint, sorted(table.columns.items()), full, facts))
+      prints.setdefault(f'{table.name}{" in full" * full}', {})[hashlib.sha256(said.encode()).hexdigest()[:32]] = None
+    return {f'{name} ({i})' if i > 1 else name: one for name, own in prints.items() for i, one in enumerate(own, 1)}
+
+
+def page_example(number: int, containers: Sequence[stdlib.Container], style: stdlib.PageStyle) -> Example:
+  """A page of the embedded corpus as text, see `stdlib.make_page`."""
+  page = stdlib.make_page(number, containers, style)
+  return Example(tuple(page['blocks']), page['prompt'], page['response'], page['id'], (page['response'].strip(),),
+                 tuple(page['gold']))
 
 
 class PageRows:
@@ -250,8 +265,7 @@ class PageRows:
     """The encoded pages of these numbers."""
     drawn = self.cut_examples(numbers)
     cut = lambda parts: encode.recut(parts, self.block_tokens) if self.block_tokens else parts
-    fitted = (encode.fit(cut(parts))[0] for parts in self._encoder.parts(drawn))   # without bounds none is left out
-    return [doc for doc in fitted if doc is not None]
+    return [encode.whole(cut(parts)) for parts in self._encoder.parts(drawn)]
 
   def cut_examples(self, numbers: Sequence[int]) -> list[Example]:
     """The pages of these numbers as text, the share of the cutter in its blocks."""
@@ -271,9 +285,7 @@ class PageRows:
 
   def example(self, number: int) -> Example:
     """Page `number` as text."""
-    page = stdlib.make_page(number, self._containers, self._style)
-    return Example(tuple(page['blocks']), page['prompt'], page['response'], page['id'],
-                   (page['response'].strip(),), tuple(page['gold']))
+    return page_example(number, self._containers, self._style)
 
   def __len__(self):
     return _ROWS

@@ -3,7 +3,7 @@
 A table is read in pieces, each alone and in any order, so that whoever shuffles them has neither all of a file in memory
 nor has to wait until it is read: a JSON lines file by ranges of bytes, parquet by row groups, Arrow files and datasets
 where they are mapped into memory. A compressed JSON lines file can only be read from its beginning: its text is put into an
-unnamed file (in TMPDIR) when it is opened.
+unnamed file (in TMPDIR) when it is opened. Who wants the records in order, perhaps the first ones only, takes `in_order`.
 
 A record is a dict as JSON lines hold it: its columns are named as `Origin.columns` says, and nulls are left out.
 """
@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from blockattn import disk, errors, tree
+from blockattn import disk, errors, options, tree
 from blockattn.data import json_lines
 from blockattn.data.json_lines import Malformed
 from blockattn.errors import UserError
@@ -65,9 +65,11 @@ class Origin:
 
 
 def origin(entry: str | Mapping[str, Any] | Origin, columns: Mapping[str, str] = {}) -> Origin:
-  """The `Origin` of an entry, a path or a dict; `columns` are those of an entry that says none."""
+  """The `Origin` of an entry, a path or a dict; `columns` are those of an entry that says none. In a config, whose names
+  have no dots, {'answers': {'text': ...}} stands for {'answers.text': ...}."""
   if isinstance(entry, Origin):
     return entry
+  columns = options.flat(dict(columns))
   if isinstance(entry, str | os.PathLike):
     return Origin(os.fspath(entry), columns=columns)
   known = [field.name for field in dataclasses.fields(Origin)]
@@ -118,6 +120,15 @@ def open_tables(source: Origin, piece: int = PIECE) -> list[Table]:
   if source.path.startswith(HUB) or any((folder / name).is_file() for name in ('dataset_dict.json', 'state.json')):
     return [_dataset(source, piece)]
   return [_open_file(file, source.columns, piece) for file in find_files(source.path)]
+
+
+def in_order(file: str) -> Iterator[tuple[int, dict | Malformed]]:
+  """(number from 1, its record or what is wrong with it) of every row of a file; no more of it is read than is asked for."""
+  if file.endswith(json_lines.SUFFIXES):
+    yield from ((number, _record(line, {})) for number, line in json_lines.numbered_lines(file))
+    return
+  for table in open_tables(Origin(file)):
+    yield from ((table.line(place), record) for piece in range(table.pieces) for place, record in table.read(piece))
 
 
 def find_files(patterns: str | pathlib.Path | Sequence[str | pathlib.Path]) -> list[str]:
@@ -179,15 +190,9 @@ class JsonLines:
         at, count = at + len(line), count + 1
         line = line.removeprefix(json_lines.MARK) if at == len(line) else line
         if line.strip():
-          yield (piece, count), self._record(line)
+          yield (piece, count), _record(line, self.columns)
     if piece in self._before:
       self._before[piece + 1] = self._before[piece] + count
-
-  def _record(self, line):
-    try:
-      return _mapped(json_lines.load_object(line), self.columns)
-    except Malformed as error:
-      return error
 
   def line(self, place):
     piece, count = place
@@ -198,6 +203,13 @@ class JsonLines:
           rest, lines = rest - len(some), lines + some.count(b'\n')
       self._before[piece] = lines
     return self._before[piece] + count
+
+
+def _record(line, columns):
+  try:
+    return _mapped(json_lines.load_object(line), columns)
+  except Malformed as error:
+    return error
 
 
 def _decompressed(file):

@@ -43,8 +43,7 @@ print(tokenizer.decode(answer[0]))
 
 Loaded without `blockattn`, the model attends to the whole prompt.
 '''
-_ADAPTER = '''
-```python
+_ADAPTER = '''```python
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained('FOLDER').merge_and_unload()   # where this file is
@@ -81,26 +80,25 @@ def text(cfg: ModelConfig, meta: Mapping[str, Any], origin: pathlib.Path | None 
                       'text-segmentation' if is_segmenter else 'block-attention')
   said = {'architecture': config.architecture(cfg), 'trained by': meta.get('kind'), 'step': meta.get('step'),
           'began as': _hub_name(source) or pathlib.Path(source).name or None}   # a path of this machine says nothing
-  parts = [f'---\n{head}---\n', f'# {title or ("Segmenter" if is_segmenter else "Block attention model")}\n', _list(said),
-           '## Use\n\nWith `blockattn` installed (`tools` stand in its checkout), FOLDER being where this file is.\n'
-           f'{_SEGMENTER if is_segmenter else _ENGINE}']
-  if not is_segmenter:
-    parts.append(f'## Blocks\n\n{_blocks(cfg, meta.get("blocks"))}')
-  if facts:
-    parts.append(f'## Training\n\n{_list(facts)}')
-  return '\n'.join(parts)
+  use = 'With `blockattn` installed (`tools` stand in its checkout), FOLDER being where this file is.\n'
+  return _card(head, title or ('Segmenter' if is_segmenter else 'Block attention model'), _list(said),
+               Use=use + (_SEGMENTER if is_segmenter else _ENGINE),
+               Blocks=None if is_segmenter else _blocks(cfg, meta.get('blocks')), Training=_list(facts or {}))
 
 
 def adapter_text(cfg: ModelConfig, meta: Mapping[str, Any], base: str, origin: pathlib.Path | None = None, *,
                  facts: Mapping[str, Any] | None = None) -> str:
   """The card of an adapter to the model `base`; the other arguments as of `text`."""
   head = front_matter(base, origin, 'text-generation', 'block-attention', library='peft')
-  parts = [f'---\n{head}---\n', '# Adapter for block attention\n',
-           _list({'trained by': meta.get('kind'), 'step': meta.get('step'), 'adds to': _hub_name(base)}),
-           f'## Use\n{_ADAPTER}', f'## Blocks\n\n{_blocks(cfg, meta.get("blocks"))}']
-  if facts:
-    parts.append(f'## Training\n\n{_list(facts)}')
-  return '\n'.join(parts)
+  said = {'trained by': meta.get('kind'), 'step': meta.get('step'), 'adds to': _hub_name(base)}
+  return _card(head, 'Adapter for block attention', _list(said), Use=_ADAPTER, Blocks=_blocks(cfg, meta.get('blocks')),
+               Training=_list(facts or {}))
+
+
+def _card(head: str, title: str, said: str, **sections: str | None) -> str:
+  """A card of the sections that hold something, each under its name."""
+  return '\n'.join([f'---\n{head}---\n', f'# {title}\n', said,
+                    *(f'## {name}\n\n{section}' for name, section in sections.items() if section)])
 
 
 def front_matter(source: str, origin: pathlib.Path | None, task: str, tag: str, library: str = 'transformers') -> str:
@@ -133,12 +131,19 @@ def _hub_name(source: str) -> str | None:
 def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:
   if said is None:
     return f'It was never trained in blocks; `{files.META}` asks for no sinks.\n'
-  ids = list(said['sink_ids'])
-  lines = _list({'sinks in front of every block': f'{len(ids)}, token ids {ids}' if ids else 0,
-                 'learned tokens behind every context block': len(said.get('tail_ids', ())) or None,
-                 'seam tokens that are read again': said.get('seam') or None,
-                 'positions': said['positions'], 'most blocks of a row in training': said['max_blocks']})
-  learned = (f'\nThe last {cfg.learned_sinks} token ids, from {cfg.vocab} on, are learned sinks: they are never generated.\n'
+  ids = lambda of: f'{len(of)}, token ids {list(of)}' if of else None
+  behind, align, seam = 'links' if said.get('links') else 'tails', said.get('align', 1), said.get('seam')
+  kinds = {'sinks': said['sink_ids'], behind: said.get('tail_ids', ())}
+  lines = _list({
+      'sinks in front of every block': ids(kinds['sinks']) or 0,
+      'more of the first sink': f'until a block but the last has a multiple of {align} tokens' if align > 1 else None,
+      'tails, the last tokens of every block but the last one': None if behind == 'links' else ids(kinds[behind]),
+      'links behind every block but the last, which read all before them': ids(kinds[behind]) if behind == 'links' else None,
+      'first tokens of a block that are read again behind those before it': f'{seam}, or as a prompt asks' if seam else None,
+      'first block': 'read by all behind it' if said.get('shared_first') else None,
+      'positions': said['positions'], 'most blocks of a row in training': said['max_blocks']})
+  own = ' and '.join(name for name, of in kinds.items() if max(of, default=0) >= cfg.vocab)
+  learned = (f'\nThe last {cfg.learned_sinks} token ids, from {cfg.vocab} on, are learned {own}: they are never generated.\n'
              if cfg.learned_sinks else '')
   return f'{lines}{learned}\n`{files.META}` says the same to programs.\n'
 

@@ -5,6 +5,7 @@ import ast
 import contextlib
 import difflib
 import functools
+import itertools
 import json
 import operator
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from blockattn import checkpoint, disk, errors, multihost, options as options_lib, tree
 from blockattn.errors import UserError
@@ -34,12 +36,14 @@ def quiet_libraries():
   logging.set_verbosity(logging.WARNING)
 
 
-def main(options_type: type, run):
+def main(options_type: type, run, finished=job.finished):
   """Command line of a trainer.
 
   Args:
     options_type: the `Options` that it reads.
     run: (options, workdir) -> anything.
+    finished: (options, workdir) -> what to say of a workdir with nothing left to do, '' of any other; before all that takes
+      long.
   """
   from absl import app
   argv = sys.argv[1:]
@@ -65,7 +69,11 @@ def main(options_type: type, run):
           print(f'platform: {jax.default_backend()}, {jax.device_count()} devices\n'
                 f'{api.choose(options.compute.impl, jax.devices()[0])}', flush=True)
         with workdir_lib.only_run_in(args.workdir):
-          run(options, args.workdir)
+          said = multihost.from_first('finished', finished(options, args.workdir))
+          if said and jax.process_index() == 0:
+            print(said, flush=True)
+          elif not said:
+            run(options, args.workdir)
 
     app.run(start, argv=sys.argv[:1])
 
@@ -161,7 +169,7 @@ def read_config(argv: Sequence[str]) -> tuple[Any, list[str]]:
     for key in [key for key in values if any(key == name or key.startswith(f'{name}.') for name in said)]:
       del values[key]
     with config.unlocked():
-      config.update_from_flattened_dict(values)
+      config.update(traverse_util.unflatten_dict(values, sep='.'))
   return config, rest
 
 
@@ -200,7 +208,7 @@ def _take_overrides(argv, config) -> tuple[list[str], list[str]]:
     if kind is tuple:
       lists[key] = lists.get(key, ()) + read_list(text, texts=key.endswith('files'))
     else:
-      overrides.append(f'--config.{key}={text}')
+      overrides.append(f'--config.{key}={read_names(text) if kind is ConfigDict else text}')
   return overrides + [f'--config.{key}={value!r}' for key, value in lists.items()], rest
 
 
@@ -230,10 +238,39 @@ def read_list(text: str, texts: bool = False) -> tuple:
   return tuple(part.strip() for part in text.split(',') if part.strip())
 
 
+def read_names(text: str) -> str:
+  """`without_dots` of a text that is a dict: "{'a.b': 1}" -> "{'a': {'b': 1}}"."""
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):   # whoever takes it says so
+    return text
+  return repr(without_dots(value))
+
+
+def without_dots(value: Any) -> Any:
+  """A value as a ConfigDict holds it, which has no names with dots: they are dicts within dicts.
+
+  Raises:
+    ValueError: one name goes on where another one ends.
+  """
+  if not isinstance(value, dict):
+    return value
+  names = options_lib.flat(value)
+  _check_apart(names, str(value))
+  return traverse_util.unflatten_dict(names, sep='.')
+
+
+def _check_apart(names, said):
+  for name in names:
+    if longer := next((other for other in names if other.startswith(f'{name}.')), None):
+      raise UserError(f'{said}: a config holds {name!r} or {longer!r}, not both; columns of both kinds are given in an '
+                      'entry of config.data.files')
+
+
 def _load(args):
   """The ConfigDict of `--config=FILE --config.KEY=VALUE ...`; errors as of `read_config`."""
   from absl import flags
-  from ml_collections import ConfigDict, config_flags
+  from ml_collections import config_flags
   argv, values = ['', *args], flags.FlagValues()
   flag = config_flags.DEFINE_config_file('config', lock_config=True, flag_values=values, sys_argv=argv)
   try:
@@ -281,8 +318,10 @@ def read_overrides(path: str, config) -> dict[str, Any]:
     raise UserError(f'{path}: give keys and values, as in `optim: {{lr: 0.001}}` or `optim.lr: 0.001`')
   now = traverse_util.flatten_dict(known, keep_empty_nodes=True, sep='.')
   values = {key: _tuples(value) for key, value in options_lib.flat(values).items()}
+  _check_apart(values, path)
   for key, value in values.items():
-    if now.get(key.rpartition('.')[0]) is traverse_util.empty_node:   # it says nothing of its keys, as model.fields
+    above = itertools.accumulate(key.split('.')[:-1], '{}.{}'.format)
+    if any(now.get(name) is traverse_util.empty_node for name in above):   # it says nothing of its keys, as model.fields
       continue
     _check_key(key, known, f'{path}: {key}')
     if value is not None or now.get(key) is not None:   # else it stays unset

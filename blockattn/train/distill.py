@@ -495,6 +495,7 @@ def run(options: Options, workdir):
   own, stored = not options.teacher.source, options.teacher.logits
   made = build(options, placement, cfg, platform=placement.platform, sink=sink,
                teacher_cfg=None if own or stored else job.model_config(teacher_model(options)))
+  job.check_moments(made, options)
   add, source = stored_teacher(options), inputs.load_rows(options.data, tokenizer)
   params = job.load_language_model(options, placement, cfg)
   meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}

@@ -66,9 +66,10 @@ class Exports(loop.Watch):
     said = carried(self._meta | {'step': step})
     card = card_lib.text(self._cfg, said | {'source': self._meta.get('source')}, self._source,
                          facts=training_facts(self._workdir))
-    convert.save(self._whole(state.params), self._cfg, self._workdir / EXPORTS / f'step_{step}', source=self._source,
-                 meta=said, card=card, dtype=self._dtype, overwrite=True)
-    return {}
+    folder = self._workdir / EXPORTS / f'step_{step}'
+    convert.save(self._whole(state.params), self._cfg, folder, source=self._source, meta=said, card=card, dtype=self._dtype,
+                 overwrite=True)
+    return f'exported to {folder}', {}
 
 
 def make(options, made, workdir, *, whole: Callable[[Any], Any], meta: dict) -> list[loop.Watch]:

@@ -153,6 +153,7 @@ def run(options: Options, workdir):
   tokenizer = job.load_tokenizer(options, cfg)
   sink = job.sink_of(options.blocks, tokenizer)
   made = build(options, placement, cfg, platform=placement.platform, sink=sink)
+  job.check_moments(made, options)
   source = inputs.load_rows(options.data, tokenizer)
   params = job.load_language_model(options, placement, cfg)
   meta = {'source_weights': job.source_weights(options, params), 'prompt': inputs.prompt_meta(options.data, tokenizer)}

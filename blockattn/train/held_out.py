@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from blockattn import checkpoint, errors
-from blockattn.data import encode, json_lines
+from blockattn.data import encode, json_lines, tables
 from blockattn.data.example import Example
 from blockattn.errors import UserError
 from blockattn.evals import gap, pages
@@ -28,6 +28,7 @@ from blockattn.train import inputs, loop
 
 DISTANCES, SCORES = ('kl', 'ce'), ('exact_match', 'substring', 'f1')
 FIGURES = tuple(f'{mode}/{measure}' for mode in ('block', 'full') for measure in DISTANCES + SCORES)
+_TOLD = ('block/kl', 'closed/kl', 'block/ce', 'block/f1', 'full/ce', 'full/f1')   # in a line: three beside what decides
 START_FULL, START_BLOCK = 'start_full', 'start_block'   # names of subjects: the weights that training started from
 
 
@@ -98,8 +99,9 @@ def read(data: inputs.PromptData, count: int, tokenizer: Any) -> HeldOut:
     whole = [(example, doc) for example, doc in zip(examples, docs, strict=True)
              if len(doc.tokens) <= data.length and len(doc.lengths) <= data.max_blocks]
   else:
-    sources = [inputs.file_rows(dataclasses.replace(data, files=(entry,)), tokenizer) for entry in data.eval_files]
-    by_entry = [list(itertools.islice(_documents(source), each)) for source in sources]
+    rows_of = inputs.file_reader(data, tokenizer)
+    by_entry = [list(itertools.islice(_documents(rows_of([tables.origin(entry, data.columns)])), each))
+                for entry in data.eval_files]
     # In turns, so that the first ones are of all entries; those without a question last, for they have no answer.
     whole = [pair for some in itertools.zip_longest(*by_entry) for pair in some if pair is not None][:count]
     whole = sorted(whole, key=lambda pair: pair[0].is_text)
@@ -160,11 +162,7 @@ class Evaluation(loop.Watch):
 
   @property
   def stopped(self) -> str:
-    patience = self._options.patience
-    if self._best is None or not patience or self._since < patience:
-      return ''
-    return (f'{self._since} evaluations in a row found {self.figure} no better than at step {self._best[0]}, '
-            f'{self._best[1]:.4g} (config.eval.patience={patience}); that step stands in {self._folder}')
+    return why_stopped(self._said(), self._options.patience, self._folder)
 
   def due(self, step):
     return step % self._options.every == 0 or step == self._steps
@@ -179,9 +177,11 @@ class Evaluation(loop.Watch):
       self._drop(lambda kept: kept not in (step, *self._recorded))
     else:
       self._since += 1
+    others = [name for name in _TOLD if name in found and name != self.figure]
+    told = {name: found[name] for name in (self.figure, *others[:3])}
     best = math.nan if self._best is None else self._best[1]
     found |= {'best': best, 'seconds': time.perf_counter() - began}
-    return {f'eval/{name}': x for name, x in found.items()}
+    return loop.held_out_line(step, self._best, told), {f'eval/{name}': x for name, x in found.items()}
 
   def _is_better(self, value, best):
     return value < best if less_is_better(self.figure) else value > best
@@ -191,8 +191,13 @@ class Evaluation(loop.Watch):
       return {}
     # A checkpoint is begun when the one before it stands: these two are what a run may go on from.
     self._recorded = [*self._recorded[-1:], self._best[0]]
-    return {'eval': {'of': self._of, 'figure': self.figure, 'step': self._best[0], 'value': self._best[1],
-                     'since': self._since, 'stopped': bool(self.stopped)}}
+    return {'eval': self._said() | {'stopped': bool(self.stopped)}}
+
+  def _said(self) -> dict:
+    """What checkpoints say, {} while nothing is best."""
+    if self._best is None:
+      return {}
+    return {'of': self._of, 'figure': self.figure, 'step': self._best[0], 'value': self._best[1], 'since': self._since}
 
   def end(self):
     self._drop(lambda kept: kept != (self._best or (None,))[0])
@@ -233,6 +238,14 @@ class Evaluation(loop.Watch):
       found |= {f'{mode}/{measure}_by_distance/{at["from"]}': at[measure] for at in whole[mode]['by_distance']}
       found |= {f'{mode}/{measure}_by_blocks/{low}': own[mode][measure] for low, own in parts.items()}
     return found
+
+
+def why_stopped(said: Mapping[str, Any], patience: int, folder: pathlib.Path) -> str:
+  """Why a run is at its end whose newest checkpoint says this of its figures; '' if it is not. `folder`: WORKDIR/best."""
+  if not said or not patience or said['since'] < patience:
+    return ''
+  return (f'{said["since"]} evaluations in a row found {said["figure"]} no better than at step {said["step"]}, '
+          f'{said["value"]:.4g} (config.eval.patience={patience}); that step stands in {folder}')
 
 
 def _fingerprint(held_out, options, figure) -> str:

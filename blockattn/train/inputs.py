@@ -1,8 +1,9 @@
 """What a training reads: the data section of a config as sources of packed rows, and the batches of one process."""
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -168,11 +169,17 @@ def file_rows(data: PromptData, tokenizer, tell=None):
   if not data.files:
     raise UserError('config.data.files is empty: give JSON lines, parquet or Arrow files, e.g. '
                     '--config.data.files=train.jsonl,more/')
-  shared = {'options': file_options(data, tokenizer), 'strict': data.strict, 'cutter': load_cutter(data, tokenizer),
-            'text_cutter': TextRule(data.segment.target or _TEXT_BLOCK), 'tell': tell, 'encoder': encode.Encoder(tokenizer)}
   weights, origins = zip(*shares(data))
-  parts = [sources.FileRows(some, tokenizer, **shared) for some in origins]
-  return stream.Mixture(tuple(parts), weights) if len(parts) > 1 else parts[0]
+  parts = tuple(map(file_reader(data, tokenizer, tell), origins))
+  return stream.Mixture(parts, weights) if len(parts) > 1 else parts[0]
+
+
+def file_reader(data: PromptData, tokenizer, tell=None) -> Callable[[Sequence[tables.Origin]], sources.FileRows]:
+  """What makes sources of origins, all of which share what takes seconds to load: the encoder and the segmenter."""
+  return functools.partial(
+      sources.FileRows, tokenizer=tokenizer, options=file_options(data, tokenizer), strict=data.strict,
+      cutter=load_cutter(data, tokenizer), text_cutter=TextRule(data.segment.target or _TEXT_BLOCK), tell=tell,
+      encoder=encode.Encoder(tokenizer))
 
 
 class TextRule:

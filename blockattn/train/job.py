@@ -7,6 +7,7 @@ placing parameters, is done by the functions below `Loading`.
 
 import dataclasses
 import importlib.util
+import pathlib
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -19,14 +20,14 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, AxisType
 
-from blockattn import blocks, errors, loading, mesh as mesh_lib, optim, options as options_lib, trace, tree
+from blockattn import blocks, checkpoint, disk, errors, loading, mesh as mesh_lib, optim, options as options_lib, trace, tree
 from blockattn.data import encode, packing
 from blockattn.errors import UserError
 from blockattn.hf import config as hf_config, convert
 from blockattn.kernels import api, tiles
 from blockattn.models import classifier, flops, lora, sizes, spec as spec_lib, transformer
 from blockattn.models.lora import LoraOptions  # `lora` names a field below
-from blockattn.train import export, held_out, inputs, loop
+from blockattn.train import export, held_out, inputs, loop, workdir as workdir_lib
 
 DTYPES = ('float32', 'bfloat16')
 SINK_KINDS = ('token', 'learned')
@@ -547,6 +548,35 @@ def _rows_at_a_time(options, placement):
 # Loading.
 
 
+# What decides held-out figures, and may be another thing when a run is started again.
+_MEASURED = ('data.eval_files', 'eval.best', 'eval.rows', 'eval.answers', 'eval.max_new')
+
+
+def finished(options: Options, workdir) -> str:
+  """What there is to say of a workdir in which these options have nothing left to do; '' of any other. Nothing is loaded.
+
+  Raises:
+    ValueError: it holds a run of another config.
+  """
+  workdir = pathlib.Path(workdir)
+  step = workdir_lib.newest_step(workdir, options)
+  if step is None:
+    return ''
+  stopped = '' if step >= options.steps else _stopped(options, workdir, step)
+  return loop.finished(workdir, step, options.steps, stopped) if stopped or step >= options.steps else ''
+
+
+def _stopped(options, workdir, step) -> str:
+  """Why held-out figures ended the run at its newest step; '' if they did not, or if others are asked for now."""
+  if not isinstance(options, PromptOptions) or not options.data.eval_files:
+    return ''
+  before, now = map(options_lib.flat, (disk.read_json(workdir / 'config.json'), options_lib.as_json(options)))
+  if any(before.get(key) != now[key] for key in _MEASURED):
+    return ''
+  said = checkpoint.load_meta(workdir / loading.CHECKPOINTS, step).get('eval') or {}
+  return held_out.why_stopped(said, options.eval.patience, workdir / loading.BEST)
+
+
 def use_cpu_cores(options: Options) -> None:
   """One CPU device per core, where the mesh is left to divide a batch over all devices; before the first computation."""
   if options.mesh == MeshOptions():
@@ -641,6 +671,16 @@ def student_params(options: PromptOptions, cfg, params, sink: int, placement):
 def base_params(params):
   """Those of the model without learned sinks, as a teacher and what a LoRA student adds to have none."""
   return {name: p for name, p in params.items() if name != 'sinks'}
+
+
+def check_moments(made: Job, options: Options):
+  """Raises ValueError if `first_state` would, for the moments that model.keep_moments asks for; reads no values."""
+  if not options.model.keep_moments:
+    return
+  try:
+    loading.find(options.model.source).check_optimizer(made.state.opt_state)
+  except UserError as error:
+    raise UserError(f'config.model.keep_moments: {error}; leave it out to begin with new moments') from error
 
 
 def first_state(made: Job, options: Options, params) -> loop.TrainState:

@@ -7,7 +7,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -57,9 +57,9 @@ class Watch:
     """Whether it is to be called after this step."""
     return False
 
-  def __call__(self, step: int, state: TrainState) -> dict[str, float]:
-    """Scalars to write, {} for none."""
-    return {}
+  def __call__(self, step: int, state: TrainState) -> tuple[str, dict[str, float]]:
+    """(what a line says of it, scalars to write); empty: nothing, none."""
+    return '', {}
 
   def meta(self) -> dict:
     """What a checkpoint that is written now says of it, for `begin`."""
@@ -216,12 +216,8 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
         metrics.ProgressLine(config.steps, config.label, enabled=first) as progress, \
         trace.Profiler(pathlib.Path(workdir) / 'profile', config.profile if first else None) as profiler:
       report = _Reporter(config, writer, progress)
-      if step >= config.steps:
-        progress.say(f'finished already: step {step} of {config.steps} is saved in {folder}. To train longer, give a '
-                     f'larger --config.steps and say where its schedule ended (--config.optim.decay_steps), or begin a new '
-                     f'--workdir from it with --config.model.source={workdir}')
-      elif stopped():
-        progress.say(f'finished already: step {step} of {config.steps} is saved in {folder}. {stopped()}')
+      if step >= config.steps or stopped():
+        progress.say(finished(workdir, step, config.steps, stopped()))
       elif step:
         progress.say(f'going on from step {step} of {config.steps}, saved in {folder}')
       while step < config.steps and not stopped():
@@ -235,8 +231,11 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
         for watch in watches:
           if watch.due(step):
             with report.pause():
-              if seen := watch(step, state):
-                writer.write(step, seen)
+              said, seen = watch(step, state)
+            if said:
+              progress.say(f'step {step}: {said}')
+            if seen:
+              writer.write(step, seen)
         last, stop = step == config.steps or bool(stopped()), signals.stop(step)
         if last or stop or step % config.save_every == 0:
           with report.pause():   # raises before a state that is not finite could be saved
@@ -254,6 +253,25 @@ def run(step_fn, state: TrainState, batches, config: LoopConfig, workdir, *, put
     for watch in watches:
       watch.end()
   return state
+
+
+def finished(workdir, step: int, steps: int, stopped: str = '') -> str:
+  """What is said of a run with nothing left to do; `stopped`: why before its last step."""
+  more = stopped if step < steps else (
+      'To train longer, give a larger --config.steps and say where its schedule ended (--config.optim.decay_steps), or '
+      f'begin a new --workdir from it with --config.model.source={workdir}')
+  return f'finished already: step {step} of {steps} is saved in {pathlib.Path(workdir) / loading.CHECKPOINTS}. {more}'
+
+
+def held_out_line(step: int, best: tuple[int, float] | None, figures: Mapping[str, float]) -> str:
+  """What a watch says of figures, the first of which decides: 'held out block/kl 0.1234 (best), block/ce 1.1, ...'.
+
+  Args:
+    best: (step, value) of the best so far, this step included; None: none was any good.
+  """
+  (name, value), *more = figures.items()
+  standing = 'no best yet' if best is None else 'best' if best[0] == step else f'best is {best[1]:.4g} of step {best[0]}'
+  return ', '.join([f'held out {name} {value:.4g} ({standing})', *(f'{name} {x:.4g}' for name, x in more)])
 
 
 def _resume(saved, state, batches, meta):

@@ -136,10 +136,10 @@ class Watch(loop.Watch):
     predict: jitted (params, batch) -> log-odds [B, T], on every process.
     put_batch: host batch -> device batch.
     keep: (params, meta) -> None, called with what is best so far.
-    best: F1 of what is kept already.
+    best: (step, F1) of what is kept already; None: nothing.
   """
 
-  def __init__(self, validation, *, every, steps, batch, own_rows, predict, put_batch, keep, best=0.0):
+  def __init__(self, validation, *, every, steps, batch, own_rows, predict, put_batch, keep, best=None):
     self._own_rows = own_rows
     self._validation, self._every, self._steps, self._batch = validation, every, steps, batch
     self._predict, self._put_batch, self._keep, self.best = predict, put_batch, keep, best
@@ -147,15 +147,16 @@ class Watch(loop.Watch):
   def due(self, step: int) -> bool:
     return bool(self._every and self._validation.rows) and (step % self._every == 0 or step == self._steps)
 
-  def __call__(self, step, state) -> dict:
+  def __call__(self, step, state):
     threshold, scores = self.measure(state.params)
     plain, bare = (float(np.mean([f1 for name, f1 in scores.items() if name.endswith('*') is starred]))
                    for starred in (False, True))
     f1 = (plain + bare) / 2
-    if f1 > self.best:
-      self.best = f1
+    if f1 > (self.best[1] if self.best else 0.0):
+      self.best = step, f1
       self._keep(state.params, {'step': step, 'threshold': threshold, 'f1': plain, 'f1_without_hints': bare})
-    return {'val_f1': plain, 'val_f1_without_hints': bare, 'val_threshold': threshold} | {
+    found = {'val_f1': plain, 'val_f1_without_hints': bare, 'val_threshold': threshold}
+    return loop.held_out_line(step, self.best, {'mean_f1': f1} | found), found | {
         f'val_f1/{name.replace("*", "/without_hints")}': value for name, value in scores.items()}
 
   def measure(self, params) -> tuple[float, dict]:
@@ -256,6 +257,7 @@ def run(options: Options, workdir):
   workdir_lib.save_run_facts(workdir, options)
   cfg = job.model_config(options.model)
   made = build(options, placement, cfg, platform=placement.platform)
+  job.check_moments(made, options)
   source = files.locate(loading.tokenizer_of(options.data.tokenizer or options.model.source))
   reader = make_reader(options, source, cfg.vocab)
   documents = read_documents(options)
@@ -302,11 +304,11 @@ def _keep(params, measured, *, cfg, folder, source, options):
 
 
 def _best_so_far(folder):
-  """The F1 that an interrupted run has kept already."""
+  """(step, F1) of what an interrupted run has kept already, None if it has kept nothing."""
   if not (folder / files.META).exists():
-    return 0.0
+    return None
   kept = hf_config.read_meta(folder)['segmenter']
-  return (kept['f1'] + kept['f1_without_hints']) / 2
+  return kept['step'], (kept['f1'] + kept['f1_without_hints']) / 2
 
 
 if __name__ == '__main__':

@@ -28,31 +28,44 @@ BIAS_AT = (1, 4, 16, 64, 256)   # numbers of tokens whose KL is compared with th
 BIAS_BATCHES = 4
 
 
+def finished(options: distill.Options, workdir) -> str:
+  """See job.finished.
+
+  Raises:
+    ValueError: the folder was begun for something else.
+  """
+  folder, total = pathlib.Path(workdir), options.steps * options.batch
+  if (folder / teacher_logits.META).is_file():
+    distill.check_teacher_logits(folder, teacher_logits.read_meta(folder), distill.teacher_facts(options))
+  return '' if len(_done(options, folder)) < total else (
+      f'finished already: all {total} rows are in {folder}; train with --config.teacher.logits={folder}')
+
+
+def _done(options, folder) -> set[int]:
+  """The rows of these options that are in the folder."""
+  rows = {row for rows in teacher_logits.written_rows(folder).values() for row in rows}
+  return rows & {*range(options.steps * options.batch)}
+
+
 def run(options: distill.Options, workdir):
   """Writes the folder `workdir`; what a run that was stopped has written stays."""
   goal, positions, folder = options.distill, options.blocks.positions, pathlib.Path(workdir)
+  if finished(options, folder):
+    return
   placement = job.make_placement(options)
-  teacher_placement, facts = distill.teacher_placement(options, placement), distill.teacher_facts(options)
+  teacher_placement = distill.teacher_placement(options, placement)
   job.check_batch(options, placement, placement.platform)
-  _check_claim(folder, facts)
   student = job.model_config(options.model)
   tokenizer, model = job.load_tokenizer(options, student), distill.teacher_model(options)
   cfg = distill.teacher_config(job.model_config(model), student, model.source)
   source = inputs.load_rows(options.data, tokenizer)
-  done = {row for rows in teacher_logits.written_rows(folder).values() for row in rows}
-  total = options.steps * options.batch
-  missing = total - len(done & {*range(total)})
-  first = jax.process_index() == 0
-  if not missing:
-    if first:
-      print(f'finished already: all {total} rows are in {folder}; train with --config.teacher.logits={folder}')
-    return
-  if first and missing < total:
-    print(f'going on: {total - missing} of {total} rows are in {folder}')
+  done, total, first = _done(options, folder), options.steps * options.batch, jax.process_index() == 0
+  if first and done:
+    print(f'going on: {len(done)} of {total} rows are in {folder}')
   if options.teacher.top_k >= cfg.vocab:
     raise UserError(f'config.teacher.top_k={options.teacher.top_k}: the vocabulary has {cfg.vocab} tokens; keep fewer')
   teacher, weights = distill.load_teacher(options, cfg, tokenizer, teacher_placement)
-  _claim(folder, options, facts, weights)
+  _claim(folder, options, weights)
   compute = distill.teacher_compute(options, teacher_placement, placement.platform)
   model = distill.transformer_model(cfg, compute)
   say = functools.partial(teacher_says, model=model, options=goal, top_k=options.teacher.top_k, positions=positions)
@@ -101,19 +114,13 @@ def _held(x) -> dict[int, np.ndarray]:
   return held
 
 
-def _check_claim(folder, facts):
-  """Refuses a folder that was begun for something else."""
-  if (folder / teacher_logits.META).is_file():
-    distill.check_teacher_logits(folder, teacher_logits.read_meta(folder), facts)
-
-
-def _claim(folder, options, facts, weights):
+def _claim(folder, options, weights):
   """Says in a new folder what it is made for and from; one that was begun with other weights is refused."""
   if (folder / teacher_logits.META).is_file():
     distill.check_teacher_weights(folder, options, weights)
   elif jax.process_index() == 0:
     folder.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(folder / teacher_logits.META, facts | {'source_weights': weights})
+    metrics.write_json(folder / teacher_logits.META, distill.teacher_facts(options) | {'source_weights': weights})
 
 
 def teacher_says(teacher, batch, *, model: distill.Model, options, top_k, positions) -> dict:
@@ -172,4 +179,4 @@ def bias_table(bias) -> str:
 
 
 if __name__ == '__main__':
-  command.main(distill.Options, run)
+  command.main(distill.Options, run, finished)

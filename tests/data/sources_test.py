@@ -1,11 +1,13 @@
 """Sources: rows of files and of pages."""
 
 import data_cases
+import pyarrow
 import pytest
 import source_cases
+from pyarrow import parquet
 from source_cases import OPTIONS, STYLE
 
-from blockattn.data import json_lines, prompts, sources
+from blockattn.data import json_lines, prompts, sources, tables
 
 tokenizer, folder, files = source_cases.tokenizer, source_cases.folder, source_cases.files
 containers, pages = source_cases.containers, source_cases.pages
@@ -55,8 +57,21 @@ def test_pages_that_cannot_fit(containers, tokenizer):
 
 def test_no_document_left(tmp_path, tokenizer):
   path = data_cases.write_lines(tmp_path / 'a.jsonl', [b'{', data_cases.passages_line(0, words=200)])
-  with pytest.raises(ValueError, match=r'a.jsonl: no document to train on\n2 lines.*1 bad JSON, 1 too long'):
+  with pytest.raises(ValueError, match='a.jsonl: no document to train on: 2 lines.*1 bad JSON, 1 too long.*data.length=256'):
     sources.FileRows(path, tokenizer, OPTIONS).check()
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'parquet'])
+def test_no_document_is_looked_for_for_ever(tmp_path, tokenizer, kind):
+  rows = [data_cases.passages_line(i) for i in range(3000)]
+  if kind == 'parquet':
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'a.parquet', row_group_size=500)
+  else:
+    data_cases.write_lines(tmp_path / 'a.jsonl', rows)
+  source = sources.FileRows(str(tmp_path / f'a.{kind}'), tokenizer, sources.FileOptions(8, max_blocks=12))
+  with pytest.raises(ValueError, match=r'no document to train on: 1\d{3} lines.*too long; rows have .*length=8') as refused:
+    source.check()
+  assert '\n' not in str(refused.value)
 
 
 def test_malformed_lines_are_told_of_when_they_are_met(folder, tokenizer):
@@ -72,6 +87,16 @@ def test_malformed_lines_are_told_of_when_they_are_met(folder, tokenizer):
   strict = sources.FileRows(str(folder), tokenizer, OPTIONS, strict=True)
   with pytest.raises(json_lines.BadLineError, match='a.jsonl:16: bad JSON'):
     strict.read(range(len(strict)), seed=0)
+
+
+def test_a_file_that_is_read_in_two_ways_has_two_prints(folder, tokenizer):
+  path = str(folder / 'a.jsonl')
+  entry = lambda **more: tables.Origin(path, **more)
+  made = lambda *origins: sources.FileRows(origins, tokenizer, OPTIONS).fingerprint()
+  one, two = entry(columns={'passages': 'passages'}), entry(columns={'passages': 'passages', 'id': 'id'})
+  assert list(made(path)) == list(made(path, path)) == [path]
+  assert list(made(one, two)) == [path, f'{path} (2)'] and list(made(one, entry(mode='full'))) == [path, f'{path} in full']
+  assert len({*made(one, two).values()}) == 2 and {*made(one, two).values()} == {*made(two, one).values()}
 
 
 def test_what_pages_are_made_of(pages, containers, tokenizer):

@@ -15,7 +15,7 @@ import source_cases
 from pyarrow import feather, ipc, parquet
 from source_cases import OPTIONS
 
-from blockattn.data import sources, stream, tables
+from blockattn.data import prompts, sources, stream, tables
 from blockattn.data.tables import Origin
 
 tokenizer = source_cases.tokenizer
@@ -153,6 +153,16 @@ def test_a_row_group_that_is_too_large(tmp_path, monkeypatch):
   path = write(tmp_path, 'a.parquet', LINES)
   with pytest.raises(ValueError, match='row group 0 has 0 MB.*row_group_size=1000'):
     tables.open_tables(Origin(path))
+
+
+def test_no_more_of_a_file_is_unpacked_than_is_asked_for(tmp_path, monkeypatch):
+  path = write(tmp_path, 'a.jsonl.gz', LINES)
+  monkeypatch.setattr(tables, '_decompressed', None)
+  assert list(tables.in_order(path)) == list(enumerate(LINES, 1))
+  data = pathlib.Path(path).read_bytes()
+  pathlib.Path(path).write_bytes(data[:-12])   # nobody comes to where it is damaged
+  assert next(prompts.read_examples(path)).id == 'q0'
+  assert list(tables.in_order(write(tmp_path, 'a.parquet', LINES))) == list(enumerate(LINES, 1))
 
 
 def test_damaged_compression(tmp_path):

@@ -588,6 +588,25 @@ def test_an_export_has_a_card_with_blocks_training_and_usage_that_runs(tmp_path,
   assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize('form, lines', [
+    ({}, ['- sinks in front of every block: 2, token ids [3, 3]']),
+    ({'tail_ids': (48, 49)}, ['- tails, the last tokens of every block but the last one: 2, token ids [48, 49]',
+                              'The last 2 token ids, from 48 on, are learned tails: they']),
+    ({'sink_ids': (48,), 'tail_ids': (49,), 'links': True}, [
+        '- links behind every block but the last, which read all before them: 1, token ids [49]',
+        'are learned sinks and links: they']),
+    ({'align': 16}, ['- more of the first sink: until a block but the last has a multiple of 16 tokens']),
+    ({'seam': 4}, ['- first tokens of a block that are read again behind those before it: 4, or as a prompt asks'])])
+def test_cards_say_what_stands_between_blocks(form, lines):
+  options = blocks.BlockOptions(**{'sink_ids': (3, 3), 'positions': 'local', 'max_blocks': 4} | form)
+  cfg = dataclasses.replace(hf_cases.MODELS['qwen3_tied'], learned_sinks=sum(i >= 48 for i in options.own_ids))
+  meta = {'blocks': config.blocks_meta(options)}
+  for body in (card.text(cfg, meta), card.adapter_text(cfg, meta, 'org/base')):
+    assert all(line in body for line in lines) and ('tails' in body, 'links' in body) == (
+        bool(options.tail_ids) and not options.links, options.links)
+    assert ('multiple of' in body, 'are read again' in body) == (options.align > 1, options.seam > 0)
+
+
 def test_a_segmenters_card_is_of_another_task():
   cfg = classifier.of_backbone(CFG, labels=2)
   head, body = front(card.text(cfg, {'kind': 'segment'}, facts={'f1': 0.8}))

@@ -78,6 +78,12 @@ def test_points_are_named_by_what_they_change(config_file, tmp_path):
   assert (config.steps, config.batch, config.blocks.sinks, config.data.chat, config.seed) == (7, 8, 8, True, 1)
 
 
+def test_a_point_may_change_names_with_dots(tmp_path):
+  path = with_sweep(tmp_path, "add({'data.columns': {'answers.text': 'answers'}})")
+  [point] = sweep.plan(str(path), tmp_path / 'runs')
+  assert sweep.parse(point.command[2:-1]).data.columns.to_dict() == {'answers': {'text': 'answers'}}
+
+
 def test_names_that_no_folder_takes():
   name = sweep.point_name({'model.source': 'org/name of it'})
   assert name.startswith('model.source=org_name_of_it-') and name != sweep.point_name({'model.source': 'org/name_of it'})
@@ -94,6 +100,7 @@ def test_names_that_no_folder_takes():
      "point distill.drop_mode=lit: config.distill.drop_mode='lit'; choose one of lift"),
     ("add({'steps': 0})", 'point steps=0: config.steps=0'),
     ("add({'wandb': ''}); add({'data.pages.members': (True, 2)})", 'members: the command line cannot say this value'),
+    ("add({'compute.tiles': (True, 64)})", 'compute.tiles: the command line cannot say this value'),
     ('add(seed=1); add({"seed": 1})', 'adds seed=1 twice'),
     ('pass', 'adds no point')])
 def test_a_wrong_point_is_named_before_anything_starts(tmp_path, line, message, capsys):
@@ -328,12 +335,15 @@ def test_points_are_ranked_by_what_they_measured_on_the_same_held_out_documents(
 
 
 def test_a_point_that_its_held_out_figures_ended_is_finished(config_file, tmp_path):
-  workdir = tmp_path / 'blocks.sinks=0'
-  finish(workdir, get_config(config_file, **{'blocks.sinks': 0}), step=3)
-  first = lambda: sweep.plan(str(config_file), tmp_path)[0]
+  workdir, measured = tmp_path / 'blocks.sinks=0', {'data.eval_files': ('pages:validation',), 'eval.patience': 2}
+  finish(workdir, get_config(config_file, **{'blocks.sinks': 0} | measured), step=3)
+  first = lambda patience=2, files='pages:validation': sweep.plan(str(config_file), tmp_path, common=[
+      f'--config.eval.patience={patience}', f'--config.data.eval_files={files}'])[0]
   assert (first().step, first().finished) == (3, False)
-  checkpoint.save_params(workdir / 'checkpoints', {'w': jnp.zeros(1)}, {'eval': {'stopped': True}}, step=4)
+  said = {'of': '', 'figure': 'block/kl', 'step': 2, 'value': 1.0, 'since': 2, 'stopped': True}
+  checkpoint.save_params(workdir / 'checkpoints', {'w': jnp.zeros(1)}, {'eval': said}, step=4)
   assert (first().step, first().finished) == (4, True)
+  assert not first(patience=3).finished and not first(files='pages').finished   # the trainer would go on
 
 
 def test_what_is_no_sweep(tmp_path, capsys):

@@ -142,7 +142,7 @@ class Seen(loop.Watch):
   def __call__(self, step, state):
     resident = int(pathlib.Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     self.rss[step], self.compiled[step] = resident, self._count
-    return {}
+    return '', {}
 
 
 if __name__ == '__main__':

@@ -57,8 +57,11 @@ def arguments(models, data, *more):
 
 
 def test_from_folders_to_summary(models, data, tmp_path, capsys, monkeypatch):
+  hashed, key = [], evaluate.weights_key
+  monkeypatch.setattr(evaluate, 'weights_key', lambda subject: hashed.append(subject) or key(subject))
   assert evaluate.main(arguments(models, data, '--modes', 'block', '--out', str(tmp_path / 'out'))) == 0
   printed = capsys.readouterr().out
+  assert len(hashed) == 2   # of three subjects, two are the teacher
   summary = json.loads((tmp_path / 'out' / 'summary.json').read_text())
   assert summary['malformed_lines'] == 1 and 'test.jsonl:3: bad JSON' in printed
   rows = [json.loads(line) for line in (tmp_path / 'out' / 'documents.jsonl').read_text().splitlines()]
@@ -126,7 +129,7 @@ def test_the_tokenizer_of_a_run_is_that_of_its_config(models, tmp_path):
 
 
 @pytest.mark.parametrize('change, code, message', [
-    (['--strict'], 1, 'test.jsonl:3: bad JSON'),
+    (['--strict'], 2, 'test.jsonl:3: bad JSON'),
     (['--modes', 'ful'], 2, '--modes ful'), (['--seams', '1,two'], 2, '--seams 1,two'),
     (['--teacher', '/nowhere/teacher'], 2, '/nowhere/teacher'),
     (['--data', '/nowhere/*.jsonl'], 2, '/nowhere/*.jsonl'),

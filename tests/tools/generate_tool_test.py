@@ -138,4 +138,4 @@ def test_what_is_wrong_is_said(call, args, message):
 def test_a_malformed_line_is_named(folder, call):
   (folder / 'bad.jsonl').write_text('{"blocks": 3}\n')
   code, _, err = call('bad.jsonl')
-  assert code == 1 and 'bad.jsonl:1' in err
+  assert code == 2 and 'bad.jsonl:1' in err

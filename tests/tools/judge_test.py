@@ -144,7 +144,7 @@ def test_what_is_too_long_is_left_out(model, data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('benchmark, more, code, message', [
-    ('qa', ['--strict'], 1, 'hotpot.jsonl:5: bad JSON'),
+    ('qa', ['--strict'], 2, 'hotpot.jsonl:5: bad JSON'),
     ('qa', ['--tasks', 'hotpt'], 2, 'no task hotpt'),
     ('qa', ['--chat'], 2, 'chat template'),
     ('longbench', ['--tasks', 'hotpot'], 2, "no task 'hotpot'"),

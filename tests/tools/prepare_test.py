@@ -77,14 +77,16 @@ def get_config(arg=''):
   assert source.options.chat and source.options.too_long == 'cut'   # the tokenizer has a template
   entry = f"--config.data.files={{'path': {files[0]!r}, 'weight': 0.6}}"   # with spaces, as a shell hands it on
   assert prepare.main([f'--config={tmp_path}/own.py', entry]) == 0
+  assert prepare.main([*files, f'--config={tmp_path}/own.py', '--config.data.strict']) == 2
+  assert f'prepare: {files[0]}:16: bad JSON' in capsys.readouterr().err
   assert prepare.main([*files, '--length', '9']) == 2 and prepare.main(['--tokenizer', arguments[1]]) == 2
   err = capsys.readouterr().err
   assert 'give --tokenizer, or a --config' in err and 'give files, --length, or a --config' in err
 
 
 def test_prepare_fails_as_it_says(folder, arguments, tmp_path, capsys):
-  assert prepare.main([str(folder), *arguments, '--strict']) == 1
-  assert 'a.jsonl:16: bad JSON' in capsys.readouterr().err
+  assert prepare.main([str(folder), *arguments, '--strict']) == 2
+  assert f'prepare: {folder}/a.jsonl:16: bad JSON' in capsys.readouterr().err
   assert prepare.main([str(folder / 'missing.jsonl'), *arguments]) == 2
   assert 'missing.jsonl: no .jsonl' in capsys.readouterr().err
   assert prepare.main([str(folder), '--tokenizer', str(tmp_path), '--length', '9']) == 2

@@ -13,10 +13,11 @@ import run_cases
 from run_cases import Numbers, get_config, run_loop
 
 from blockattn import checkpoint, loading, metrics
+from blockattn.data import encode
 from blockattn.evals import gap
 from blockattn.hf import config as hf_config, convert
 from blockattn.models import transformer
-from blockattn.train import distill, finetune, held_out, loop
+from blockattn.train import command, distill, finetune, held_out, inputs, job, loop
 from configs import common
 from tools import evaluate, report
 
@@ -47,7 +48,7 @@ def lines_of(workdir):
 
 
 @pytest.mark.usefixtures('standard_promotion')   # optax
-def test_a_distillation_measures_what_an_evaluation_does(folder, held, capsys):
+def test_a_distillation_measures_what_an_evaluation_does(folder, held, capsys, monkeypatch):
   """On a mesh of eight devices, against one device that reads what the run kept."""
   config, workdir = get_config(folder), folder / 'measured'
   changed(config, **HELD, **{'data.eval_files': tuple(map(str, held)), 'export_every': 3, 'optim.lr': 3e-2})
@@ -92,10 +93,27 @@ def test_a_distillation_measures_what_an_evaluation_does(folder, held, capsys):
   page = report.render(workdir).read_text()
   assert 'eval/block/kl by step' in page and 'eval/block/kl_by_distance, by part' in page
 
-  # A finished run that is started again measures nothing.
+  # What was found is said in a line, and so is what was written.
+  out = capsys.readouterr().out
+  told = [f'{name} {lines[best][f"eval/{name}"]:.4g}' for name in ('block/kl', 'closed/kl', 'block/ce', 'block/f1')
+          if f'eval/{name}' in lines[best]]
+  assert f'step {best}: held out {told[0]} (best), {", ".join(told[1:])}' in out
+  assert f'step 3: exported to {workdir}/exports/step_3\n' in out
+
+  # A finished run that is started again measures nothing; the command loads nothing either.
   text = (workdir / 'metrics.jsonl').read_text()
   distill.run(distill.read(config), workdir)
   assert (workdir / 'metrics.jsonl').read_text() == text and 'finished already: step 6' in capsys.readouterr().out
+  options = distill.read(config)
+  assert job.finished(options, workdir).startswith(f'finished already: step 6 of 6 is saved in {workdir}/checkpoints. To ')
+  assert not job.finished(options, folder)
+  monkeypatch.setattr(command, 'read_config', lambda argv: (config, [f'--workdir={workdir}']))
+  with pytest.raises(SystemExit):
+    command.main(distill.Options, lambda *_: pytest.fail('it was run'))
+  assert 'finished already: step 6' in capsys.readouterr().out
+  config.seed += 1
+  with pytest.raises(ValueError, match='holds a run with another config: seed was'):
+    job.finished(distill.read(config), workdir)
 
 
 @pytest.mark.usefixtures('standard_promotion')
@@ -191,7 +209,11 @@ def test_a_run_ends_when_it_gets_no_better(tmp_path, capsys):
   run_loop(tmp_path, watches=[told])
   assert list(lines_of(tmp_path)) == [1, 2, 3, 4, 5, 6, 7, 8] and checkpoint.steps(tmp_path / 'best') == [6]
   said = 'block/kl no better than at step 6, 2 (config.eval.patience=2); that step stands in'
-  assert f'ended at step 8 of 10: 2 evaluations in a row found {said}' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert f'ended at step 8 of 10: 2 evaluations in a row found {said}' in out
+  assert [line for line in out.splitlines() if line.startswith('step')][-3:] == [
+      'step 6: held out block/kl 2 (best)', 'step 7: held out block/kl 7 (best is 2 of step 6)',
+      'step 8: held out block/kl 8 (best is 2 of step 6)']
   assert checkpoint.newest_step(tmp_path / 'checkpoints') == 8 and checkpoint.is_finished(tmp_path / 'checkpoints', 10)
   again = Numbers(before=lambda n: pytest.fail('a batch was read'))
   run_loop(tmp_path, again, watches=[Told(tmp_path, VALUES, patience=2)])
@@ -200,9 +222,10 @@ def test_a_run_ends_when_it_gets_no_better(tmp_path, capsys):
   assert checkpoint.steps(tmp_path / 'best') == [10] and lines_of(tmp_path)[10]['eval/best'] == 0
 
 
-def test_what_is_not_finite_is_not_best(tmp_path):
+def test_what_is_not_finite_is_not_best(tmp_path, capsys):
   run_loop(tmp_path, watches=[Told(tmp_path, (np.nan, 3, np.nan, 2) + (np.nan,) * 6)])
   assert checkpoint.steps(tmp_path / 'best') == [4]
+  assert 'step 1: held out block/kl nan (no best yet)' in capsys.readouterr().out
 
 
 def test_figures_of_other_documents_are_not_compared(tmp_path):
@@ -224,11 +247,15 @@ def test_a_watch_that_never_looks_changes_nothing(tmp_path):
 # What is read, and what is refused.
 
 
-def test_documents_are_as_many_of_each_file(folder, held):
+def test_documents_are_as_many_of_each_file(folder, held, monkeypatch):
   data = finetune.read(get_config(folder, 'finetune')).data
   data = dataclasses.replace(data, eval_files=tuple(map(str, held)))
   tokenizer = data_cases.tiny_tokenizer()
+  made, encoder = [], encode.Encoder
+  monkeypatch.setattr(encode, 'Encoder', lambda *args, **more: made.append('encoder') or encoder(*args, **more))
+  monkeypatch.setattr(inputs, 'load_cutter', lambda *_: made.append('cutter'))
   found = held_out.read(data, 5, tokenizer)
+  assert sorted(made) == ['cutter', 'encoder']   # for all files
   assert [example.response for example in found.examples] == [str(i * i) for i in (50, 60, 51, 61, 52)]
   assert [doc.answer[1] for doc in found.docs] == [len(doc.tokens) for doc in found.docs] and found.stop is None
   with pytest.raises(ValueError, match='not one document with an answer fits into config.data.length=4'):

@@ -53,6 +53,19 @@ def test_entries_on_the_command_line_in_a_file_and_in_a_sweep(tmp_path):
   assert finetune.read(command.read_config([TINY, f'--overrides={run}'])[0]).data.files == wanted
 
 
+def test_columns_of_fields_on_the_command_line_in_a_file_and_in_a_sweep(tmp_path):
+  columns = {'context': 'blocks', 'answers.text': 'answers'}
+  (tmp_path / 'a.yaml').write_text('data.columns: {context: blocks, answers.text: answers}\n')
+  for arg in (f'--config.data.columns={columns}', f'--config.data.columns={sweep.value_text(columns)}',
+              f'--overrides={tmp_path}/a.yaml'):
+    config, _ = command.read_config([TINY, arg, '--config.data.files=a.jsonl'])
+    [(_, [one])] = inputs.shares(finetune.read(config).data)
+    assert one.columns == columns
+  for both in ({'a': 'blocks', 'a.b': 'prompt'}, {'a.b': 'blocks', 'a': 'prompt'}):
+    with pytest.raises(ValueError, match="holds 'a' or 'a.b', not both; columns of both kinds are given in an entry"):
+      command.read_config([TINY, f'--config.data.columns={both}'])
+
+
 @pytest.fixture
 def data(tmp_path):
   data_cases.write_lines(tmp_path / 'questions.jsonl', [data_cases.passages_line(i) for i in range(30)])

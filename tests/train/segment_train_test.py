@@ -199,7 +199,7 @@ def lines(workdir):
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
-def test_training_learns_keeps_the_best_and_resumes(tmp_path, standard_promotion):
+def test_training_learns_keeps_the_best_and_resumes(tmp_path, standard_promotion, capsys):
   """Eight devices; an interrupted run ends where an uninterrupted one does."""
   config = config_of(tmp_path, steps=20)
   cfg, params = segment.run(segment.read(config), tmp_path / 'whole')
@@ -210,6 +210,8 @@ def test_training_learns_keeps_the_best_and_resumes(tmp_path, standard_promotion
   assert max(line['val_f1'] for line in measured) > 0.9
   best = hf_config.read_meta(tmp_path / 'whole' / 'best')['segmenter']
   assert best['step'] in (10, 20) and best['f1'] == max(line['val_f1'] for line in measured)
+  told = [line for line in capsys.readouterr().out.splitlines() if ': held out mean_f1 ' in line]
+  assert [line.partition(':')[0] for line in told] == ['step 10', 'step 20'] and '(best), val_f1 ' in told[0]
 
   scorer = segmenter.Segmenter.load(tmp_path / 'whole' / 'best')
   held_out = document(99)

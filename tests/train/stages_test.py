@@ -13,7 +13,7 @@ import train_cases
 from blockattn import checkpoint, loading
 from blockattn.data import teacher_logits
 from blockattn.hf import convert
-from blockattn.train import distill, finetune, job, teach
+from blockattn.train import distill, finetune, inputs, job, teach
 from tools import convert as cli
 
 folder = run_cases.folder   # a teacher, examples and a config file of both
@@ -85,7 +85,7 @@ def test_an_exported_student_goes_on_with_its_sinks(folder, tuned, tmp_path):
       started(distill.read(config_of(folder, **{'model.source': str(tmp_path / 'out')} | change)), cfg, None)
 
 
-def test_moments_of_another_model_are_refused(folder, tuned):
+def test_moments_of_another_model_are_refused(folder, tuned, tmp_path, monkeypatch):
   options = distill.read(config_of(folder, **{'model.source': str(tuned), 'model.keep_moments': True}))
   cfg = dataclasses.replace(run_cases.MODEL, learned_sinks=2, width=24)
   with pytest.raises(ValueError, match="holds the optimizer's state of another model, or of another optimizer"):
@@ -95,6 +95,12 @@ def test_moments_of_another_model_are_refused(folder, tuned):
     distill.read(config)
   with pytest.raises(ValueError, match='keep_moments goes on with the moments of a run: config.model.source names none'):
     job.ModelOptions(size='tiny', keep_moments=True)
+  monkeypatch.setattr(inputs, 'load_rows', lambda *_: pytest.fail('data was read'))   # the model comes behind it
+  part = {'model.source': str(tuned), 'model.keep_moments': True, 'model.train_only': 'wrappers'}
+  for changes, message in ((part, f'{tuned}/checkpoints/2 holds .* or of other parts of the model'),
+                           (part | {'model.source': f'{folder}/teacher'}, 'teacher is no work directory of a run')):
+    with pytest.raises(ValueError, match=f'config.model.keep_moments: .*{message}.*; leave it out to begin with new'):
+      distill.run(distill.read(config_of(folder, **changes)), tmp_path / 'run')
 
 
 def test_a_larger_teacher_and_more_steps(folder, large, tuned, tmp_path):

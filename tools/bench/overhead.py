@@ -62,7 +62,7 @@ class _Look(loop.Watch):
   def __call__(self, step, state):
     jax.block_until_ready(state)
     self.seen[step] = time.perf_counter()
-    return {}
+    return '', {}
 
 
 def overhead(args) -> None:
