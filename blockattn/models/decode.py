@@ -114,13 +114,28 @@ def prefill(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transfo
   Returns:
     (x_BD, Cache): the hidden state of each row's last token, after the final norm.
   """
-  x_BTD, (k, v) = read(params, tokens, layout, cfg, compute, context)
-  rows, length = tokens.shape
-  last = jnp.max(jnp.where(layout.doc != 0, jnp.arange(length), 0), axis=1)
+  x_BTD, states = read(params, tokens, layout, cfg, compute, context)
+  last = jnp.max(jnp.where(layout.doc != 0, jnp.arange(tokens.shape[1]), 0), axis=1)
+  return start(x_BTD, states, layout, last, cfg, room)
+
+
+def start(x_BTD: Array, states: tuple[Array, Array], layout: blocks.BlockLayout, last: Array, cfg: transformer.ModelConfig,
+          room: int) -> tuple[Array, Cache]:
+  """What a prompt is continued from, behind one of its tokens.
+
+  Args:
+    x_BTD, states: from `read`.
+    last: int32 [B], the token of each row that is continued, of its last block; what stands behind it is not read.
+    room: how many tokens may follow.
+
+  Returns:
+    (x_BD, Cache), see `prefill`.
+  """
+  rows, length = layout.doc.shape
   grow = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)])
-  each = jnp.arange(rows)
-  cache = Cache(k=grow(rotate_keys(k, layout.position, cfg)), v=grow(v),
-                visible=jnp.pad(_seen_by_next(layout, last), ((0, 0), (0, room))),
+  each, (k, v) = jnp.arange(rows), states
+  visible = _seen_by_next(layout, last) & (jnp.arange(length) <= last[:, None])
+  cache = Cache(k=grow(rotate_keys(k, layout.position, cfg)), v=grow(v), visible=jnp.pad(visible, ((0, 0), (0, room))),
                 position=layout.position[each, last] + 1, used=jnp.asarray(length, jnp.int32))
   return x_BTD[each, last], cache
 
@@ -170,12 +185,12 @@ def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfi
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'length', 'vocab'))
-def greedy(params: Any, tokens: Array, layout: blocks.BlockLayout, *, cfg: transformer.ModelConfig,
-           compute: transformer.Compute, length: int, stop_ids: Array, vocab: int) -> Array:
+def greedy(params: Any, x_BD: Array, cache: Cache, *, cfg: transformer.ModelConfig, compute: transformer.Compute,
+           length: int, stop_ids: Array, vocab: int) -> Array:
   """The most probable continuation, token by token.
 
   Args:
-    tokens, layout: [B, T], see `prefill`.
+    x_BD, cache: from `prefill` or `start`, with room for `length` tokens.
     length: most tokens to generate.
     stop_ids: int32 [n], n > 0, the tokens that end an answer.
     vocab: tokens from this id on are never produced (sinks, padding of the table).
@@ -198,8 +213,7 @@ def greedy(params: Any, tokens: Array, layout: blocks.BlockLayout, *, cfg: trans
     token, _, n, _ = carry
     return (n < length) & ~jnp.all(stops(token))
 
-  x_BD, cache = prefill(params, tokens, layout, cfg, compute, length)
   # A row of padding has nothing to say.
-  token = jnp.where(jnp.any(layout.doc != 0, axis=1), choose(x_BD), stop_ids[0])
-  answer = jnp.full((tokens.shape[0], length), stop_ids[0], jnp.int32)
+  token = jnp.where(jnp.any(cache.visible, axis=1), choose(x_BD), stop_ids[0])
+  answer = jnp.full((x_BD.shape[0], length), stop_ids[0], jnp.int32)
   return jax.lax.while_loop(goes_on, step, (token, answer, jnp.int32(0), cache))[1]
