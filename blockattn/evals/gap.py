@@ -330,7 +330,7 @@ def _hidden_and_answers(params, view, stop_ids, cfg, compute, max_new):
   hidden = jnp.take_along_axis(x_BTD, index[..., None], axis=1)
   if not max_new:
     return hidden, None
-  start = decode.start(x_BTD, states, layout, last, cfg, max_new)
+  start = decode.start(x_BTD, states, layout, last, cfg, compute, max_new)
   return hidden, decode.greedy(params, *start, cfg=cfg, compute=compute, length=max_new, stop_ids=stop_ids, vocab=cfg.vocab)
 
 
