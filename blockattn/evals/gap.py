@@ -131,6 +131,9 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject | None, docs: Sequ
     raise UserError(f'{len(docs)} documents but {len(examples)} examples' if docs or examples else
                     'nothing to evaluate: no document was left')
   _check_positions(subjects, docs, examples, max_new)
+  for doc, example in zip(docs, examples, strict=True):
+    if max_new and doc.answer[0] == sum(doc.lengths[:-1]):
+      raise UserError(f'{example.id}: a text without a question, to which nothing can be answered; leave it out')
   for name, subject in subjects.items():
     for doc, example in zip(docs, examples, strict=True):
       encode.check_ids(doc.tokens, subject.cfg.vocab, tokenizer, f'{name}: {example.id}')
@@ -289,7 +292,7 @@ def _by_bin(one) -> np.ndarray:
 def _read(subject, rows, placed, max_new, stop_ids):
   """(hidden states of the text tokens [rows, T, D], greedy answers to the prompts [rows, max_new]).
 
-  Arrays are as long as the longest document with what block mode inserts wants them, rounded up; the program knows nothing
+  Arrays are as long as the longest document with what block mode inserts wants them, rounded up; the programs know nothing
   else of mode and blocks, so that the subjects of one architecture share a few.
   """
   form, length = None, rows['tokens'].shape[1]
@@ -298,8 +301,13 @@ def _read(subject, rows, placed, max_new, stop_ids):
     form = dataclasses.replace(subject.options, max_blocks=1 << (most - 1).bit_length())   # few sizes, few compilations
     used = (rows['layout'].doc != 0).sum(axis=1) + form.most_added * (rows['layout'].block.max(axis=1) + 1)
     length = min(_length(int(used.max())), blocks.padded_length(length, form))
-  return _hidden_and_answers(subject.params, _view(placed, form, length), np.array(stop_ids, np.int32), subject.cfg,
-                             subject.compute, max_new)
+  how = dict(cfg=subject.cfg, compute=subject.compute)
+  hidden, start = _hidden_and_start(subject.params, _view(placed, form, length), room=_room(length, max_new), **how)
+  if not max_new:
+    return hidden, None
+  params = subject.params | {'layers': decode.apart(subject.params['layers'])}
+  return hidden, decode.greedy(params, *start, length=max_new, stop_ids=np.array(stop_ids, np.int32),
+                               vocab=subject.cfg.vocab, **how)
 
 
 @functools.partial(jax.jit, static_argnames=('form', 'length'))
@@ -323,15 +331,18 @@ def _view(rows, form, length):
   return tokens, layout, index, jnp.take_along_axis(index, last[:, None], axis=1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'max_new'))
-def _hidden_and_answers(params, view, stop_ids, cfg, compute, max_new):
+def _room(length, max_new):
+  """For an answer, so much that caches have fewer lengths than rows: what is not used costs less than a compilation."""
+  return max_new and decode.bucket(length + max_new, 2 * _STEP) - length
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'room'))
+def _hidden_and_start(params, view, cfg, compute, room):
+  """(hidden states of the text tokens, what answers are continued from, see decode.start, None without room)."""
   tokens, layout, index, last = view
   x_BTD, states = decode.read(params, tokens, layout, cfg, compute)
   hidden = jnp.take_along_axis(x_BTD, index[..., None], axis=1)
-  if not max_new:
-    return hidden, None
-  start = decode.start(x_BTD, states, layout, last, cfg, compute, max_new)
-  return hidden, decode.greedy(params, *start, cfg=cfg, compute=compute, length=max_new, stop_ids=stop_ids, vocab=cfg.vocab)
+  return hidden, decode.start(x_BTD, states, layout, last, cfg, compute, room) if room else None
 
 
 @jax.jit
