@@ -2,7 +2,8 @@
 
 A `Subject` is a model in a mode; the teacher is a Subject in full mode. Documents are evaluated one per row, so the
 figures do not depend on how training packs them: `measure` makes a row of figures per document, and goes on where it was
-stopped; `summarize` and `share_closed` make means of them.
+stopped; `summarize` and `share_closed` make means of them. A subject reads a document once, its answer included: no token of
+the prompt sees the answer, so that the same keys and values serve what is written in its place.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ DOCUMENTS = 'documents.jsonl'
 BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)   # lower edges of the distance bins, in tokens
 Put = Callable[[dict], dict]   # the rows of a batch on the host -> where they are computed with
 _ROW = {'document': int, 'key': str, 'models': {str: dict}}   # what each line has
-_SHORTEST = 256   # tokens of a row
+_STEP = 128       # tokens: the lengths of rows are multiples of it
 _CHUNK = 32       # tokens per row whose logits exist at a time: answers are short
 
 
@@ -114,7 +115,7 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject | None, docs: Sequ
     out: a folder, made if absent: run.json holds the facts, documents.jsonl gets a line per document as they come. What is
       there is not computed again.
     facts: what decides the figures beside documents, subjects' names, max_new and stop; JSON values.
-    progress: called with (documents done, all).
+    progress: called with (readings done, all): every subject reads every document.
     put: brings the `batch` rows of a forward pass to where the subjects compute, of several processes those of each; None:
       they are taken from the host, and may be fewer than `batch`.
 
@@ -130,6 +131,9 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject | None, docs: Sequ
     raise UserError(f'{len(docs)} documents but {len(examples)} examples' if docs or examples else
                     'nothing to evaluate: no document was left')
   _check_positions(subjects, docs, examples, max_new)
+  for doc, example in zip(docs, examples, strict=True):
+    if max_new and doc.answer[0] == sum(doc.lengths[:-1]):
+      raise UserError(f'{example.id}: a text without a question, to which nothing can be answered; leave it out')
   for name, subject in subjects.items():
     for doc, example in zip(docs, examples, strict=True):
       encode.check_ids(doc.tokens, subject.cfg.vocab, tokenizer, f'{name}: {example.id}')
@@ -144,11 +148,18 @@ def measure(subjects: Mapping[str, Subject], teacher: Subject | None, docs: Sequ
 
   def make(numbers):
     made = _measure_batch(subjects, teacher, [docs[n] for n in numbers], [examples[n] for n in numbers], tokenizer, batch,
-                          max_new, stop, put or _as_it_is)
+                          max_new, stop, put or _as_it_is, lambda readings: show(done, len(docs), readings))
     return [{'document': number, **row, 'key': keys[number]} for number, row in zip(numbers, made, strict=True)]
 
+  def show(documents, of, readings=0):
+    nonlocal done
+    done = documents
+    if progress:
+      progress(documents * len(subjects) + readings, of * len(subjects))
+
+  done = 0
   return answers.kept_rows(None if out is None else pathlib.Path(out), facts, keys, batches, make, file=DOCUMENTS, form=_ROW,
-                           by='document', progress=progress)
+                           by='document', progress=show)
 
 
 def _check_positions(subjects, docs, examples, max_new):
@@ -173,26 +184,32 @@ def _as_it_is(rows):
   return rows
 
 
-def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new, stop, put) -> list[dict]:
-  """Rows of the documents of one batch, see `measure`."""
-  sums = _token_sums(subjects, teacher, _rows(docs, batch), put)
-  models = [{} for _ in docs]
-  for name, subject in subjects.items():
+def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new, stop, put, show) -> list[dict]:
+  """Rows of the documents of one batch, see `measure`; `show` is called with the readings so far."""
+  rows = _rows(docs, batch)
+  placed, models = put(rows), [{} for _ in docs]
+  stop_ids = files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id) if max_new else ()
+  read = lambda subject, max_new: _read(subject, rows, placed, max_new, stop_ids)
+  right = None if teacher is None else read(teacher, max_new if any(s is teacher for s in subjects.values()) else 0)
+  for number, (name, subject) in enumerate(subjects.items()):
+    if number:
+      show(number * len(docs))
+    hidden, tokens = right if subject is teacher else read(subject, max_new)
+    heads = tuple(transformer.head_of(s.params, s.cfg) for s in (subject, teacher or subject))
+    sums = _whole(_gap_sums(heads, (hidden, right[0] if right else hidden), placed)).astype(np.float64)
     said = [{'scores': {}}] * len(docs)
     if max_new:
-      said = _scored(subject, docs, examples, tokenizer, batch, max_new, stop, put)
-    for own, answered, (count, ce, kl) in zip(models, said, sums[name][:len(docs)], strict=True):
+      said = _scored(_whole(tokens)[:len(docs)], stop_ids, examples, tokenizer, stop)
+    for own, answered, (count, ce, kl) in zip(models, said, sums[:len(docs)], strict=True):
       own[name] = answered | {'by_distance': [[low, int(n), float(c), float(k)]
                                               for low, n, c, k in zip(BINS, count, ce, kl, strict=True) if n]}
   return [{'id': example.id, 'answers': list(_accepted(example)), 'models': own}
           for example, own in zip(examples, models, strict=True)]
 
 
-def _scored(subject, docs, examples, tokenizer, batch, max_new, stop, put) -> list[dict]:
-  """The answers of a subject with their scores."""
-  stop_ids = files.stop_ids(tokenizer.name_or_path, tokenizer.eos_token_id)
-  said = [tokenizer.decode(tokens, skip_special_tokens=True)
-          for tokens in answer(subject, docs, stop_ids, batch=batch, max_new=max_new, put=put)]
+def _scored(answers, stop_ids, examples, tokenizer, stop) -> list[dict]:
+  """The texts of answers, up to the one of `stop_ids` that ends them, with their scores."""
+  said = [tokenizer.decode([int(t) for t in tokens if t not in stop_ids], skip_special_tokens=True) for tokens in answers]
   said = [text if stop is None else text.partition(stop)[0] for text in said]
   return [{'prediction': text, 'scores': scores.score(text, _accepted(example))}
           for text, example in zip(said, examples, strict=True)]
@@ -259,19 +276,6 @@ def share_closed(rows: Sequence[Mapping], teacher: str, before: str, after: str)
   return shares
 
 
-def _token_sums(subjects, teacher, rows, put) -> dict[str, np.ndarray]:
-  """{name: [rows, 3, bins]} of `_gap_sums`; the teacher reads the rows once."""
-  placed, found = put(rows), {}
-  read = lambda subject: _hidden(subject.params, placed, _bare(subject, rows))
-  right = None if teacher is None else read(teacher)
-  for name, subject in subjects.items():
-    hidden = right if subject is teacher else read(subject)
-    heads = tuple(transformer.head_of(s.params, s.cfg) for s in (subject, teacher or subject))
-    sums = _gap_sums(heads, (hidden, hidden if right is None else right), placed)
-    found[name] = _whole(sums).astype(np.float64)
-  return found
-
-
 def _whole(x) -> np.ndarray:
   """An array on the host, of which other processes may have parts."""
   return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
@@ -285,40 +289,60 @@ def _by_bin(one) -> np.ndarray:
   return sums
 
 
-def answer(subject: Subject, docs: Sequence[encode.EncodedDoc], stop_ids: Sequence[int], *, batch: int,
-           max_new: int, put: Put = _as_it_is) -> list[list[int]]:
-  """The greedy answer to each document's prompt: token ids without the one of `stop_ids` that ends it."""
-  found, prompts = [[] for _ in docs], [_prompt_of(doc) for doc in docs]
-  order = np.argsort([len(doc.tokens) for doc in prompts], kind='stable')   # the shortest first
-  for numbers in (order[i:i + batch] for i in range(0, len(docs), batch)):
-    rows = _rows([prompts[n] for n in numbers], batch)
-    bare = _bare(subject, rows)
-    tokens, layout = _view(put(rows), bare)[:2]
-    out = decode.greedy(subject.params, tokens, layout, cfg=subject.cfg, compute=subject.compute, length=max_new,
-                        stop_ids=np.array(stop_ids, np.int32), vocab=subject.cfg.vocab)
-    for number, row in zip(numbers, _whole(out), strict=False):   # the rows after the last document are empty
-      found[number] = [int(t) for t in row if t not in stop_ids]
-  return found
+def _read(subject, rows, placed, max_new, stop_ids):
+  """(hidden states of the text tokens [rows, T, D], greedy answers to the prompts [rows, max_new]).
+
+  Arrays are as long as the longest document with what block mode inserts wants them, rounded up; the programs know nothing
+  else of mode and blocks, so that the subjects of one architecture share a few.
+  """
+  form, length = None, rows['tokens'].shape[1]
+  if subject.mode == 'block':
+    most = int(rows['layout'].block.max()) + 1
+    form = dataclasses.replace(subject.options, max_blocks=1 << (most - 1).bit_length())   # few sizes, few compilations
+    used = (rows['layout'].doc != 0).sum(axis=1) + form.most_added * (rows['layout'].block.max(axis=1) + 1)
+    length = min(_length(int(used.max())), blocks.padded_length(length, form))
+  how = dict(cfg=subject.cfg, compute=subject.compute)
+  hidden, start = _hidden_and_start(subject.params, _view(placed, form, length), room=_room(length, max_new), **how)
+  if not max_new:
+    return hidden, None
+  params = subject.params | {'layers': decode.apart(subject.params['layers'])}
+  return hidden, decode.greedy(params, *start, length=max_new, stop_ids=np.array(stop_ids, np.int32),
+                               vocab=subject.cfg.vocab, **how)
 
 
-def _bare(subject, rows):
-  most = int(rows['layout'].block.max()) + 1
-  most = 1 << (most - 1).bit_length()   # few sizes, few compilations
-  return dataclasses.replace(subject, params=None, options=dataclasses.replace(subject.options, max_blocks=most))
+@functools.partial(jax.jit, static_argnames=('form', 'length'))
+def _view(rows, form, length):
+  """What is read of the rows: (tokens, layout [B, length], where each text token went [B, T], where the prompt's last one
+  did [B]).
 
-
-def _view(rows, bare):
-  if bare.mode == 'block':
-    return blocks.block_mode(rows['tokens'], rows['layout'], bare.options)
+  Args:
+    form: BlockOptions; None: plain causal attention.
+  """
   shape = rows['tokens'].shape
-  return rows['tokens'], blocks.as_one_block(rows['layout']), jnp.broadcast_to(jnp.arange(shape[1]), shape)
+  if form is None:
+    tokens, layout = rows['tokens'], blocks.as_one_block(rows['layout'])
+    index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+  else:
+    tokens, layout, index = blocks.block_mode(rows['tokens'], rows['layout'], form)
+  tokens, layout = jax.tree.map(lambda x: x[:, :length], (tokens, layout))
+  # The token that predicts the answer's first; where there is no answer, the last of all.
+  whole = jnp.maximum((rows['layout'].doc != 0).sum(axis=1) - 1, 0)
+  last = jnp.where(rows['loss'].any(axis=1), rows['loss'].argmax(axis=1), whole)
+  return tokens, layout, index, jnp.take_along_axis(index, last[:, None], axis=1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames='bare')
-def _hidden(params, rows, bare):
-  tokens, layout, index = _view(rows, bare)
-  x_BTD = transformer.apply(params, tokens, layout, bare.cfg, bare.compute)
-  return jnp.take_along_axis(x_BTD, index[..., None], axis=1)
+def _room(length, max_new):
+  """For an answer, so much that caches have fewer lengths than rows: what is not used costs less than a compilation."""
+  return max_new and decode.bucket(length + max_new, 2 * _STEP) - length
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'room'))
+def _hidden_and_start(params, view, cfg, compute, room):
+  """(hidden states of the text tokens, what answers are continued from, see decode.start, None without room)."""
+  tokens, layout, index, last = view
+  x_BTD, states = decode.read(params, tokens, layout, cfg, compute)
+  hidden = jnp.take_along_axis(x_BTD, index[..., None], axis=1)
+  return hidden, decode.start(x_BTD, states, layout, last, cfg, compute, room) if room else None
 
 
 @jax.jit
@@ -336,14 +360,14 @@ def _gap_sums(heads, hidden, rows):
   return losses.sum_over_tokens(sums, heads, hidden, {'target': rows['targets'], 'bin': bins}, rows['loss'], _CHUNK)
 
 
-def _prompt_of(doc):
-  start, lengths = doc.answer[0], doc.lengths[:-1]
-  return encode.EncodedDoc(doc.tokens[:start], (*lengths, start - sum(lengths)), (start, start))
-
-
 def _rows(docs, batch) -> dict:
-  """A document per row, and empty rows up to `batch`, padded to a power of two or one and a half of it: few shapes, few
-  compilations."""
-  length = decode.bucket(max(len(doc.tokens) for doc in docs), _SHORTEST)
+  """A document per row, and empty rows up to `batch`."""
+  length = _length(max(len(doc.tokens) for doc in docs))
   rows = [packing.pack_row([doc], length) for doc in docs] + [packing.pack_row([], length)] * (batch - len(docs))
   return jax.tree.map(lambda *x: np.stack(x), *rows)
+
+
+def _length(tokens):
+  """So many tokens or up to an eighth more: few shapes, few compilations, and little padding to read."""
+  step = max(_STEP, 1 << tokens.bit_length() >> 4)
+  return -(-tokens // step) * step

@@ -22,7 +22,8 @@ from blockattn.inference import cache as cache_lib
 from blockattn.models import decode, transformer
 
 AXIS = 'context'
-EVERYWHERE, ROWS, PAGES, CONTEXT = (PartitionSpec(*axes) for axes in ((), (AXIS,), (None, AXIS), (None, None, AXIS)))
+EVERYWHERE, ROWS, PAGES, VALUES, KEYS = (
+    PartitionSpec(*axes) for axes in ((), (AXIS,), (None, AXIS), (None,) * 3 + (AXIS,), (None,) * 4 + (AXIS,)))
 PAGE = 16   # tokens: a block wastes half of this on average
 
 
@@ -199,12 +200,12 @@ def _fetch(k_pool, v_pool, pages):
 @functools.partial(jax.jit, static_argnames=('cfg', 'mesh'))
 def _gather(k_pool, v_pool, pages, position, visible, *, cfg, mesh):
   here = functools.partial(_read_pages, cfg=cfg)
-  k, v = on_mesh(mesh, here, (PAGES, PAGES, PAGES, PAGES), (CONTEXT, CONTEXT))(
+  k, v = on_mesh(mesh, here, (PAGES, PAGES, PAGES, PAGES), (KEYS, VALUES))(
       k_pool, v_pool, pages, position)
   return k, v, visible
 
 
 def _read_pages(k_pool, v_pool, pages, position, cfg):
-  """(k, v) [L, B, S, K, H] of the tokens in pages [B, n], keys rotated to their positions [B, S]."""
+  """(k, v) of `decode.Context` of the tokens in pages [B, n], keys rotated to their positions [B, S]."""
   flat = lambda pool: pool[:, pages].reshape(pool.shape[0], *position.shape, *pool.shape[3:])
-  return decode.rotate_keys(flat(k_pool), position, cfg), flat(v_pool)
+  return decode.as_read(decode.rotate_keys(flat(k_pool), position, cfg), flat(v_pool))

@@ -126,14 +126,34 @@ def test_documents_without_an_answer_have_no_gap(docs):
   assert (figures['ce'], figures['kl'], figures['by_distance']) == (0, 0, [])
 
 
-def test_answers_come_back_in_order(docs):
-  student = subject('block', seed=1)
-  together = gap.answer(student, docs, (0,), batch=2, max_new=3)
-  assert together == [gap.answer(student, [doc], (0,), batch=1, max_new=3)[0] for doc in docs]
-  assert len({tuple(answer) for answer in together}) > 1
-  stop = together[0][1]   # a second token that ends answers
-  ended = [answer[:answer.index(stop)] if stop in answer else answer for answer in together]
-  assert gap.answer(student, docs, (0, stop), batch=2, max_new=3) == ended != together
+def written(model, doc, stop_ids=(0,), new=3):
+  """The greedy answer to a document's prompt, every token from a forward pass of its own."""
+  start, answer = doc.answer[0], []
+  while len(answer) < new:
+    lengths = (*doc.lengths[:-1], start - sum(doc.lengths[:-1]) + len(answer))
+    text = encode.EncodedDoc(np.array([*doc.tokens[:start], *answer], np.int32), lengths, doc.answer)
+    answer.append(int(log_probabilities(model, text)[-1].argmax()))
+    if answer[-1] in stop_ids:
+      return answer[:-1]
+  return answer
+
+
+def words(answers):
+  return [Words().decode(tokens, skip_special_tokens=True) for tokens in answers]
+
+
+@pytest.mark.parametrize('mode', gap.MODES)
+def test_answers_are_those_of_a_forward_pass_for_every_token(docs, mode, monkeypatch):
+  """The prompt was read with another answer behind it, which must not be seen."""
+  model = subject(mode, seed=1)
+  whole = [written(model, doc) for doc in docs]
+  stop = whole[0][1]   # a second token that ends answers
+  ended = [written(model, doc, (0, stop)) for doc in docs]
+  assert len({tuple(answer) for answer in whole}) > 1 and ended != whole
+  said = lambda: [row['models']['it']['prediction'] for row in measure(docs, examples_of(docs), {'it': model})]
+  assert said() == words(whole)
+  monkeypatch.setattr(gap.files, 'stop_ids', lambda *_: (0, stop))
+  assert said() == words(ended)
 
 
 def measure(docs, examples, subjects=None, **more):
@@ -160,9 +180,8 @@ def test_a_token_without_a_row_is_refused(docs):
 
 def test_rows_and_their_means(docs):
   student, teacher = subject('block', seed=1), subject('full')
-  given = gap.answer(student, docs, (0,), batch=2, max_new=3)
-  assert len(given) == len(docs) and all(0 not in tokens and len(tokens) <= 3 for tokens in given)
-  said = [Words().decode(tokens, skip_special_tokens=True) for tokens in given]
+  given = [written(student, doc) for doc in docs]
+  said = words(given)
   # Right to the letter, right but for the accepted case, one word of the answer, wrong, and an answer without a list.
   answers = [(f' {said[0]} ', 'x'), (said[1].upper(),), (said[2].split()[0],), ('nonsense',), ()]
   examples = [Example(('a', 'b'), 'q', said[4], f'id{i}', a) for i, a in enumerate(answers)]
@@ -243,6 +262,8 @@ def test_what_cannot_be_evaluated(docs):
     run(docs, [])
   with pytest.raises(ValueError, match='nothing to evaluate: no document was left'):
     run([], [])
+  with pytest.raises(ValueError, match='id0: a text without a question'):
+    run([dataclasses.replace(docs[0], answer=(9, 15))], examples_of(docs[:1]))
   # 49 tokens, of them 20 of the answer, two sinks in front of three blocks: 29 + 4062 + 6 = 4097.
   with pytest.raises(ValueError, match='1 of 5 documents are too long for it: id1 takes 4097 positions, .* model has 4096'):
     run(docs, examples_of(docs), max_new=4062)

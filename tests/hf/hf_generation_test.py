@@ -117,7 +117,8 @@ def our_logits(student, prompts, options):
 def our_answers(student, prompts, options):
   """int32 [B, NEW], END behind an answer that ended."""
   tokens, layout = rows_of(prompts, options)
-  return np.asarray(decode.greedy(student.params, tokens, layout, cfg=student.cfg, compute=COMPUTE, length=NEW,
+  start = decode.prefill(student.params, tokens, layout, student.cfg, COMPUTE, NEW)
+  return np.asarray(decode.greedy(student.params, *start, cfg=student.cfg, compute=COMPUTE, length=NEW,
                                   stop_ids=np.array([END]), vocab=student.cfg.vocab))[:len(prompts)]
 
 

@@ -69,6 +69,13 @@ def masked(params, cfg, compute, options, prompt, seam=None):
   return np.asarray(transformer.logits(params, x_BTD[0, int(index[0, sum(lengths[0]) - 1])], cfg))
 
 
+def masked_answers(params, cfg, tokens, layout):
+  """Twelve greedy tokens behind each prompt, read in one masked forward pass."""
+  start = decode.prefill(params, tokens, layout, cfg, Compute(impl='reference'), 12)
+  return np.asarray(decode.greedy(params, *start, cfg=cfg, compute=Compute(impl='reference'), length=12,
+                                  stop_ids=np.array([STOP]), vocab=48)).tolist()
+
+
 _apply = jax.jit(transformer.apply, static_argnums=(3, 4))
 _block_mode = jax.jit(blocks.block_mode, static_argnums=2)
 
@@ -159,9 +166,8 @@ def test_answers_with_seams_are_those_of_the_masked_forward_pass(words):
   subject, want = engine('llama_rope', words, 'local', form=form), {}
   for seam in (0, 3):
     options = blocks.BlockOptions(SINKS['llama_rope'], 'local', 8, **form)
-    made = decode.greedy(params, *_block_mode(tokens, layout, options, np.int32(seam))[:2], cfg=cfg,
-                         compute=Compute(impl='reference'), length=12, stop_ids=np.array([STOP]), vocab=48)
-    want[seam] = [[t for t in row if t != STOP] for row in np.asarray(made).tolist()]
+    made = masked_answers(params, cfg, *_block_mode(tokens, layout, options, np.int32(seam))[:2])
+    want[seam] = [[t for t in row if t != STOP] for row in made]
   got = lambda requests: [list(answer.tokens) for answer in subject.generate(requests)]
   assert got([Request(prompt, max_new=12) for prompt in prompts]) == want[3] != want[0]
   assert got([Request(prompt, max_new=12, seam=0) for prompt in prompts]) == want[0]
@@ -254,11 +260,10 @@ def test_greedy_answers_are_those_of_the_masked_forward_pass(subject):
   for row, prompt in zip(tokens, prompts, strict=True):
     row[:sum(map(len, prompt))] = np.concatenate(prompt)
   tokens, layout, _ = blocks.block_mode(tokens, layout, blocks.BlockOptions(SINKS['qwen3_tied'], 'sequential', 8))
-  want = decode.greedy(params, tokens, layout, cfg=cfg, compute=Compute(impl='reference'), length=12,
-                       stop_ids=np.array([STOP]), vocab=48)
+  want = masked_answers(params, cfg, tokens, layout)
   got = subject.generate([Request(prompt, max_new=12) for prompt in prompts])
-  for row, answer in zip(np.asarray(want), got, strict=True):
-    assert list(answer.tokens) == [t for t in row.tolist() if t != STOP]
+  for row, answer in zip(want, got, strict=True):
+    assert list(answer.tokens) == [t for t in row if t != STOP]
 
 
 def test_streamed_text_is_the_answer_and_ends_before_stop_texts(words):

@@ -1,7 +1,5 @@
 """Greedy decoding against the forward pass of the whole text, computed again for every new token."""
 
-import functools
-
 import hf_cases
 import jax
 import jax.numpy as jnp
@@ -32,6 +30,11 @@ def params():
   return params
 
 
+def greedy(params, tokens, layout, stop_ids):
+  start = prefill(params, tokens, layout, CFG, COMPUTE, NEW)
+  return decode.greedy(params, *start, cfg=CFG, compute=COMPUTE, length=NEW, stop_ids=stop_ids, vocab=VOCAB)
+
+
 def prompt_tokens():
   rng = np.random.default_rng(3)
   return [rng.integers(1, VOCAB, size=sum(doc)).tolist() for doc in PROMPTS]
@@ -55,7 +58,6 @@ def rows_of(texts, options, more=0, shared_first=False):
 apply = jax.jit(transformer.apply, static_argnums=(3, 4))
 prefill = jax.jit(decode.prefill, static_argnums=(3, 4, 5))
 extend = jax.jit(decode.extend, static_argnums=(3, 4))
-greedy = functools.partial(decode.greedy, cfg=CFG, compute=COMPUTE, length=NEW, vocab=VOCAB)
 
 
 def last_states(params, texts, options, more, shared_first=False):

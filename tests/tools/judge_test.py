@@ -205,7 +205,7 @@ def test_answers_are_those_of_the_masked_forward_pass(model, data, tmp_path, mon
   monkeypatch.setattr(judge, '_DEVICE_TOKENS', 64)
   compute = transformer.Compute(dtype='float32', impl='reference')
   subject, tokenizer = gap.load(model, 'block', compute)
-  docs, _, _ = evaluate.file_docs([data['qa']], tokenizer, limit=3)
+  docs, examples, _ = evaluate.file_docs([data['qa']], tokenizer, limit=3)
   prompts = []
   for doc in docs:
     ends = [sum(doc.lengths[:i + 1]) for i in range(len(doc.lengths) - 1)] + [doc.answer[0]]
@@ -215,6 +215,6 @@ def test_answers_are_those_of_the_masked_forward_pass(model, data, tmp_path, mon
     judged = dataclasses.replace(subject, mode=mode)
     answer = judge.answerer(judged, tokenizer, batch=4)
     said[mode] = answer(prompts, max_new=4, stop=())
-    expected = gap.answer(judged, docs, (tokenizer.eos_token_id,), batch=4, max_new=4)
-    assert said[mode] == [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in expected]
+    expected = gap.measure({mode: judged}, None, docs, examples, tokenizer, batch=4, max_new=4)
+    assert said[mode] == [row['models'][mode]['prediction'] for row in expected]
   assert said['full'] != said['block'] and all(said['full'])

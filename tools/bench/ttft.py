@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from blockattn import blocks as blocks_lib
+from blockattn import blocks as blocks_lib, loading
 from blockattn.errors import UserError
 from blockattn.hf import convert
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, pool, stopwatch
@@ -74,11 +74,11 @@ class Model:
   def engine(self, prompt: Prompt, store=None) -> engine_lib.Engine:
     room = sum(-(-n // 16) * 16 for n in prompt.with_sinks())
     options = blocks_lib.BlockOptions(_SINKS, 'sequential', max_blocks=1)
-    return engine_lib.Engine(self.params, self.cfg, self.compute, options, _tokenizer(), stop_ids=(), store=store,
+    return engine_lib.Engine(self.params, self.cfg, self.compute, options, no_tokenizer(), stop_ids=(), store=store,
                              device_tokens=room)
 
 
-def _tokenizer():
+def no_tokenizer():
   """Decodes nothing: no text is asked for."""
   return tokenizers.Tokenizer(tokenizers.models.WordLevel({'?': 0}, unk_token='?'))
 
@@ -115,15 +115,32 @@ def ways(model: Model, prompt: Prompt, folder: pathlib.Path, states=STATES) -> d
   return {name: found[name] for name in (FULL, *STATES) if name == FULL or name in states}
 
 
-def timed(engine: engine_lib.Engine, request: plan.Request, *, wait: bool = False) -> stopwatch.Stopwatch:
-  """How long an answer takes; `wait`: its parts too."""
+def timed(engine: engine_lib.Engine, *requests: plan.Request, wait: bool = False) -> stopwatch.Stopwatch:
+  """How long answers take; `wait`: their parts too."""
   with stopwatch.running(wait=wait) as watch:
-    engine.generate([request], on_part=watch)
+    engine.generate(requests, on_part=watch)
   return watch
 
 
 def torch_way(model: Model, prompt: Prompt, folder: pathlib.Path):
   """The way of transformers: full prefill.
+
+  Raises:
+    ImportError: torch is missing.
+  """
+  import torch
+  peer = torch_model(model, folder)
+  tokens = torch.tensor([sum(prompt.blocks, ())], device=peer.device)
+
+  @torch.no_grad()
+  def first():
+    return int(peer(tokens, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+
+  return lambda: measuring.clocked(first)
+
+
+def torch_model(model: Model, folder: pathlib.Path):
+  """The model in transformers, by way of `folder`.
 
   Raises:
     ImportError: torch is missing.
@@ -136,21 +153,14 @@ def torch_way(model: Model, prompt: Prompt, folder: pathlib.Path):
                  dtype=str(model.params['embed'].dtype))
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   peer = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=getattr(torch, model.compute.dtype))
-  peer = peer.to(device).eval()
-  tokens = torch.tensor([sum(prompt.blocks, ())], device=device)
-
-  @torch.no_grad()
-  def first():
-    return int(peer(tokens, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
-
-  return lambda: measuring.clocked(first)
+  return peer.to(device).eval()
 
 
 def _source(folder):
   """The least that an export takes from where a model came from: a tokenizer."""
   source = folder / 'source'
   source.mkdir(exist_ok=True)
-  _tokenizer().save(str(source / 'tokenizer.json'))
+  no_tokenizer().save(str(source / 'tokenizer.json'))
   (source / 'tokenizer_config.json').write_text('{}')
   (source / 'generation_config.json').write_text('{}')
   return source
@@ -249,8 +259,12 @@ def picture(results: list[dict], title: str) -> str:
 # The command.
 
 def load_model(args) -> Model:
-  cfg = SMALL if args.model == 'small' else sizes.get(args.model, max_positions=1 << 18)
+  """The model that --model names, in --dtype."""
   compute = transformer.Compute(dtype=args.dtype, impl=api.choose(args.impl, jax.devices()[0]).impl)
+  if loading.is_here(args.model):
+    loaded = loading.load(args.model, args.dtype)
+    return Model(loaded.params, loaded.cfg, compute)
+  cfg = SMALL if args.model == 'small' else sizes.get(args.model, max_positions=1 << 18)
   init = jax.jit(lambda: spec.init(transformer.spec(cfg), jax.random.key(0), args.dtype))
   return Model(init(), cfg, compute)
 
@@ -261,7 +275,7 @@ def ttft(args) -> None:
   off = check(model, make_prompt(min(args.lengths), args.block, args.last, model.cfg.vocab))
   rate = rates(args)
   print(measuring.describe(facts, (
-      f'model {args.model}, {args.dtype}, random weights; blocks of about {args.block} tokens, '
+      f'model {args.model}, {args.dtype}; blocks of about {args.block} tokens, '
       f'the last of {args.last}, {len(_SINKS)} sinks; cache {bytes_per_token(model.cfg, itemsize):,} bytes per token, '
       f'{bytes_per_token(model.cfg, 1):,} in int8\nlogits over cached blocks are {off:.1g} standard deviations off the '
       f'masked forward pass; rates {rate["flops"] / 1e12:.3g} TFLOP/s, {rate["bytes"] / 1e9:.3g} GB/s\n')))
@@ -305,15 +319,21 @@ def measure_length(model, length, rate, args, folder) -> dict:
 def add(commands) -> None:
   parser = measuring.add_command(commands, 'ttft', 'time to the first token over cached blocks, against full prefill', ttft,
                                  devices=False)
-  parser.add_argument('--model', default='small', help=f'small, or one of {", ".join(sizes.SIZES)}')
+  add_model(parser)
   parser.add_argument('--lengths', type=int, nargs='+', default=list(DEFAULT), metavar='T', help='tokens of the prompts '
                       '(default 1024 to 65536)')
   arguments.add_numbers(parser, block=(512, 'mean tokens of a context block'), last=(128, 'tokens of the last block'),
                         samples=(3, 'of each way, fewer of slow ones'))
-  arguments.add_computing(parser)
   parser.add_argument('--states', nargs='+', choices=STATES, default=STATES, help='of the context blocks, beside full '
                       'prefill (default: all)')
-  parser.add_argument('--no-torch', action='store_true', help='leave transformers with torch out')
   parser.add_argument('--peak-tflops', type=float, help='what the device can compute (default: what a matmul reaches)')
-  parser.add_argument('--bandwidth-gbs', type=float, help='of its memory (default: what a copy reaches)')
   parser.add_argument('--plot', type=pathlib.Path, metavar='FILE.svg', help='seconds against tokens')
+
+
+def add_model(parser) -> None:
+  """The model and how it computes, whether torch is a peer, and what the machine's memory can do."""
+  parser.add_argument('--model', default='small', help='random weights: small, or one of '
+                      f'{", ".join(sizes.SIZES)}; or a folder')
+  arguments.add_computing(parser)
+  parser.add_argument('--no-torch', action='store_true', help='leave transformers with torch out')
+  parser.add_argument('--bandwidth-gbs', type=float, help='of the memory (default: what a copy reaches)')
