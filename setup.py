@@ -63,6 +63,7 @@ setuptools.setup(
     package_data={'blockattn': ['assets/**', 'py.typed']},
     install_requires=[
         'array-record',
+        'filelock',   # what JAX locks its cache of compiled programs with
         'flax>=0.12.8',
         'grain>=0.2.18',
         'httpx',            # what transformers downloads with

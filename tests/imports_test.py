@@ -10,7 +10,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = (
-    ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint'),
+    ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'compiled',
+     'checkpoint'),
     ('kernels',),
     ('models',),
     ('data', 'hf', 'losses', 'optim'),
@@ -27,8 +28,8 @@ GUESTS = {'grain': ('data', 'train', 'checkpoint'), 'ml_collections': ('train',)
           **dict.fromkeys(('pyarrow', 'datasets'), ('data',)),
           **dict.fromkeys(('tensorflow_datasets', 'apache_beam', 'datasketch', 'tree_sitter'), ('segmentation',))}
 # These must import on a machine without any of them, whatever they import themselves.
-PORTABLE = ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'checkpoint',
-            'kernels', 'models', 'inference')
+PORTABLE = ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'compiled',
+            'checkpoint', 'kernels', 'models', 'inference')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 def compute_of(options, console: rich.console.Console):
   """transformer.Compute of --dtype and --impl; the implementation of attention that this is here is said."""
-  import jax  # those who compute have loaded it already
+  import jax  # as in `run`
 
   from blockattn.kernels import api
   from blockattn.models import transformer
@@ -104,6 +104,9 @@ def run(name: str, command: Callable[[], int | None], *, stopped: str = '',
     mendable: errors, beside those of files and values, that the user can mend.
   """
   err = console(stderr=True)
+  if 'jax' in sys.modules:   # those who compute have loaded it already
+    from blockattn import compiled
+    compiled.keep()
   try:
     return command() or 0
   except (OSError, ValueError, ImportError, *mendable) as error:

@@ -154,15 +154,11 @@ def plain(tokenizer: Any) -> Any:
     tokenizer: a transformers fast tokenizer, or a `tokenizers.Tokenizer`; copied.
   """
   import tokenizers  # not needed by those who only want the types above
-  made = tokenizers.Tokenizer.from_str(_plain_state(tokenizer))
+  made = tokenizers.Tokenizer.from_str(getattr(tokenizer, 'backend_tokenizer', tokenizer).to_str())
+  made.no_padding()
+  made.no_truncation()
   made.encode_special_tokens = True
   return made
-
-
-def _plain_state(tokenizer):
-  """The JSON of a tokenizer that cuts nothing and fills nothing up."""
-  tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
-  return json.dumps(json.loads(tokenizer.to_str()) | {'padding': None, 'truncation': None})
 
 
 @functools.lru_cache(maxsize=8)   # a copy of a large tokenizer takes seconds
@@ -208,9 +204,10 @@ class Encoder:
     # Everything that decides the tokens, and through the chat template the texts.
     rendered = chat_template.probe(tokenizer) if tokenizer.chat_template else ''
     specials = sorted(map(str, tokenizer.special_tokens_map.items()))
-    facts = (_plain_state(tokenizer), tokenizer.chat_template, rendered, specials, self.bos, self.eos)
-    self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
     self._plain = plain(tokenizer)
+    state = json.dumps(json.loads(self._plain.to_str()))   # in Python's form, whatever that of the library is
+    facts = (state, tokenizer.chat_template, rendered, specials, self.bos, self.eos)
+    self.fingerprint = hashlib.sha256(repr(facts).encode()).hexdigest()
     added = self._plain.get_added_tokens_decoder()
     self._special = {token.content: i for i, token in added.items() if token.special}
     self._pattern = re.compile('|'.join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r'(?!)')

@@ -21,7 +21,7 @@ import jax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from blockattn import checkpoint, disk, errors, multihost, options as options_lib, tree
+from blockattn import checkpoint, compiled, disk, errors, multihost, options as options_lib, tree
 from blockattn.errors import UserError
 from blockattn.kernels import api
 from blockattn.train import job, workdir as workdir_lib
@@ -64,6 +64,7 @@ def main(options_type: type, run, finished=job.finished):
       check_local(options)
       with multihost.joined(args.multihost):
         job.use_cpu_cores(options)
+        compiled.keep()
         check_hosts(options, args.workdir)
         if jax.process_index() == 0:
           print(f'platform: {jax.default_backend()}, {jax.device_count()} devices\n'
