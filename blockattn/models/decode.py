@@ -19,14 +19,14 @@ from blockattn.models import transformer, weights as weights_lib
 Array = jax.Array
 
 
-def bucket(n: int, least: int) -> int:
-  """The smallest of least, 1.5 least, 2 least, 3 least, 4 least, ... that is not below n: few sizes, few compilations.
+def bucket(n: int, least: int, steps: int = 2) -> int:
+  """The smallest of a few sizes, `steps` in every doubling from `least` on, that is not below n: few compilations.
 
-  `least` is a power of two.
+  Both are powers of two: least, 1.5 least, 2 least, 3 least, 4 least, ... with two steps.
   """
   size = least
   while size < n:
-    size = max(size + 1, size * 3 // 2) if size & (size - 1) == 0 else size // 3 * 4
+    size += max(1, (1 << size.bit_length() - 1) // steps)
   return size
 
 
@@ -49,10 +49,13 @@ class Cache:
 
 @flax.struct.dataclass
 class Context:
-  """Keys and values that were there before the tokens that are read now; they are never written to.
+  """Keys and values that were there before the tokens that are read now, in pages, wherever they stand; they are never
+  written to, and read in their place.
 
   Attributes:
-    k, v: [L, B, S, K, H], keys rotated.
+    k, v: [L, pages, page, K, H], keys not rotated.
+    pages: int32 [B, n], those of each row: slots S = n page.
+    angles: (cos, sin) float32 [B, S, H / 2] of the slots' positions.
     visible: bool [B, S], what every token of the row may attend to, or, with a number, some of them.
     number: int32 [B, S], of the prompt's block that a slot is of, where a token reads those below its own number in its
       layout (`BlockLayout.block`); None: every token reads all that is visible.
@@ -60,6 +63,8 @@ class Context:
   """
   k: Array
   v: Array
+  pages: Array
+  angles: transformer.Angles
   visible: Array
   number: Array | None = None
   axis: str | None = flax.struct.field(pytree_node=False, default=None)
@@ -81,25 +86,39 @@ def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transforme
     return transformer.apply_keeping(params, tokens, layout, cfg, compute, keep)
   below = None if context.number is None else (context.number, layout.block)
 
-  def attend(q, k, v, *known):
+  def attend(q, k, v, layer):
     own = api.block_attention_and_lse(q, k, v, layout, impl=compute.impl, tiles=compute.tiles)
-    return _beside(q, known, context, own, below)
+    return _beside(q, context, layer, own, below)
 
   x_BTD = transformer.embed(params, tokens, cfg, compute)
   return transformer.run_layers(params, x_BTD, layout.position, cfg, compute, attend, keep=keep,
-                                beside=(context.k, context.v))
+                                beside=(jnp.arange(cfg.layers),))
 
 
-def _beside(q, known, context, own, below=None):
-  """Attention to a layer's (k, v) of the context, merged with `own`, (output, logsumexp) of attention to other keys.
+def _beside(q, context, layer, own, below=None):
+  """Attention to the context in a layer, merged with `own`, (output, logsumexp) of attention to other keys.
 
   `below` as of `cached.attend_cached`; None: the queries read all that is visible, as the last block's do.
   """
-  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, *known, context.visible, below))
+  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, slots_of(context, layer), context.visible, below))
   if context.axis is not None:   # every device has read its own part of the context
     parts = jax.tree.map(lambda x: jax.lax.all_gather(x[0], context.axis), parts)
   every = jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)[None]]), parts, own)
   return cached.merge(*every)[0].astype(q.dtype)
+
+
+def slots_of(context: Context, layer: Array) -> cached.Read:
+  """The context in a layer as attention reads it. Keys are rotated as a tile of them is read: a rotated copy of all of them
+  would cost more than turning some once more for the next token."""
+  page = context.k.shape[2]
+
+  def read(start, size):
+    pages = jax.lax.dynamic_slice_in_dim(context.pages, start // page, size // page, axis=1)
+    k, v = (x.at[layer, pages].get(mode='promise_in_bounds').reshape(-1, size, *x.shape[3:]) for x in (context.k, context.v))
+    return transformer.rotate(k, jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size, axis=1),
+                                              context.angles)), v
+
+  return read
 
 
 def prefill(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transformer.ModelConfig,
@@ -119,16 +138,11 @@ def prefill(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transfo
   last = jnp.max(jnp.where(layout.doc != 0, jnp.arange(length), 0), axis=1)
   grow = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)])
   each = jnp.arange(rows)
-  cache = Cache(k=grow(rotate_keys(k, layout.position, cfg)), v=grow(v),
+  angles = transformer.rotary_angles(layout.position, cfg)
+  cache = Cache(k=grow(jax.vmap(transformer.rotate, in_axes=(0, None))(k, angles)), v=grow(v),
                 visible=jnp.pad(_seen_by_next(layout, last), ((0, 0), (0, room))),
                 position=layout.position[each, last] + 1, used=jnp.asarray(length, jnp.int32))
   return x_BTD[each, last], cache
-
-
-def rotate_keys(k: Array, position: Array, cfg: transformer.ModelConfig) -> Array:
-  """Keys [L, B, S, K, H] rotated to their positions [B, S]."""
-  angles = transformer.rotary_angles(position, cfg)
-  return jax.vmap(transformer.rotate, in_axes=(0, None))(k, angles)
 
 
 def _seen_by_next(layout, last):
@@ -152,19 +166,18 @@ def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfi
   angles = transformer.rotary_angles(cache.position[:, None], cfg)
 
   def layer(x_B1D, scanned):
-    weights, k_cache, v_cache, *known = scanned
+    weights, k_cache, v_cache, index = scanned
     stored = []
     def attend(q, k, v):
       keys, values = k_cache.at[:, slot].set(k[:, 0]), v_cache.at[:, slot].set(v[:, 0])
       stored.append((keys, values))
-      own = cached.attend_cached(q, keys, values, visible)
-      return own[0].astype(q.dtype) if context is None else _beside(q, known, context, own)
+      own = cached.attend_cached(q, cached.slots_of(keys, values), visible)
+      return own[0].astype(q.dtype) if context is None else _beside(q, context, index, own)
     x_B1D, _ = transformer.decoder_layer(x_B1D, weights_lib.cast(weights, compute.dtype), angles, cfg, compute, attend)
     return x_B1D, stored[0]
 
   x_B1D = transformer.embed(params, tokens[:, None], cfg, compute)
-  scanned = (params['layers'], cache.k, cache.v) + (() if context is None else (context.k, context.v))
-  x_B1D, (k, v) = jax.lax.scan(layer, x_B1D, scanned)
+  x_B1D, (k, v) = jax.lax.scan(layer, x_B1D, (params['layers'], cache.k, cache.v, jnp.arange(cfg.layers)))
   cache = Cache(k=k, v=v, visible=visible, position=cache.position + 1, used=slot + 1)
   return transformer.final_norm(params, x_B1D, cfg)[:, 0], cache
 

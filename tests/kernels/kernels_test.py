@@ -146,7 +146,8 @@ def test_float32_is_not_rounded_by_matrix_units():
   def both(impl):
     return lambda *x: jax.vjp(lambda *x: attention(impl, (8, 8))(*x, layout), *x)[1](x[0])
 
-  attend_cached = lambda *x: cached.merge(*(part[None] for part in cached.attend_cached(*x, np.ones((B, T), bool))))
+  attend_cached = lambda q, k, v: cached.merge(*(part[None] for part in cached.attend_cached(
+      q, cached.slots_of(k, v), jnp.ones((B, T), bool))))
   for run in (both('reference'), both('xla'), attend_cached):
     text = jax.jit(run).lower(*arrays()[:3]).as_text()
     products = [line for line in text.splitlines() if 'dot_general' in line]

@@ -1,5 +1,6 @@
 """Greedy decoding against the forward pass of the whole text, computed again for every new token."""
 
+import dataclasses
 import functools
 
 import hf_cases
@@ -10,7 +11,7 @@ import pytest
 
 from blockattn import blocks
 from blockattn.models import decode, transformer
-from blockattn.models.transformer import Compute, ModelConfig
+from blockattn.models.transformer import Compute, Llama3Rope, ModelConfig
 
 CFG = ModelConfig('qwen3', vocab=30, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=16, qk_norm=True,
                   learned_sinks=2)
@@ -122,7 +123,29 @@ def test_rows_of_padding_change_nothing(params):
   assert np.all(np.isfinite(x_BD))
 
 
-@pytest.mark.parametrize('least, sizes', [(32, {1: 32, 32: 32, 33: 48, 49: 64, 65: 96, 97: 128, 4097: 6144}),
-                                          (1, {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 7: 8, 9: 12})])
-def test_arrays_have_few_sizes(least, sizes):
-  assert {n: decode.bucket(n, least) for n in sizes} == sizes
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('scaling', [None, Llama3Rope(8.0, 1.0, 4.0, 64)])
+def test_keys_are_read_from_their_pages_as_if_they_stood_rotated_in_a_row(scaling, dtype):
+  cfg = dataclasses.replace(CFG, rope_scaling=scaling)
+  rng, rows, count, page = np.random.default_rng(5), 2, 24, 16
+  k, v = (jnp.asarray(rng.normal(size=(cfg.layers, 40, page, cfg.kv_heads, cfg.head_dim)), dtype) for _ in range(2))
+  pages = np.stack([rng.permutation(40)[:count] for _ in range(rows)]).astype(np.int32)
+  position = rng.integers(0, 5000, (rows, count * page)).astype(np.int32)
+  angles = transformer.rotary_angles(position, cfg)
+  context = decode.Context(k, v, jnp.asarray(pages), angles, jnp.ones(position.shape, bool))
+  read = jax.jit(lambda layer, start: decode.slots_of(context, layer)(start, 8 * page))
+  for layer in range(cfg.layers):
+    whole = [x[layer][pages].reshape(rows, -1, *x.shape[3:]) for x in (k, v)]
+    whole[0] = transformer.rotate(whole[0], angles)
+    for start in (0, 3 * page, (count - 8) * page):
+      for part, all_of_it in zip(read(layer, start), whole, strict=True):
+        assert part.dtype == dtype
+        np.testing.assert_allclose(part.astype('float32'), all_of_it[:, start:start + 8 * page].astype('float32'),
+                                   rtol=0, atol=0 if dtype == 'bfloat16' else 1e-6)
+
+
+@pytest.mark.parametrize('least, steps, sizes', [(32, 2, {1: 32, 32: 32, 33: 48, 49: 64, 65: 96, 97: 128, 4097: 6144}),
+                                                 (1, 2, {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 7: 8, 9: 12}),
+                                                 (32, 4, {1: 32, 33: 40, 64: 64, 65: 80, 129: 160, 225: 256, 257: 320})])
+def test_arrays_have_few_sizes(least, steps, sizes):
+  assert {n: decode.bucket(n, least, steps) for n in sizes} == sizes
