@@ -1,9 +1,9 @@
 """Answers over cached blocks.
 
 An `Engine` looks every context block of a prompt up in the device's pool, then in host memory and on disk, and computes
-what is nowhere, blocks of like length together; it rotates the cached keys to their places, reads the last block against
-them, and continues it token by token. What it computes is what the masked forward pass of the same prompt computes. What is
-to be done is decided in `plan`.
+what is nowhere, blocks of like length together; it reads the last block against them, their keys rotated to their places as
+they are read, and continues it token by token, against a copy that is rotated once. What it computes is what the masked
+forward pass of the same prompt computes. What is to be done is decided in `plan`.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ from blockattn.inference.plan import Plan, Request
 from blockattn.inference.pool import PAGE, padded, pages_of
 from blockattn.models import decode, transformer
 
-# What there is to do for a batch: look up, and load what the host has; compute what is missing; bring the context together,
-# its keys rotated; read the last block; have the first token on the host; and the others.
-PARTS = ('find', 'fill', 'gather', 'read', 'choose', 'decode')
+# What there is to do for a batch: look up, and load what the host has; compute what is missing; read the last block; have
+# the first token on the host; and the others.
+PARTS = ('find', 'fill', 'read', 'choose', 'decode')
 _nothing = lambda part, arrays: None
 
 
@@ -62,7 +62,7 @@ class Engine:
     tokenizer: `tokenizers.Tokenizer`, or a transformers fast tokenizer.
     stop_ids: tokens that end an answer.
     device_tokens: room in device memory for so many tokens of block states, over all devices; a token takes 2 L K H values
-      of compute.dtype, and the context of the batch at hand stands there once more.
+      of compute.dtype, and the context of a batch that gets more than one token stands there once more.
     store: `cache.Store`, where states go beside the device; None: nowhere.
     devices: which share the context of every prompt; the first of the process, if none are given.
     batch: most requests that are answered together.
@@ -161,10 +161,10 @@ class Engine:
     how = dict(cfg=self._cfg, compute=self._compute, mesh=self._mesh)
     token = jax.block_until_ready(_first(self._params, x_BD, sampling, cfg=self._cfg))
     on_part('choose', token)
-    if context is not None:
-      context = dataclasses.replace(context, k=decode.apart(context.k), v=decode.apart(context.v))
     writers = [sampling_lib.Writer(self._tokenizer, self._stop_ids, plan.request.stop) for plan in plans]
     most, unfinished = max(plan.request.max_new for plan in plans), set(range(len(plans)))
+    if context is not None and most > 1:
+      context = _gather(context, compute=self._compute, mesh=self._mesh)
     for n in range(1, most + 1):
       current = token
       if n < most:   # the device works on the next token while the host looks at this one
@@ -191,10 +191,8 @@ class Engine:
     tokens, lengths, ahead, reads = plan_lib.reader_arrays(plans, rows)
     if any(plan.context for plan in plans):
       pages, position, visible, number = plan_lib.context_arrays(plans, rows, self._pool.where, self._pool.devices)
-      context = self._pool.gather(pages, position, visible, self._cfg)
-      if reads is not None:   # else the last blocks read all of it
-        context = dataclasses.replace(context, number=number)
-    on_part('gather', context)
+      number = None if reads is None else number   # the last blocks read all of it
+      context = self._pool.context(pages, position, visible, number, self._cfg)
     room = padded(max(plan.request.max_new for plan in plans))
     x_BD, cache = _read(self._params, tokens, lengths, ahead, reads, context, room=room, cfg=self._cfg,
                         compute=self._compute, mesh=self._mesh)
@@ -262,13 +260,6 @@ class Engine:
         self._store.put(key, self._pool.fetch(device, pages, tokens))
 
 
-def _context_specs(context):
-  if context is None:
-    return None
-  number = None if context.number is None else pool_lib.PAGES
-  return dataclasses.replace(context, k=pool_lib.KEYS, v=pool_lib.VALUES, visible=pool_lib.PAGES, number=number)
-
-
 @functools.partial(jax.jit, static_argnames=('room', 'cfg', 'compute', 'mesh'))
 def _read(params, tokens, lengths, ahead, reads, context, *, room, cfg, compute, mesh):
   """decode.prefill of the readers, see `plan.reader_arrays`."""
@@ -279,8 +270,19 @@ def _read(params, tokens, lengths, ahead, reads, context, *, room, cfg, compute,
     return decode.prefill(params, tokens, layout, cfg, compute, room, context)
 
   every = pool_lib.EVERYWHERE
-  return pool_lib.on_mesh(mesh, here, (every, every, every, every, every, _context_specs(context)), every)(
+  return pool_lib.on_mesh(mesh, here, (every, every, every, every, every, pool_lib.PAGES), every)(
       params, tokens, lengths, ahead, reads, context)
+
+
+@functools.partial(jax.jit, static_argnames=('compute', 'mesh'))
+def _gather(context, *, compute, mesh):
+  here = functools.partial(decode.gather, compute=compute)
+  return pool_lib.on_mesh(mesh, here, (pool_lib.PAGES,), _specs(context))(context)
+
+
+def _specs(context):
+  """Of a decode.Gathered, [L, ...]: over several devices layers stand together."""
+  return None if context is None else decode.Gathered(pool_lib.KEYS, pool_lib.VALUES, pool_lib.PAGES, axis=context.axis)
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'mesh'), donate_argnames=('cache',))
@@ -290,7 +292,7 @@ def _next(params, token, cache, context, sampling, n, *, cfg, compute, mesh):
     return decode.extend(params, token, cache, cfg, compute, context)
 
   every = pool_lib.EVERYWHERE
-  x_BD, cache = pool_lib.on_mesh(mesh, here, (every, every, every, _context_specs(context)), every)(
+  x_BD, cache = pool_lib.on_mesh(mesh, here, (every, every, every, _specs(context)), every)(
       params, token, cache, context)
   return sampling_lib.choose(transformer.logits(params, x_BD, cfg), sampling, n), cache
 

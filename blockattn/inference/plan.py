@@ -163,8 +163,7 @@ def _fill_rows(queues, length, rows, unused):
 
 def context_arrays(plans: Sequence[Plan], rows: int, where: Callable[[str], Mapping[int, np.ndarray]],
                    devices: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Where the context of each prompt is: (pages, position, visible) as `pool.Pool.gather` takes them, and `number` of
-  `decode.Context`.
+  """Where the context of each prompt is: (pages, position, visible, number) as `pool.Pool.context` takes them.
 
   Args:
     where: key -> {device: pages}, on one device at least.
@@ -195,7 +194,8 @@ def reader_arrays(plans: Sequence[Plan], rows: int) -> tuple[np.ndarray, np.ndar
   readers in front of them how far each position is ahead of the token's place [rows, T], and how many context blocks it
   reads [rows, T]."""
   length = max(sum(len(reader.tokens) for reader in plan.readers) for plan in plans)
-  tokens, ahead, reads = (np.zeros((rows, padded(length)), np.int32) for _ in range(3))
+  length = decode.bucket(length, 2 * PAGE, steps=4)   # finer than elsewhere: padding would read the whole context too
+  tokens, ahead, reads = (np.zeros((rows, length), np.int32) for _ in range(3))
   lengths = np.zeros(rows, np.int32)
   for i, plan in enumerate(plans):
     for reader in plan.readers:

@@ -1,4 +1,4 @@
-"""Block states in device memory: pages of a fixed number of tokens, and the programs that fill and read them.
+"""Block states in device memory: pages of a fixed number of tokens, and the programs that fill them.
 
 One array for keys (not rotated) and one for values, [L, pages, page tokens, K, H], allocated once. A block takes whole
 pages, anywhere; a prompt's context is a list of pages, so nothing is copied when blocks come and go, and no shape depends
@@ -124,16 +124,16 @@ class Pool:
     found = jax.device_get(_fetch(self.k, self.v, where))
     return cache_lib.State(*(x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens] for x in found))
 
-  def gather(self, pages: np.ndarray, position: np.ndarray, visible: np.ndarray,
-             cfg: transformer.ModelConfig) -> decode.Context:
-    """The context of a batch of prompts, its keys rotated.
+  def context(self, pages: np.ndarray, position: np.ndarray, visible: np.ndarray, number: np.ndarray | None,
+              cfg: transformer.ModelConfig) -> decode.Context:
+    """The context of a batch of prompts; of use until pages are written to.
 
     Args:
       pages: int32 [B, D n], of each device n.
-      position, visible: int32 and bool [B, D n page].
+      position, visible, number: int32, bool and int32 [B, D n page]; see `decode.Context`.
     """
-    arrays = _gather(self.k, self.v, pages, position, visible, cfg=cfg, mesh=self.mesh)
-    return decode.Context(*arrays, axis=None if self.devices == 1 else AXIS)
+    return decode.Context(self.k, self.v, pages, _angles(position, cfg=cfg, mesh=self.mesh), visible, number,
+                          axis=None if self.devices == 1 else AXIS)
 
 
 @functools.cache   # a pool like one before it compiles nothing
@@ -156,9 +156,8 @@ def _fill(params, k_pool, v_pool, tokens, lengths, pages, prefix_pages, prefix_t
     if prefix_pages.shape[1]:
       slots = prefix_pages.shape[1] * k_pool.shape[2]
       position = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (1, slots))
-      k, v = _read_pages(k_pool, v_pool, prefix_pages, position, cfg)
-      every = lambda x, axis: jnp.repeat(x, rows, axis=axis)
-      context = decode.Context(every(k, 1), every(v, 1), every(position < prefix_tokens, 0))
+      context = decode.Context(k_pool, v_pool, *jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), (
+          prefix_pages, transformer.rotary_angles(position, cfg), position < prefix_tokens)))
     _, kv = decode.read(params, tokens, layout, cfg, compute, context)
     paged = (x.reshape(x.shape[0], *pages.shape, k_pool.shape[2], *x.shape[3:]) for x in kv)
     return tuple(pool.at[:, pages].set(x.astype(pool.dtype), mode='drop')
@@ -198,14 +197,5 @@ def _fetch(k_pool, v_pool, pages):
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'mesh'))
-def _gather(k_pool, v_pool, pages, position, visible, *, cfg, mesh):
-  here = functools.partial(_read_pages, cfg=cfg)
-  k, v = on_mesh(mesh, here, (PAGES, PAGES, PAGES, PAGES), (KEYS, VALUES))(
-      k_pool, v_pool, pages, position)
-  return k, v, visible
-
-
-def _read_pages(k_pool, v_pool, pages, position, cfg):
-  """(k, v) of `decode.Context` of the tokens in pages [B, n], keys rotated to their positions [B, S]."""
-  flat = lambda pool: pool[:, pages].reshape(pool.shape[0], *position.shape, *pool.shape[3:])
-  return decode.as_read(decode.rotate_keys(flat(k_pool), position, cfg), flat(v_pool))
+def _angles(position, *, cfg, mesh):
+  return on_mesh(mesh, functools.partial(transformer.rotary_angles, cfg=cfg), (PAGES,), (PAGES, PAGES))(position)

@@ -6,6 +6,7 @@ of their scores; `merge` puts them together.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,23 @@ from blockattn.errors import UserError
 from blockattn.kernels.reference import MASKED, precision
 
 Array = jax.Array
-_CHUNK = 1024      # slots of the cache whose scores exist at a time, at least
-_SCORES = 1 << 16  # of a head and row that may exist at a time: a token that is read alone reads them in one piece
+Read = Callable[[Array | int, int], tuple[Array, Array]]   # (first slot, slots) -> (k_BKHS, v_BKSH)
+_SCORES = 1 << 18   # of a tile, over all heads and queries: what a core's own memory holds
+_LEAST, _MOST = 256, 1024   # slots of a tile
 
 
-@jax.jit
-def attend_cached(q_BTNH: Array, k_BKHS: Array, v_BKSH: Array, visible_BS: Array,
-                  below: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
-  """Softmax attention of every query to all visible keys, chunk after chunk: memory is O(T), whatever S.
+def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Array, Array] | None = None
+                  ) -> tuple[Array, Array]:
+  """Softmax attention of every query to all visible keys, tile after tile up to the last one that is visible in any row:
+  memory is O(T), whatever S, and time follows what is cached, not the room for it.
+
+  A token that is read alone reads all slots as one tile: its scores are few, and keys that have their order already are then
+  read where they stand, where a tile of them would be copied.
 
   Args:
     q_BTNH: queries. Query head n reads key/value head n // (N / K). The scale H ** -0.5 is applied inside.
-    k_BKHS, v_BKSH: the cache, in the order in which the products read it.
+    read: the keys and values of some slots of the cache, in the order in which the products read them, wherever they stand;
+      see `slots_of`. Their number is a power of two from 256 on, or S.
     visible_BS: bool, the slots of the cache that the queries of a row may read.
     below: (number_BS, reads_BT), int32, where not all queries read as much: of these slots query t reads those of numbers
       below reads_BT[:, t].
@@ -38,40 +44,52 @@ def attend_cached(q_BTNH: Array, k_BKHS: Array, v_BKSH: Array, visible_BS: Array
     ValueError: shapes do not fit together.
   """
   B, T, N, H = q_BTNH.shape
-  K, S = v_BKSH.shape[1:3]
-  if k_BKHS.shape != (B, K, H, S) or v_BKSH.shape != (B, K, S, H) or visible_BS.shape != (B, S) or K == 0 or N % K:
-    raise UserError(f'q {q_BTNH.shape}, k {k_BKHS.shape}, v {v_BKSH.shape}, visible {visible_BS.shape}: they must be '
-                    '[B, T, N, H], [B, K, H, S], [B, K, S, H] and [B, S], N a multiple of K')
-  G, chunk = N // K, min(S, max(_CHUNK, _SCORES // T))
+  S = visible_BS.shape[1]
+  size = S if T == 1 else min(S, max(_LEAST, min(_MOST, 1 << (_SCORES // (T * N)).bit_length() - 1)))
+  k_shape, v_shape = (x.shape for x in jax.eval_shape(lambda: read(0, size)))
+  K = k_shape[1]
+  if k_shape != (B, K, H, size) or v_shape != (B, K, size, H) or visible_BS.shape != (B, S) or K == 0 or N % K:
+    raise UserError(f'q {q_BTNH.shape}, k {k_shape}, v {v_shape}, visible {visible_BS.shape}: they must be '
+                    f'[B, T, N, H], [B, K, H, {size}], [B, K, {size}, H] and [B, S], N a multiple of K')
+  G = N // K
   # M: the queries, each with the heads that share a key/value head.
   q_BKMH = q_BTNH.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
-  whole = lambda x, axis: jnp.pad(x, [(0, -S % chunk if at == axis else 0) for at in range(x.ndim)])
-  k_BKHS, v_BKSH, visible_BS = whole(k_BKHS, 3), whole(v_BKSH, 2), whole(visible_BS, 1)
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(q_BKMH.dtype))
 
-  def step(carry, start):
+  def tile(j, carry):
     acc, peak, total = carry
-    part = lambda x, axis: x if chunk == S else lax.dynamic_slice_in_dim(x, start, chunk, axis)
-    v, seen_B1S = part(v_BKSH, 2), part(visible_BS, 1)[:, None]
+    start = jnp.minimum(j * size, S - size)   # the last tile overlaps the one before it
+    own = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
+    k_BKHS, v_BKSH = read(start, size)
+    seen_BMS = (own(visible_BS) & (start + jnp.arange(size) >= j * size))[:, None]
     if below is not None:
-      number_BS, reads_BT = below
-      seen_B1S = jnp.repeat(seen_B1S & (part(whole(number_BS, 1), 1)[:, None] < reads_BT[..., None]), G, axis=1)
-    scores = dot('bkmh,bkhs->bkms', q_BKMH, part(k_BKHS, 3)) * H ** -0.5
-    scores = jnp.where(seen_B1S[:, None], scores, MASKED)
+      seen_BMS = jnp.repeat(seen_BMS & (own(below[0])[:, None] < below[1][..., None]), G, axis=1)
+    scores = dot('bkmh,bkhs->bkms', q_BKMH, k_BKHS) * H ** -0.5
+    scores = jnp.where(seen_BMS[:, None], scores, MASKED)
     new_peak = jnp.maximum(peak, scores.max(axis=-1))
     decay, weights = jnp.exp(peak - new_peak), jnp.exp(scores - new_peak[..., None])
-    update = dot('bkms,bksh->bkmh', weights.astype(v.dtype), v)
-    return (acc * decay[..., None] + update, new_peak, total * decay + weights.sum(axis=-1)), None
+    update = dot('bkms,bksh->bkmh', weights.astype(v_BKSH.dtype), v_BKSH)
+    return acc * decay[..., None] + update, new_peak, total * decay + weights.sum(axis=-1)
 
   per_query = q_BKMH.shape[:-1]
   start = jnp.zeros(q_BKMH.shape, jnp.float32), jnp.full(per_query, MASKED, jnp.float32), jnp.zeros(per_query, jnp.float32)
-  (acc, peak, total), _ = lax.scan(step, start, jnp.arange(0, S, chunk))
+  used = jnp.max(jnp.where(visible_BS, jnp.arange(S) + 1, 0))
+  acc, peak, total = tile(0, start) if size == S else lax.fori_loop(0, (used + size - 1) // size, tile, start)
   seen = peak > MASKED / 2
   total = jnp.where(seen, total, 1)
   out = jnp.where(seen[..., None], acc / total[..., None], 0)
   lse = jnp.where(seen, peak + jnp.log(total), -jnp.inf)
   by_query = lambda x: x.reshape(B, K, T, G, *x.shape[3:]).swapaxes(1, 2).reshape(B, T, N, *x.shape[3:])
   return by_query(out), by_query(lse)
+
+
+def slots_of(k_BKHS: Array, v_BKSH: Array) -> Read:
+  """Of a cache that stands in the order of reading, keys rotated."""
+  def read(start, size):
+    part = lambda x, axis: x if x.shape[axis] == size else lax.dynamic_slice_in_dim(x, start, size, axis)
+    return part(k_BKHS, 3), part(v_BKSH, 2)
+
+  return read
 
 
 def merge(out_PBTNH: Array, lse_PBTN: Array) -> tuple[Array, Array]:

@@ -20,14 +20,14 @@ from blockattn.models import transformer, weights as weights_lib
 Array = jax.Array
 
 
-def bucket(n: int, least: int) -> int:
-  """The smallest of least, 1.5 least, 2 least, 3 least, 4 least, ... that is not below n: few sizes, few compilations.
+def bucket(n: int, least: int, steps: int = 2) -> int:
+  """The smallest of a few sizes, `steps` in every doubling from `least` on, that is not below n: few compilations.
 
-  `least` is a power of two.
+  Both are powers of two: least, 1.5 least, 2 least, 3 least, 4 least, ... with two steps.
   """
   size = least
   while size < n:
-    size = max(size + 1, size * 3 // 2) if size & (size - 1) == 0 else size // 3 * 4
+    size += max(1, (1 << size.bit_length() - 1) // steps)
   return size
 
 
@@ -50,19 +50,38 @@ class Cache:
 
 @flax.struct.dataclass
 class Context:
-  """Keys and values that were there before the tokens that are read now; they are never written to.
+  """Keys and values that were there before the tokens that are read now, in pages, wherever they stand; they are never
+  written to, and read in their place.
 
   Attributes:
-    k, v: [L, B, K, H, S] and [L, B, K, S, H], or for `extend` lists of so many layers, keys rotated.
+    k, v: [L, pages, page, K, H], keys not rotated.
+    pages: int32 [B, n], those of each row: slots S = n page.
+    angles: (cos, sin) float32 [B, S, H / 2] of the slots' positions.
     visible: bool [B, S], what every token of the row may attend to, or, with a number, some of them.
     number: int32 [B, S], of the prompt's block that a slot is of, where a token reads those below its own number in its
       layout (`BlockLayout.block`); None: every token reads all that is visible.
     axis: name of the mesh axis over which S is sharded, inside of a shard_map; None where it is whole.
   """
+  k: Array
+  v: Array
+  pages: Array
+  angles: transformer.Angles
+  visible: Array
+  number: Array | None = None
+  axis: str | None = flax.struct.field(pytree_node=False, default=None)
+
+
+@flax.struct.dataclass
+class Gathered:
+  """A context in the form in which `extend` reads it, token after token: see `gather`.
+
+  Attributes:
+    k, v: as of `Cache`.
+    visible, axis: as of `Context`.
+  """
   k: Any
   v: Any
   visible: Array
-  number: Array | None = None
   axis: str | None = flax.struct.field(pytree_node=False, default=None)
 
 
@@ -82,25 +101,53 @@ def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transforme
     return transformer.apply_keeping(params, tokens, layout, cfg, compute, keep)
   below = None if context.number is None else (context.number, layout.block)
 
-  def attend(q, k, v, *known):
+  def attend(q, k, v, layer):
     own = api.block_attention_and_lse(q, k, v, layout, impl=compute.impl, tiles=compute.tiles)
-    return _beside(q, known, context, own, below)
+    return _beside(q, slots_of(context, layer), context, own, below)
 
   x_BTD = transformer.embed(params, tokens, cfg, compute)
   return transformer.run_layers(params, x_BTD, layout.position, cfg, compute, attend, keep=keep,
-                                beside=(context.k, context.v))
+                                beside=(jnp.arange(cfg.layers),))
 
 
-def _beside(q, known, context, own, below=None):
-  """Attention to a layer's (k, v) of the context, merged with `own`, (output, logsumexp) of attention to other keys.
+def _beside(q, slots, context, own, below=None):
+  """Attention to the context's slots in a layer, merged with `own`, (output, logsumexp) of attention to other keys.
 
   `below` as of `cached.attend_cached`; None: the queries read all that is visible, as the last block's do.
   """
-  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, *known, context.visible, below))
+  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, slots, context.visible, below))
   if context.axis is not None:   # every device has read its own part of the context
     parts = jax.tree.map(lambda x: jax.lax.all_gather(x[0], context.axis), parts)
   every = jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)[None]]), parts, own)
   return cached.merge(*every)[0].astype(q.dtype)
+
+
+def slots_of(context: Context, layer: Array | int) -> cached.Read:
+  """The context in a layer as attention reads it. Keys are rotated as a tile of them is read: who reads the context once
+  needs no copy of it."""
+  page = context.k.shape[2]
+
+  def read(start, size):
+    part = lambda x, start, size: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+    pages = part(context.pages, start // page, size // page)
+    k, v = (x.at[layer, pages].get(mode='promise_in_bounds').reshape(-1, size, *x.shape[3:]) for x in (context.k, context.v))
+    return as_read(transformer.rotate(k, jax.tree.map(lambda x: part(x, start, size), context.angles)), v)
+
+  return read
+
+
+def gather(context: Context, compute: transformer.Compute) -> Gathered:
+  """A context for many tokens that are read one by one: keys are rotated once, not for every token.
+
+  Layers are apart on one CPU device, see `apart`.
+  """
+  whole = lambda layer: slots_of(context, layer)(0, context.visible.shape[1])
+  layers = context.k.shape[0]
+  if _on_cpu(compute) and context.axis is None:
+    k, v = map(list, zip(*map(whole, range(layers)), strict=True))
+  else:
+    k, v = jax.lax.map(whole, jnp.arange(layers))
+  return Gathered(k, v, context.visible, axis=context.axis)
 
 
 def prefill(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transformer.ModelConfig,
@@ -135,8 +182,9 @@ def start(x_BTD: Array, states: tuple[Array, Array], layout: blocks.BlockLayout,
   rows, length = layout.doc.shape
   each, (k, v) = jnp.arange(rows), states
   grow = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)])
-  k, v = as_read(grow(rotate_keys(k, layout.position, cfg)), grow(v))
-  if (compute.platform or jax.default_backend()) == 'cpu':
+  angles = transformer.rotary_angles(layout.position, cfg)
+  k, v = as_read(grow(jax.vmap(transformer.rotate, in_axes=(0, None))(k, angles)), grow(v))
+  if _on_cpu(compute):
     k, v = list(k), list(v)   # see `apart`
   visible = _seen_by_next(layout, last) & (jnp.arange(length) <= last[:, None])
   cache = Cache(k=k, v=v, visible=jnp.pad(visible, ((0, 0), (0, room))),
@@ -144,15 +192,13 @@ def start(x_BTD: Array, states: tuple[Array, Array], layout: blocks.BlockLayout,
   return x_BTD[each, last], cache
 
 
-def rotate_keys(k: Array, position: Array, cfg: transformer.ModelConfig) -> Array:
-  """Keys [L, B, S, K, H] rotated to their positions [B, S]."""
-  angles = transformer.rotary_angles(position, cfg)
-  return jax.vmap(transformer.rotate, in_axes=(0, None))(k, angles)
-
-
 def as_read(k: Array, v: Array) -> tuple[Array, Array]:
-  """Keys and values [L, B, S, K, H] in the order in which `cached.attend_cached` reads them."""
-  return k.transpose(0, 1, 3, 4, 2), v.swapaxes(2, 3)
+  """Keys and values [..., S, K, H] as `cached.attend_cached` reads them: [..., K, H, S] and [..., K, S, H]."""
+  return jnp.moveaxis(k, -3, -1), v.swapaxes(-3, -2)
+
+
+def _on_cpu(compute):
+  return (compute.platform or jax.default_backend()) == 'cpu'
 
 
 def apart(stacked: Any) -> Any:
@@ -190,12 +236,12 @@ def _seen_by_next(layout, last):
 
 
 def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfig, compute: transformer.Compute,
-           context: Context | None = None) -> tuple[Array, Cache]:
+           context: Gathered | None = None) -> tuple[Array, Cache]:
   """One more token per row.
 
   Args:
     tokens: int32 [B].
-    context: what the prompt was read with.
+    context: what the prompt was read with, from `gather`.
 
   Returns:
     (x_BD, Cache).
@@ -211,8 +257,8 @@ def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfi
       keys = jax.lax.dynamic_update_slice_in_dim(k_cache, k.transpose(0, 2, 3, 1), slot, axis=3)
       values = jax.lax.dynamic_update_slice_in_dim(v_cache, v.swapaxes(1, 2), slot, axis=2)
       stored.append((keys, values))
-      own = cached.attend_cached(q, keys, values, visible)
-      return own[0].astype(q.dtype) if context is None else _beside(q, known, context, own)
+      own = cached.attend_cached(q, cached.slots_of(keys, values), visible)
+      return own[0].astype(q.dtype) if context is None else _beside(q, cached.slots_of(*known), context, own)
     x_B1D, _ = transformer.decoder_layer(x_B1D, weights_lib.cast(weights, compute.dtype), angles, cfg, compute, attend)
     return x_B1D, stored[0]
 

@@ -183,7 +183,7 @@ def test_blocks_are_computed_without_communication_and_read_with_it():
   none = np.zeros((8, 0), np.int32), np.int32(0)
   how = dict(cfg=cfg, compute=compute, mesh=mesh)
   fill = pool._fill.lower(params, held.k, held.v, *rows, pages, *none, **how).compile().as_text()
-  context = held.gather(np.zeros((1, 8), np.int32), np.zeros((1, 128), np.int32), np.ones((1, 128), bool), cfg)
+  context = held.context(np.zeros((1, 8), np.int32), np.zeros((1, 128), np.int32), np.ones((1, 128), bool), None, cfg)
   one = np.array([9], np.int32)
   read = engine_lib._read.lower(params, np.zeros((1, 32), np.int32), one, one, None, context, room=32,
                                 **how).compile().as_text()

@@ -19,9 +19,10 @@ def arrays(queries, dtype='float32', keys=S):
   return [jnp.asarray(random.normal(size=shape), dtype) for shape in shapes]
 
 
+@jax.jit
 def attend(q, k, v, *more):
   """Of keys and values in the order of all other attention."""
-  return cached.attend_cached(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), *more)
+  return cached.attend_cached(q, cached.slots_of(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)), *more)
 
 
 def dense(q, k, v, visible):
@@ -35,7 +36,7 @@ def dense(q, k, v, visible):
     return np.nan_to_num(np.einsum('btns,bsnh->btnh', weights, v) / total[..., None]), np.log(total)
 
 
-@pytest.mark.parametrize('queries, keys', [(1, 2100), (5, S), (70, 2100), (70, 1025)])   # one chunk; some, and a part
+@pytest.mark.parametrize('queries, keys', [(1, 2100), (5, S), (5, 9000), (300, 1025)])   # one tile; some, and a part
 @several
 @given(seed=st.integers(0, 99), share=st.sampled_from([0.0, 0.2, 1.0]))
 def test_agrees_with_a_dense_computation(queries, keys, seed, share):
@@ -101,14 +102,23 @@ def test_merging_does_not_depend_on_the_order_and_survives_empty_parts():
 
 
 def test_memory_does_not_hold_all_scores():
-  shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 256, 8, 64), (1, 2, 64, 16384), (1, 2, 16384, 64))]
-  lowered = cached.attend_cached.lower(*shapes, jax.ShapeDtypeStruct((1, 16384), jnp.bool_))
+  shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 256, 8, 64), (1, 16384, 2, 64), (1, 16384, 2, 64))]
+  lowered = attend.lower(*shapes, jax.ShapeDtypeStruct((1, 16384), jnp.bool_))
   assert lowered.compile().memory_analysis().temp_size_in_bytes < 256 * 8 * 16384 * 4 / 2
+
+
+def test_what_stands_behind_the_last_visible_key_is_not_read():
+  """A context stands in an array of one of few lengths; reading it takes as long as what there is of it."""
+  q, k, v = arrays(5, keys=12288)
+  visible = np.arange(12288) <= np.array([[70], [4096]])
+  wrong = k.at[:, 8192:].set(np.nan)   # tiles of their own
+  for result, wanted in zip(attend(q, wrong, v, jnp.asarray(visible)), dense(q, k, v, visible)):
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5)
 
 
 def test_shapes_that_do_not_fit_are_refused():
   q, k, v = arrays(2)
   with pytest.raises(ValueError, match=r'N a multiple of K'):
     attend(q[:, :, :3], k, v, jnp.ones((B, S), bool))
-  with pytest.raises(ValueError, match=r'visible \(2, 36\)'):
-    attend(q, k, v, jnp.ones((B, S - 1), bool))
+  with pytest.raises(ValueError, match=r'visible \(1, 37\)'):
+    attend(q, k, v, jnp.ones((1, S), bool))

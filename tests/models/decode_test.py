@@ -1,5 +1,7 @@
 """Greedy decoding against the forward pass of the whole text, computed again for every new token."""
 
+import dataclasses
+
 import hf_cases
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 
 from blockattn import blocks
 from blockattn.models import decode, transformer
-from blockattn.models.transformer import Compute, ModelConfig
+from blockattn.models.transformer import Compute, Llama3Rope, ModelConfig
 
 CFG = ModelConfig('qwen3', vocab=30, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=16, qk_norm=True,
                   learned_sinks=2)
@@ -124,7 +126,39 @@ def test_rows_of_padding_change_nothing(params):
   assert np.all(np.isfinite(x_BD))
 
 
-@pytest.mark.parametrize('least, sizes', [(32, {1: 32, 32: 32, 33: 48, 49: 64, 65: 96, 97: 128, 4097: 6144}),
-                                          (1, {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 7: 8, 9: 12})])
-def test_arrays_have_few_sizes(least, sizes):
-  assert {n: decode.bucket(n, least) for n in sizes} == sizes
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('scaling', [None, Llama3Rope(8.0, 1.0, 4.0, 64)])
+def test_keys_are_read_from_their_pages_as_if_they_stood_rotated_in_a_row(scaling, dtype):
+  cfg = dataclasses.replace(CFG, rope_scaling=scaling)
+  rng, rows, count, page = np.random.default_rng(5), 2, 24, 16
+  k, v = (jnp.asarray(rng.normal(size=(cfg.layers, 40, page, cfg.kv_heads, cfg.head_dim)), dtype) for _ in range(2))
+  pages = np.stack([rng.permutation(40)[:count] for _ in range(rows)]).astype(np.int32)
+  position = rng.integers(0, 5000, (rows, count * page)).astype(np.int32)
+  angles = transformer.rotary_angles(position, cfg)
+  context = decode.Context(k, v, jnp.asarray(pages), angles, jnp.ones(position.shape, bool))
+  read = jax.jit(lambda layer, start: decode.slots_of(context, layer)(start, 8 * page))
+  gathered = [jax.jit(decode.gather, static_argnums=1)(context, Compute(platform=platform)) for platform in ('cpu', 'tpu')]
+  assert [type(form.k) is list for form in gathered] == [True, False]
+
+  def same(got, wanted):
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got.astype('float32'), wanted.astype('float32'), rtol=0,
+                               atol=0 if dtype == 'bfloat16' else 1e-6)
+
+  for layer in range(cfg.layers):
+    whole = [x[layer][pages].reshape(rows, -1, *x.shape[3:]) for x in (k, v)]
+    whole = decode.as_read(transformer.rotate(whole[0], angles), whole[1])
+    for start in (0, 3 * page, (count - 8) * page):
+      slots = slice(start, start + 8 * page)
+      for part, wanted in zip(read(layer, start), (whole[0][..., slots], whole[1][..., slots, :]), strict=True):
+        same(part, wanted)
+    for form in gathered:
+      for part, wanted in zip((form.k[layer], form.v[layer]), whole, strict=True):
+        same(part, wanted)
+
+
+@pytest.mark.parametrize('least, steps, sizes', [(32, 2, {1: 32, 32: 32, 33: 48, 49: 64, 65: 96, 97: 128, 4097: 6144}),
+                                                 (1, 2, {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 7: 8, 9: 12}),
+                                                 (32, 4, {1: 32, 33: 40, 64: 64, 65: 80, 129: 160, 225: 256, 257: 320})])
+def test_arrays_have_few_sizes(least, steps, sizes):
+  assert {n: decode.bucket(n, least, steps) for n in sizes} == sizes

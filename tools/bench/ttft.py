@@ -25,9 +25,9 @@ import tokenizers
 from blockattn import blocks as blocks_lib, loading
 from blockattn.errors import UserError
 from blockattn.hf import convert
-from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, pool, stopwatch
+from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, stopwatch
 from blockattn.kernels import api
-from blockattn.models import decode, flops, sizes, spec, transformer
+from blockattn.models import flops, sizes, spec, transformer
 from tools import arguments, charts
 from tools.bench import measuring
 
@@ -35,7 +35,7 @@ SMALL = transformer.ModelConfig('qwen3', vocab=8192, width=256, layers=4, heads=
                                 rope_theta=1e6, qk_norm=True, tied=True, max_positions=1 << 18)
 STATES = ('all', 'half', 'none', 'memory', 'int8', 'disk')
 SPLIT = ('all', 'memory')   # whose time is taken part by part
-PARTS = ('find', 'fill', 'gather', 'read', 'choose')
+PARTS = ('find', 'read', 'choose')
 DEFAULT = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 FULL, TORCH = 'full', 'torch'
 _SINKS = (10, 10, 10, 10)
@@ -186,7 +186,7 @@ def check(model: Model, prompt: Prompt) -> float:
 
 
 def split(model: Model, prompt: Prompt, samples: int, states=STATES) -> dict:
-  """{'all' and 'memory', if they are among the states: {part: seconds}}, each part's minimum; 'rotate': within 'gather'."""
+  """{'all' and 'memory', if they are among the states: {part: seconds}}, each part's minimum."""
   parts = {}
   for name in (name for name in SPLIT if name in states):
     store = cache_lib.Store(1 << 40) if name == 'memory' else None
@@ -199,11 +199,6 @@ def split(model: Model, prompt: Prompt, samples: int, states=STATES) -> dict:
         engine.forget()
       found.append(timed(engine, request, wait=True).parts)
     parts[name] = {part: min(seconds[part] for seconds in found[1:]) for part in PARTS}
-  rotate = jax.jit(decode.rotate_keys, static_argnums=2)
-  cfg, length = model.cfg, pool.padded(sum(prompt.with_sinks()[:-1]))
-  k = jnp.zeros((cfg.layers, 1, length, cfg.kv_heads, cfg.head_dim), model.compute.dtype)
-  position = jnp.arange(length, dtype=jnp.int32)[None]
-  parts['rotate'] = min(measuring.seconds_of(lambda: rotate(k, position, cfg), samples))
   return parts
 
 
@@ -243,10 +238,8 @@ def lines_of(result: dict) -> list[str]:
 
 
 def parts_lines(result: dict) -> list[str]:
-  parts, ms = result['parts'], lambda seconds: f'{1e3 * seconds:.1f}'
-  return [measuring.row(f'{result["tokens"]:,}', name,
-                        *(ms(parts[name][part]) for part in ('find', 'gather', 'read', 'choose')), ms(parts['rotate']))
-          for name in SPLIT if name in parts]
+  return [measuring.row(f'{result["tokens"]:,}', name, *(f'{1e3 * parts[part]:.1f}' for part in PARTS))
+          for name, parts in result['parts'].items()]
 
 
 def picture(results: list[dict], title: str) -> str:
@@ -285,8 +278,8 @@ def ttft(args) -> None:
       results.append(measure_length(model, length, rate, args, pathlib.Path(folder)))
       print('\n'.join(lines_of(results[-1])), flush=True)
       measuring.keep(args, facts, rates=rate, results=results, cfg=dataclasses.asdict(model.cfg))
-  print('\nparts of the time to the first token, in ms; rotating keys is part of gather\n')
-  print(measuring.head('tokens', 'states', 'find and load', 'gather', 'last block', 'first token', 'rotate'))
+  print('\nparts of the time to the first token, in ms\n')
+  print(measuring.head('tokens', 'states', 'find and load', 'last block', 'first token'))
   print('\n'.join(line for result in results for line in parts_lines(result)))
   if args.plot:
     charts.write(args.plot, picture(results, f'Time to the first token, {args.model}, {facts["cpu"]}'))
