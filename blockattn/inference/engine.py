@@ -94,7 +94,8 @@ class Engine:
     """Answers requests, in batches, in the order in which they come.
 
     Args:
-      on_text: called with a request's number and the text of its answer that is new, as it is made.
+      on_text: called with a request's number and the text of its answer that is new, as it is made. It may not ask the
+        engine: the answer is still reading the pool.
       on_part: called after each of PARTS of a batch, with arrays that are ready when the device is done with it.
 
     Raises:

@@ -18,7 +18,7 @@ from blockattn.kernels.reference import MASKED, precision
 Array = jax.Array
 Read = Callable[[Array, int], tuple[Array, Array]]   # (first slot, slots) -> (k, v), each [B, slots, K, H]
 _SCORES = 1 << 18   # of a tile, over all heads and queries: what a core's own memory holds
-_LEAST, _MOST = 256, 1024   # slots of a tile
+_LEAST, _MOST = 8, 10   # powers of two, of a tile's slots
 
 
 def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Array, Array] | None = None
@@ -45,7 +45,7 @@ def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Arr
   """
   B, T, N, H = q_BTNH.shape
   S = visible_BS.shape[1]
-  size = min(S, max(_LEAST, min(_MOST, 1 << (_SCORES // (T * N)).bit_length() - 1)))
+  size = min(S, 1 << max(_LEAST, min(_MOST, (_SCORES // (T * N)).bit_length() - 1)))
   k_shape, v_shape = (x.shape for x in jax.eval_shape(lambda: read(jnp.int32(0), size)))
   K = k_shape[2]
   if k_shape != (B, size, K, H) or v_shape != k_shape or visible_BS.shape != (B, S) or K == 0 or N % K:

@@ -102,6 +102,15 @@ def test_memory_does_not_hold_all_scores():
   assert lowered.compile().memory_analysis().temp_size_in_bytes < 256 * 8 * 16384 * 4 / 2
 
 
+def test_more_queries_than_a_tile_is_made_for():
+  q, k, v = arrays(300)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(cached, '_SCORES', 100)
+    out, lse = cached.attend_cached(q, cached.slots_of(k, v), jnp.ones((B, S), bool))
+  for result, wanted in zip((out, lse), dense(q, k, v, np.ones((B, S)))):
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5)
+
+
 def test_what_stands_behind_the_last_visible_key_is_not_read():
   """A cache has room for more than it holds; its time is that of what it holds."""
   q, k, v = arrays(1, keys=12288)
