@@ -1,6 +1,6 @@
 """What an engine has to do for its requests: plain functions of requests, lengths and pages, on the host.
 
-All shapes come from a few sizes (`pool.padded`), so that after a while nothing is compiled any more.
+All shapes come from a few sizes (`decode.bucket`), so that after a while nothing is compiled any more.
 """
 
 import collections

@@ -17,8 +17,7 @@ from blockattn.kernels.reference import MASKED, precision
 
 Array = jax.Array
 Read = Callable[[Array | int, int], tuple[Array, Array]]   # (first slot, slots) -> (k_BKHS, v_BKSH)
-_SCORES = 1 << 18   # of a tile, over all heads and queries: what a core's own memory holds
-_LEAST, _MOST = 256, 1024   # slots of a tile
+_TILE = 256   # slots whose scores exist at a time: a core's own memory holds them, of some heads and hundreds of queries
 
 
 def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Array, Array] | None = None
@@ -27,12 +26,12 @@ def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Arr
   memory is O(T), whatever S, and time follows what is cached, not the room for it.
 
   A token that is read alone reads all slots as one tile: its scores are few, and keys that have their order already are then
-  read where they stand, where a tile of them would be copied.
+  read where they stand; a tile of them would be copied first.
 
   Args:
     q_BTNH: queries. Query head n reads key/value head n // (N / K). The scale H ** -0.5 is applied inside.
     read: the keys and values of some slots of the cache, in the order in which the products read them, wherever they stand;
-      see `slots_of`. Their number is a power of two from 256 on, or S.
+      see `slots_of`.
     visible_BS: bool, the slots of the cache that the queries of a row may read.
     below: (number_BS, reads_BT), int32, where not all queries read as much: of these slots query t reads those of numbers
       below reads_BT[:, t].
@@ -45,7 +44,7 @@ def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Arr
   """
   B, T, N, H = q_BTNH.shape
   S = visible_BS.shape[1]
-  size = S if T == 1 else min(S, max(_LEAST, min(_MOST, 1 << (_SCORES // (T * N)).bit_length() - 1)))
+  size = S if T == 1 else min(S, _TILE)
   k_shape, v_shape = (x.shape for x in jax.eval_shape(lambda: read(0, size)))
   K = k_shape[1]
   if k_shape != (B, K, H, size) or v_shape != (B, K, size, H) or visible_BS.shape != (B, S) or K == 0 or N % K:
