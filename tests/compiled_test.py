@@ -26,15 +26,15 @@ def start(workdir, cache):
   return ran.stderr
 
 
-def test_a_second_process_compiles_nothing_that_the_first_one_has(tmp_path):
-  hit = "Persistent compilation cache hit for 'jit_step'"
+def test_a_second_process_takes_what_the_first_has_compiled_and_can_be_read(tmp_path):
+  hit, broken = "Persistent compilation cache hit for 'jit_step'", 'Error reading persistent compilation cache entry'
   assert hit not in start(tmp_path / 'first', tmp_path / 'cache')
-  assert hit in start(tmp_path / 'second', tmp_path / 'cache')
   for kept in (tmp_path / 'cache' / OURS).glob('*-cache'):
-    kept.write_bytes(kept.read_bytes()[:100])   # as of a process that was killed while it wrote
-  assert hit not in start(tmp_path / 'third', tmp_path / 'cache')
-  losses = [run_cases.losses(tmp_path / name) for name in ('first', 'second', 'third')]
-  assert losses[0] == losses[1] == losses[2]
+    if not kept.name.startswith('jit_step'):
+      kept.write_bytes(kept.read_bytes()[:100])   # as of a process that was killed while it wrote
+  said = start(tmp_path / 'second', tmp_path / 'cache')
+  assert hit in said and broken in said
+  assert run_cases.losses(tmp_path / 'first') == run_cases.losses(tmp_path / 'second')
 
 
 @pytest.fixture

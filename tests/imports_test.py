@@ -170,6 +170,10 @@ def test_computing_parts_import_without_optional_libraries(place):
       assert not modules_behind(module) & set(GUESTS), f'{module} needs {modules_behind(module) & set(GUESTS)}'
 
 
+def test_no_kernel_is_imported_before_it_is_chosen():
+  assert not modules_behind('blockattn.kernels.api') & {f'blockattn.kernels.{impl}' for impl in ('gpu', 'tpu', 'xla')}
+
+
 def test_the_reader_of_imports():
   source = ('import a.b\nfrom . import c\nfrom ..d import e, f\ndef g():\n  from h import i\n'
             'if TYPE_CHECKING:\n  import j\n')

@@ -194,7 +194,7 @@ def _measure_batch(subjects, teacher, docs, examples, tokenizer, batch, max_new,
   for number, (name, subject) in enumerate(subjects.items()):
     if number:
       show(number * len(docs))
-    hidden, tokens = right if subject is teacher else read(subject, max_new)
+    hidden, tokens = right if right and subject is teacher else read(subject, max_new)
     heads = tuple(transformer.head_of(s.params, s.cfg) for s in (subject, teacher or subject))
     sums = _whole(_gap_sums(heads, (hidden, right[0] if right else hidden), placed)).astype(np.float64)
     said = [{'scores': {}}] * len(docs)

@@ -1,6 +1,7 @@
 """The entrance to block attention: checks the arguments and calls the chosen implementation."""
 
 import functools
+import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -9,12 +10,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from blockattn import blocks
 from blockattn.errors import UserError
-from blockattn.kernels import context_parallel, gpu, reference, schedule, tiles as tile_sizes, tpu, xla
+from blockattn.kernels import context_parallel, reference, schedule, tiles as tile_sizes
 
 Array = jax.Array
 IMPLS = ('reference', 'xla', 'tpu', 'gpu')
 _HOME = {'tpu': 'tpu', 'gpu': 'gpu'}   # implementations that run on one platform only
-_MODULES = {'xla': xla, 'tpu': tpu, 'gpu': gpu}
 _FASTEST = {'tpu': 'tpu'}              # what 'auto' means; 'gpu' is left out until it has been run on a GPU
 
 
@@ -33,6 +33,11 @@ def resolve(impl: str, platform: str) -> str:
   return impl
 
 
+def _kernels(impl: str) -> Any:
+  """The module of an implementation. Pallas for GPUs takes a second to import, which most processes have no use for."""
+  return importlib.import_module(f'blockattn.kernels.{impl}')
+
+
 class Choice(NamedTuple):
   """An implementation, and why it is that one; as text, the line that every run starts with."""
   impl: str
@@ -49,7 +54,7 @@ def choose(impl: str, device: Any) -> Choice:
     ValueError: as `resolve`, or the device is a GPU that the GPU kernels are not for.
   """
   chosen = resolve(impl, device.platform)
-  lacking = gpu.lacks(device) if device.platform == 'gpu' else None
+  lacking = _kernels('gpu').lacks(device) if device.platform == 'gpu' else None
   if chosen == 'gpu' and lacking:
     raise UserError(f'{lacking}; use impl="auto" or impl="xla"')
   if impl != 'auto':
@@ -99,7 +104,7 @@ def _attention(q_BTNH, k_BSKH, v_BSKH, layout, impl, tiles, platform):
   if impl == 'reference':
     return reference.attention(q_BTNH, k_BSKH, v_BSKH, layout)
   marks = schedule.token_marks(layout)
-  return _MODULES[impl].attention(q_BTNH, k_BSKH, v_BSKH, marks, _tiles(tiles, impl, platform, q_BTNH))
+  return _kernels(impl).attention(q_BTNH, k_BSKH, v_BSKH, marks, _tiles(tiles, impl, platform, q_BTNH))
 
 
 def _tiles(tiles, impl, platform, x_BTNH):
@@ -147,7 +152,7 @@ def block_attention_on_mesh(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, layout:
       raise UserError(f'attention impl {impl!r} cannot divide the sequence over {context_axes}; use impl="xla"')
     own = None if tiles is None else _tiles(tiles, impl, platform, q_BTNH)
     attend = jax.named_scope('block_attention')(functools.partial(
-        context_parallel.attention, _MODULES[impl].attention, axes=context_axes, others=batch_axes,
+        context_parallel.attention, _kernels(impl).attention, axes=context_axes, others=batch_axes,
         far_queries=far_queries, tiles=_tiles(None, impl, platform, q_BTNH), own_tiles=own))
   # check_vma=False: the loops of the kernel start from zeros, which the check would want marked per device.
   return jax.shard_map(attend, mesh=mesh, in_specs=(heads, heads, heads, tokens), out_specs=heads,

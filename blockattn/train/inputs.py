@@ -170,8 +170,8 @@ def file_rows(data: PromptData, tokenizer, tell=None):
     raise UserError('config.data.files is empty: give JSON lines, parquet or Arrow files, e.g. '
                     '--config.data.files=train.jsonl,more/')
   weights, origins = zip(*shares(data))
-  parts = tuple(map(file_reader(data, tokenizer, tell), origins))
-  return stream.Mixture(parts, weights) if len(parts) > 1 else parts[0]
+  parts = [*map(file_reader(data, tokenizer, tell), origins)]
+  return stream.Mixture(tuple(parts), weights) if len(parts) > 1 else parts[0]
 
 
 def file_reader(data: PromptData, tokenizer, tell=None) -> Callable[[Sequence[tables.Origin]], sources.FileRows]:
