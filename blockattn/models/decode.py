@@ -162,7 +162,7 @@ def apart(stacked: Any) -> Any:
   and written for it.
   """
   first = jax.tree.leaves(stacked)[0]
-  if [device.platform for device in first.devices()] != ['cpu']:
+  if not isinstance(first, jax.Array) or [device.platform for device in first.devices()] != ['cpu']:
     return stacked
   host = jax.tree.map(np.asarray, stacked)
   return jax.device_put([_layer(host, i) for i in range(len(first))], *first.devices())
