@@ -79,7 +79,6 @@ class Engine:
     blocks_lib.check_cacheable(options)
     self._mesh = pool_lib.make_mesh(jax.local_devices()[:1] if devices is None else devices)
     self._params = jax.device_put(params, NamedSharding(self._mesh, pool_lib.EVERYWHERE))
-    self._decoding = self._params | {'layers': decode.apart(self._params['layers'])}
     self._cfg, self._compute, self._options = cfg, compute, options
     self._tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
     encode.check_ids(options.own_ids, cfg.vocab + cfg.learned_sinks, self._tokenizer, 'sinks')
@@ -161,14 +160,12 @@ class Engine:
     how = dict(cfg=self._cfg, compute=self._compute, mesh=self._mesh)
     token = jax.block_until_ready(_first(self._params, x_BD, sampling, cfg=self._cfg))
     on_part('choose', token)
-    if context is not None:
-      context = dataclasses.replace(context, k=decode.apart(context.k), v=decode.apart(context.v))
     writers = [sampling_lib.Writer(self._tokenizer, self._stop_ids, plan.request.stop) for plan in plans]
     most, unfinished = max(plan.request.max_new for plan in plans), set(range(len(plans)))
     for n in range(1, most + 1):
       current = token
       if n < most:   # the device works on the next token while the host looks at this one
-        token, cache = _next(self._decoding, current, cache, context, sampling, np.int32(n), **how)
+        token, cache = _next(self._params, current, cache, context, sampling, np.int32(n), **how)
       values = np.asarray(current).tolist()
       for i in sorted(unfinished):
         new = writers[i].push(values[i])

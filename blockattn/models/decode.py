@@ -11,7 +11,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from blockattn import blocks
 from blockattn.kernels import api, cached
@@ -36,13 +35,13 @@ class Cache:
   """Keys and values of every layer, and who may be read.
 
   Attributes:
-    k, v: [L, B, K, H, S] and [L, B, K, S, H], or lists of so many layers, keys rotated; S has room for the tokens to come.
+    k, v: [L, B, K, H, S] and [L, B, K, S, H], keys rotated; S has room for the tokens to come.
     visible: bool [B, S], the keys that the next token, a token of the prompt's last block, may attend to.
     position: int32 [B], the next token's rotary position.
     used: int32, slots in use, the same for every row.
   """
-  k: Any
-  v: Any
+  k: Array
+  v: Array
   visible: Array
   position: Array
   used: Array
@@ -53,14 +52,14 @@ class Context:
   """Keys and values that were there before the tokens that are read now; they are never written to.
 
   Attributes:
-    k, v: [L, B, K, H, S] and [L, B, K, S, H], or for `extend` lists of so many layers, keys rotated.
+    k, v: [L, B, K, H, S] and [L, B, K, S, H], keys rotated.
     visible: bool [B, S], what every token of the row may attend to, or, with a number, some of them.
     number: int32 [B, S], of the prompt's block that a slot is of, where a token reads those below its own number in its
       layout (`BlockLayout.block`); None: every token reads all that is visible.
     axis: name of the mesh axis over which S is sharded, inside of a shard_map; None where it is whole.
   """
-  k: Any
-  v: Any
+  k: Array
+  v: Array
   visible: Array
   number: Array | None = None
   axis: str | None = flax.struct.field(pytree_node=False, default=None)
@@ -117,11 +116,11 @@ def prefill(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transfo
   """
   x_BTD, states = read(params, tokens, layout, cfg, compute, context)
   last = jnp.max(jnp.where(layout.doc != 0, jnp.arange(tokens.shape[1]), 0), axis=1)
-  return start(x_BTD, states, layout, last, cfg, compute, room)
+  return start(x_BTD, states, layout, last, cfg, room)
 
 
 def start(x_BTD: Array, states: tuple[Array, Array], layout: blocks.BlockLayout, last: Array, cfg: transformer.ModelConfig,
-          compute: transformer.Compute, room: int) -> tuple[Array, Cache]:
+          room: int) -> tuple[Array, Cache]:
   """What a prompt is continued from, behind one of its tokens.
 
   Args:
@@ -136,8 +135,6 @@ def start(x_BTD: Array, states: tuple[Array, Array], layout: blocks.BlockLayout,
   each, (k, v) = jnp.arange(rows), states
   grow = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)])
   k, v = as_read(grow(rotate_keys(k, layout.position, cfg)), grow(v))
-  if (compute.platform or jax.default_backend()) == 'cpu':
-    k, v = list(k), list(v)   # see `apart`
   visible = _seen_by_next(layout, last) & (jnp.arange(length) <= last[:, None])
   cache = Cache(k=k, v=v, visible=jnp.pad(visible, ((0, 0), (0, room))),
                 position=layout.position[each, last] + 1, used=jnp.asarray(length, jnp.int32))
@@ -153,35 +150,6 @@ def rotate_keys(k: Array, position: Array, cfg: transformer.ModelConfig) -> Arra
 def as_read(k: Array, v: Array) -> tuple[Array, Array]:
   """Keys and values [L, B, S, K, H] in the order in which `cached.attend_cached` reads them."""
   return k.transpose(0, 1, 3, 4, 2), v.swapaxes(2, 3)
-
-
-def apart(stacked: Any) -> Any:
-  """Of arrays [L, ...] on one CPU device a list of what each layer has of them, without a copy; of others themselves.
-
-  A step of a scan on XLA's CPU backend copies what it takes of stacked arrays, and a token takes as long as memory is read
-  and written for it.
-  """
-  first = jax.tree.leaves(stacked)[0]
-  if not isinstance(first, jax.Array) or [device.platform for device in first.devices()] != ['cpu']:
-    return stacked
-  host = jax.tree.map(np.asarray, stacked)
-  return jax.device_put([_layer(host, i) for i in range(len(first))], *first.devices())
-
-
-def _layer(stacked, i):
-  return stacked[i] if isinstance(stacked, list) else jax.tree.map(lambda x: x[i], stacked)
-
-
-def _over_layers(layer, x, stacked):
-  """`lax.scan` of a layer; written out where some of what it reads are lists."""
-  lists = [part for part in stacked if isinstance(part, list)]
-  if not lists:
-    return jax.lax.scan(layer, x, stacked)
-  kept = []
-  for i in range(len(lists[0])):
-    x, own = layer(x, [_layer(part, i) for part in stacked])
-    kept.append(own)
-  return x, tuple(map(list, zip(*kept, strict=True)))
 
 
 def _seen_by_next(layout, last):
@@ -218,7 +186,7 @@ def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfi
 
   x_B1D = transformer.embed(params, tokens[:, None], cfg, compute)
   scanned = (params['layers'], cache.k, cache.v) + (() if context is None else (context.k, context.v))
-  x_B1D, (k, v) = _over_layers(layer, x_B1D, scanned)
+  x_B1D, (k, v) = jax.lax.scan(layer, x_B1D, scanned)
   cache = Cache(k=k, v=v, visible=visible, position=cache.position + 1, used=slot + 1)
   return transformer.final_norm(params, x_B1D, cfg)[:, 0], cache
 
@@ -252,8 +220,6 @@ def greedy(params: Any, x_BD: Array, cache: Cache, *, cfg: transformer.ModelConf
     token, _, n, _ = carry
     return (n < length) & ~jnp.all(stops(token))
 
-  if isinstance(cache.k, list):   # or every step would take them apart
-    params = params | {'layers': [_layer(params['layers'], i) for i in range(cfg.layers)]}
   # A row of padding has nothing to say.
   token = jnp.where(jnp.any(cache.visible, axis=1), choose(x_BD), stop_ids[0])
   answer = jnp.full((x_BD.shape[0], length), stop_ids[0], jnp.int32)
