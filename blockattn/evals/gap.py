@@ -305,8 +305,7 @@ def _read(subject, rows, placed, max_new, stop_ids):
   hidden, start = _hidden_and_start(subject.params, _view(placed, form, length), room=_room(length, max_new), **how)
   if not max_new:
     return hidden, None
-  params = subject.params | {'layers': decode.apart(subject.params['layers'])}
-  return hidden, decode.greedy(params, *start, length=max_new, stop_ids=np.array(stop_ids, np.int32),
+  return hidden, decode.greedy(subject.params, *start, length=max_new, stop_ids=np.array(stop_ids, np.int32),
                                vocab=subject.cfg.vocab, **how)
 
 
@@ -342,7 +341,7 @@ def _hidden_and_start(params, view, cfg, compute, room):
   tokens, layout, index, last = view
   x_BTD, states = decode.read(params, tokens, layout, cfg, compute)
   hidden = jnp.take_along_axis(x_BTD, index[..., None], axis=1)
-  return hidden, decode.start(x_BTD, states, layout, last, cfg, compute, room) if room else None
+  return hidden, decode.start(x_BTD, states, layout, last, cfg, room) if room else None
 
 
 @jax.jit

@@ -79,7 +79,6 @@ class Engine:
     blocks_lib.check_cacheable(options)
     self._mesh = pool_lib.make_mesh(jax.local_devices()[:1] if devices is None else devices)
     self._params = jax.device_put(params, NamedSharding(self._mesh, pool_lib.EVERYWHERE))
-    self._decoding = self._params | {'layers': decode.apart(self._params['layers'])}
     self._cfg, self._compute, self._options = cfg, compute, options
     self._tokenizer = getattr(tokenizer, 'backend_tokenizer', tokenizer)
     encode.check_ids(options.own_ids, cfg.vocab + cfg.learned_sinks, self._tokenizer, 'sinks')
@@ -164,11 +163,11 @@ class Engine:
     writers = [sampling_lib.Writer(self._tokenizer, self._stop_ids, plan.request.stop) for plan in plans]
     most, unfinished = max(plan.request.max_new for plan in plans), set(range(len(plans)))
     if context is not None and most > 1:
-      context = _gather(context, compute=self._compute, mesh=self._mesh)
+      context = _gather(context, mesh=self._mesh)
     for n in range(1, most + 1):
       current = token
       if n < most:   # the device works on the next token while the host looks at this one
-        token, cache = _next(self._decoding, current, cache, context, sampling, np.int32(n), **how)
+        token, cache = _next(self._params, current, cache, context, sampling, np.int32(n), **how)
       values = np.asarray(current).tolist()
       for i in sorted(unfinished):
         new = writers[i].push(values[i])
@@ -274,14 +273,12 @@ def _read(params, tokens, lengths, ahead, reads, context, *, room, cfg, compute,
       params, tokens, lengths, ahead, reads, context)
 
 
-@functools.partial(jax.jit, static_argnames=('compute', 'mesh'))
-def _gather(context, *, compute, mesh):
-  here = functools.partial(decode.gather, compute=compute)
-  return pool_lib.on_mesh(mesh, here, (pool_lib.PAGES,), _specs(context))(context)
+@functools.partial(jax.jit, static_argnames='mesh')
+def _gather(context, *, mesh):
+  return pool_lib.on_mesh(mesh, decode.gather, (pool_lib.PAGES,), _gathered_specs(context))(context)
 
 
-def _specs(context):
-  """Of a decode.Gathered, [L, ...]: over several devices layers stand together."""
+def _gathered_specs(context):
   return None if context is None else decode.Gathered(pool_lib.KEYS, pool_lib.VALUES, pool_lib.PAGES, axis=context.axis)
 
 
@@ -292,7 +289,7 @@ def _next(params, token, cache, context, sampling, n, *, cfg, compute, mesh):
     return decode.extend(params, token, cache, cfg, compute, context)
 
   every = pool_lib.EVERYWHERE
-  x_BD, cache = pool_lib.on_mesh(mesh, here, (every, every, every, _specs(context)), every)(
+  x_BD, cache = pool_lib.on_mesh(mesh, here, (every, every, every, _gathered_specs(context)), every)(
       params, token, cache, context)
   return sampling_lib.choose(transformer.logits(params, x_BD, cfg), sampling, n), cache
 

@@ -17,16 +17,12 @@ from blockattn.kernels.reference import MASKED, precision
 
 Array = jax.Array
 Read = Callable[[Array | int, int], tuple[Array, Array]]   # (first slot, slots) -> (k_BKHS, v_BKSH)
-_TILE = 256   # slots whose scores exist at a time: a core's own memory holds them, of some heads and hundreds of queries
 
 
-def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Array, Array] | None = None
+def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Array, Array] | None = None, *, tile: int = 256
                   ) -> tuple[Array, Array]:
   """Softmax attention of every query to all visible keys, tile after tile up to the last one that is visible in any row:
   memory is O(T), whatever S, and time follows what is cached, not the room for it.
-
-  A token that is read alone reads all slots as one tile: its scores are few, and keys that have their order already are then
-  read where they stand; a tile of them would be copied first.
 
   Args:
     q_BTNH: queries. Query head n reads key/value head n // (N / K). The scale H ** -0.5 is applied inside.
@@ -35,6 +31,7 @@ def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Arr
     visible_BS: bool, the slots of the cache that the queries of a row may read.
     below: (number_BS, reads_BT), int32, where not all queries read as much: of these slots query t reads those of numbers
       below reads_BT[:, t].
+    tile: slots whose scores exist at a time.
 
   Returns:
     (out_BTNH, lse_BTN), float32. A row without a visible key has output 0 and logsumexp -inf.
@@ -44,7 +41,7 @@ def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Arr
   """
   B, T, N, H = q_BTNH.shape
   S = visible_BS.shape[1]
-  size = S if T == 1 else min(S, _TILE)
+  size = min(S, tile)
   k_shape, v_shape = (x.shape for x in jax.eval_shape(lambda: read(0, size)))
   K = k_shape[1]
   if k_shape != (B, K, H, size) or v_shape != (B, K, size, H) or visible_BS.shape != (B, S) or K == 0 or N % K:
@@ -55,7 +52,7 @@ def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Arr
   q_BKMH = q_BTNH.reshape(B, T, K, G, H).swapaxes(1, 2).reshape(B, K, T * G, H)
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision(q_BKMH.dtype))
 
-  def tile(j, carry):
+  def step(j, carry):
     acc, peak, total = carry
     start = jnp.minimum(j * size, S - size)   # the last tile overlaps the one before it
     own = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1)
@@ -73,7 +70,7 @@ def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Arr
   per_query = q_BKMH.shape[:-1]
   start = jnp.zeros(q_BKMH.shape, jnp.float32), jnp.full(per_query, MASKED, jnp.float32), jnp.zeros(per_query, jnp.float32)
   used = jnp.max(jnp.where(visible_BS, jnp.arange(S) + 1, 0))
-  acc, peak, total = tile(0, start) if size == S else lax.fori_loop(0, (used + size - 1) // size, tile, start)
+  acc, peak, total = lax.fori_loop(0, (used + size - 1) // size, step, start)
   seen = peak > MASKED / 2
   total = jnp.where(seen, total, 1)
   out = jnp.where(seen[..., None], acc / total[..., None], 0)
@@ -82,11 +79,12 @@ def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Arr
   return by_query(out), by_query(lse)
 
 
-def slots_of(k_BKHS: Array, v_BKSH: Array) -> Read:
-  """Of a cache that stands in the order of reading, keys rotated."""
+def slots_of(k_LBKHS: Array, v_LBKSH: Array, layer: Array | int) -> Read:
+  """Of a layer of caches that stand in the order of reading, keys rotated."""
   def read(start, size):
-    part = lambda x, axis: x if x.shape[axis] == size else lax.dynamic_slice_in_dim(x, start, size, axis)
-    return part(k_BKHS, 3), part(v_BKSH, 2)
+    k = lax.dynamic_slice(k_LBKHS, (layer, 0, 0, 0, start), (1, *k_LBKHS.shape[1:4], size))
+    v = lax.dynamic_slice(v_LBKSH, (layer, 0, 0, start, 0), (1, *v_LBKSH.shape[1:3], size, v_LBKSH.shape[4]))
+    return k[0], v[0]
 
   return read
 

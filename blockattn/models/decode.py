@@ -11,7 +11,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from blockattn import blocks
 from blockattn.kernels import api, cached
@@ -36,13 +35,13 @@ class Cache:
   """Keys and values of every layer, and who may be read.
 
   Attributes:
-    k, v: [L, B, K, H, S] and [L, B, K, S, H], or lists of so many layers, keys rotated; S has room for the tokens to come.
+    k, v: [L, B, K, H, S] and [L, B, K, S, H], keys rotated; S has room for the tokens to come.
     visible: bool [B, S], the keys that the next token, a token of the prompt's last block, may attend to.
     position: int32 [B], the next token's rotary position.
     used: int32, slots in use, the same for every row.
   """
-  k: Any
-  v: Any
+  k: Array
+  v: Array
   visible: Array
   position: Array
   used: Array
@@ -79,8 +78,8 @@ class Gathered:
     k, v: as of `Cache`.
     visible, axis: as of `Context`.
   """
-  k: Any
-  v: Any
+  k: Array
+  v: Array
   visible: Array
   axis: str | None = flax.struct.field(pytree_node=False, default=None)
 
@@ -103,26 +102,26 @@ def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transforme
 
   def attend(q, k, v, layer):
     own = api.block_attention_and_lse(q, k, v, layout, impl=compute.impl, tiles=compute.tiles)
-    return _beside(q, slots_of(context, layer), context, own, below)
+    return _beside(q, slots_of(context, layer), context, own, _tile(compute), below)
 
   x_BTD = transformer.embed(params, tokens, cfg, compute)
   return transformer.run_layers(params, x_BTD, layout.position, cfg, compute, attend, keep=keep,
                                 beside=(jnp.arange(cfg.layers),))
 
 
-def _beside(q, slots, context, own, below=None):
+def _beside(q, slots, context, own, tile, below=None):
   """Attention to the context's slots in a layer, merged with `own`, (output, logsumexp) of attention to other keys.
 
-  `below` as of `cached.attend_cached`; None: the queries read all that is visible, as the last block's do.
+  `tile` and `below` as of `cached.attend_cached`; None: the queries read all that is visible, as the last block's do.
   """
-  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, slots, context.visible, below))
+  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, slots, context.visible, below, tile=tile))
   if context.axis is not None:   # every device has read its own part of the context
     parts = jax.tree.map(lambda x: jax.lax.all_gather(x[0], context.axis), parts)
   every = jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)[None]]), parts, own)
   return cached.merge(*every)[0].astype(q.dtype)
 
 
-def slots_of(context: Context, layer: Array | int) -> cached.Read:
+def slots_of(context: Context, layer: Array) -> cached.Read:
   """The context in a layer as attention reads it. Keys are rotated as a tile of them is read: who reads the context once
   needs no copy of it."""
   page = context.k.shape[2]
@@ -136,17 +135,10 @@ def slots_of(context: Context, layer: Array | int) -> cached.Read:
   return read
 
 
-def gather(context: Context, compute: transformer.Compute) -> Gathered:
-  """A context for many tokens that are read one by one: keys are rotated once, not for every token.
-
-  Layers are apart on one CPU device, see `apart`.
-  """
+def gather(context: Context) -> Gathered:
+  """A context for many tokens that are read one by one: keys are rotated once, not for every token."""
   whole = lambda layer: slots_of(context, layer)(0, context.visible.shape[1])
-  layers = context.k.shape[0]
-  if _on_cpu(compute) and context.axis is None:
-    k, v = map(list, zip(*map(whole, range(layers)), strict=True))
-  else:
-    k, v = jax.lax.map(whole, jnp.arange(layers))
+  k, v = jax.lax.map(whole, jnp.arange(len(context.k)))
   return Gathered(k, v, context.visible, axis=context.axis)
 
 
@@ -164,11 +156,11 @@ def prefill(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transfo
   """
   x_BTD, states = read(params, tokens, layout, cfg, compute, context)
   last = jnp.max(jnp.where(layout.doc != 0, jnp.arange(tokens.shape[1]), 0), axis=1)
-  return start(x_BTD, states, layout, last, cfg, compute, room)
+  return start(x_BTD, states, layout, last, cfg, room)
 
 
 def start(x_BTD: Array, states: tuple[Array, Array], layout: blocks.BlockLayout, last: Array, cfg: transformer.ModelConfig,
-          compute: transformer.Compute, room: int) -> tuple[Array, Cache]:
+          room: int) -> tuple[Array, Cache]:
   """What a prompt is continued from, behind one of its tokens.
 
   Args:
@@ -184,8 +176,6 @@ def start(x_BTD: Array, states: tuple[Array, Array], layout: blocks.BlockLayout,
   grow = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)])
   angles = transformer.rotary_angles(layout.position, cfg)
   k, v = as_read(grow(jax.vmap(transformer.rotate, in_axes=(0, None))(k, angles)), grow(v))
-  if _on_cpu(compute):
-    k, v = list(k), list(v)   # see `apart`
   visible = _seen_by_next(layout, last) & (jnp.arange(length) <= last[:, None])
   cache = Cache(k=k, v=v, visible=jnp.pad(visible, ((0, 0), (0, room))),
                 position=layout.position[each, last] + 1, used=jnp.asarray(length, jnp.int32))
@@ -197,37 +187,9 @@ def as_read(k: Array, v: Array) -> tuple[Array, Array]:
   return jnp.moveaxis(k, -3, -1), v.swapaxes(-3, -2)
 
 
-def _on_cpu(compute):
-  return (compute.platform or jax.default_backend()) == 'cpu'
-
-
-def apart(stacked: Any) -> Any:
-  """Of arrays [L, ...] on one CPU device a list of what each layer has of them, without a copy; of others themselves.
-
-  A step of a scan on XLA's CPU backend copies what it takes of stacked arrays, and a token takes as long as memory is read
-  and written for it.
-  """
-  first = jax.tree.leaves(stacked)[0]
-  if [device.platform for device in first.devices()] != ['cpu']:
-    return stacked
-  host = jax.tree.map(np.asarray, stacked)
-  return jax.device_put([_layer(host, i) for i in range(len(first))], *first.devices())
-
-
-def _layer(stacked, i):
-  return stacked[i] if isinstance(stacked, list) else jax.tree.map(lambda x: x[i], stacked)
-
-
-def _over_layers(layer, x, stacked):
-  """`lax.scan` of a layer; written out where some of what it reads are lists."""
-  lists = [part for part in stacked if isinstance(part, list)]
-  if not lists:
-    return jax.lax.scan(layer, x, stacked)
-  kept = []
-  for i in range(len(lists[0])):
-    x, own = layer(x, [_layer(part, i) for part in stacked])
-    kept.append(own)
-  return x, tuple(map(list, zip(*kept, strict=True)))
+def _tile(compute):
+  """Slots whose scores exist at a time: so many as a core's own memory holds; elsewhere a step costs more than memory."""
+  return 256 if (compute.platform or jax.default_backend()) == 'cpu' else 4096
 
 
 def _seen_by_next(layout, last):
@@ -250,21 +212,25 @@ def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfi
   visible = cache.visible.at[:, slot].set(True)
   angles = transformer.rotary_angles(cache.position[:, None], cfg)
 
-  def layer(x_B1D, scanned):
-    weights, k_cache, v_cache, *known = scanned
-    stored = []
+  # Caches are carried: of a stacked array that it walks over a scan copies each layer's part, read whole or not.
+  def layer(carry, scanned):
+    x_B1D, *caches = carry
+    weights, index = scanned
+
     def attend(q, k, v):
-      keys = jax.lax.dynamic_update_slice_in_dim(k_cache, k.transpose(0, 2, 3, 1), slot, axis=3)
-      values = jax.lax.dynamic_update_slice_in_dim(v_cache, v.swapaxes(1, 2), slot, axis=2)
-      stored.append((keys, values))
-      own = cached.attend_cached(q, cached.slots_of(keys, values), visible)
-      return own[0].astype(q.dtype) if context is None else _beside(q, cached.slots_of(*known), context, own)
+      new = as_read(k, v)
+      caches[:] = (jax.lax.dynamic_update_slice(x, own[None], (index, 0, 0, *at))
+                   for x, own, at in zip(caches, new, ((0, slot), (slot, 0)), strict=True))
+      own = cached.attend_cached(q, cached.slots_of(*caches, index), visible, tile=_tile(compute))
+      if context is None:
+        return own[0].astype(q.dtype)
+      return _beside(q, cached.slots_of(context.k, context.v, index), context, own, _tile(compute))
+
     x_B1D, _ = transformer.decoder_layer(x_B1D, weights_lib.cast(weights, compute.dtype), angles, cfg, compute, attend)
-    return x_B1D, stored[0]
+    return (x_B1D, *caches), None
 
   x_B1D = transformer.embed(params, tokens[:, None], cfg, compute)
-  scanned = (params['layers'], cache.k, cache.v) + (() if context is None else (context.k, context.v))
-  x_B1D, (k, v) = _over_layers(layer, x_B1D, scanned)
+  (x_B1D, k, v), _ = jax.lax.scan(layer, (x_B1D, cache.k, cache.v), (params['layers'], jnp.arange(cfg.layers)))
   cache = Cache(k=k, v=v, visible=visible, position=cache.position + 1, used=slot + 1)
   return transformer.final_norm(params, x_B1D, cfg)[:, 0], cache
 
@@ -298,8 +264,6 @@ def greedy(params: Any, x_BD: Array, cache: Cache, *, cfg: transformer.ModelConf
     token, _, n, _ = carry
     return (n < length) & ~jnp.all(stops(token))
 
-  if isinstance(cache.k, list):   # or every step would take them apart
-    params = params | {'layers': [_layer(params['layers'], i) for i in range(cfg.layers)]}
   # A row of padding has nothing to say.
   token = jnp.where(jnp.any(cache.visible, axis=1), choose(x_BD), stop_ids[0])
   answer = jnp.full((x_BD.shape[0], length), stop_ids[0], jnp.int32)

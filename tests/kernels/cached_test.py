@@ -22,7 +22,7 @@ def arrays(queries, dtype='float32', keys=S):
 @jax.jit
 def attend(q, k, v, *more):
   """Of keys and values in the order of all other attention."""
-  return cached.attend_cached(q, cached.slots_of(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)), *more)
+  return cached.attend_cached(q, cached.slots_of(k.transpose(0, 2, 3, 1)[None], v.swapaxes(1, 2)[None], 0), *more)
 
 
 def dense(q, k, v, visible):
@@ -36,7 +36,7 @@ def dense(q, k, v, visible):
     return np.nan_to_num(np.einsum('btns,bsnh->btnh', weights, v) / total[..., None]), np.log(total)
 
 
-@pytest.mark.parametrize('queries, keys', [(1, 2100), (5, S), (5, 9000), (300, 1025)])   # one tile; some, and a part
+@pytest.mark.parametrize('queries, keys', [(1, S), (5, S), (1, 9000), (300, 1025)])   # one tile; some, and a part
 @several
 @given(seed=st.integers(0, 99), share=st.sampled_from([0.0, 0.2, 1.0]))
 def test_agrees_with_a_dense_computation(queries, keys, seed, share):
@@ -108,8 +108,8 @@ def test_memory_does_not_hold_all_scores():
 
 
 def test_what_stands_behind_the_last_visible_key_is_not_read():
-  """A context stands in an array of one of few lengths; reading it takes as long as what there is of it."""
-  q, k, v = arrays(5, keys=12288)
+  """A cache has room for more than it holds; its time is that of what it holds."""
+  q, k, v = arrays(1, keys=12288)
   visible = np.arange(12288) <= np.array([[70], [4096]])
   wrong = k.at[:, 8192:].set(np.nan)   # tiles of their own
   for result, wanted in zip(attend(q, wrong, v, jnp.asarray(visible)), dense(q, k, v, visible)):

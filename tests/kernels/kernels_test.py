@@ -147,7 +147,7 @@ def test_float32_is_not_rounded_by_matrix_units():
     return lambda *x: jax.vjp(lambda *x: attention(impl, (8, 8))(*x, layout), *x)[1](x[0])
 
   attend_cached = lambda q, k, v: cached.merge(*(part[None] for part in cached.attend_cached(
-      q, cached.slots_of(k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)), jnp.ones((B, T), bool))))
+      q, cached.slots_of(k.transpose(0, 2, 3, 1)[None], v.swapaxes(1, 2)[None], 0), jnp.ones((B, T), bool))))
   for run in (both('reference'), both('xla'), attend_cached):
     text = jax.jit(run).lower(*arrays()[:3]).as_text()
     products = [line for line in text.splitlines() if 'dot_general' in line]
