@@ -28,7 +28,7 @@ LORA = 'distillation, LoRA student of rank 16'
 # Distillation and the method's family beside it. All rows of the on-policy step are the student's own: a run's share less.
 # What torch_step.py does, too; there are no sinks there.
 ALL_FULL, ALL_BLOCK = 'full fine-tuning, loss on all tokens', 'block mode only, loss on all tokens'
-ALL_LORA, UNDROPPED = 'full fine-tuning, LoRA of rank 16, loss on all tokens', 'distillation without block dropout'
+ALL_LORA, UNDROPPED = 'LoRA of rank 16, loss on all tokens', 'distillation without block dropout'
 _ALL_TOKENS = {'finetune.text_weight': 1.0, 'blocks.sinks': 0}
 BESIDE_TORCH = (ALL_FULL, ALL_BLOCK, ALL_LORA, UNDROPPED)
 FAMILY = {name: keys for name, keys in VARIANTS.items() if name != 'plain'} | {
