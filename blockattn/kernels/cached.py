@@ -83,7 +83,8 @@ def attend_cached(q_BTNH: Array, read: Read, visible_BS: Array, below: tuple[Arr
 
 def slots_of(k_BSKH: Array, v_BSKH: Array) -> Read:
   """Of a cache that is two arrays, keys rotated."""
-  return lambda start, size: tuple(lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (k_BSKH, v_BSKH))
+  part = functools.partial(lax.dynamic_slice_in_dim, axis=1)
+  return lambda start, size: (part(k_BSKH, start, size), part(v_BSKH, start, size))
 
 
 def merge(out_PBTNH: Array, lse_PBTN: Array) -> tuple[Array, Array]:
