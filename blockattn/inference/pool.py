@@ -132,8 +132,8 @@ class Pool:
       pages: int32 [B, D n], of each device n.
       position, visible, number: int32, bool and int32 [B, D n page]; see `decode.Context`.
     """
-    return decode.Context(self.k, self.v, pages, _angles(position, cfg=cfg, mesh=self.mesh), visible, number,
-                          axis=None if self.devices == 1 else AXIS)
+    there = jax.tree.map(jnp.asarray, (pages, _angles(position, cfg=cfg, mesh=self.mesh), visible, number))
+    return decode.Context(self.k, self.v, *there, axis=None if self.devices == 1 else AXIS)
 
 
 @functools.cache   # a pool like one before it compiles nothing
