@@ -279,7 +279,8 @@ def _gather(context, *, mesh):
 
 
 def _gathered_specs(context):
-  return None if context is None else decode.Gathered(pool_lib.KEYS, pool_lib.VALUES, pool_lib.PAGES, axis=context.axis)
+  specs: Any = pool_lib.KEYS, pool_lib.VALUES, pool_lib.PAGES
+  return None if context is None else decode.Gathered(*specs, axis=context.axis)
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'mesh'), donate_argnames=('cache',))

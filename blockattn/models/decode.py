@@ -214,20 +214,22 @@ def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfi
 
   # Caches are carried: of a stacked array that it walks over a scan copies each layer's part, read whole or not.
   def layer(carry, scanned):
-    x_B1D, *caches = carry
+    x_B1D, k_cache, v_cache = carry
     weights, index = scanned
+    stored = []
 
     def attend(q, k, v):
-      new = as_read(k, v)
-      caches[:] = (jax.lax.dynamic_update_slice(x, own[None], (index, 0, 0, *at))
-                   for x, own, at in zip(caches, new, ((0, slot), (slot, 0)), strict=True))
-      own = cached.attend_cached(q, cached.slots_of(*caches, index), visible, tile=_tile(compute))
+      k, v = as_read(k, v)
+      keys = jax.lax.dynamic_update_slice(k_cache, k[None], (index, 0, 0, 0, slot))
+      values = jax.lax.dynamic_update_slice(v_cache, v[None], (index, 0, 0, slot, 0))
+      stored.append((keys, values))
+      own = cached.attend_cached(q, cached.slots_of(keys, values, index), visible, tile=_tile(compute))
       if context is None:
         return own[0].astype(q.dtype)
       return _beside(q, cached.slots_of(context.k, context.v, index), context, own, _tile(compute))
 
     x_B1D, _ = transformer.decoder_layer(x_B1D, weights_lib.cast(weights, compute.dtype), angles, cfg, compute, attend)
-    return (x_B1D, *caches), None
+    return (x_B1D, *stored[0]), None
 
   x_B1D = transformer.embed(params, tokens[:, None], cfg, compute)
   (x_B1D, k, v), _ = jax.lax.scan(layer, (x_B1D, cache.k, cache.v), (params['layers'], jnp.arange(cfg.layers)))
