@@ -3,8 +3,9 @@
 A prompt of T tokens is one context block and a last block, without sinks, so that block attention is full attention and both
 sides answer the same; its states are ready before the clock starts. So many requests ask it at once, each with a copy of its
 own. In turn, sample by sample: the engine (`ours`), and `generate` of transformers over a DynamicCache (`torch`), from the
-same weights. Counted are the tokens behind the first. The limit is what memory traffic alone takes: every weight, every key
-and every value once a token, at the rate of the machine's own copy or what --bandwidth-gbs says.
+same weights. Counted are the tokens behind the first, with the copy of the context that they read. The limit is what memory
+traffic alone takes: every weight, every key and every value once a token, at the rate of the machine's own copy or what
+--bandwidth-gbs says.
 """
 
 import copy
