@@ -37,6 +37,7 @@ OVER_INPUT = {
     'tools.generate': ['run a.jsonl --cache run'],
     'tools.judge': ['qa run --data a.jsonl --out run', 'qa x --data a.jsonl --out a.jsonl',
                     'qa x --data a.jsonl --out o --cache o'],
+    'tools.ruler': ['run --tokenizer run'],
     'tools.runs': ['. --json run/config.json', 'run --json ./run/config.json'],
     'tools.segment': ['a.jsonl --out a.jsonl', 'run --out run/config.json', '*.jsonl --html=a.jsonl',
                       'a.jsonl --html x --out x'],
