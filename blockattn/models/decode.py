@@ -129,7 +129,7 @@ def slots_of(context: Context, layer: Array) -> cached.Read:
   def read(start, size):
     part = lambda x, start, size: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
     pages = part(context.pages, start // page, size // page)
-    k, v = (x.at[layer, pages].get(mode='promise_in_bounds').reshape(-1, size, *x.shape[3:]) for x in (context.k, context.v))
+    k, v = (x.at[layer, pages].get(mode='clip').reshape(-1, size, *x.shape[3:]) for x in (context.k, context.v))
     return as_read(transformer.rotate(k, jax.tree.map(lambda x: part(x, start, size), context.angles)), v)
 
   return read
