@@ -17,7 +17,8 @@ from configs import distill, finetune
 from tools import show
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem not in ('__init__', 'common', 'variants'))
+CONFIGS = sorted(path.stem for path in (ROOT / 'configs').glob('*.py')
+                 if path.stem not in ('__init__', 'common', 'variants'))
 
 
 def qwen(**mesh):
