@@ -4,10 +4,10 @@
   python -m tools.variants --workdir runs/variants --only plain,on_policy --seconds 30 --seeds 1 --docs 32
 
 A variant is configs/tiny.py (the forward divergence, unweighted, with half as much cross-entropy) with the keys of
-configs/variants.py changed. A short run of each says how long a step takes; a
-training then has as many steps as fit into --seconds, compiling apart, its learning rate falling over just these. All are
-asked the same questions about classes and modules that no training page showed. In DIR stand a folder per training,
-table.md, and results.json; started again in DIR, what is there is not done again.
+configs/variants.py changed. A short run of each says how long a step takes; a training then has as many steps as fit into
+--seconds, compiling apart, its learning rate falling over just these. All are asked the same questions about classes and
+modules that no training page showed. In DIR stand a folder per training, table.md, and results.json; started again in DIR,
+what is there is not done again.
 
 The seed decides the order of the pages and, where there is one, the draw of the student's answers; every student starts as
 the teacher.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from blockattn import blocks, losses, mesh, optim
 from blockattn.data import encode, packing
@@ -114,7 +115,7 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
     options = changed(distill.Options(
         **shared, lora=low_rank, distill=distill.DistillOptions(drop_rate=DROP, chunk=chunk),
         teacher=distill.TeacherOptions(dtype=precision, compute_dtype=compute.dtype, logits='stored' if stored else '',
-                                       top_k=TOP_K)), keys)
+                                       top_k=TOP_K)), traverse_util.unflatten_dict(keys, sep='.'))
     if stored:
       return step(distill, options, more={'teacher': stored_teacher(batch, cfg.vocab)})
     teacher = distill.teacher_from(whole(), cfg, options.teacher, placement)
@@ -123,7 +124,8 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
 
   def tuned(mode, low_rank=lora.NONE, **keys):
     options = finetune.Options(**shared, lora=low_rank, finetune=finetune.FinetuneOptions(mode, chunk=chunk))
-    return step(finetune, changed(options, keys), lambda: job.Frozen(base=whole() if low_rank.rank else None))
+    options = changed(options, traverse_util.unflatten_dict(keys, sep='.'))
+    return step(finetune, options, lambda: job.Frozen(base=whole() if low_rank.rank else None))
 
   return {
       DISTILLED: distilled,
@@ -140,13 +142,10 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
       UNDROPPED: lambda: distilled(**{'distill.drop_rate': 0.0, 'blocks.sinks': 0})}
 
 
-def changed(options, keys: dict):
-  """Options with other values at some dotted keys, all set before any is checked against another."""
-  changes = {}
-  for name in dict.fromkeys(key.partition('.')[0] for key in keys):
-    inner = {key.removeprefix(f'{name}.'): value for key, value in keys.items() if key.startswith(f'{name}.')}
-    changes[name] = changed(getattr(options, name), inner) if inner else keys[name]
-  return dataclasses.replace(options, **changes)
+def changed(options, nested: dict):
+  """Options with other values in some of their sections, all set before any is checked against another."""
+  return dataclasses.replace(options, **{name: changed(getattr(options, name), value) if isinstance(value, dict) else value
+                                         for name, value in nested.items()})
 
 
 def read_as(layout, data: inputs.PromptData):
