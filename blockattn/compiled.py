@@ -12,17 +12,14 @@ SETTINGS = {
 }
 
 
-def keep(platform: str) -> None:
+def keep() -> None:
   """Keeps what this process compiles for later ones, and takes from the folder what earlier ones have compiled.
 
   To be called before the first computation. Nothing is done where the user has named a folder (JAX_COMPILATION_CACHE_DIR);
-  where ours cannot be written or locked; in a run of several processes, which has to have one that all of them share; or on
-  CPUs, for whose programs XLA's writer has ended a process now and then. JAX itself compiles anew what it cannot read.
-
-  Args:
-    platform: JAX's name of what will compute.
+  where ours cannot be written or locked; or in a run of several processes, which has to have one that all of them share. JAX
+  itself leaves out platforms whose programs cannot be stored, and compiles anew what it cannot read.
   """
-  if platform == 'cpu' or jax.config.values['jax_compilation_cache_dir'] is not None or jax.distributed.is_initialized():
+  if jax.config.values['jax_compilation_cache_dir'] is not None or jax.distributed.is_initialized():
     return
   try:
     folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'blockattn' / 'compiled'

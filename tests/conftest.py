@@ -1,7 +1,10 @@
 """One setting for every test: strict numerics, eight simulated devices, and what is skipped where it cannot run."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -10,6 +13,12 @@ ON_DEVICE, SLOW = (os.environ.get(name, '') not in ('', '0') for name in ('BLOCK
 
 # All of these take effect only before the first computation, hence at import.
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
+# Compiled programs are shared by the workers of a run, and by tests that make the same program anew; they go with the run.
+if 'PYTEST_XDIST_WORKER' not in os.environ:   # workers have the folder of the process that started them
+  os.environ['BLOCKATTN_TEST_PROGRAMS'] = tempfile.mkdtemp(prefix='blockattn-tests-')
+  atexit.register(shutil.rmtree, os.environ['BLOCKATTN_TEST_PROGRAMS'], ignore_errors=True)
+jax.config.update('jax_compilation_cache_dir', os.environ['BLOCKATTN_TEST_PROGRAMS'])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)   # below, a file costs as much as it saves
 if not ON_DEVICE:
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 8)

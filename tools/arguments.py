@@ -104,6 +104,9 @@ def run(name: str, command: Callable[[], int | None], *, stopped: str = '',
     mendable: errors, beside those of files and values, that the user can mend.
   """
   err = console(stderr=True)
+  if 'jax' in sys.modules:   # those who compute have loaded it already
+    from blockattn import compiled
+    compiled.keep()
   try:
     return command() or 0
   except (OSError, ValueError, ImportError, *mendable) as error:

@@ -19,7 +19,7 @@ import jax
 import rich.console
 import rich.table
 
-from blockattn import blocks, mesh, metrics
+from blockattn import blocks, compiled, mesh, metrics
 from blockattn.data import stdlib
 from blockattn.evals import gap, pages
 from blockattn.hf import card as card_lib, convert
@@ -185,6 +185,7 @@ def main(argv=None) -> int:
   console = rich.console.Console(width=min(120, rich.console.Console().width))
   start = time.perf_counter()
   command.quiet_libraries()
+  compiled.keep()
   try:
     summary = run(args.workdir, args.docs, args.steps, console)
     page = report.render(args.workdir)

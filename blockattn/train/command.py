@@ -64,8 +64,8 @@ def main(options_type: type, run, finished=job.finished):
       check_local(options)
       with multihost.joined(args.multihost):
         job.use_cpu_cores(options)
+        compiled.keep()
         check_hosts(options, args.workdir)
-        compiled.keep(jax.default_backend())
         if jax.process_index() == 0:
           print(f'platform: {jax.default_backend()}, {jax.device_count()} devices\n'
                 f'{api.choose(options.compute.impl, jax.devices()[0])}', flush=True)
