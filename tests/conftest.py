@@ -47,6 +47,15 @@ def pytest_collection_modifyitems(items):
       item.add_marker(pytest.mark.skip(reason='needs real documents: set BLOCKATTN_DATA to their folder'))
 
 
+def pytest_runtest_teardown(item):
+  """Frees compiled programs before there are too many: each takes some 15 memory maps, of which Linux gives a process 65,530,
+  and LLVM ends a process that gets none."""
+  item.session.ended = getattr(item.session, 'ended', 0) + 1
+  maps = pathlib.Path('/proc/self/maps')
+  if item.session.ended % 10 == 0 and maps.exists() and maps.read_bytes().count(b'\n') > 30_000:
+    jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def data_dir() -> pathlib.Path:
   """The folder of real documents; a test that asks for it is skipped where it is absent."""
