@@ -48,8 +48,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_teardown(item):
-  """Frees compiled programs before there are too many: each takes some 15 memory maps, of which Linux gives a process 65,530,
-  and LLVM ends a process that gets none."""
+  """Frees compiled programs before there are too many: each takes some 15 memory maps, of which Linux gives a process
+  65,530, and LLVM ends a process that gets none."""
   item.session.ended = getattr(item.session, 'ended', 0) + 1
   maps = pathlib.Path('/proc/self/maps')
   if item.session.ended % 10 == 0 and maps.exists() and maps.read_bytes().count(b'\n') > 30_000:

@@ -102,7 +102,8 @@ def test_the_first_call_is_rehearsed(tmp_path):
   assert ours['ms'] > 0 and ours['tflops'] > 0 and len(ours['samples']) == 5
   assert all('ms' in row or 'skipped' in row or 'tflops' in row for row in kernels.values())
   first = next(case for name, case in found['ttft'].items() if 'T=256' in name)
-  assert set(first['seconds']) == {'full', 'all', 'half', 'none'} and set(first['parts']['all']) >= {'choose', 'find', 'read'}
+  assert set(first['seconds']) == {'full', 'all', 'half', 'none'}
+  assert set(first['parts']['all']) >= {'choose', 'find', 'read'}
   step = found['step']['toy T=256 float32 parameters, distillation']
   assert step['bytes']['temp'] > 0 and step['flops'] > 0
 
