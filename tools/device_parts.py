@@ -275,20 +275,18 @@ def _plan(options, work, impl) -> Plan:
               '--config.optim.final_lr=1.0']
   if not options.model:
     from configs import tiny
-    more = (['--config.batch=2', '--config.data.segmenter=', '--config.optim.warmup=1'] if options.toy
-            else ['--config.batch=64'])
-    return Plan(str(tiny.TEACHER), ['--config=configs/tiny.py', *for_ever, *more],
-                ['--data', 'pages', *('--limit 1 --batch 1 --max-new 4 --modes block' if options.toy else
-                                      '--limit 256 --batch 128 --max-new 24').split()])
+    return Plan(str(tiny.TEACHER), ['--config=configs/tiny.py', *for_ever, '--config.batch=64'],
+                ['--data', 'pages', '--limit', '256', '--batch', '128', '--max-new', '24'])
+  length, blocks, batch, asked, new = (64, 8, 4, 4, 4) if options.toy else (2048, 32, 32, 96, 32)
   model, files = str(work / 'model'), [str(path) for path in sorted(options.data.glob('train*.jsonl*'))]
-  trainer = ['--config=configs/distill.py:model=llama32_1b,ctx=2048', *for_ever, f'--config.model.source={model}',
-             f'--config.compute.impl={impl}', '--config.compute.remat=none', '--config.batch=32', '--config.optim.lr=3e-4',
-             '--config.optim.warmup=20', '--config.lora.rank=8', '--config.chunk=128', '--config.data.too_long=cut',
-             '--config.data.max_blocks=32',
+  trainer = [f'--config=configs/distill.py:model=llama32_1b,ctx={length}', *for_ever, f'--config.model.source={model}',
+             f'--config.compute.impl={impl}', '--config.compute.remat=none', f'--config.batch={batch}',
+             '--config.optim.lr=3e-4', f'--config.optim.warmup={min(20, steps - 1)}', '--config.lora.rank=8',
+             f'--config.chunk={min(128, length)}', '--config.data.too_long=cut', f'--config.data.max_blocks={blocks}',
              *(f'--config.data.files={path}' for path in files)]
-  asked = map(str, sorted(options.data.glob('test*.jsonl*')))
-  return Plan(model, trainer, ['--data', *asked, '--limit', '96', '--batch', '32', '--max-new', '32', '--dtype', 'bfloat16',
-                               '--impl', impl])
+  tests = map(str, sorted(options.data.glob('test*.jsonl*')))
+  evaluation = f'--limit {asked} --batch {min(32, asked)} --max-new {new} --dtype bfloat16 --impl {impl}'
+  return Plan(model, trainer, ['--data', *tests, *evaluation.split()])
 
 
 def _to_hf(path, folder):

@@ -134,6 +134,16 @@ def _container(kind, name, where, node):
   return Container(kind, name, where, ' '.join(doc.split()), _sentence(doc), tuple(members.values()))
 
 
+def _statements(tree):
+  """Those of a module, outer ones first. `ast.walk` would visit all expressions, too, which takes longer than parsing."""
+  found = [tree]
+  for node in found:
+    for name in ('body', 'handlers', 'orelse', 'finalbody', 'cases'):
+      inner = getattr(node, name, ())
+      found += inner if isinstance(inner, list) else ()   # of a conditional expression it is one node
+  return found
+
+
 @functools.cache
 def read_containers(root=None):
   """Every documented class and module with at least two documented members, sorted by `where`.
@@ -157,7 +167,7 @@ def read_containers(root=None):
       continue                            # the library ships templates and samples that are not valid source
     found = [_container('module', module, module, tree)]
     found += [_container('class', node.name, f'{module}.{node.name}', node)
-              for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+              for node in _statements(tree) if isinstance(node, ast.ClassDef)]
     containers.update({c.where: c for c in found if c.sentence and len(c.members) >= 2})
   if not containers:
     raise FileNotFoundError(f'{root}: no Python source with docstrings; install the full standard library')

@@ -2,14 +2,19 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import run_cases
 
+from blockattn.train import command, distill
 from tools import device, device_parts
+
+folder = run_cases.folder   # a teacher, examples and a config file of both
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FAILING = {
@@ -83,10 +88,10 @@ def test_wrong_arguments_are_refused(arguments, says, capsys):
   assert ended.value.code == 2 and says in ' '.join(capsys.readouterr().err.split())
 
 
-def rehearse(parts, folder):
+def rehearse(parts, folder, *more):
   """What these parts write at toy sizes, by name."""
   done = subprocess.run([sys.executable, '-m', 'tools.device', str(folder), '--toy', '--budget', '1200', '--parts',
-                         ','.join(parts)], cwd=ROOT, capture_output=True, text=True,
+                         ','.join(parts), *map(str, more)], cwd=ROOT, capture_output=True, text=True,
                         env=run_cases.environment(folder) | {'TMPDIR': str(folder)})
   found = {name: device.read(folder / f'{name}.json') for name in parts}
   assert done.returncode == 0, done.stdout + json.dumps(found, indent=1)[-6000:]
@@ -109,7 +114,14 @@ def test_the_first_call_is_rehearsed(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_second_call_is_rehearsed(tmp_path):
-  trained = rehearse(('train',), tmp_path)['train']
+def test_the_second_call_is_rehearsed(folder, tmp_path):
+  shutil.copy(folder / 'train.jsonl', folder / 'test.jsonl')
+  trained = rehearse(('train',), tmp_path, '--model', folder / 'teacher', '--data', folder)['train']
   assert trained['training']['steps'] >= 1 and trained['after']['student_block']['kl'] > 0
   assert (tmp_path / trained['packed']['file']).stat().st_size == trained['packed']['bytes'] > 0
+
+
+def test_without_a_model_the_embedded_teacher_is_trained(tmp_path):
+  plan = device_parts._plan(types.SimpleNamespace(model=None, toy=False), tmp_path, 'xla')
+  options = distill.read(command.read_config(plan.trainer)[0])
+  assert options.batch == 64 and options.model.source == plan.model and plan.evaluation[:2] == ['--data', 'pages']
