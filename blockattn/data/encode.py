@@ -96,11 +96,20 @@ def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
   if local and not os.path.isfile(os.path.join(name, 'tokenizer.json')):
     raise FileNotFoundError(f'{name}: no tokenizer.json in this folder; save the tokenizer with save_pretrained first')
   with _naming_files(name) if local else errors.hub(name):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    kind = transformers.PreTrainedTokenizerFast if local and _is_plain(name) else transformers.AutoTokenizer
+    tokenizer = kind.from_pretrained(name, local_files_only=local, trust_remote_code=False)
   if not tokenizer.is_fast:
     raise UserError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
   chat_template.set_template_args(tokenizer, template_args)
   return tokenizer
+
+
+def _is_plain(folder) -> bool:
+  """Whether tokenizer.json is all there is to a tokenizer: AutoTokenizer would choose the same class for it, after it has
+  imported torch wherever that is installed, which takes longer than all else here."""
+  path = os.path.join(folder, 'tokenizer_config.json')
+  said = disk.read_json(path) if os.path.isfile(path) else {}
+  return said.get('tokenizer_class') in ('PreTrainedTokenizerFast', 'TokenizersBackend') and 'auto_map' not in said
 
 
 def _is_no_advice(record) -> bool:

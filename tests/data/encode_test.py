@@ -1,6 +1,7 @@
 """Examples to tokens."""
 
 import copy
+import json
 import re
 
 import data_cases
@@ -164,6 +165,19 @@ def test_a_saved_tokenizer_is_the_same(tmp_path, encoder):
   assert encode.Encoder(loaded).fingerprint == encoder.fingerprint
   other = encode.Encoder(data_cases.tiny_tokenizer(data_cases.TRIMMING))
   assert other.fingerprint != encoder.fingerprint   # the template decides the texts
+
+
+@pytest.mark.parametrize('model_type', ['llama', 'qwen3'])
+def test_a_tokenizer_that_is_its_file_is_what_transformers_would_choose(tmp_path, model_type):
+  import transformers
+  data_cases.tiny_tokenizer().save_pretrained(tmp_path)
+  config = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  (tmp_path / 'config.json').write_text(json.dumps({'model_type': model_type}))
+  for name in ('PreTrainedTokenizerFast', 'TokenizersBackend', 'Qwen2Tokenizer'):
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config | {'tokenizer_class': name}))
+    ours, theirs = encode.load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs) and ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.special_tokens_map == theirs.special_tokens_map and ours.chat_template == theirs.chat_template
 
 
 # Texts without a question, and full attention.
