@@ -29,7 +29,6 @@ def get_config(arg=''):
   config.chunk = 32
   config.save_every = 100
   config.model.source = str(TEACHER)
-  config.optim.name = 'muon'   # in so few steps two to four points of exact match more than AdamW
   config.optim.lr = 3e-3
   config.optim.final_lr = 0.05
   config.optim.warmup = 10
