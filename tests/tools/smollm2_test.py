@@ -6,6 +6,8 @@ import pytest
 
 from tools import smollm2
 
+pytest.importorskip('gguf')
+
 
 @pytest.fixture
 def pip(monkeypatch):
