@@ -13,7 +13,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,12 +50,14 @@ class Model:
     stored: what lies in it, by Hugging Face's name.
     tokenizer: a `tokenizers.Tokenizer`.
     tensors: the reader's, by Hugging Face's name.
+    dequantize: (a tensor's data, its type) -> its values, float32.
   """
   cfg: ModelConfig
   said: Mapping[str, Any]
   stored: Mapping[str, files.Stored]
   tokenizer: tokenizers.Tokenizer
   tensors: Mapping[str, Any]
+  dequantize: Callable[[Any, Any], np.ndarray]
 
 
 @contextlib.contextmanager
@@ -81,8 +83,7 @@ def load(model: Model, dtype: str, report: convert.Report | None = None, place: 
 
 def tensor(model: Model, key: str) -> np.ndarray:
   """One tensor by its Hugging Face name, float32."""
-  from gguf import quants
-  x = quants.dequantize(model.tensors[key].data, model.tensors[key].tensor_type)
+  x = model.dequantize(model.tensors[key].data, model.tensors[key].tensor_type)
   heads = {'q_proj': model.cfg.heads, 'k_proj': model.cfg.kv_heads}.get(key.split('.')[-2])
   if model.cfg.family != 'llama' or heads is None:
     return x
@@ -94,10 +95,10 @@ def write_companions(model: Model, folder: pathlib.Path, dtype: str):
   """What lies beside the weights: config, tokenizer, generation config, and a card with the licence."""
   said, texts = model.said, model.said['tokenizer.ggml.tokens']
   ids = {f'{name}_token_id': said.get(f'tokenizer.ggml.{key}_token_id') for name, key in _IDS.items()}
-  stops = sorted({ids['eos_token_id'], said.get('tokenizer.ggml.eot_token_id')} - {None})
+  stops = [i for i in dict.fromkeys((ids['eos_token_id'], said.get('tokenizer.ggml.eot_token_id'))) if i is not None]
   metrics.write_json(folder / 'config.json', config.to_dict(model.cfg, dtype, ids))
   metrics.write_json(folder / 'generation_config.json', _given({
-      **{key: ids[key] for key in files.TOKEN_IDS}, 'eos_token_id': stops if len(stops) > 1 else ids['eos_token_id']}))
+      **{key: ids[key] for key in files.TOKEN_IDS}, 'eos_token_id': stops if len(stops) > 1 else next(iter(stops), None)}))
   model.tokenizer.save(str(folder / 'tokenizer.json'))
   metrics.write_json(folder / 'tokenizer_config.json', _given({
       'tokenizer_class': 'PreTrainedTokenizerFast', 'chat_template': said.get('tokenizer.chat_template'),
@@ -218,7 +219,7 @@ def _model(library, path, read) -> Model:
     raise UserError(f'{error}; {_ANEW}') from error
   key_of = {name: slot.key for name, slot in slots.items()}
   return Model(cfg, said, {key_of[name]: at for name, at in stored.items()}, make_tokenizer(said, cfg.vocab, where),
-               {key_of[name]: tensors[name] for name in stored})
+               {key_of[name]: tensors[name] for name in stored}, library.dequantize)
 
 
 def _dtype(x) -> str:
@@ -243,13 +244,13 @@ def _config(said, stored, where) -> ModelConfig:
   if family not in config.ARCHITECTURES:
     raise UserError(f'{where}: general.architecture={family!r}; read are {", ".join(config.ARCHITECTURES)}: name a model of '
                     'these')
-  need = lambda key, form=int, default=None: _need(said, f'{family}.{key}', form, where, default)
+  need = lambda key, form, default=None: _need(said, f'{family}.{key}', form, where, default)
   scaled = {key: value for key, value in said.items()
             if key.startswith(f'{family}.rope.scal') and value not in ('none', 0, 1)}
   if scaled:
     raise UserError(f'{where}: {scaled} is not computed here; read are positions as they are, and those of Llama 3 '
                     f'({_ROPE}): name a file of the model without it')
-  raw = {key: need(name) for key, name in _COUNTS.items()}
+  raw = {key: need(name, int) for key, name in _COUNTS.items()}
   errors.check_number(f'{where}: {family}.block_count', raw['num_hidden_layers'], 1, len(stored),
                       hint=f', as it has that many tensors; {_ANEW}')
   head_dim = need('attention.key_length', int, raw['hidden_size'] // max(raw['num_attention_heads'], 1))

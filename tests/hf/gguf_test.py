@@ -51,7 +51,7 @@ def metadata(cfg, pre='qwen2'):
       'tokenizer.ggml.tokens': tokens, 'tokenizer.ggml.merges': ['a b', 'Ġ ab'],
       'tokenizer.ggml.token_type': [1] * len(base) + [3, 3, 4] + [5] * (cfg.vocab - len(base) - 3),
       'tokenizer.ggml.bos_token_id': len(base) + 1, 'tokenizer.ggml.eos_token_id': len(base),
-      'tokenizer.chat_template': '{{ messages[0].content }}'}
+      'tokenizer.ggml.eot_token_id': len(base) + 1, 'tokenizer.chat_template': '{{ messages[0].content }}'}
 
 
 def hf_tensors(cfg, params):
@@ -221,12 +221,12 @@ def test_from_hf_gives_the_work_directory_of_the_same_weights(kind, dtype, tmp_p
       'config.json', 'generation_config.json', 'tokenizer_config.json', 'tokenizer.json')}
   assert said['config.json']['dtype'] == dtype and said['config.json']['rope_scaling']['factor'] == 32.0
   assert said['config.json'] == json.loads((tmp_path / 'exported/config.json').read_text())
-  assert said['generation_config.json'] == {'bos_token_id': 40, 'eos_token_id': 39}
+  assert said['generation_config.json'] == {'bos_token_id': 40, 'eos_token_id': [39, 40]}
   assert said['tokenizer_config.json']['eos_token'] == '<|end|>'
   assert said['tokenizer_config.json']['chat_template'] == '{{ messages[0].content }}'
   assert 'license: apache-2.0' in (tmp_path / 'exported/README.md').read_text()
   model = loading.load(tmp_path / 'work')
-  assert len(model.tokenizer) == 42 and model.stop_ids == (39,) and model.chat
+  assert len(model.tokenizer) == 42 and model.stop_ids == (39, 40) and model.chat
 
 
 def test_rounding_is_asked_for_and_said(tmp_path, capsys):
