@@ -11,9 +11,11 @@ VERSION = re.search(r"(?m)^__version__ = '(.+)'", (HERE / 'blockattn/__init__.py
 JAX = '>=0.10,<0.13'
 TORCH = ['torch==2.13.0']   # runs exported students in transformers; what converted checkpoints are compared with
 EVAL = ['jieba>=0.42.1', 'nltk>=3.10']   # words of Chinese answers, stems of English ones
+GGUF = ['gguf>=0.19']   # quantized weights
 DATA = ['datasets>=4,<6', 'pyarrow>=19']   # parquet, Arrow and datasets as training data
 TEST = [
     *DATA,
+    *GGUF,
     *TORCH,
     'hypothesis>=6.100',
     'pytest-xdist>=3.6',
@@ -90,6 +92,7 @@ setuptools.setup(
         'dev': TEST + EVAL + TEXT + SEMANTICSEG + DOCS + ['pyright[nodejs]>=1.1.400', 'ruff>=0.9'],
         'docs': DOCS,
         'eval': EVAL,
+        'gguf': GGUF,
         'gpu': ['jax[cuda13]>=0.10,<0.12'],   # the compiler of 0.12.0 spills registers in every GPU kernel of width 128
         # Compilers for TPU and GPU kernels on a machine without either; the plugin has to be of jax's own version.
         'kernels-ci': [

@@ -25,7 +25,7 @@ The first run installs into .venv in the checkout, later runs start at once. The
 checkout is on PYTHONPATH. Environment:
 
   PYTHON=python3.12          the Python to make .venv with (default: the first of python3.12, python3.11, python3)
-  BLOCKATTN_EXTRAS=gpu       extras to install too: gpu, tpu, log, data, kernels-ci, separated by commas
+  BLOCKATTN_EXTRAS=gpu       extras to install too: gpu, tpu, log, data, gguf, kernels-ci, separated by commas
   BLOCKATTN_TEST_DEVICE=1    let the tests use the machine's accelerator; without it they run on the CPU
   BLOCKATTN_DATA=FOLDER      real documents for the tests marked `data`
   BLOCKATTN_SLOW=1           the tests marked `slow` too: whole runs as processes, five minutes more

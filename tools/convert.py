@@ -1,16 +1,19 @@
-"""Hugging Face folders <-> checkpoints.
+"""Hugging Face folders and GGUF files <-> checkpoints.
 
   python -m tools.convert from_hf Qwen/Qwen3-4B-Instruct-2507 work/qwen3
+  python -m tools.convert from_hf model-Q4_K_M.gguf work/qwen3
   python -m tools.convert to_hf work/distilled exported --step 2000   # default: WORKDIR/best, else the newest checkpoint
   python -m tools.convert to_peft work/lora adapter
 
 Weights keep their dtype, unless --dtype says another; what that rounds is said.
 
 `from_hf` makes a work directory of step 0: `checkpoints/0` holds the parameters and what the model is, `hf` the
-tokenizer and config files, so that `to_hf` needs nothing else. `to_hf` takes any trainer's work directory: the
-tokenizer comes from its `hf` folder, else from the model that the run started from, else from --source. With --wrappers it
-writes the learned sinks and tails alone, some rows that are read beside the model that the run started from. `to_peft`
-writes what a LoRA run has trained, as an adapter that PEFT adds to that model.
+tokenizer and config files, so that `to_hf` needs nothing else. Quantized weights of a GGUF file become float32.
+
+`to_hf` takes any trainer's work directory: the tokenizer comes from its `hf` folder, else from the model that the run
+started from, else from --source. With --wrappers it writes the learned sinks and tails alone, some rows that are read beside
+the model that the run started from. `to_peft` writes what a LoRA run has trained, as an adapter that PEFT adds to that
+model.
 """
 
 import contextlib
@@ -26,7 +29,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from blockattn import checkpoint, loading, mesh
 from blockattn.data import encode
 from blockattn.errors import UserError
-from blockattn.hf import adapter, card as card_lib, config, convert, files, names
+from blockattn.hf import adapter, card as card_lib, config, convert, files, gguf, names
 from blockattn.models import lora, spec
 from blockattn.train import export
 from tools import arguments
@@ -39,7 +42,7 @@ _WRAPPERS_CARD = '''# Learned sinks and tails
 
 
 def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = False):
-  """Hugging Face folder or hub name -> work directory `out` with a checkpoint of step 0.
+  """Hugging Face folder, hub name or GGUF file -> work directory `out` with a checkpoint of step 0.
 
   Args:
     dtype: of the checkpoint; None: the smaller of float32 and bfloat16 that rounds nothing.
@@ -47,6 +50,9 @@ def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = F
   Raises:
     FileExistsError, FileNotFoundError, ValueError: naming the file and the key at fault; `out` is then untouched.
   """
+  if files.is_gguf(source):
+    _from_gguf(source, out, dtype, overwrite)
+    return
   folder = files.locate(source)
   _check_tokenizer(folder, config.read(folder))
   stored = convert.stored_dtypes(folder)
@@ -57,9 +63,27 @@ def from_hf(source: str, out: str, dtype: str | None = None, overwrite: bool = F
     files.copy_companions(folder, new / 'hf', also=('config.json', files.META, files.CARD))
     with _progress(f'reading {folder}') as report:
       cfg, params = convert.load(folder, dtype, report=report)
-    meta = {'kind': 'from_hf', 'blocks': None} | export.carried(config.read_meta(folder))
-    meta |= {'source': str(source), 'source_weights': convert.weights_facts(params), 'model': dataclasses.asdict(cfg)}
-    checkpoint.save_params(new / loading.CHECKPOINTS, params, meta)
+    _save_first(new, source, cfg, params, export.carried(config.read_meta(folder)))
+
+
+def _from_gguf(source, out, dtype, overwrite):
+  with gguf.opened(source) as model:
+    stored = convert.dtypes(model.stored)
+    dtype = dtype or convert.dtype_for(stored)
+    _say_rounding(stored, dtype)
+    with files.new_folder(pathlib.Path(out), overwrite) as new:
+      (new / 'hf').mkdir()
+      gguf.write_companions(model, new / 'hf', dtype)
+      with _progress(f'reading {source}') as report:
+        params = gguf.load(model, dtype, report)
+      _save_first(new, source, model.cfg, params, {})
+
+
+def _save_first(new, source, cfg, params, carried):
+  """The checkpoint of step 0."""
+  meta = {'kind': 'from_hf', 'blocks': None} | carried
+  meta |= {'source': str(source), 'source_weights': convert.weights_facts(params), 'model': dataclasses.asdict(cfg)}
+  checkpoint.save_params(new / loading.CHECKPOINTS, params, meta)
 
 
 def to_hf(workdir: str, out: str, dtype: str | None = None, step: int | None = None, source: str | None = None,

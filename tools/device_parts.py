@@ -290,12 +290,13 @@ def _plan(options, work, impl) -> Plan:
 
 
 def _to_hf(path, folder):
-  from tools import gguf_model
+  from blockattn.hf import gguf
   if pathlib.Path(path).is_dir():
     if not folder.exists():
       folder.symlink_to(pathlib.Path(path).resolve(), target_is_directory=True)
     return {'folder': path}
-  return gguf_model.to_hf(pathlib.Path(path), folder)
+  gguf.to_folder(path, folder, 'bfloat16')
+  return {'file': path}
 
 
 def _python(*arguments, **how):

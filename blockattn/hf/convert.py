@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,8 @@ from blockattn.models.transformer import ModelConfig
 DTYPES = {'bfloat16': 'BF16', 'float32': 'F32'}
 READABLE = ('BF16', 'F32', 'F16')
 Report = Callable[[int, int], None]   # called with (bytes done, bytes in all)
+Read = Callable[[Iterable[names.Slot]], Iterable[tuple[names.Slot, np.ndarray]]]
+Place = Callable[[str, np.ndarray], Any]   # (name of a parameter, its host array) -> what stands in the tree
 
 
 def load(name: os.PathLike | str, dtype: str, mesh: Mesh | None = None, rules: Any = None,
@@ -55,29 +57,53 @@ def load(name: os.PathLike | str, dtype: str, mesh: Mesh | None = None, rules: A
   cfg = config.read(folder)
   if (folder / files.WRAPPERS).exists():
     return cfg, _load_wrapped(folder, cfg, dtype, mesh, rules, report)
-  slots, stored = names.slots(cfg), files.stored_tensors(folder)
+  stored = files.stored_tensors(folder)
   _check_tied_head(cfg, stored)
   stored = {key: at for key, at in stored.items() if not (cfg.tied and key == names.HEAD or names.is_buffer(key))}
-  _check_stored(slots, stored, folder)
-  place = _placer(cfg, mesh, rules)
+  check_stored(names.slots(cfg), stored, folder)
+  return cfg, assemble(cfg, stored, functools.partial(_read, stored), dtype, _placer(cfg, mesh, rules), report)
+
+
+def assemble(cfg: ModelConfig, stored: Mapping[str, files.Stored], read: Read, dtype: str, place: Place,
+             report: Report | None = None) -> Any:
+  """The parameter tree of tensors that were checked (`check_stored`).
+
+  Args:
+    stored: what lies where, by name.
+    read: reads the tensors of some slots.
+    dtype, report: as of `load`.
+    place: what becomes of each parameter's host array.
+
+  Raises:
+    ValueError: a weight is NaN or infinite, or a learned sink is predicted; names the file and the tensor.
+  """
+  slots, done, flat = names.slots(cfg), 0, {}
   total = sum(math.prod(at.shape) for at in stored.values())
-  done = 0
-  flat = {}
   for kind, members in _by_kind(slots).items():
-    host = _read_kind(members, stored, dtype)
-    for part, value in _split_sinks(kind, host, cfg, folder).items():
+    host = _stack(members, read(members), dtype)
+    for part, value in _split_sinks(kind, host, cfg, stored).items():
       flat[part] = place(part, value)
     done += host.size
     if report:
       report(done * jnp.dtype(dtype).itemsize, total * jnp.dtype(dtype).itemsize)
-  _check_finite(flat, slots, stored, dtype)
-  return cfg, traverse_util.unflatten_dict(flat, sep='/')
+  _check_finite(flat, slots, stored, read, dtype)
+  return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def on_device(name: str, host: np.ndarray) -> jax.Array:
+  """Where `assemble` places a parameter by default: the default device."""
+  del name
+  return jnp.asarray(host)
+
+
+def dtypes(stored: Mapping[str, files.Stored]) -> list[str]:
+  return [at.dtype for at in stored.values()]
 
 
 def stored_dtypes(folder: pathlib.Path) -> list[str]:
   """The dtype of each tensor of a model, of wrappers with those of the model beside them, as safetensors calls it."""
   if not (folder / files.WRAPPERS).exists():
-    return [tensor.dtype for tensor in files.stored_tensors(folder).values()]
+    return dtypes(files.stored_tensors(folder))
   with files.open_tensors(folder / files.WRAPPERS) as tensors:
     own = [tensors.get_slice(key).get_dtype() for key in tensors.keys()]
   return stored_dtypes(files.locate(config.read_meta(folder)['source'])) + own
@@ -171,7 +197,7 @@ def verify(folder: pathlib.Path, cfg: ModelConfig, dtype: str):
   if read_back != cfg:
     raise UserError(f'{folder}: config.json reads back as {read_back}, not as {cfg}')
   stored = files.stored_tensors(folder)
-  _check_stored(names.slots(cfg), stored, folder)
+  check_stored(names.slots(cfg), stored, folder)
   for key, at in stored.items():
     if at.dtype != DTYPES[dtype]:
       raise UserError(f'{at.file}: {key} is {at.dtype}, expected {DTYPES[dtype]}')
@@ -237,20 +263,31 @@ def _load_wrapped(folder, cfg, dtype, mesh, rules, report):
   return params | {'sinks': _placer(cfg, mesh, rules)('sinks', rows.astype(jnp.dtype(dtype)))}
 
 
-def _check_stored(slots, stored, folder):
-  """Every expected tensor is there, with its shape, and nothing else is."""
+def check_stored(slots: Mapping[str, names.Slot], stored: Mapping[str, files.Stored], place: pathlib.Path,
+                 says: str = 'config.json', readable: Collection[str] = READABLE):
+  """Checks that every expected tensor is there, with its shape, and nothing else is.
+
+  Args:
+    slots, stored: by the name that they have in the file.
+    place: where they were looked for.
+    says: what implies the shapes.
+    readable: dtypes.
+
+  Raises:
+    ValueError: they are not; names the file and the tensor.
+  """
   unmapped = [key for key in stored if key not in slots]
   if unmapped:
     raise UserError(f'{stored[unmapped[0]].file}: {len(unmapped)} tensors have no place in this architecture, first '
                     f'{unmapped[0]}; {tree.did_you_mean(unmapped[0], slots)}')
   missing = [key for key in slots if key not in stored]
   if missing:
-    raise UserError(f'{folder}: {len(missing)} tensors are missing, first {missing[0]}')
+    raise UserError(f'{place}: {len(missing)} tensors are missing, first {missing[0]}')
   for key, at in stored.items():
     if at.shape != slots[key].hf_shape:
-      raise UserError(f'{at.file}: {key} has shape {at.shape}, config.json implies {slots[key].hf_shape}')
-    if at.dtype not in READABLE:
-      raise UserError(f'{at.file}: {key} is {at.dtype}; supported are {", ".join(READABLE)}')
+      raise UserError(f'{at.file}: {key} has shape {at.shape}, {says} implies {slots[key].hf_shape}')
+    if at.dtype not in readable:
+      raise UserError(f'{at.file}: {key} is {at.dtype}; supported are {", ".join(readable)}')
 
 
 def _check_tied_head(cfg, stored):
@@ -263,15 +300,13 @@ def _check_tied_head(cfg, stored):
                     'tie_word_embeddings=true; set it to false if the head was trained, or delete the tensor')
 
 
-def _check_finite(flat, slots, stored, dtype):
+def _check_finite(flat, slots, stored, read, dtype):
   """A model with a NaN answers nonsense, if anything."""
   broken = {'embed' if name == 'sinks' else name for name in tree.not_finite(flat)}
-  for key in (key for key, slot in slots.items() if slot.name in broken):
-    with files.open_tensors(stored[key].file) as tensors:
-      whole = np.isfinite(tensors.get_tensor(key).astype(jnp.dtype(dtype)).astype(np.float32)).all()
-    if not whole:
-      raise UserError(f'{stored[key].file}: {key} holds NaN or infinity, read as {dtype}: the file is damaged, or the '
-                      'training went wrong; get the weights again, or take an earlier checkpoint')
+  for slot, tensor in read([slot for slot in slots.values() if slot.name in broken]):
+    if not np.isfinite(tensor.astype(jnp.dtype(dtype)).astype(np.float32)).all():
+      raise UserError(f'{stored[slot.key].file}: {slot.key} holds NaN or infinity, read as {dtype}: the file is damaged, or '
+                      'the training went wrong; get the weights again, or take an earlier checkpoint')
 
 
 def _bits(file, key):
@@ -287,22 +322,28 @@ def _by_kind(slots):
   return kinds
 
 
-def _read_kind(members, stored, dtype):
-  """All layers of one parameter, stacked. Files are mapped for one kind at a time, so that the map is dropped again."""
-  first = members[0]
-  layers = () if first.layer is None else (len(members),)
-  host = np.empty(layers + first.shape, jnp.dtype(dtype))
+def _read(stored, slots):
+  """(slot, tensor) of each slot. Files are mapped for one kind at a time, so that the map is dropped again."""
   by_file = collections.defaultdict(list)
-  for slot in members:
+  for slot in slots:
     by_file[stored[slot.key].file].append(slot)
   for file, group in by_file.items():
     with files.open_tensors(file) as tensors:
       for slot in group:
-        host[... if slot.layer is None else slot.layer] = slot.from_hf(tensors.get_tensor(slot.key))
+        yield slot, tensors.get_tensor(slot.key)
+
+
+def _stack(members, tensors, dtype):
+  """All layers of one parameter."""
+  first = members[0]
+  layers = () if first.layer is None else (len(members),)
+  host = np.empty(layers + first.shape, jnp.dtype(dtype))
+  for slot, tensor in tensors:
+    host[... if slot.layer is None else slot.layer] = slot.from_hf(tensor)
   return host
 
 
-def _split_sinks(kind, host, cfg, folder):
+def _split_sinks(kind, host, cfg, stored):
   """The embedding of an export with learned sinks -> {'embed': [V, D], 'sinks': [n, D]}; others as they are."""
   if not cfg.learned_sinks or kind not in ('embed', 'head'):
     return {kind: host}
@@ -310,14 +351,14 @@ def _split_sinks(kind, host, cfg, folder):
   if kind == 'embed':
     return {'embed': rows, 'sinks': sinks}
   if np.any(sinks):
-    raise UserError(f'{folder}: {names.HEAD} has trained rows for the learned sinks, which the model never predicts; '
-                    f'set the rows from {cfg.vocab} on to zero')
+    raise UserError(f'{stored[names.HEAD].file}: {names.HEAD} has trained rows for the learned sinks, which the model never '
+                    f'predicts; set the rows from {cfg.vocab} on to zero')
   return {'head': rows}
 
 
 def _placer(cfg, mesh, rules):
   if mesh is None:
-    return lambda name, host: jnp.asarray(host)
+    return on_device
   shardings = dict(tree.named_leaves(spec_lib.shardings(classifier.spec(cfg), mesh, rules)))
   return lambda name, host: jax.make_array_from_callback(host.shape, shardings[name], lambda index: host[index])
 

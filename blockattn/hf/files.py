@@ -31,6 +31,7 @@ LICENCES = ('LICENSE*', 'NOTICE*', 'USE_POLICY*')
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt', '*.pkl')
 ADAPTER = 'adapter_config.json'
 CARD = 'README.md'
+_CONVERT_FIRST = 'a GGUF file is converted first: python -m tools.convert from_hf {} WORK; then name WORK'
 DOWNLOADED = ('config.json', META, ADAPTER, '*.safetensors', INDEX, CARD, *COPIED, *LICENCES)
 
 
@@ -50,10 +51,13 @@ def locate(name: os.PathLike | str, wanted: Sequence[str] = DOWNLOADED) -> pathl
 
   Raises:
     FileNotFoundError: `name` is no folder, and no hub name either or one that cannot be downloaded.
+    ValueError: it is a GGUF file.
   """
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir():
     return folder
+  if is_gguf(name):
+    raise UserError(f'{name}: {_CONVERT_FIRST.format(name)}')
   repo, _, revision = str(name).partition('@')
   if folder.is_absolute() or repo.startswith(('.', '~')) or repo.count('/') != 1 or '' in repo.split('/'):
     raise FileNotFoundError(f'no folder {name}, and it is no hub name (owner/model or owner/model@revision) either')
@@ -61,6 +65,11 @@ def locate(name: os.PathLike | str, wanted: Sequence[str] = DOWNLOADED) -> pathl
   with errors.hub(str(name)):
     return pathlib.Path(huggingface_hub.snapshot_download(
         repo, revision=revision or None, allow_patterns=list(wanted), ignore_patterns=['*/*', 'consolidated*']))
+
+
+def is_gguf(name: os.PathLike | str) -> bool:
+  """Whether this is the name of a GGUF file."""
+  return str(name).endswith('.gguf') and not pathlib.Path(name).expanduser().is_dir()
 
 
 def check_kind(folder: pathlib.Path):
@@ -73,8 +82,7 @@ def check_kind(folder: pathlib.Path):
                     '(peft: PeftModel.from_pretrained, merge_and_unload, save_pretrained)')
   quantized = sorted(path.name for path in folder.glob('*.gguf'))
   if quantized:
-    raise UserError(f'{folder} holds only GGUF ({quantized[0]}); name the folder of the weights that it was made of, or '
-                    'convert it to safetensors first (transformers: from_pretrained with gguf_file, save_pretrained)')
+    raise UserError(f'{folder} holds only GGUF: {_CONVERT_FIRST.format(folder / quantized[0])}')
 
 
 def stored_tensors(folder: pathlib.Path) -> dict[str, Stored]:

@@ -21,7 +21,7 @@ def carried(meta: Mapping[str, Any]) -> dict:
   """What blockattn.json of an export says of the meta of its checkpoint."""
   kept = {key: meta[key] for key in CARRIED if key in meta}
   for key in ('source', 'teacher'):
-    if key in kept and pathlib.Path(kept[key]).is_dir():
+    if key in kept and pathlib.Path(kept[key]).exists():
       kept[key] = pathlib.Path(kept[key]).name   # a path of this machine says nothing to others
   return kept
 

@@ -340,7 +340,7 @@ def test_the_index_decides_and_old_buffers_do_not_count(exported):
 
 
 @pytest.mark.parametrize('file, text, message', [
-    ('model-Q4_K_M.gguf', '', r'holds only GGUF \(model-Q4_K_M.gguf\).*gguf_file'),
+    ('model-Q4_K_M.gguf', '', r'holds only GGUF: .*tools.convert from_hf \S*/model-Q4_K_M.gguf WORK'),
     ('adapter_config.json', '{"base_model_name_or_path": "owner/base"}', 'adapter of PEFT.*owner/base.*merge_and_unload')])
 def test_what_lies_there_in_place_of_a_model_is_named(tmp_path, file, text, message):
   (tmp_path / file).write_text(text)
