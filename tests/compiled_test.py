@@ -26,6 +26,7 @@ def start(workdir, cache):
   return ran.stderr
 
 
+@pytest.mark.slow
 def test_a_second_process_takes_what_the_first_has_compiled_and_can_be_read(tmp_path):
   hit, broken = "Persistent compilation cache hit for 'jit_step'", 'Error reading persistent compilation cache entry'
   assert hit not in start(tmp_path / 'first', tmp_path / 'cache')

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
     if item.get_closest_marker('device') and not ON_DEVICE:
       item.add_marker(pytest.mark.skip(reason='needs an accelerator: set BLOCKATTN_TEST_DEVICE=1'))
     if item.get_closest_marker('slow') and not SLOW:
-      item.add_marker(pytest.mark.skip(reason='takes a minute or more: set BLOCKATTN_SLOW=1'))
+      item.add_marker(pytest.mark.skip(reason='takes long: set BLOCKATTN_SLOW=1'))
     if item.get_closest_marker('data') and data_folder() is None:
       item.add_marker(pytest.mark.skip(reason='needs real documents: set BLOCKATTN_DATA to their folder'))
 

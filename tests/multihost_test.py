@@ -49,6 +49,7 @@ def test_two_processes_that_are_stopped_and_one_that_goes_on_train_as_one_does(f
   np.testing.assert_allclose(values, alone, rtol=1e-3)   # sums in another order, and what Adam makes of that in 24 steps
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_one_saves_the_same_step_in_both(tmp_path):
   """In the middle of a run, between steps that wait for each other; JAX alone would wait for 305 s."""
   script = str(ROOT / 'tests/support/tiny_run.py')
@@ -86,6 +87,7 @@ def run_script(tmp_path, body, overrides=((), ())):
   return run_cases.pair(tmp_path, *([str(path), *own] for own in overrides))
 
 
+@pytest.mark.slow
 def test_the_slow_one_is_named_while_the_others_wait(tmp_path):
   ends, _ = run_script(tmp_path, '''
       multihost_utils.sync_global_devices('start')

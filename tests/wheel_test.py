@@ -67,6 +67,7 @@ def test_metadata_is_complete(installed):
   assert re.search(r'(?m)^version: (.+)$', cited)[1] == blockattn.__version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('use', USES)
 def test_the_smallest_uses_run_without_a_checkout(installed, use):
   # -I: neither the folder that we are in nor PYTHONPATH; -S, the path by hand: no editable install of the checkout either.

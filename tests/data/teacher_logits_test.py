@@ -39,6 +39,7 @@ def losses(workdir):
   return [line['loss'] for line in metrics.read_metrics(workdir / 'metrics.jsonl')]
 
 
+@pytest.mark.slow
 def test_training_on_what_was_written_is_training_with_the_teacher(folder, written, tmp_path, capfd):
   distill.run(distill.read(config_of(folder)), tmp_path / 'with')
   offline = config_of(folder, **{'teacher.logits': str(written), 'distill.drop_mode': 'isolate'})
@@ -47,6 +48,7 @@ def test_training_on_what_was_written_is_training_with_the_teacher(folder, writt
   assert checkpoint.load_meta(tmp_path / 'without/checkpoints')['kind'] == 'distill'
 
 
+@pytest.mark.slow
 def test_few_tokens_are_nearly_enough_and_the_loss_is_told(folder, tmp_path, capfd):
   out = tmp_path / 'few'
   config = config_of(folder, **{'teacher.top_k': 8, 'distill.weights.source': 'student'})

@@ -19,6 +19,7 @@ def compilers(request):
     pytest.skip(missing)
 
 
+@pytest.mark.slow
 # The common shape on every target; what takes more memory on one of each generation, of v5e and v5p alternately.
 @pytest.mark.parametrize('target, dtype, width', [
     *((target, 'bfloat16', 128) for target in aot.TPUS), ('v5e', 'float32', 64), ('v6e', 'float32', 64),
@@ -33,6 +34,7 @@ def test_long_rows_compile_for_tpus_in_linear_memory(target, dtype, width):
   assert result['temporary_bytes'] < 2 * LONG * LONG   # not the bfloat16 scores of one head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('target, least', [('v5e', {'forward': 1.03, 'dq': 1.05, 'dkv': 0.98}),
                                            ('v6e', {'forward': 1.05, 'dq': 1.05, 'dkv': 1.05})])
 def test_schedules_are_shorter_than_those_of_splash_attention(target, least):

@@ -158,6 +158,7 @@ def plain():
   return curve()[0]
 
 
+@pytest.mark.slow
 def test_a_teacher_by_other_rules_says_the_same():
   rules = (('heads', None), ('kv_heads', None), ('mlp', 'fsdp'), ('embed', 'tensor'), ('vocab', None))
   got, _ = curve(8, {'data': 2, 'fsdp': 2, 'tensor': 2}, **{'teacher.rules': rules})
@@ -184,6 +185,7 @@ def test_a_teacher_reads_the_students_batch():
     distill.teacher_placement(options_with(**{'teacher.rules': (('batch', 'fsdp'),)}), place)
 
 
+@pytest.mark.slow
 def test_teachers_of_fewer_bits_say_nearly_the_same():
   eight, _ = curve(**{'teacher.dtype': 'int8'})
   half, _ = curve(**{'teacher.dtype': 'bfloat16'})
@@ -199,6 +201,7 @@ def test_a_student_of_low_rank_starts_as_the_teacher_and_learns():
   assert set(params) == {'layers'} and all(np.any(np.asarray(x)) for x in jax.tree.leaves(params))   # `up` has left zero
 
 
+@pytest.mark.slow
 def test_it_learns_the_same_beside_eight_bits_on_a_mesh():
   kinds = {'low_rank': lora.LoraOptions(rank=4, alpha=8.0), 'teacher.dtype': 'int8'}
   one, many = curve(**kinds)[0], curve(8, {'fsdp': 2, 'tensor': 2, 'context': 2}, **kinds)[0]
@@ -224,6 +227,7 @@ def distilled(folder, tmp_path_factory):
     return adapted_run(folder, tmp_path_factory.mktemp('lora') / 'run', distill)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['distill', 'finetune'])
 def test_a_run_is_exported_as_one_model(folder, distilled, tmp_path, kind, capsys):
   run, cfg, own = distilled if kind == 'distill' else adapted_run(folder, tmp_path / 'run', finetune)
@@ -269,6 +273,7 @@ def test_a_base_that_is_gone_or_another_is_named(folder, distilled, tmp_path, ca
   assert 'LoRA student of another model' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_wrappers_are_all_that_is_trained_and_saved(folder, tmp_path, capsys):
   changes = {'lora.rank': 0, 'model.train_only': 'wrappers', 'blocks.tails': 2, 'blocks.tail_kind': 'link', 'blocks.seam': 2}
   run, cfg, own = adapted_run(folder, tmp_path / 'run', distill, **changes)

@@ -82,6 +82,7 @@ def _document():
   return Document(text=SECTIONS)
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_two_processes():
   pytest.importorskip('llama_index.core')
   code = ('from llama_index.core.ingestion import IngestionPipeline\nfrom llama_index.core.schema import Document\n'

@@ -30,6 +30,7 @@ def small_options(**changes):
   return job.options_of(config)
 
 
+@pytest.mark.slow
 def test_the_compiler_counts_what_is_held_as_the_estimate_does():
   options = small_options()
   compiled = aot_step.compile_for('v5e:2x2', options)

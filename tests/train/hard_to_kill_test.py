@@ -109,6 +109,7 @@ def test_one_of_four_is_killed_and_two_go_on(folder):
   assert sorted(files) == ['checksums-0-of-2.json', 'checksums-1-of-2.json']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('blow, line', [
     ('nan:6', 'step 6: loss = nan. The last good checkpoint is kept'),
     ('unreadable:7', r'row 7 of the data, numbers.txt (7), cannot be read: OSError: /dev/null: stale file handle')])

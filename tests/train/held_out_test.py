@@ -47,6 +47,7 @@ def lines_of(workdir):
           for line in metrics.read_metrics(workdir / 'metrics.jsonl') if 'eval/best' in line}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('standard_promotion')   # optax
 def test_a_distillation_measures_what_an_evaluation_does(folder, held, capsys, monkeypatch):
   """On a mesh of eight devices, against one device that reads what the run kept."""
@@ -116,6 +117,7 @@ def test_a_distillation_measures_what_an_evaluation_does(folder, held, capsys, m
     job.finished(distill.read(config), workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('standard_promotion')
 def test_a_lora_student_is_fine_tuned_exported_and_measured_by_cross_entropy(folder, held):
   config, workdir = get_config(folder, 'finetune'), folder / 'tuned'

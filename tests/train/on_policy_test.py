@@ -100,6 +100,7 @@ def test_answers_are_what_the_student_says_in_training():
   assert new['loss'].sum() <= batch['loss'].sum() and not (new['text'] & ~batch['text']).any()
 
 
+@pytest.mark.slow
 def test_a_step_is_a_function_of_its_number():
   params, batch = train_cases.params(), answers_that_end(train_cases.batch(2))
   first, again, later = (rewritten(params, batch, step)[0] for step in (4, 4, 5))
@@ -129,6 +130,7 @@ def test_a_lora_student_says_what_its_merged_model_says():
   assert not np.array_equal(own['tokens'], rewritten(base, batch, 0, always)[0]['tokens'])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('standard_promotion')   # optax
 def test_a_run_goes_on_as_if_it_had_not_been_stopped(tmp_path):
   model, optimizer = distill.transformer_model(CFG, COMPUTE), optim.make_optimizer(train_cases.OPTIM)

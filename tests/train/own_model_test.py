@@ -6,6 +6,7 @@ import pytest
 from examples import own_model
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('standard_promotion')   # optax
 def test_a_model_of_the_readers_own_learns_to_read_blocks():
   history = own_model.main(steps=40)

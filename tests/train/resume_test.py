@@ -96,6 +96,7 @@ def test_a_run_does_not_go_on_with_another_teacher(folder, straight, monkeypatch
   distill.run(distill.read(config), straight)   # on other devices the same weights are the same
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_wrong_stops_with_one_line(folder):
   """A teacher with one broken embedding, which loading it would have found: all is well until the token is read."""
   workdir = folder / 'broken'

@@ -199,6 +199,7 @@ def lines(workdir):
   return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_learns_keeps_the_best_and_resumes(tmp_path, standard_promotion, capsys):
   """Eight devices; an interrupted run ends where an uninterrupted one does."""
   config = config_of(tmp_path, steps=20)

@@ -103,6 +103,7 @@ def test_moments_of_another_model_are_refused(folder, tuned, tmp_path, monkeypat
       distill.run(distill.read(config_of(folder, **changes)), tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_a_larger_teacher_and_more_steps(folder, large, tuned, tmp_path):
   """A LoRA student of a run, beside another teacher: its base is not the teacher. Then the run is made longer."""
   config = config_of(folder, **{'model.source': str(tuned), 'teacher.source': str(large), 'lora.rank': 2})

@@ -122,6 +122,7 @@ def test_slices_of_a_batch_add_up_to_the_batch(kind, shape, options):
       np.testing.assert_allclose(sliced[name], one[name], rtol=2e-5, atol=ROUNDING, err_msg=name)
 
 
+@pytest.mark.slow
 def test_output_matching_is_the_same_on_a_mesh_and_in_slices():
   options = {'drop_rate': 0.0, 'match_weight': 0.5}
   here, there = (run('distill', shape, **options, accumulate=parts)[1]

@@ -12,6 +12,7 @@ from blockattn.models import transformer
 from tools.bench import overhead, step, torch_step
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('standard_promotion')   # as the tool runs
 def test_every_step_can_be_made():
   cfg = step.model(64, 1, 128)
@@ -35,6 +36,7 @@ def test_the_peers_in_torch_learn():
     assert losses[0] > losses[-1] > 0, name
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('standard_promotion')   # optax
 def test_the_loop_that_is_timed_goes_through():
   options, made, new_state, source = overhead.prepare(argparse.Namespace(steps=2, log_every=2, batch=8))
