@@ -28,7 +28,7 @@ checkout is on PYTHONPATH. Environment:
   BLOCKATTN_EXTRAS=gpu       extras to install too: gpu, tpu, log, data, gguf, kernels-ci, separated by commas
   BLOCKATTN_TEST_DEVICE=1    let the tests use the machine's accelerator; without it they run on the CPU
   BLOCKATTN_DATA=FOLDER      real documents for the tests marked `data`
-  BLOCKATTN_SLOW=1           the tests marked `slow` too: whole runs as processes, five minutes more
+  BLOCKATTN_SLOW=1           the tests marked `slow` too: whole runs, ten minutes more
   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
                              take the small CPU build of torch, which only the tests need
 USAGE
