@@ -116,7 +116,7 @@ def print_table(summary: dict, console: rich.console.Console | None = None):
   """Prints the figures of every subject of a summary with their intervals, what the student makes good, and
   cross-entropy and KL by distance."""
   console = console or arguments.console()
-  results = {name: value for name, value in summary.items() if isinstance(value, dict) and 'exact_match' in value}
+  results = {name: value for name, value in summary.items() if isinstance(value, dict) and 'intervals' in value}
   table = arguments.table('model', *(name.replace('_', ' ') for name in COLUMNS))
   for name, result in results.items():
     table.add_row(name, *(_cell(form, result[column], result['intervals'].get(column)) for column, form in COLUMNS.items()))
@@ -135,7 +135,7 @@ def _cell(form, value, interval):
 
 def _distance_table(results):
   """A row per distance, a column per subject: CE / KL."""
-  names = (f'{name}\nCE / KL' for name in results)
+  names = (f'{name}\nCE / KL'.replace('_', '\n', 1) for name in results)   # or else long names are cut off
   table = arguments.table('tokens from\nblock start', 'answer\ntokens', *names, left=0)
   rows = {name: {row['from']: row for row in result['by_distance']} for name, result in results.items()}
   for low, some in sorted(next(iter(rows.values())).items()):
