@@ -153,7 +153,7 @@ def _arguments(argv):
   parser.add_argument('--modes', default='full,block', help='of the student')
   parser.add_argument('--seams', help='of the student in block mode, tokens of a seam: numbers with commas between them')
   parser.add_argument('--rivals', metavar='NAME:NUMBER...,...', help='ways to read the teacher in blocks without training, '
-                      'such as epic:8,star,ape:0.9:0.8,cacheblend:0.15')
+                      'such as epic:8,star,ape:0.9:0.9:4,cacheblend:0.15')
   parser.add_argument('--limit', type=arguments.positive, help=f'most examples (default: all; of pages {_PAGES_BY_DEFAULT})')
   arguments.add_numbers(parser, batch=(8, 'documents at a time'), max_new=(64, 'most tokens of an answer'))
   parser.add_argument('--stop', help='text that ends an answer beside the end-of-text token (default: none; of pages a '

@@ -7,7 +7,7 @@ from a cache is computed here, too.
 
   epic:8              seams of 8 tokens; epic:0 are the bare blocks
   star                the first block is an anchor
-  ape:0.9:0.8         parallel blocks behind one prefix; temperature and scale of the context
+  ape:0.9:0.9:4       parallel blocks behind one prefix of 4 line ends; temperature and scale of the context
   cacheblend:0.15     the 15 % of the context's tokens that blocks change most
 
 KVLink (arXiv 2502.16002) and Block-Attention's fine-tuning (arXiv 2409.15355) need a training: configs with
@@ -28,7 +28,6 @@ from blockattn.evals import gap
 from blockattn.models import decode, transformer
 
 Array = jax.Array
-PREFIX = '\n' * 4   # of APE, where the prompts have none of their own
 _BARE = blocks.BlockOptions((), 'sequential', max_blocks=1)   # gap.measure sets max_blocks
 
 
@@ -69,16 +68,18 @@ class Ape(Rival):
   """APE (arXiv 2502.05431), as we read it: every block is read behind one prefix, at the positions right after it; the
   question starts behind the longest. Its tokens, and the answer's, read prefix and question as ever. Their scores in the
   context are divided by `temperature`, and the logsumexp of these is multiplied by `scale` before the two parts are merged.
-  The prefix is ours: PREFIX."""
+  The prefix is ours: so many line ends, which a model may take amiss."""
   temperature: float
   scale: float
+  prefix: int
 
   def __post_init__(self):
     errors.check_number('--rivals ape: temperature', self.temperature, above=0)
     errors.check_number('--rivals ape: scale', self.scale, above=0)
+    errors.check_number('--rivals ape: prefix', self.prefix, 0)
 
   def options(self, tokenizer):
-    prefix = encode.plain(tokenizer).encode(PREFIX, add_special_tokens=False).ids
+    prefix = encode.plain(tokenizer).encode('\n' * self.prefix, add_special_tokens=False).ids
     return dataclasses.replace(_BARE, sink_ids=tuple(prefix), positions='local')
 
   def __call__(self, params, view, cfg, compute, room):

@@ -185,8 +185,8 @@ APE = dataclasses.replace(BARE, sink_ids=PREFIX, positions='local')
 CASES = {
     'epic': (rivals.Epic(2), BARE.with_seam(2), lambda *doc: epic(*doc, 2)),
     'star': (rivals.Star(), rivals.Star().options(None), star),
-    'ape': (rivals.Ape(0.7, 0.8), APE, lambda *doc: ape(*doc, 0.7, 0.8)),
-    'ape_sharp': (rivals.Ape(1.2, 1.3), APE, lambda *doc: ape(*doc, 1.2, 1.3)),
+    'ape': (rivals.Ape(0.7, 0.8, 3), APE, lambda *doc: ape(*doc, 0.7, 0.8)),
+    'ape_sharp': (rivals.Ape(1.2, 1.3, 3), APE, lambda *doc: ape(*doc, 1.2, 1.3)),
     'cacheblend': (rivals.CacheBlend(0.3), BARE, lambda *doc: cacheblend(*doc, 0.3)),
 }
 
@@ -211,7 +211,7 @@ def test_scores_and_answers_are_those_of_the_paper(docs, name):
     (rivals.CacheBlend(0.0), BARE, subject(gap.Reading())),
     (rivals.Epic(50), BARE.with_seam(50), subject(gap.Reading(), mode='full')),
     (rivals.Epic(0), BARE, subject(gap.Reading())),
-    (rivals.Ape(1.0, 1.0), dataclasses.replace(APE, sink_ids=()),
+    (rivals.Ape(1.0, 1.0, 0), dataclasses.replace(APE, sink_ids=()),
      subject(gap.Reading(), dataclasses.replace(BARE, positions='local'))),
 ])
 def test_limits(docs, reading, options, like):
@@ -225,7 +225,7 @@ def test_the_share_that_is_computed_again(docs):
   context = sum(sum(doc.lengths[:-1]) for doc in docs)
   share = lambda reading, options=BARE, mode='block': gap.recomputed(docs, subject(reading, options, mode))
   assert share(gap.Reading(), mode='full') == share(rivals.CacheBlend(1.0)) == 1
-  nothing = [gap.Reading(), rivals.Star(), rivals.Ape(0.9, 0.9), rivals.CacheBlend(0.0), rivals.Epic(0)]
+  nothing = [gap.Reading(), rivals.Star(), rivals.Ape(0.9, 0.9, 3), rivals.CacheBlend(0.0), rivals.Epic(0)]
   assert [share(reading) for reading in nothing] == [0] * 5
   assert share(rivals.CacheBlend(0.3)) == sum(int(0.3 * sum(doc.lengths[:-1]) + 1e-6) for doc in docs) / context
   seams = sum(min(2, length) for doc in docs for length in doc.lengths[1:-1])
@@ -233,22 +233,23 @@ def test_the_share_that_is_computed_again(docs):
 
 
 def test_rivals_are_asked_for_by_name_and_numbers():
-  found = rivals.parse('epic:8,star,ape:0.9:1,cacheblend:0.15')
-  assert list(found.values()) == [rivals.Epic(8), rivals.Star(), rivals.Ape(0.9, 1.0), rivals.CacheBlend(0.15)]
+  found = rivals.parse('epic:8,star,ape:0.9:1:0,cacheblend:0.15')
+  assert list(found.values()) == [rivals.Epic(8), rivals.Star(), rivals.Ape(0.9, 1.0, 0), rivals.CacheBlend(0.15)]
   tokenizer = data_cases.tiny_tokenizer()
   made = rivals.subjects(found, subject(gap.Reading(), mode='full'), tokenizer)
-  assert list(made) == ['teacher_epic:8', 'teacher_star', 'teacher_ape:0.9:1', 'teacher_cacheblend:0.15']
+  assert list(made) == ['teacher_epic:8', 'teacher_star', 'teacher_ape:0.9:1:0', 'teacher_cacheblend:0.15']
   assert [one.options.positions for one in made.values()] == ['sequential', 'sequential', 'local', 'sequential']
   assert made['teacher_epic:8'].options.seam == 8 and made['teacher_star'].options.shared_first
   assert {one.mode for one in made.values()} == {'block'}
 
 
 @pytest.mark.parametrize('text, message', [
-    ('epik:8', '--rivals epik:8: give some of epic:tokens, star, ape:temperature:scale, cacheblend:share'),
+    ('epik:8', '--rivals epik:8: give some of epic:tokens, star, ape:temperature:scale:prefix, cacheblend:share'),
     ('star,', '--rivals : give some of'), ('epic', '--rivals epic: give'), ('star:1', '--rivals star:1: give'),
     ('epic:2.5', '--rivals epic:2.5: give'), ('epic:-1', '--rivals epic: tokens=-1; give a number from 0'),
     ('cacheblend:15', '--rivals cacheblend: share=15.0; give a number from 0 to 1'),
-    ('ape:0:1', '--rivals ape: temperature=0.0; give a number above 0'), ('ape:1:nan', '--rivals ape: scale=nan; give'),
+    ('ape:0:1:4', '--rivals ape: temperature=0.0; give a number above 0'), ('ape:1:nan:4', '--rivals ape: scale=nan; give'),
+    ('ape:1:1', '--rivals ape:1:1: give'),
 ])
 def test_what_is_malformed_is_said_in_one_line(text, message):
   with pytest.raises(ValueError, match='^' + re.escape(message)) as refused:

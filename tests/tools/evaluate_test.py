@@ -100,14 +100,14 @@ def test_the_dial_between_tokens_read_again_and_quality(models, data, tmp_path, 
 
 
 def test_rivals_stand_beside_the_student(models, data, tmp_path, capsys):
-  out, plot, asked = tmp_path / 'out', tmp_path / 'plot.svg', 'epic:0,epic:2,star,ape:0.9:0.8,cacheblend:0.25'
+  out, plot, asked = tmp_path / 'out', tmp_path / 'plot.svg', 'epic:0,epic:2,star,ape:0.9:0.8:1,cacheblend:0.25'
   more = '--modes', 'block', '--rivals', asked, '--out', str(out), '--plot', str(plot)
   assert evaluate.main(arguments(models, data, *more)) == 0
   summary, printed = json.loads((out / 'summary.json').read_text()), capsys.readouterr().out
   own = {name: summary[f'teacher_{name}'] for name in asked.split(',')}
   assert all(f'teacher_{name}' in printed and one['n'] == 3 for name, one in own.items())
   far = [name for name, one in own.items() if one['kl'] > 1e-4]
-  assert far == ['ape:0.9:0.8']   # the keys and values of the only layer are those of full attention
+  assert far == ['ape:0.9:0.8:1']   # the keys and values of the only layer are those of full attention
   assert [name for name, one in own.items() if one['recomputed'] > 0] == ['epic:2', 'cacheblend:0.25']
   drawn = plot.read_text()
   assert all(f'>{name}<' in drawn for name in ('teacher_full', 'student_block', 'teacher_epic', 'teacher_cacheblend'))
