@@ -138,7 +138,8 @@ def _deviation(params, tokens, layout, cfg, compute) -> Array:
   two = {**params, 'layers': jax.tree.map(lambda x: x[:2], params['layers'])}
   kept, full = (decode.read(two, tokens, form, cfg, compute)[1] for form in (layout, blocks.as_one_block(layout)))
   apart = lambda x, y: jnp.square((x[-1] - y[-1]).astype(jnp.float32)).sum(axis=(-2, -1))
-  return sum(map(apart, kept, full))
+  k, v = map(apart, kept, full)
+  return k + v
 
 
 def _context(states: tuple[Array, Array], layout: blocks.BlockLayout, visible: Array, number: Array,
@@ -160,7 +161,7 @@ def parse(text: str) -> dict[str, Rival]:
     name, *numbers = asked.split(':')
     try:
       fields = dataclasses.fields(_KINDS[name])
-      values = [field.type(number) for field, number in zip(fields, numbers, strict=True)]
+      values = [(int if field.type is int else float)(number) for field, number in zip(fields, numbers, strict=True)]
     except (KeyError, ValueError) as error:
       raise UserError(f'--rivals {asked}: give some of {_FORMS}, with numbers behind the colons and commas between '
                       'them, such as epic:8,star') from error
