@@ -81,6 +81,21 @@ def logarithmic(series: Mapping[str, Sequence[tuple[float, float]]], title: str,
   return _svg(640, 400, paint, layout='constrained', facecolor='white')
 
 
+def tradeoff(points: Mapping[str, tuple[float, float]], x: str, y: str) -> str:
+  """Named points, {name: (a share, what is left at it)}; those of a family, NAME_NUMBER or NAME:NUMBER, have one colour."""
+  def paint(figure):
+    axes, families = figure.subplots(), {}
+    for name, point in points.items():
+      families.setdefault(name.rstrip('0123456789.').rstrip('_:'), []).append(point)
+    for name, own in families.items():
+      axes.plot(*zip(*sorted(own)), marker='o', markersize=5, label=name)
+    axes.set(xlabel=x, ylabel=y, ylim=(0, None))
+    axes.xaxis.set_major_formatter('{x:.0%}')
+    figure.legend(loc='outside right center')
+
+  return _svg(640, 400, paint, layout='constrained', facecolor='white')
+
+
 def value_maps(panels: Mapping[str, Mapping[str, Mapping[str, float]]], bold: str = '') -> str:
   """Tables of values from 0 to 1, {title: {row: {column: value}}}, the darker the larger; the row `bold` stands out."""
   def paint(figure):

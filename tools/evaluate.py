@@ -14,8 +14,9 @@ Prints exact match, substring and token F1 of greedy answers, cross-entropy and 
 (in nats), each with its interval from resampled documents, and the latter two by distance from the start of the block.
 Beside the student in block mode stand the teacher's weights under the same block mask, without sinks: what blocks cost
 before any training, and how much of it the student makes good. --seams 0,2,4 adds the student with seams of so many tokens
-(blocks.BlockOptions.seam), and prints what each share of tokens that is read again for every prompt leaves of the KL: the
-dial between time to the first token and quality.
+(blocks.BlockOptions.seam): the dial between time to the first token and quality. --rivals adds the teacher's weights, read
+in ways of others that need no training (blockattn.evals.rivals). `recomputed` is the share of the context's tokens that is
+computed again for every prompt, whatever is cached.
 
 --out keeps the figures of every document in DIR/documents.jsonl as they come, with all answers; starting the same command
 again goes on. DIR/summary.json has the means; tools.report turns DIR into a page. The model has to fit on one device.
@@ -35,12 +36,13 @@ import rich.console
 from blockattn import disk, metrics
 from blockattn.data import encode, json_lines, prompts, tables
 from blockattn.errors import UserError
-from blockattn.evals import answers, gap, pages
+from blockattn.evals import answers, gap, pages, rivals
 from blockattn.evals.gap import BEFORE, STUDENT, TEACHER
 from blockattn.inference import cache as cache_lib
-from tools import arguments, compare, report as report_page
+from tools import arguments, charts, compare, report as report_page
 
-COLUMNS = {'exact_match': '{:.1%}', 'substring': '{:.1%}', 'f1': '{:.1%}', 'ce': '{:.4f}', 'kl': '{:.4f}', 'n': '{}'}
+COLUMNS = {'exact_match': '{:.1%}', 'substring': '{:.1%}', 'f1': '{:.1%}', 'ce': '{:.4f}', 'kl': '{:.4f}',
+           'recomputed': '{:.1%}', 'n': '{}'}
 _PAGES_BY_DEFAULT = 200
 
 
@@ -78,21 +80,21 @@ def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, e
     stream: of the progress line; None: standard output.
 
   Returns:
-    What gap.summarize returns, 'closed': gap.share_closed of the student in block mode, 'seconds': {'evaluate': seconds, of
-    this start}, and the facts: what summary.json holds.
+    What gap.summarize returns, 'recomputed' of each subject, 'closed': gap.share_closed of the student in block mode,
+    'seconds': {'evaluate': seconds, of this start}, and the facts: what summary.json holds.
   """
   start = time.perf_counter()
   shared = lambda s: (id(s.params), s.cfg, s.compute.dtype)
   keys = {which: weights_key(s) for which, s in {shared(s): s for s in subjects.values()}.items()}   # each model's once
-  what = lambda s: {'weights': keys[shared(s)], 'impl': s.compute.impl} | gap.block_facts(s.options)
+  way = lambda s: {} if s.reading == gap.Reading() else {'reading': repr(s.reading)}
+  what = lambda s: {'weights': keys[shared(s)], 'impl': s.compute.impl} | gap.block_facts(s.options) | way(s)
   decides = {'tokenizer': encode.Encoder(tokenizer).fingerprint, 'models': {name: what(s) for name, s in subjects.items()}}
   with metrics.counting('evaluating', stream=stream) as progress:
     rows = gap.measure(subjects, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new, stop=stop, out=out,
                        facts=decides, progress=progress)
   summary = gap.summarize(rows)
   for name, subject in subjects.items():
-    if name == gap.seam_name(subject.options.seam):
-      summary[name]['recomputed'] = gap.recomputed(docs, subject.options.seam)
+    summary[name]['recomputed'] = gap.recomputed(docs, subject)
   if {BEFORE, STUDENT} <= set(subjects):
     summary['closed'] = gap.share_closed(rows, TEACHER, BEFORE, STUDENT)
   summary |= {'seconds': {'evaluate': round(time.perf_counter() - start, 3)}} | (facts or {})
@@ -114,7 +116,7 @@ def print_table(summary: dict, console: rich.console.Console | None = None):
   """Prints the figures of every subject of a summary with their intervals, what the student makes good, and
   cross-entropy and KL by distance."""
   console = console or arguments.console()
-  results = {name: value for name, value in summary.items() if isinstance(value, dict) and 'exact_match' in value}
+  results = {name: value for name, value in summary.items() if isinstance(value, dict) and 'intervals' in value}
   table = arguments.table('model', *(name.replace('_', ' ') for name in COLUMNS))
   for name, result in results.items():
     table.add_row(name, *(_cell(form, result[column], result['intervals'].get(column)) for column, form in COLUMNS.items()))
@@ -123,17 +125,7 @@ def print_table(summary: dict, console: rich.console.Console | None = None):
   for measure, share in summary.get('closed', {}).items():
     name = measure.replace('_', ' ')
     console.print(f'{name}: {STUDENT} makes good {compare.percent(share)} % of what blocks cost {TEACHER}')
-  if seams := [name for name in results if 'recomputed' in results[name]]:
-    console.print(_seam_table({name: results[name] for name in seams}))
   console.print(_distance_table(results))
-
-
-def _seam_table(results):
-  table = arguments.table('seam', 'context tokens\nread again', 'KL')
-  for name, result in results.items():
-    table.add_row(name.rpartition('_')[2], f'{result["recomputed"]:.1%}',
-                  _cell(COLUMNS['kl'], result['kl'], result['intervals'].get('kl')))
-  return table
 
 
 def _cell(form, value, interval):
@@ -143,7 +135,7 @@ def _cell(form, value, interval):
 
 def _distance_table(results):
   """A row per distance, a column per subject: CE / KL."""
-  names = (f'{name}\nCE / KL' for name in results)
+  names = (f'{name}\nCE / KL'.replace('_', '\n', 1) for name in results)   # or else long names are cut off
   table = arguments.table('tokens from\nblock start', 'answer\ntokens', *names, left=0)
   rows = {name: {row['from']: row for row in result['by_distance']} for name, result in results.items()}
   for low, some in sorted(next(iter(rows.values())).items()):
@@ -160,6 +152,8 @@ def _arguments(argv):
                       help=f'JSON lines, parquet or Arrow files, folders, globs; or {" or ".join(pages.SPLITS)}')
   parser.add_argument('--modes', default='full,block', help='of the student')
   parser.add_argument('--seams', help='of the student in block mode, tokens of a seam: numbers with commas between them')
+  parser.add_argument('--rivals', metavar='NAME:NUMBER...,...', help='ways to read the teacher in blocks without training, '
+                      'such as epic:8,star,ape:0.9:0.9:4,cacheblend:0.15')
   parser.add_argument('--limit', type=arguments.positive, help=f'most examples (default: all; of pages {_PAGES_BY_DEFAULT})')
   arguments.add_numbers(parser, batch=(8, 'documents at a time'), max_new=(64, 'most tokens of an answer'))
   parser.add_argument('--stop', help='text that ends an answer beside the end-of-text token (default: none; of pages a '
@@ -168,6 +162,7 @@ def _arguments(argv):
   parser.add_argument('--strict', action='store_true', help='stop at the first malformed line')
   arguments.add_computing(parser)
   parser.add_argument('--out', help='folder for documents.jsonl, summary.json and examples.jsonl')
+  parser.add_argument('--plot', type=pathlib.Path, help='SVG file: KL over the share of the context that is computed again')
   return parser.parse_args(argv)
 
 
@@ -183,12 +178,13 @@ def run(options) -> None:
   modes = options.modes.split(',')
   if not set(modes) <= set(gap.MODES):
     raise UserError(f'--modes {options.modes}: choose from {", ".join(gap.MODES)}')
-  seams = _seams(options.seams)
+  seams, others = _seams(options.seams), rivals.parse(options.rivals) if options.rivals else {}
   split = pages.SPLITS.get(options.data[0]) if len(options.data) == 1 else None
   files = None if split else tables.find_files(options.data)   # before models are loaded
   compute = arguments.compute_of(options, err)
   subjects, teacher, tokenizer = gap.load_pair(options.model, options.teacher, modes, compute,
                                              seams=seams, template_args=options.template_args, chat=options.chat)
+  subjects |= rivals.subjects(others, teacher, tokenizer)
   if files is None:
     docs, examples = pages.load(tokenizer, options.limit or _PAGES_BY_DEFAULT, split=split)
     report, stop = json_lines.Report(), options.stop or pages.STOP
@@ -201,6 +197,9 @@ def run(options) -> None:
   summary = evaluate_all(subjects, teacher, docs, examples, tokenizer, batch=options.batch, max_new=options.max_new,
                          stop=stop, out=options.out, facts=facts, stream=err.file)
   print_table(summary, console)
+  if options.plot:
+    points = {name: (summary[name]['recomputed'], summary[name]['kl']) for name in subjects}
+    charts.write(options.plot, charts.tradeoff(points, 'context computed again for every prompt', 'KL to the teacher, nats'))
   if report.bad:
     console.print(report.summary())
 

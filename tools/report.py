@@ -43,8 +43,9 @@ MODEL_NAMES = {
 }
 # Known columns of the table, in order: title, and whether more is better (+1), less is (-1), or neither (0).
 COLUMNS = {'exact_match': ('Exact match', 1), 'f1': ('F1', 1), 'substring': ('Contains answer', 1),
-           'ce': ('CE, nats', -1), 'kl': ('KL to teacher, nats', -1), 'n': ('Questions', 0)}
-SHARES = ('exact_match', 'f1', 'substring')
+           'ce': ('CE, nats', -1), 'kl': ('KL to teacher, nats', -1), 'recomputed': ('Context computed again', 0),
+           'n': ('Questions', 0)}
+SHARES = ('exact_match', 'f1', 'substring', 'recomputed')
 NO_CURVE = ('seconds_left',)   # shown while the run goes on, says nothing afterwards
 FIRST = ('loss', 'train/loss')
 SPEED = ('tokens_per_s', 'steps_per_s', 'mfu')
@@ -171,7 +172,7 @@ def cell(column: str, value: Any, reference: Any, interval: Any = None) -> dict[
   shown = {'text': figure(column, value)}
   if isinstance(interval, dict) and disk.is_number(interval.get('low')) and disk.is_number(interval.get('high')):
     shown['interval'] = f'[{figure(column, interval["low"])}, {figure(column, interval["high"])}]'
-  if disk.is_number(reference) and column != 'n' and math.isfinite(value - reference):
+  if disk.is_number(reference) and column not in ('n', 'recomputed') and math.isfinite(value - reference):
     difference = value - reference
     better = difference * (COLUMNS[column][1] if column in COLUMNS else 0)
     shown |= {'difference': figure(column, difference, signed=True),
@@ -200,7 +201,7 @@ def verdict(models: dict[str, dict[str, Any]]) -> str:
   if before is None or REFERENCE not in scores:
     return ''
   gap = scores[REFERENCE] - scores[before]
-  trained = {k: s for k, s in scores.items() if k not in (REFERENCE, before)}
+  trained = {k: s for k, s in scores.items() if k != before and not k.startswith('teacher_')}   # or else a rival
   if not (gap > 0 and trained):
     return ''
   shares = ', '.join(f'{model_name(k)}: {(s - scores[before]) / gap:.0%}' for k, s in trained.items())

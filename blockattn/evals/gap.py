@@ -31,10 +31,24 @@ MODES = ('full', 'block')
 TEACHER, BEFORE, STUDENT = 'teacher_full', 'teacher_block', 'student_block'   # names of subjects
 DOCUMENTS = 'documents.jsonl'
 BINS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)   # lower edges of the distance bins, in tokens
+Array = jax.Array
 Put = Callable[[dict], dict]   # the rows of a batch on the host -> where they are computed with
 _ROW = {'document': int, 'key': str, 'models': {str: dict}}   # what each line has
 _STEP = 128       # tokens: the lengths of rows are multiples of it
 _CHUNK = 32       # tokens per row whose logits exist at a time: answers are short
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How a subject reads the rows of a batch: as its mode's mask says, in one forward pass. Others are rivals of it."""
+
+  def __call__(self, params, view, cfg, compute, room) -> tuple[Array, tuple | None]:
+    """What is read of `view`, which `_view` makes, see `read`; jitted."""
+    return read(params, view, cfg, compute, room)
+
+  def recomputed(self, lengths: Sequence[int], options: blocks.BlockOptions) -> int:
+    """How many tokens of a prompt's context, blocks of so many, are computed again when the question is asked."""
+    return sum(min(options.seam, length) for length in lengths[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +60,7 @@ class Subject:
   mode: str   # 'full': plain causal attention, no sinks. 'block': the block mask with the sinks of `options`
   options: blocks.BlockOptions   # of block mode; max_blocks is set by the documents at hand
   chat: bool = False   # whether its prompts are to be put into the chat template
+  reading: Reading = Reading()
 
   def __post_init__(self):
     if self.mode not in MODES:
@@ -65,11 +80,11 @@ def seam_name(seam: int) -> str:
   return f'{STUDENT}_seam_{seam}'
 
 
-def recomputed(docs: Sequence[encode.EncodedDoc], seam: int) -> float:
-  """The share of the context's text tokens that seams of so many tokens read again, in every prompt."""
+def recomputed(docs: Sequence[encode.EncodedDoc], subject: Subject) -> float:
+  """The share of the context's text tokens that a subject computes again for every prompt, whatever is cached."""
   context = [doc.lengths[:-1] for doc in docs]
-  again = sum(min(seam, length) for lengths in context for length in lengths[1:])
-  return again / max(sum(map(sum, context)), 1)
+  again = sum if subject.mode == 'full' else lambda lengths: subject.reading.recomputed(lengths, subject.options)
+  return sum(map(again, context)) / max(sum(map(sum, context)), 1)
 
 
 def block_facts(options: blocks.BlockOptions) -> dict[str, Any]:
@@ -302,7 +317,8 @@ def _read(subject, rows, placed, max_new, stop_ids):
     used = (rows['layout'].doc != 0).sum(axis=1) + form.most_added * (rows['layout'].block.max(axis=1) + 1)
     length = min(_length(int(used.max())), blocks.padded_length(length, form))
   how = dict(cfg=subject.cfg, compute=subject.compute)
-  hidden, start = _hidden_and_start(subject.params, _view(placed, form, length), room=_room(length, max_new), **how)
+  hidden, start = _hidden_and_start(subject.params, _view(placed, form, length), reading=subject.reading,
+                                    room=_room(length, max_new), **how)
   if not max_new:
     return hidden, None
   return hidden, decode.greedy(subject.params, *start, length=max_new, stop_ids=np.array(stop_ids, np.int32),
@@ -335,13 +351,25 @@ def _room(length, max_new):
   return max_new and decode.bucket(length + max_new, 2 * _STEP) - length
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'room'))
-def _hidden_and_start(params, view, cfg, compute, room):
-  """(hidden states of the text tokens, what answers are continued from, see decode.start, None without room)."""
+@functools.partial(jax.jit, static_argnames=('reading', 'cfg', 'compute', 'room'))
+def _hidden_and_start(params, view, reading, cfg, compute, room):
+  return reading(params, view, cfg, compute, room)
+
+
+def read(params: Any, view: tuple, cfg: transformer.ModelConfig, compute: transformer.Compute, room: int,
+         context: decode.Context | None = None) -> tuple[Array, tuple | None]:
+  """(hidden states of the text tokens, what `decode.greedy` continues with so much room for answers, None without).
+
+  Args:
+    view: (tokens, layout, index, last) of `_view`.
+    context: what the tokens of the layout read beside it.
+  """
   tokens, layout, index, last = view
-  x_BTD, states = decode.read(params, tokens, layout, cfg, compute)
+  x_BTD, states = decode.read(params, tokens, layout, cfg, compute, context)
   hidden = jnp.take_along_axis(x_BTD, index[..., None], axis=1)
-  return hidden, decode.start(x_BTD, states, layout, last, cfg, room) if room else None
+  if not room:
+    return hidden, None
+  return hidden, (*decode.start(x_BTD, states, layout, last, cfg, room), None if context is None else decode.gather(context))
 
 
 @jax.jit

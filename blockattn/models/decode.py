@@ -60,6 +60,8 @@ class Context:
     number: int32 [B, S], of the prompt's block that a slot is of, where a token reads those below its own number in its
       layout (`BlockLayout.block`); None: every token reads all that is visible.
     axis: name of the mesh axis over which S is sharded, inside of a shard_map; None where it is whole.
+    scale: what the logsumexp of scores in the context is multiplied by before it is merged with that of other keys; 1 on
+      several devices.
   """
   k: Array
   v: Array
@@ -68,6 +70,7 @@ class Context:
   visible: Array
   number: Array | None = None
   axis: str | None = flax.struct.field(pytree_node=False, default=None)
+  scale: float = flax.struct.field(pytree_node=False, default=1.0)
 
 
 @flax.struct.dataclass
@@ -76,12 +79,13 @@ class Gathered:
 
   Attributes:
     k, v: as of `Cache`.
-    visible, axis: as of `Context`.
+    visible, axis, scale: as of `Context`.
   """
   k: Array
   v: Array
   visible: Array
   axis: str | None = flax.struct.field(pytree_node=False, default=None)
+  scale: float = flax.struct.field(pytree_node=False, default=1.0)
 
 
 def read(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transformer.ModelConfig, compute: transformer.Compute,
@@ -114,7 +118,8 @@ def _beside(q, slots, context, own, tile, below=None):
 
   `tile` and `below` as of `cached.attend_cached`; None: the queries read all that is visible, as the last block's do.
   """
-  parts = jax.tree.map(lambda x: x[None], cached.attend_cached(q, slots, context.visible, below, tile=tile))
+  out, lse = cached.attend_cached(q, slots, context.visible, below, tile=tile)
+  parts = out[None], lse[None] * context.scale
   if context.axis is not None:   # every device has read its own part of the context
     parts = jax.tree.map(lambda x: jax.lax.all_gather(x[0], context.axis), parts)
   every = jax.tree.map(lambda x, y: jnp.concatenate([x, y.astype(x.dtype)[None]]), parts, own)
@@ -139,7 +144,7 @@ def gather(context: Context) -> Gathered:
   """A context for many tokens that are read one by one: keys are rotated once, not for every token."""
   whole = lambda layer: slots_of(context, layer)(0, context.visible.shape[1])
   k, v = jax.lax.map(whole, jnp.arange(len(context.k)))
-  return Gathered(k, v, context.visible, axis=context.axis)
+  return Gathered(k, v, context.visible, axis=context.axis, scale=context.scale)
 
 
 def prefill(params: Any, tokens: Array, layout: blocks.BlockLayout, cfg: transformer.ModelConfig,
@@ -238,12 +243,13 @@ def extend(params: Any, tokens: Array, cache: Cache, cfg: transformer.ModelConfi
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'compute', 'length', 'vocab'))
-def greedy(params: Any, x_BD: Array, cache: Cache, *, cfg: transformer.ModelConfig, compute: transformer.Compute,
-           length: int, stop_ids: Array, vocab: int) -> Array:
+def greedy(params: Any, x_BD: Array, cache: Cache, context: Gathered | None = None, *, cfg: transformer.ModelConfig,
+           compute: transformer.Compute, length: int, stop_ids: Array, vocab: int) -> Array:
   """The most probable continuation, token by token.
 
   Args:
     x_BD, cache: from `prefill` or `start`, with room for `length` tokens.
+    context: what the prompt was read with, from `gather`.
     length: most tokens to generate.
     stop_ids: int32 [n], n > 0, the tokens that end an answer.
     vocab: tokens from this id on are never produced (sinks, padding of the table).
@@ -258,7 +264,7 @@ def greedy(params: Any, x_BD: Array, cache: Cache, *, cfg: transformer.ModelConf
   def step(carry):
     token, answer, n, cache = carry
     answer = answer.at[:, n].set(token)
-    x_BD, cache = extend(params, token, cache, cfg, compute)
+    x_BD, cache = extend(params, token, cache, cfg, compute, context)
     token = jnp.where(stops(token), stop_ids[0], choose(x_BD))   # once stopped, stopped for ever
     return token, answer, n + 1, cache
 

@@ -95,7 +95,24 @@ def test_the_dial_between_tokens_read_again_and_quality(models, data, tmp_path, 
   of = [summary[f'student_block_seam_{seam}'] for seam in (0, 2, 64)]
   assert of[0]['kl'] == summary['student_block']['kl'] and min(one['kl'] for one in of) > 0
   assert 0 == of[0]['recomputed'] < of[1]['recomputed'] < of[2]['recomputed'] < 1   # never the first blocks
-  assert 'read again' in printed and f'{of[1]["recomputed"]:.1%}' in printed and 'recomputed' not in summary['student_block']
+  assert 'recomputed' in printed and f'{of[1]["recomputed"]:.1%}' in printed
+  assert (summary['teacher_full']['recomputed'], summary['student_block']['recomputed']) == (1, 0)
+
+
+def test_rivals_stand_beside_the_student(models, data, tmp_path, capsys):
+  out, plot, asked = tmp_path / 'out', tmp_path / 'plot.svg', 'epic:0,epic:2,star,ape:0.9:0.8:1,cacheblend:0.25'
+  more = '--modes', 'block', '--rivals', asked, '--out', str(out), '--plot', str(plot)
+  assert evaluate.main(arguments(models, data, *more)) == 0
+  summary, printed = json.loads((out / 'summary.json').read_text()), capsys.readouterr().out
+  own = {name: summary[f'teacher_{name}'] for name in asked.split(',')}
+  assert all(f'teacher_{name}' in printed and one['n'] == 3 for name, one in own.items())
+  far = [name for name, one in own.items() if one['kl'] > 1e-4]
+  assert far == ['ape:0.9:0.8:1']   # the keys and values of the only layer are those of full attention
+  assert [name for name, one in own.items() if one['recomputed'] > 0] == ['epic:2', 'cacheblend:0.25']
+  drawn = plot.read_text()
+  assert all(f'>{name}<' in drawn for name in ('teacher_full', 'student_block', 'teacher_epic', 'teacher_cacheblend'))
+  said = json.loads((out / 'run.json').read_text())['models']
+  assert said['teacher_cacheblend:0.25']['reading'] == 'CacheBlend(share=0.25)' and 'reading' not in said['teacher_block']
 
 
 def test_a_student_is_loaded_once_for_all_modes(models):
@@ -131,6 +148,7 @@ def test_the_tokenizer_of_a_run_is_that_of_its_config(models, tmp_path):
 @pytest.mark.parametrize('change, code, message', [
     (['--strict'], 2, 'test.jsonl:3: bad JSON'),
     (['--modes', 'ful'], 2, '--modes ful'), (['--seams', '1,two'], 2, '--seams 1,two'),
+    (['--rivals', 'epik:8'], 2, '--rivals epik:8: give some of epic:tokens'),
     (['--teacher', '/nowhere/teacher'], 2, '/nowhere/teacher'),
     (['--data', '/nowhere/*.jsonl'], 2, '/nowhere/*.jsonl'),
     (['--max-new', '600'], 2, 'documents are too long for teacher_full'),
@@ -175,9 +193,10 @@ def test_documents_and_examples_stay_together(models, data):
 
 def test_the_table_of_distances_has_a_column_per_subject():
   row = {'from': 4, 'tokens': 1200, 'ce': 0.5, 'kl': 0.25}
-  figures = {'n': 3, 'exact_match': 0.5, 'substring': 1.0, 'f1': 0.75, 'ce': 0.5, 'kl': 0.25, 'by_distance': [row],
-             'intervals': {'exact_match': {'low': 0.4, 'high': 0.6}}}
+  figures = {'n': 3, 'exact_match': 0.5, 'substring': 1.0, 'f1': 0.75, 'ce': 0.5, 'kl': 0.25, 'recomputed': 0.125,
+             'by_distance': [row], 'intervals': {'exact_match': {'low': 0.4, 'high': 0.6}}}
   console = rich.console.Console(file=io.StringIO(), width=120)
-  evaluate.print_table({'a': figures, 'b': figures, 'seconds': {'a': 1.0}}, console)
+  closed = {'exact_match': {'mean': 0.5, 'low': 0.4, 'high': 0.6}}
+  evaluate.print_table({'a': figures, 'b': figures, 'closed': closed, 'seconds': {'a': 1.0}}, console)
   text = console.file.getvalue()
   assert '50.0%' in text and '[40.0%, 60.0%]' in text and '1,200' in text and text.count('0.5000 / 0.2500') == 2
