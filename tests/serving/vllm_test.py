@@ -1,0 +1,228 @@
+"""Students in vLLM against our engine and against the masked forward pass of the same prompts.
+
+In a virtual environment that has vLLM: python -m pytest -n 0 tests/serving
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+import hf_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from blockattn import blocks
+from blockattn.hf import config, convert
+from blockattn.inference import cache
+from blockattn.inference.engine import Engine
+from blockattn.inference.plan import Request
+from blockattn.models import transformer
+from blockattn.models.transformer import Compute, Llama3Rope, ModelConfig
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING='0', VLLM_CPU_KVCACHE_SPACE='1', VLLM_NO_USAGE_STATS='1',
+                  VLLM_LOGGING_LEVEL='ERROR', HF_HUB_OFFLINE='1', VLLM_CPU_OMP_THREADS_BIND='nobind')
+vllm = pytest.importorskip('vllm')
+from blockattn.serving.vllm import student as student_lib  # noqa: E402  needs it
+
+pytestmark = pytest.mark.vllm
+VOCAB, NEW, LENGTH = 64, 8, 512
+COMPUTE = Compute(impl='reference')
+# vLLM's attention on a CPU knows heads of 32, and more.
+LLAMA = ModelConfig('llama', vocab=VOCAB, width=64, layers=2, heads=4, kv_heads=2, head_dim=32, mlp=48, norm_eps=1e-5,
+                    rope_theta=1e4, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 64), max_positions=LENGTH)
+QWEN = ModelConfig('qwen3', vocab=VOCAB, width=48, layers=3, heads=4, kv_heads=2, head_dim=32, mlp=48, rope_theta=1e6,
+                   qk_norm=True, tied=True, max_positions=LENGTH)
+STUDENTS = {
+    'llama, sinks': (LLAMA, blocks.BlockOptions((7, 7, 7, 7), 'sequential', 8)),
+    'qwen, local': (QWEN, blocks.BlockOptions((), 'local', 8)),
+    'qwen, learned sinks': (QWEN, blocks.BlockOptions((VOCAB, VOCAB + 1), 'sequential', 8)),
+    'llama, learned sinks, local, tails, aligned': (
+        LLAMA, blocks.BlockOptions((VOCAB, VOCAB + 1), 'local', 8, tail_ids=(VOCAB + 2,), align=16)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+  cfg: ModelConfig
+  params: dict
+  options: blocks.BlockOptions
+  folder: pathlib.Path
+
+
+def export(cfg, options, folder):
+  cfg = dataclasses.replace(cfg, learned_sinks=len({token for token in options.own_ids if token >= cfg.vocab}))
+  params = hf_cases.random_params(cfg, 'float32')
+  convert.save(params, cfg, folder / 'student', source=hf_cases.write_tokenizer(folder / 'source', cfg.vocab),
+               meta={'blocks': config.blocks_meta(options)}, card='', dtype='float32')
+  return Student(cfg, params, options, folder / 'student')
+
+
+@pytest.fixture(scope='module', params=STUDENTS)
+def student(request, tmp_path_factory):
+  return export(*STUDENTS[request.param], tmp_path_factory.mktemp('student'))
+
+
+@pytest.fixture(scope='module')
+def server(student, tmp_path_factory):
+  """vLLM with a budget of 64 tokens per step, which some blocks are longer than."""
+  server = serve(student, tmp_path_factory.mktemp('blocks'))
+  yield server
+  server.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+  """A running vLLM with its store, and where that has its files."""
+  llm: object
+  wanted: object
+  folder: pathlib.Path
+
+  @property
+  def counts(self):
+    return self.wanted._store.counts
+
+  def close(self):
+    self.llm.llm_engine.engine_core.shutdown()
+
+
+def serve(student, folder, **more):
+  transfer = {'kv_connector': 'BlockConnector', 'kv_connector_module_path': 'blockattn.serving.vllm.connector',
+              'kv_role': 'kv_both', 'kv_connector_extra_config': {'folder': str(folder)}}
+  more = dict(dtype='float32', enforce_eager=True, max_model_len=LENGTH, max_num_seqs=8, max_num_batched_tokens=64,
+              block_size=32, max_logprobs=VOCAB + 8, kv_transfer_config=transfer,
+              scheduler_cls='blockattn.serving.vllm.scheduler.BlockScheduler') | more
+  llm = vllm.LLM(model=str(student.folder), **more)
+  return Server(llm, llm.llm_engine.engine_core.engine_core.scheduler.connector.wanted, folder)
+
+
+def answers(server, student, prompts, **sampling):
+  """(greedy tokens, log-probabilities of the first) of each prompt, all asked at once."""
+  tokens, lengths = zip(*(student_lib.place(prompt, student.options) for prompt in prompts))
+  sampling = [vllm.SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, logprobs=5, **sampling,
+                                  extra_args={'kv_transfer_params': {student_lib.BLOCKS: own}}) for own in lengths]
+  out = server.llm.generate([{'prompt_token_ids': own} for own in tokens], sampling, use_tqdm=False)
+  return [(list(o.outputs[0].token_ids), {t: x.logprob for t, x in o.outputs[0].logprobs[0].items()}) for o in out]
+
+
+def engine(student, **more):
+  words = tokenizers.Tokenizer.from_file(str(student.folder / 'tokenizer.json'))
+  return Engine(student.params, student.cfg, COMPUTE, student.options, words, stop_ids=(), device_tokens=4096, **more)
+
+
+def pool(seed, lengths=(5, 33, 1, 64, 90, 17)):
+  rng = np.random.default_rng(seed)
+  return [rng.integers(8, VOCAB, size=n).tolist() for n in lengths]
+
+
+def prompts(seed, count):
+  """Of blocks of a pool in any order, some of them twice, and questions of their own."""
+  rng, parts = np.random.default_rng(seed), pool(seed)
+  pick = lambda: [parts[i] for i in rng.integers(0, len(parts), size=rng.integers(0, 5))]
+  return [[*pick(), rng.integers(8, VOCAB, size=rng.integers(1, 40)).tolist()] for _ in range(count)]
+
+
+def masked(student, prompt):
+  """Log-probabilities of the token after the prompt, from one masked forward pass."""
+  lengths = [list(map(len, prompt))]
+  tokens = np.zeros((1, LENGTH), np.int32)
+  tokens[0, :sum(lengths[0])] = np.concatenate(prompt)
+  tokens, layout, index = blocks.block_mode(tokens, blocks.from_lengths([lengths], LENGTH), student.options)
+  x_BTD = _apply(student.params, tokens, layout, student.cfg, COMPUTE)
+  logits = transformer.logits(student.params, x_BTD[0, int(index[0, sum(lengths[0]) - 1])], student.cfg)
+  return np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)))
+
+
+_apply = functools.partial(jax.jit, static_argnums=(3, 4))(transformer.apply)
+
+
+def agree(student, asked, found):
+  expected = engine(student).generate([Request(prompt, max_new=NEW) for prompt in asked])
+  for prompt, (tokens, first), answer in zip(asked, found, expected, strict=True):
+    whole = masked(student, prompt)
+    np.testing.assert_allclose([first[t] for t in first], [whole[t] for t in first], atol=1e-4)
+    assert tokens == list(answer.tokens)
+
+
+def test_answers_are_those_of_the_engine_and_of_the_masked_pass(student, server):
+  asked = prompts(0, 12)
+  agree(student, asked, answers(server, student, asked))
+  computed = server.counts.missing
+  assert computed == len({tuple(block) for prompt in asked for block in prompt[:-1]})   # each once, for all who wait for it
+  again = prompts(0, 20)[12:]   # the same blocks in other orders
+  agree(student, again, answers(server, student, again))
+  assert server.counts.missing == computed
+
+
+def test_blocks_of_the_engine_are_served(student, server):
+  asked = prompts(1, 4)
+  with cache.Store(folder=server.folder) as store:
+    made = engine(student, store=store)
+    made.prepare([Request(prompt, max_new=NEW) for prompt in asked])
+    store.flush()
+  before = server.counts.missing, server.counts.disk
+  agree(student, asked, answers(server, student, asked))
+  assert server.counts.missing == before[0] and server.counts.disk > before[1]
+
+
+def test_the_engine_reads_blocks_that_were_served(student, server):
+  asked = prompts(2, 4)
+  answers(server, student, asked)
+  server.wanted._store.flush()
+  with cache.Store(folder=server.folder) as store:
+    found = engine(student, store=store).prepare([Request(prompt, max_new=NEW) for prompt in asked])
+  assert {block.found for own in found for block in own} == {'disk'}
+
+
+def test_one_text_with_and_without_blocks_has_two_answers(student, server):
+  """vLLM's own prefix cache holds states of both."""
+  prompt = [*pool(3)[3:5], pool(3)[1]]
+  tokens, _ = student_lib.place(prompt, student.options)
+  plain = lambda: list(server.llm.generate([{'prompt_token_ids': tokens}], vllm.SamplingParams(
+      temperature=0.0, max_tokens=1, logprobs=5), use_tqdm=False)[0].outputs[0].logprobs[0].items())
+  first = {t: x.logprob for t, x in plain()}
+  agree(student, [prompt], answers(server, student, [prompt]))
+  assert {t: x.logprob for t, x in plain()} == pytest.approx(first, abs=1e-5)
+  agree(student, [prompt], answers(server, student, [prompt]))
+  layout = blocks.from_lengths([[[len(tokens)]]], LENGTH)
+  row = np.zeros((1, LENGTH), np.int32)
+  row[0, :len(tokens)] = tokens
+  x_BTD = _apply(student.params, row, layout, student.cfg, COMPUTE)
+  logits = transformer.logits(student.params, x_BTD[0, len(tokens) - 1], student.cfg)
+  whole = np.asarray(jax.nn.log_softmax(logits))
+  np.testing.assert_allclose([first[t] for t in first], [whole[t] for t in first], atol=1e-4)
+
+
+@pytest.mark.parametrize('lengths', [[3, 5], [0, 10], [-1, 11], ['a'], 7, [10, 0]])
+def test_wrong_lengths_end_in_an_error(student, server, lengths):
+  sampling = vllm.SamplingParams(max_tokens=2, extra_args={'kv_transfer_params': {student_lib.BLOCKS: lengths}})
+  out = server.llm.generate([{'prompt_token_ids': list(range(8, 18))}], sampling, use_tqdm=False)[0]
+  assert out.outputs[0].finish_reason == 'error'
+
+
+def test_blocks_outlive_the_server(tmp_path):
+  student, asked = export(*STUDENTS['llama, sinks'], tmp_path), prompts(4, 6)
+  first = serve(student, tmp_path / 'blocks')
+  found = answers(first, student, asked)
+  first.close()
+  # So few pages that prompts are taken off the machine again, and have their blocks loaded once more.
+  second = serve(student, tmp_path / 'blocks', num_gpu_blocks_override=18, max_num_seqs=4)
+  assert answers(second, student, asked) == [(tokens, pytest.approx(first, abs=1e-5)) for tokens, first in found]
+  assert second.counts.missing == 0 and second.counts.disk > 0
+  second.close()
+
+
+def test_a_model_without_blocks_is_refused(tmp_path):
+  student = export(*STUDENTS['llama, sinks'], tmp_path)
+  (student.folder / 'blockattn.json').unlink()
+  with pytest.raises(ValueError, match='says nothing of blocks: name a student'):
+    serve(student, tmp_path / 'blocks')
+
+
+def test_another_scheduler_is_refused(tmp_path):
+  student = export(*STUDENTS['llama, sinks'], tmp_path)
+  with pytest.raises(ValueError, match='--scheduler-cls blockattn.serving.vllm.scheduler.BlockScheduler'):
+    serve(student, tmp_path / 'blocks', scheduler_cls=None)
