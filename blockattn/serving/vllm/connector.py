@@ -15,6 +15,7 @@ from blockattn.errors import UserError
 from blockattn.inference import cache
 from blockattn.serving.vllm import pages, student, wanted
 from blockattn.serving.vllm.messages import Caught, Step
+from blockattn.serving.vllm.metrics import BlockMetrics, BlockStats
 
 SCHEDULER = 'BlockScheduler'
 DTYPES = {torch.float32: 'float32', torch.bfloat16: 'bfloat16'}
@@ -46,6 +47,20 @@ class BlockConnector(KVConnectorBase_V1):
   def shutdown(self):
     if self.wanted is not None:
       self.wanted.close()
+
+  # Metrics.
+
+  def get_kv_connector_stats(self) -> BlockStats | None:
+    side = self.wanted or self.pages
+    return BlockStats(counted) if side is not None and (counted := side.take_counted()) else None
+
+  @classmethod
+  def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> BlockStats:
+    return BlockStats(data or {})
+
+  @classmethod
+  def build_prom_metrics(cls, *args: Any) -> BlockMetrics:
+    return BlockMetrics(*args)
 
   # Where requests are scheduled.
 

@@ -5,6 +5,7 @@ is given there is caught, and states are written by calling it, so that no form 
 """
 
 import collections
+import time
 from typing import Any
 
 import ml_dtypes
@@ -37,6 +38,7 @@ class Pages:
     self._parts = collections.defaultdict(list)   # (key, layer's number) -> [(k, v)], rotated, of the tokens so far
     self._rows: list[slice] | None = None         # of the batch, for each catch of the step
     self._whole: dict[str, State] = {}
+    self._seconds = 0.0
     self._write = [layer.impl.do_kv_cache_update for layer in self._layers]
     for number, layer in enumerate(self._layers):
       layer.impl.do_kv_cache_update = self._listening(number)
@@ -53,6 +55,7 @@ class Pages:
     loads = self._step.loads
     if not loads:
       return
+    start = time.monotonic()
     device = self._rope.cos_sin_cache.device
     position = np.concatenate([np.arange(load.position, load.position + len(load.slots)) for load in loads])
     slots = torch.from_numpy(np.concatenate([load.slots for load in loads])).to(device)
@@ -61,6 +64,7 @@ class Pages:
       k, v = (torch.cat([self._part(load, name, number) for load in loads]).to(device) for name in ('k', 'v'))
       dtype = self._rope.cos_sin_cache.dtype
       write(layer, rotate(k, table).to(dtype), v.to(dtype), layer.kv_cache, slots)
+    self._seconds += time.monotonic() - start
 
   def _part(self, load: Load, name: str, number: int) -> torch.Tensor:
     """Keys or values of a layer, [n, K, H], of this rank's heads."""
@@ -100,6 +104,11 @@ class Pages:
     """The states that were made since the last call."""
     whole, self._whole = self._whole, {}
     return Caught({key: {self._rank: state} for key, state in whole.items()}) if whole else None
+
+  def take_counted(self) -> dict[str, float]:
+    """As `Wanted.take_counted`."""
+    seconds, self._seconds = self._seconds, 0.0
+    return {'load_seconds': seconds} if seconds else {}
 
   def take_broken(self) -> set[int]:
     broken, self._step.broken = self._step.broken, set()

@@ -90,6 +90,7 @@ class Wanted:
     self._tries = collections.Counter()
     self._loads: list[Load] = []
     self._broken: set[int] = set()
+    self._counted = collections.Counter()
 
   def arrived(self, request: Request) -> None:
     """A request that is new to the scheduler."""
@@ -137,6 +138,7 @@ class Wanted:
     elif self._reading[block.key].done():
       found = self._reading.pop(block.key).result()
       if found is not None:
+        self._counted[f'blocks_{found[1]}'] += 1
         self._deliver(block.key, found[0])
       elif self._tries[block.key] == _TRIES:
         prompt.fault = f'its block at token {block.at} was computed {_TRIES} times, and never came'
@@ -152,7 +154,7 @@ class Wanted:
   def _compute(self, block, request):
     """Has a block read as a request of its own, for all who wait for it."""
     self._tries[block.key] += 1
-    sampling = SamplingParams(max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True)   # what is not read is not caught
+    sampling = SamplingParams(max_tokens=1, temperature=0.0, skip_reading_prefix_cache=True)   # or nothing is caught
     own = Request(
         _OWN + block.key, list(block.tokens), sampling, None, client_index=request.client_index, priority=request.priority,
         arrival_time=request.arrival_time, cache_salt=block.key, block_hasher=request._block_hasher)
@@ -175,7 +177,9 @@ class Wanted:
       skip = max(0, first - block.at)
       if skip < len(block.tokens):
         slots = slots_of(pages, self._page, block.at + skip, block.at + len(block.tokens))
-        self._loads.append(Load(prompt.states[block.key], skip, block.position + skip, slots))
+        state = prompt.states[block.key]
+        self._loads.append(Load(state, skip, block.position + skip, slots))
+        self._counted['loaded_bytes'] += state.nbytes
     prompt.states = {}
 
   def step(self, scheduled: dict[str, int], pages_of: Callable[[str], list[int]]) -> Step:
@@ -199,12 +203,18 @@ class Wanted:
   def caught(self, caught: Caught) -> None:
     """States that the workers have made."""
     for key, state in caught.whole().items():
+      self._counted['blocks_computed'] += 1
       self._store.put(key, state)
       self._deliver(key, state)
 
   def finished(self, request: Request) -> None:
     for held in (self._own, self._prompts, self._waiting):
       held.pop(request.request_id, None)
+
+  def take_counted(self) -> dict[str, int]:
+    """What was counted since the last call, by the names of `metrics.COUNTED`."""
+    counted, self._counted = dict(self._counted), collections.Counter()
+    return counted
 
   def close(self) -> None:
     self._readers.shutdown(wait=True)
