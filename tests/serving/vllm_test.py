@@ -226,3 +226,11 @@ def test_another_scheduler_is_refused(tmp_path):
   student = export(*STUDENTS['llama, sinks'], tmp_path)
   with pytest.raises(ValueError, match='--scheduler-cls blockattn.serving.vllm.scheduler.BlockScheduler'):
     serve(student, tmp_path / 'blocks', scheduler_cls=None)
+
+
+def test_log_probabilities_of_the_prompt_end_in_an_error(student, server):
+  tokens, lengths = student_lib.place([[8, 9], [10]], student.options)
+  sampling = vllm.SamplingParams(max_tokens=2, prompt_logprobs=1,
+                                 extra_args={'kv_transfer_params': {student_lib.BLOCKS: lengths}})
+  out = server.llm.generate([{'prompt_token_ids': tokens}], sampling, use_tqdm=False)[0]
+  assert out.outputs[0].finish_reason == 'error'

@@ -98,9 +98,12 @@ class Wanted:
     if lengths is None:
       return
     try:
+      if request.skip_reading_prefix_cache:
+        raise UserError('log-probabilities of the prompt would need its blocks read again; ask without them')
       prompt = read_prompt(lengths, request.prompt_token_ids or (), self._options, self._keys)
     except (TypeError, ValueError) as error:
       prompt = Prompt(fault=str(error))
+      request.skip_reading_prefix_cache = False   # or vLLM would not ask, and answer with full attention
     # The same tokens have other states in other blocks: vLLM's own prefix cache has to tell them apart.
     mode = request.request_id if prompt.fault else [block.at for block in prompt.blocks] + [prompt.context]
     request.cache_salt = f'{request.cache_salt or ""} {BLOCKS} {mode}'
