@@ -139,8 +139,8 @@ def test_the_middleware(sent, status):
 
 def test_the_command_is_that_of_vllm():
   made = command.arguments('exported', {'memory_bytes': 1}, ['--port', '1'])
-  assert made[:3] == ['vllm', 'serve', 'exported'] and made[-2:] == ['--port', '1']
-  assert json.loads(made[4])['kv_connector_extra_config'] == {'memory_bytes': 1}
+  assert made[:2] == ['serve', 'exported'] and made[-2:] == ['--port', '1']
+  assert json.loads(made[3])['kv_connector_extra_config'] == {'memory_bytes': 1}
 
 
 @pytest.mark.parametrize('change, line', [

@@ -94,7 +94,8 @@ def serve(student, folder, **more):
               'kv_role': 'kv_both', 'kv_connector_extra_config': {'folder': str(folder)}}
   more = dict(dtype='float32', enforce_eager=True, max_model_len=LENGTH, max_num_seqs=8, max_num_batched_tokens=64,
               block_size=32, max_logprobs=VOCAB + 8, kv_transfer_config=transfer,
-              scheduler_cls='blockattn.serving.vllm.scheduler.BlockScheduler') | more
+              scheduler_cls='blockattn.serving.vllm.scheduler.BlockScheduler', logprobs_mode='processed_logprobs',
+              logits_processors=['blockattn.serving.vllm.unsaid:Unsaid']) | more
   llm = vllm.LLM(model=str(student.folder), **more)
   return Server(llm, llm.llm_engine.engine_core.engine_core.scheduler.connector.wanted, folder)
 
@@ -108,9 +109,9 @@ def answers(server, student, prompts, **sampling):
   return [(list(o.outputs[0].token_ids), {t: x.logprob for t, x in o.outputs[0].logprobs[0].items()}) for o in out]
 
 
-def engine(student, **more):
+def engine(student, compute=COMPUTE, **more):
   words = tokenizers.Tokenizer.from_file(str(student.folder / 'tokenizer.json'))
-  return Engine(student.params, student.cfg, COMPUTE, student.options, words, stop_ids=(), device_tokens=4096, **more)
+  return Engine(student.params, student.cfg, compute, student.options, words, stop_ids=(), device_tokens=4096, **more)
 
 
 def pool(seed, lengths=(5, 33, 1, 64, 90, 17)):
@@ -145,6 +146,57 @@ def agree(student, asked, found):
     whole = masked(student, prompt)
     np.testing.assert_allclose([first[t] for t in first], [whole[t] for t in first], atol=1e-4)
     assert tokens == list(answer.tokens)
+
+
+# Servers of their own, of which a process has one at a time: in front of those that share one.
+
+
+@pytest.mark.parametrize('dtype, tolerance', [('float32', 2e-6), ('bfloat16', 1.5e-2)])
+def test_states_are_those_of_the_engine(tmp_path, dtype, tolerance):
+  student, asked = export(*STUDENTS['llama, sinks'], tmp_path), prompts(5, 2)
+  served = serve(student, tmp_path / 'blocks', dtype=dtype)
+  answers(served, student, asked)
+  ours = cache.Store()
+  params = jax.tree.map(lambda x: jnp.asarray(x, dtype), student.params)
+  made = engine(dataclasses.replace(student, params=params), store=ours, compute=Compute(dtype, impl='reference'))
+  made.prepare([Request(prompt, max_new=NEW) for prompt in asked])
+  assert set(ours._memory) == set(served.wanted._store._memory) and ours._memory
+  for key, state in ours._memory.items():
+    theirs = served.wanted._store._memory[key]
+    for name, x in state.arrays().items():
+      y = theirs.arrays()[name]
+      assert x.dtype == y.dtype == jnp.dtype(dtype) and x.shape == y.shape
+      x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+      assert np.linalg.norm(x - y) < tolerance * np.linalg.norm(x)
+  served.close()
+
+
+def test_blocks_outlive_the_server(tmp_path):
+  student, asked = export(*STUDENTS['llama, sinks'], tmp_path), prompts(4, 6)
+  first = serve(student, tmp_path / 'blocks')
+  found = answers(first, student, asked)
+  first.close()
+  # So few pages that prompts are taken off the machine again, and have their blocks loaded once more.
+  second = serve(student, tmp_path / 'blocks', num_gpu_blocks_override=18, max_num_seqs=4)
+  assert answers(second, student, asked) == [(tokens, pytest.approx(first, abs=1e-5)) for tokens, first in found]
+  assert second.counts.missing == 0 and second.counts.disk > 0
+  second.close()
+
+
+def test_a_model_without_blocks_is_refused(tmp_path):
+  student = export(*STUDENTS['llama, sinks'], tmp_path)
+  (student.folder / 'blockattn.json').unlink()
+  with pytest.raises(ValueError, match='says nothing of blocks: name a student'):
+    serve(student, tmp_path / 'blocks')
+
+
+def test_another_scheduler_is_refused(tmp_path):
+  student = export(*STUDENTS['llama, sinks'], tmp_path)
+  with pytest.raises(ValueError, match='--scheduler-cls blockattn.serving.vllm.scheduler.BlockScheduler'):
+    serve(student, tmp_path / 'blocks', scheduler_cls=None)
+
+
+# One server for each student.
 
 
 def test_answers_are_those_of_the_engine_and_of_the_masked_pass(student, server):
@@ -201,31 +253,6 @@ def test_wrong_lengths_end_in_an_error(student, server, lengths):
   sampling = vllm.SamplingParams(max_tokens=2, extra_args={'kv_transfer_params': {student_lib.BLOCKS: lengths}})
   out = server.llm.generate([{'prompt_token_ids': list(range(8, 18))}], sampling, use_tqdm=False)[0]
   assert out.outputs[0].finish_reason == 'error'
-
-
-def test_blocks_outlive_the_server(tmp_path):
-  student, asked = export(*STUDENTS['llama, sinks'], tmp_path), prompts(4, 6)
-  first = serve(student, tmp_path / 'blocks')
-  found = answers(first, student, asked)
-  first.close()
-  # So few pages that prompts are taken off the machine again, and have their blocks loaded once more.
-  second = serve(student, tmp_path / 'blocks', num_gpu_blocks_override=18, max_num_seqs=4)
-  assert answers(second, student, asked) == [(tokens, pytest.approx(first, abs=1e-5)) for tokens, first in found]
-  assert second.counts.missing == 0 and second.counts.disk > 0
-  second.close()
-
-
-def test_a_model_without_blocks_is_refused(tmp_path):
-  student = export(*STUDENTS['llama, sinks'], tmp_path)
-  (student.folder / 'blockattn.json').unlink()
-  with pytest.raises(ValueError, match='says nothing of blocks: name a student'):
-    serve(student, tmp_path / 'blocks')
-
-
-def test_another_scheduler_is_refused(tmp_path):
-  student = export(*STUDENTS['llama, sinks'], tmp_path)
-  with pytest.raises(ValueError, match='--scheduler-cls blockattn.serving.vllm.scheduler.BlockScheduler'):
-    serve(student, tmp_path / 'blocks', scheduler_cls=None)
 
 
 def test_log_probabilities_of_the_prompt_end_in_an_error(student, server):

@@ -6,6 +6,7 @@ that is needed:
   front      of the API server: blocks given as documents, message parts or lengths become one prompt with sinks, and the
              lengths of its blocks
   scheduler  vLLM's own; it lets the connector add requests
+  unsaid     keeps learned sinks out of answers
   wanted     the connector where requests are scheduled: which blocks a prompt needs, whether the store has them. A missing
              one is read as a request of its own, once for all who wait for it; the prompt is admitted when all are there,
              its whole context reported as computed

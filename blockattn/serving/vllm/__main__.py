@@ -12,12 +12,12 @@ PLACE = 'blockattn.serving.vllm'
 
 
 def arguments(folder: str, store: dict, rest: list[str]) -> list[str]:
-  """What to start: vLLM's own command."""
+  """What follows after the name of vLLM's own command."""
   connector = {'kv_connector': 'BlockConnector', 'kv_connector_module_path': f'{PLACE}.connector', 'kv_role': 'kv_both',
                'kv_connector_extra_config': store}
-  return ['vllm', 'serve', folder, '--kv-transfer-config', json.dumps(connector), '--scheduler-cls',
-          f'{PLACE}.scheduler.BlockScheduler', '--middleware', f'{PLACE}.front.BlockFront', '--enable-prompt-tokens-details',
-          *rest]
+  return ['serve', folder, '--kv-transfer-config', json.dumps(connector), '--scheduler-cls',
+          f'{PLACE}.scheduler.BlockScheduler', '--middleware', f'{PLACE}.front.BlockFront', '--logits-processors',
+          f'{PLACE}.unsaid:Unsaid', '--enable-prompt-tokens-details', *rest]
 
 
 def main(argv: list[str]) -> None:
@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
   size = lambda gigabytes: int(gigabytes * (1 << 30))
   store = {'memory_bytes': size(args.blocks_memory), 'disk_bytes': size(args.blocks_disk),
            'quantize': 'int8' if args.blocks_int8 else 'none'} | ({'folder': args.blocks} if args.blocks else {})
-  command = arguments(folder, store, rest)
-  os.execvp(command[0], command)
+  # The `vllm` of this Python, which need not be on the path.
+  os.execv(sys.executable, [sys.executable, '-m', 'vllm.entrypoints.cli.main', *arguments(folder, store, rest)])
 
 
 if __name__ == '__main__':

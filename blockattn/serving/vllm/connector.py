@@ -1,5 +1,6 @@
 """The KV connector that vLLM is given: `wanted` where requests are scheduled, `pages` where the model runs."""
 
+import re
 from typing import Any
 
 import torch
@@ -27,12 +28,12 @@ class BlockConnector(KVConnectorBase_V1):
 
   def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
     super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+    options = student.read_options(vllm_config.model_config.model)
     check_config(vllm_config)
     self.pages: pages.Pages | None = None
     self.wanted: wanted.Wanted | None = None
     if role is KVConnectorRole.SCHEDULER:
       model, store = vllm_config.model_config, cache.Store(**self._kv_transfer_config.kv_connector_extra_config)
-      options = student.read_options(model.model)
       cfg, keys = student.read_keys(model.model, DTYPES[model.dtype], store.quantize)
       self.wanted = wanted.Wanted(options, cfg, keys, store, vllm_config.cache_config.block_size)
 
@@ -114,6 +115,11 @@ class BlockConnector(KVConnectorBase_V1):
     return self.pages.take_caught()
 
 
+def _name(said: Any) -> str:
+  """Of a class, or of the path of one."""
+  return re.split('[.:]', getattr(said, '__name__', str(said)))[-1]
+
+
 def check_config(config: VllmConfig) -> None:
   """Raises ValueError of what would give wrong answers, or none."""
   parallel, model = config.parallel_config, config.model_config
@@ -121,7 +127,9 @@ def check_config(config: VllmConfig) -> None:
   heads = model.get_total_num_kv_heads()
   wrong = {
       f'the scheduler is {scheduler}: add --scheduler-cls blockattn.serving.vllm.scheduler.{SCHEDULER}, or start with '
-      'python -m blockattn.serving.vllm': getattr(scheduler, '__name__', str(scheduler)).rpartition('.')[2] != SCHEDULER,
+      'python -m blockattn.serving.vllm': _name(scheduler) != SCHEDULER,
+      'answers might hold learned sinks: add --logits-processors blockattn.serving.vllm.unsaid:Unsaid':
+          'Unsaid' not in map(_name, model.logits_processors or ()),
       f'dtype {model.dtype}: give --dtype float32 or bfloat16': model.dtype not in DTYPES,
       'adapters change the states of blocks: merge them and serve without --enable-lora': config.lora_config is not None,
       'speculative decoding has a model whose pages nobody fills: serve without': config.speculative_config is not None,
