@@ -89,9 +89,9 @@ class Server:
     self.llm.llm_engine.engine_core.shutdown()
 
 
-def serve(student, folder, **more):
+def serve(student, folder, store=None, **more):
   transfer = {'kv_connector': 'BlockConnector', 'kv_connector_module_path': 'blockattn.serving.vllm.connector',
-              'kv_role': 'kv_both', 'kv_connector_extra_config': {'folder': str(folder)}}
+              'kv_role': 'kv_both', 'kv_connector_extra_config': store or {'folder': str(folder)}}
   more = dict(dtype='float32', enforce_eager=True, max_model_len=LENGTH, max_num_seqs=8, max_num_batched_tokens=64,
               block_size=32, max_logprobs=VOCAB + 8, kv_transfer_config=transfer,
               scheduler_cls='blockattn.serving.vllm.scheduler.BlockScheduler', logprobs_mode='processed_logprobs',
@@ -100,10 +100,10 @@ def serve(student, folder, **more):
   return Server(llm, llm.llm_engine.engine_core.engine_core.scheduler.connector.wanted, folder)
 
 
-def answers(server, student, prompts, **sampling):
+def answers(server, student, prompts, new=NEW):
   """(greedy tokens, log-probabilities of the first) of each prompt, all asked at once."""
   tokens, lengths = zip(*(student_lib.place(prompt, student.options) for prompt in prompts))
-  sampling = [vllm.SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, logprobs=5, **sampling,
+  sampling = [vllm.SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, logprobs=5,
                                   extra_args={'kv_transfer_params': {student_lib.BLOCKS: own}}) for own in lengths]
   out = server.llm.generate([{'prompt_token_ids': own} for own in tokens], sampling, use_tqdm=False)
   return [(list(o.outputs[0].token_ids), {t: x.logprob for t, x in o.outputs[0].logprobs[0].items()}) for o in out]
@@ -140,8 +140,8 @@ def masked(student, prompt):
 _apply = functools.partial(jax.jit, static_argnums=(3, 4))(transformer.apply)
 
 
-def agree(student, asked, found):
-  expected = engine(student).generate([Request(prompt, max_new=NEW) for prompt in asked])
+def agree(student, asked, found, new=NEW):
+  expected = engine(student).generate([Request(prompt, max_new=new) for prompt in asked])
   for prompt, (tokens, first), answer in zip(asked, found, expected, strict=True):
     whole = masked(student, prompt)
     np.testing.assert_allclose([first[t] for t in first], [whole[t] for t in first], atol=1e-4)
@@ -176,11 +176,34 @@ def test_blocks_outlive_the_server(tmp_path):
   first = serve(student, tmp_path / 'blocks')
   found = answers(first, student, asked)
   first.close()
-  # So few pages that prompts are taken off the machine again, and have their blocks loaded once more.
-  second = serve(student, tmp_path / 'blocks', num_gpu_blocks_override=18, max_num_seqs=4)
+  second = serve(student, tmp_path / 'blocks')
   assert answers(second, student, asked) == [(tokens, pytest.approx(first, abs=1e-5)) for tokens, first in found]
   assert second.counts.missing == 0 and second.counts.disk > 0
   second.close()
+
+
+def test_prompts_whose_pages_were_taken_have_their_blocks_again(tmp_path, monkeypatch):
+  """Pages for two prompts and not for their answers, and a store that keeps nothing."""
+  from vllm.v1.core.sched.scheduler import Scheduler
+  taken, take = [], Scheduler._preempt_request
+  monkeypatch.setattr(Scheduler, '_preempt_request', lambda self, request, *a, **k: (taken.append(request.request_id),
+                                                                                     take(self, request, *a, **k))[1])
+  student, parts = export(*STUDENTS['qwen, local'], tmp_path), pool(6)
+  served = serve(student, None, {'memory_bytes': 0}, num_gpu_blocks_override=18)
+  asked = [[parts[3], parts[4], parts[1], [9, 10 + i]] for i in range(3)] + [[parts[4], parts[1], parts[0], [9]]]
+  agree(student, asked, answers(served, student, asked, 100), 100)
+  assert taken
+  # Some go in the middle; the others never know.
+  for i, prompt in enumerate(prompts(7, 4)):
+    tokens, lengths = student_lib.place(prompt, student.options)
+    served.llm.llm_engine.add_request(f'gone-{i}', {'prompt_token_ids': tokens}, vllm.SamplingParams(
+        max_tokens=50, extra_args={'kv_transfer_params': {student_lib.BLOCKS: lengths}}))
+  for i in range(4):
+    served.llm.llm_engine.step()
+    served.llm.llm_engine.abort_request([f'gone-{i}'])
+  agree(student, prompts(7, 4), answers(served, student, prompts(7, 4)))
+  assert not served.wanted._prompts and not served.wanted._waiting
+  served.close()
 
 
 def test_a_model_without_blocks_is_refused(tmp_path):
