@@ -206,6 +206,14 @@ def test_prompts_whose_pages_were_taken_have_their_blocks_again(tmp_path, monkey
   served.close()
 
 
+def test_two_ranks_have_half_of_the_heads_each(tmp_path):
+  student = export(*STUDENTS['llama, sinks'], tmp_path)
+  served = serve(student, tmp_path / 'blocks', tensor_parallel_size=2)
+  for seed in (8, 8):   # computed, and found
+    agree(student, prompts(seed, 4), answers(served, student, prompts(seed, 4)))
+  served.close()
+
+
 def test_a_model_without_blocks_is_refused(tmp_path):
   student = export(*STUDENTS['llama, sinks'], tmp_path)
   (student.folder / 'blockattn.json').unlink()
