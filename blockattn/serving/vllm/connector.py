@@ -25,13 +25,13 @@ DTYPES = {torch.float32: 'float32', torch.bfloat16: 'bfloat16'}
 class BlockConnector(KVConnectorBase_V1):
   """Reuses blocks of prompts. `kv_connector_extra_config` is what `cache.Store` takes: folder, memory_bytes, disk_bytes,
   quantize."""
+  wanted: wanted.Wanted   # where requests are scheduled
+  pages: pages.Pages      # where the model runs, once it has pages
 
   def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
     super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
     options = student.read_options(vllm_config.model_config.model)
     check_config(vllm_config)
-    self.pages: pages.Pages | None = None
-    self.wanted: wanted.Wanted | None = None
     if role is KVConnectorRole.SCHEDULER:
       model, store = vllm_config.model_config, cache.Store(**self._kv_transfer_config.kv_connector_extra_config)
       cfg, keys = student.read_keys(model.model, DTYPES[model.dtype], store.quantize)
@@ -46,14 +46,14 @@ class BlockConnector(KVConnectorBase_V1):
     return True   # keys and values are caught between the graph's pieces
 
   def shutdown(self):
-    if self.wanted is not None:
+    if self.role is KVConnectorRole.SCHEDULER:
       self.wanted.close()
 
   # Metrics.
 
   def get_kv_connector_stats(self) -> BlockStats | None:
-    side = self.wanted or self.pages
-    return BlockStats(counted) if side is not None and (counted := side.take_counted()) else None
+    side = self.wanted if self.role is KVConnectorRole.SCHEDULER else self.pages
+    return BlockStats(counted) if (counted := side.take_counted()) else None
 
   @classmethod
   def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> BlockStats:

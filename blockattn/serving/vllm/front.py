@@ -123,8 +123,9 @@ def _texts(content) -> list[str] | None:
     return [content]
   if not isinstance(content, list) or not content:
     return None
-  texts = [part.get('text') if isinstance(part, dict) and part.get('type') == 'text' else None for part in content]
-  return texts if all(isinstance(text, str) for text in texts) else None
+  texts = [part['text'] for part in content
+           if isinstance(part, dict) and part.get('type') == 'text' and isinstance(part.get('text'), str)]
+  return texts if len(texts) == len(content) else None
 
 
 def _flat(message):

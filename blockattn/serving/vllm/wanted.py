@@ -38,12 +38,12 @@ class Prompt:
 
   Attributes:
     context: tokens of its context.
-    states: of its blocks, by key, while it waits for them; None: not yet known.
+    states: of its blocks, by key, as far as they have come, until they are in its pages.
     fault: why it cannot be answered.
   """
   blocks: tuple[Block, ...] = ()
   context: int = 0
-  states: dict[str, State | None] = dataclasses.field(default_factory=dict)
+  states: dict[str, State] = dataclasses.field(default_factory=dict)
   fault: str = ''
 
 
@@ -122,15 +122,13 @@ class Wanted:
     if prompt.fault:
       log.error('request %s: %s', request.request_id, prompt.fault)
       return max(0, request.num_tokens - 1 - computed)   # pages that are then found to be broken
-    return None if None in prompt.states.values() else prompt.context - computed
+    return prompt.context - computed if all(block.key in prompt.states for block in prompt.blocks) else None
 
   def _gather(self, request, prompt):
     """Asks for the states that the prompt has not got."""
-    if request.request_id not in self._waiting:
-      self._waiting[request.request_id] = prompt
-      prompt.states = {block.key: None for block in prompt.blocks}
+    self._waiting[request.request_id] = prompt
     for block in prompt.blocks:
-      if prompt.states[block.key] is None and _OWN + block.key not in self._own:
+      if block.key not in prompt.states and _OWN + block.key not in self._own:
         self._look_up(block, request, prompt)
 
   def _look_up(self, block, request, prompt):
@@ -151,7 +149,7 @@ class Wanted:
   def _deliver(self, key, state):
     self._tries.pop(key, None)
     for prompt in self._waiting.values():
-      if key in prompt.states:
+      if any(block.key == key for block in prompt.blocks):
         prompt.states[key] = state
 
   def _compute(self, block, request):
