@@ -14,9 +14,11 @@ from vllm.v1.request import Request
 
 from blockattn.errors import UserError
 from blockattn.inference import cache
-from blockattn.serving.vllm import pages, student, wanted
+from blockattn.serving.vllm import student
 from blockattn.serving.vllm.messages import Caught, Step
 from blockattn.serving.vllm.metrics import BlockMetrics, BlockStats
+from blockattn.serving.vllm.pages import Pages
+from blockattn.serving.vllm.wanted import Wanted
 
 SCHEDULER = 'BlockScheduler'
 DTYPES = {torch.float32: 'float32', torch.bfloat16: 'bfloat16'}
@@ -25,8 +27,8 @@ DTYPES = {torch.float32: 'float32', torch.bfloat16: 'bfloat16'}
 class BlockConnector(KVConnectorBase_V1):
   """Reuses blocks of prompts. `kv_connector_extra_config` is what `cache.Store` takes: folder, memory_bytes, disk_bytes,
   quantize."""
-  wanted: wanted.Wanted   # where requests are scheduled
-  pages: pages.Pages      # where the model runs, once it has pages
+  wanted: Wanted   # where requests are scheduled
+  pages: Pages     # where the model runs, once it has pages
 
   def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
     super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
@@ -35,7 +37,7 @@ class BlockConnector(KVConnectorBase_V1):
     if role is KVConnectorRole.SCHEDULER:
       model, store = vllm_config.model_config, cache.Store(**self._kv_transfer_config.kv_connector_extra_config)
       cfg, keys = student.read_keys(model.model, DTYPES[model.dtype], store.quantize)
-      self.wanted = wanted.Wanted(options, cfg, keys, store, vllm_config.cache_config.block_size)
+      self.wanted = Wanted(options, cfg, keys, store, vllm_config.cache_config.block_size)
 
   @property
   def requires_kv_delivery(self) -> bool:
@@ -90,7 +92,7 @@ class BlockConnector(KVConnectorBase_V1):
 
   def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]):
     layers = self._vllm_config.compilation_config.static_forward_context
-    self.pages = pages.Pages(self._vllm_config, {name: layers[name] for name in kv_caches})
+    self.pages = Pages(self._vllm_config, {name: layers[name] for name in kv_caches})
 
   def bind_connector_metadata(self, connector_metadata: Step) -> None:
     super().bind_connector_metadata(connector_metadata)
