@@ -13,5 +13,6 @@ that is needed:
   pages      the connector where the model runs: catches the keys and values that the attention backend is given, and writes
              states into vLLM's pages through the backend's own writer, keys rotated to their place
 
-The store is the one of `inference.cache`: the same key and the same bytes as the engine's for the same block.
+The store is the one of `inference.cache`, with the engine's key for the same block. vLLM has keys after rotation only, which
+are turned back: the engine's up to rounding.
 """
