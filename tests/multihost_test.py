@@ -64,6 +64,7 @@ def test_ctrl_c_in_one_saves_the_same_step_in_both(tmp_path):
   assert 9 <= int(saved) == run_cases.newest(tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_what_differs_is_named_before_anything_is_loaded(folder):
   workdir = folder / 'differing'
   ends, _ = run_cases.pair(folder, trainer(folder, workdir),
@@ -108,6 +109,7 @@ def test_the_slow_one_is_named_while_the_others_wait(tmp_path):
   assert 'reading' not in ends[1][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('index', [0, 1])
 def test_whoever_fails_first_is_heard_by_both(tmp_path, index):
   ends, seconds = run_script(tmp_path, f'''

@@ -38,6 +38,7 @@ def test_a_bad_range_ends_the_trainer_before_anything_is_loaded(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_trace_has_the_steps_asked_for_and_the_names_of_the_parts(tmp_path):
   cfg, place, optimizer = train_cases.MODEL, train_cases.placement(), optim.make_optimizer(train_cases.OPTIM)
   options = finetune.FinetuneOptions('block', text_weight=1.0, prompt_weight=0.0, answer_weight=1.0, chunk=16, accumulate=1)

@@ -59,6 +59,7 @@ def test_a_chat_ends_with_its_own_token(encoder):
   assert [tokenizer.decode(block) for block in encoder.prompt(example)] == list(example.texts[:-1])
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize('chat', [False, True])
 def test_real_tokenizers_give_what_they_give_themselves(real_tokenizer, data_dir, chat):

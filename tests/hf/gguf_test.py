@@ -296,6 +296,7 @@ def test_text_becomes_the_tokens_of_the_metadata():
   assert llama.encode('ab').tokens == ['<|start|>', 'ab']   # says nothing of it: as llama.cpp does
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize('name, pre, rows', [('qwen3', 'qwen2', 151936), ('llama3', 'llama-bpe', 128256)])
 def test_real_tokenizers_come_back(name, pre, rows, data_dir):

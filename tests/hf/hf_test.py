@@ -425,6 +425,7 @@ def test_learned_sinks_need_a_tokenizer_that_fits(tmp_path):
     save(hf_cases.random_params(cfg, 'float32'), cfg, tmp_path / 'model', source)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_tokenizer_is_copied_and_gets_sinks(data_dir, tmp_path):
   qwen3 = data_dir / 'tokenizers' / 'qwen3'
@@ -460,6 +461,7 @@ def wrappers_run(tmp_path, source, base_dtype, base='base'):
   return tmp_path / 'run', cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('base_dtype', ['float32', 'bfloat16'])
 def test_exported_wrappers_are_the_model_of_their_run_and_can_be_converted(tmp_path, source, base_dtype):
   run, cfg = wrappers_run(tmp_path, source, base_dtype)

@@ -282,6 +282,7 @@ def test_a_run_on_a_tpu_vm(gcloud):
     time.sleep(0.1)
 
 
+@pytest.mark.slow
 @needs_bash
 @pytest.mark.skipif(not (ROOT / '.git').exists() or shutil.which('git') is None, reason='needs a git checkout')
 def test_the_hosts_of_a_tpu_vm_get_the_commit(gcloud):

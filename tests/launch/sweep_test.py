@@ -196,6 +196,7 @@ def test_a_signal_while_a_point_is_started_reaches_it(tmp_path, monkeypatch):
   assert not (tmp_path / 'b').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('saved, code', [(75, 75), (3, 128 + signal.SIGTERM)])
 def test_a_signal_reaches_the_point_and_stops_the_sweep(tmp_path, saved, code):
   body = ('import signal, sys, time\n'

@@ -526,6 +526,7 @@ def test_the_tool_refuses(tmp_path, capsys):
     assert run(capsys, server, tmp_path / 'none')[0] == 2
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again(tmp_path):
   write_input(tmp_path / 'in.jsonl', 14)
   good = every(4)

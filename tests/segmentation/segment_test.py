@@ -111,6 +111,7 @@ def test_bounds_hold_in_the_tokens_of_the_reader():
   assert 20 <= min(b - a for a, b in blocks) and max(b - a for a, b in blocks) <= 40
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_bounds_hold_in_the_tokens_of_published_models():
   for folder in sorted((pathlib.Path(os.environ['BLOCKATTN_DATA']) / 'tokenizers').iterdir()):
@@ -278,6 +279,7 @@ def test_a_terminal_is_not_told_what_names_hold(tmp_path, capsys):
   assert '\x1b' not in err and '\\x1b[31m.txt: not UTF-8' in err
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough(tmp_path):
   (tmp_path / 'in.jsonl').write_text(''.join(json.dumps({'text': 'a. ' * 50}) + '\n' for _ in range(2000)))
   code = ('import sys; sys.path[:0] = [".", "tests/support"]; import segment_cases; from tools import segment; '

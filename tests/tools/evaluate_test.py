@@ -88,6 +88,7 @@ def test_from_folders_to_summary(models, data, tmp_path, capsys, monkeypatch):
   assert 'come from another run' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_dial_between_tokens_read_again_and_quality(models, data, tmp_path, capsys):
   out = tmp_path / 'out'
   assert evaluate.main(arguments(models, data, '--modes', 'block', '--seams', '0,2,64', '--out', str(out))) == 0

@@ -77,6 +77,7 @@ def test_lines_bring_their_own_questions(call, file):
   assert len(call(file, '--limit', '1')[2].split('first token')) == 2
 
 
+@pytest.mark.slow
 def test_questions_are_read_until_the_input_ends(call):
   jax.clear_caches()   # what other tests have compiled
   code, out, err = call('one.txt', 'two.md', typed='what?\n\n/blocks\n' + 'very ' * 3000 + '\nwhat?\n')

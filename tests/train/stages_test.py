@@ -58,6 +58,7 @@ def started(options, cfg, params):
   return made, job.first_state(made, options, trained)
 
 
+@pytest.mark.slow
 def test_a_student_goes_on_from_a_run_with_its_sinks_and_its_moments(folder, tuned):
   options = distill.read(config_of(folder, **{'model.source': str(tuned), 'model.keep_moments': True}))
   origin = loading.find(tuned)

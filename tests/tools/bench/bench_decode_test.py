@@ -21,6 +21,7 @@ def test_answers_that_do_not_begin_alike_are_no_comparison():
     decode.same((1, 2), (2, 2))
 
 
+@pytest.mark.slow
 def test_a_run_compares_with_torch(monkeypatch, capsys, tmp_path):
   pytest.importorskip('torch')
   monkeypatch.setattr(ttft, 'SMALL', CFG)

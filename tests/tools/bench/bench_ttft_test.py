@@ -38,6 +38,7 @@ def test_a_prompt_has_its_length_and_blocks_of_all_lengths(length):
   assert prompt == ttft.make_prompt(length, 64, 32, 100)
 
 
+@pytest.mark.slow
 def test_a_run_prints_every_way_and_keeps_the_samples(monkeypatch, capsys, tmp_path):
   monkeypatch.setattr(ttft, 'SMALL', hf_cases.MODELS['qwen3_tied'])
   monkeypatch.setattr(measuring, 'set_up', lambda args: None)
