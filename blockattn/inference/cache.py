@@ -59,8 +59,13 @@ def keys_of(params: Any, cfg: ModelConfig, dtype: str, quantize: str = 'none') -
     dtype: of activations, hence of states.
     quantize: of what is stored, so that exact states and others are told apart in one folder.
   """
+  return keys_from(tree.fingerprint(params), cfg, dtype, quantize)
+
+
+def keys_from(fingerprint: str, cfg: ModelConfig, dtype: str, quantize: str = 'none') -> Keys:
+  """`keys_of` parameters of this `tree.fingerprint`."""
   said = (FORMAT, 'keys unrotated', repr(cfg), dtype, quantize)
-  return Keys(_hash(*(text.encode() for text in said), tree.fingerprint(params).encode()).encode())
+  return Keys(_hash(*(text.encode() for text in (*said, fingerprint))).encode())
 
 
 def _hash(*parts: bytes) -> str:
