@@ -13,7 +13,7 @@ usage: launch/local.sh COMMAND
 
   demo [ARGS]          the whole method in one run: python -m tools.demo ARGS
   test [PYTEST ARGS]   the tests, on all cores (run in the checkout; -n 0 for one process)
-  test-vllm [ARGS]     the tests of serving in vLLM, in an environment of their own, .venv-vllm (1 GB); the exit code is 69
+  test-vllm [ARGS]     the tests of serving in vLLM, in an environment of their own, .venv-vllm (4 GB); the exit code is 69
                        where it cannot be installed
   lint                 ruff check
   types                pyright, of what pyproject.toml names
