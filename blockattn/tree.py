@@ -40,9 +40,14 @@ def fingerprint(tree) -> str:
   """
   named = dict(named_leaves(tree))
   sums = jax.device_get(_everywhere(_bit_sums, tree)(named))
+  return fingerprint_of({name: (x.shape, sums[name]) for name, x in named.items()})
+
+
+def fingerprint_of(facts) -> str:
+  """The `fingerprint` of arrays that need not be there at the same time: {name: (shape, bit_sums)}."""
   digest = hashlib.sha256()
-  for name, x in sorted(named.items()):
-    digest.update(f'{name} {x.shape} {sums[name][0]} {sums[name][1]};'.encode())
+  for name, (shape, (first, second)) in sorted(facts.items()):
+    digest.update(f'{name} {shape} {first} {second};'.encode())
   return digest.hexdigest()
 
 
@@ -68,10 +73,10 @@ def _all_finite(named):
 
 
 def _bit_sums(named):
-  return {name: _bit_sum(x) for name, x in named.items()}
+  return {name: bit_sums(x) for name, x in named.items()}
 
 
-def _bit_sum(x):
+def bit_sums(x):
   """Two sums, modulo 2^32, over the array's bits mixed with their places. The mixing is MurmurHash3's finaliser."""
   unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
   bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)

@@ -5,6 +5,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
+unavailable=69   # sysexits' name for it
 
 usage() {
   cat <<'USAGE'
@@ -12,6 +13,8 @@ usage: launch/local.sh COMMAND
 
   demo [ARGS]          the whole method in one run: python -m tools.demo ARGS
   test [PYTEST ARGS]   the tests, on all cores (run in the checkout; -n 0 for one process)
+  test-vllm [ARGS]     the tests of serving in vLLM, in an environment of their own, .venv-vllm (4 GB); the exit code is 69
+                       where it cannot be installed
   lint                 ruff check
   types                pyright, of what pyproject.toml names
   docs [serve]         the documents, into build/site; `serve` shows them while they are written
@@ -27,6 +30,7 @@ checkout is on PYTHONPATH. Environment:
   PYTHON=python3.12          the Python to make .venv with (default: the first of python3.12, python3.11, python3)
   BLOCKATTN_EXTRAS=gpu       extras to install too: gpu, tpu, log, data, gguf, kernels-ci, separated by commas
   BLOCKATTN_TEST_DEVICE=1    let the tests use the machine's accelerator; without it they run on the CPU
+  BLOCKATTN_VLLM=FOLDER      an environment for test-vllm, taken as it is
   BLOCKATTN_DATA=FOLDER      real documents for the tests marked `data`
   BLOCKATTN_SLOW=1           the tests marked `slow` too: whole runs, ten minutes more
   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -98,9 +102,11 @@ install() {
   fi
   rm -f "$(stamp "$extras")"
   touch "$venv/installing"
-  say "installing blockattn${extras:+[$extras]} into .venv (once, a minute or two)"
+  say "installing blockattn${extras:+[$extras]} into ${venv##*/} (once, a minute or two)"
   (cd "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}") >&2 ||
     fail "pip could not install; its message stands above. The next run starts over."
+  # vLLM asks for these, transformers loads what is there, and as built for CUDA they do not load beside torch for CPUs.
+  [ "$extras" != vllm-ci ] || "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec >&2
   key "$extras" >"$(stamp "$extras")"
   rm -f "$venv/installing"
 }
@@ -112,9 +118,9 @@ is_ready() { is_asked_python && { is_installed "$1" || is_installed "$dev_extras
 ensure() {
   is_ready "$1" && return
   if command -v flock >/dev/null; then
-    exec 9>"$root/.venv.lock"
+    exec 9>"$venv.lock"
     flock --nonblock 9 || {
-      say "waiting for another installation into .venv to end"
+      say "waiting for another installation into ${venv##*/} to end"
       flock 9
     }
   fi
@@ -135,6 +141,18 @@ run_tests() {
   exec "$venv/bin/python" -m pytest -n "$workers" --dist worksteal "$@"
 }
 
+# One process: a server takes what memory there is, and `vllm` in a test's process has one engine at a time.
+run_vllm_tests() {
+  if [ -n "${BLOCKATTN_VLLM:-}" ]; then
+    venv=$BLOCKATTN_VLLM
+  else
+    venv=$root/.venv-vllm
+    (ensure vllm-ci) || exit $unavailable
+  fi
+  cd "$root"
+  JAX_PLATFORMS=cpu exec "$venv/bin/python" -m pytest -m vllm tests/serving "$@"
+}
+
 [ $# -gt 0 ] || {
   usage >&2
   exit 2
@@ -144,7 +162,7 @@ base_extras=${BLOCKATTN_EXTRAS:-}
 dev_extras=${base_extras:+$base_extras,}dev
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 # Large pages for what XLA allocates anew in every step on a CPU: a quarter of a small model's step is page faults without.
-[ "$command" = test ] || export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+[ "${command%-vllm}" = test ] || export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 case $command in
   -h | --help | help)
     usage
@@ -153,6 +171,10 @@ case $command in
     ensure "$dev_extras"
     shift
     run_tests "$@"
+    ;;
+  test-vllm)
+    shift
+    run_vllm_tests "$@"
     ;;
   lint)
     ensure "$dev_extras"

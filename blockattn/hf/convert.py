@@ -57,11 +57,36 @@ def load(name: os.PathLike | str, dtype: str, mesh: Mesh | None = None, rules: A
   cfg = config.read(folder)
   if (folder / files.WRAPPERS).exists():
     return cfg, _load_wrapped(folder, cfg, dtype, mesh, rules, report)
+  stored = _checked(folder, cfg)
+  return cfg, assemble(cfg, stored, functools.partial(_read, stored), dtype, _placer(cfg, mesh, rules), report)
+
+
+def fingerprint(folder: pathlib.Path, dtype: str) -> str:
+  """`tree.fingerprint` of what `load` gives, of which no more than a stacked kind is there at a time.
+
+  Raises as `load`; wrappers alone are refused.
+  """
+  cfg, facts = config.read(folder), {}
+  stored = _checked(folder, cfg)
+
+  def look(name, host):
+    facts[name] = host.shape, jax.device_get(_bit_sums(host))
+    return np.abs(host).max()   # not finite if a value is not
+
+  assemble(cfg, stored, functools.partial(_read, stored), dtype, look)
+  return tree.fingerprint_of(facts)
+
+
+def _checked(folder, cfg) -> dict[str, files.Stored]:
+  """The tensors that a model is made of."""
   stored = files.stored_tensors(folder)
   _check_tied_head(cfg, stored)
   stored = {key: at for key, at in stored.items() if not (cfg.tied and key == names.HEAD or names.is_buffer(key))}
   check_stored(names.slots(cfg), stored, folder)
-  return cfg, assemble(cfg, stored, functools.partial(_read, stored), dtype, _placer(cfg, mesh, rules), report)
+  return stored
+
+
+_bit_sums = jax.jit(tree.bit_sums)
 
 
 def assemble(cfg: ModelConfig, stored: Mapping[str, files.Stored], read: Read, dtype: str, place: Place,

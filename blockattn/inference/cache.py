@@ -59,8 +59,13 @@ def keys_of(params: Any, cfg: ModelConfig, dtype: str, quantize: str = 'none') -
     dtype: of activations, hence of states.
     quantize: of what is stored, so that exact states and others are told apart in one folder.
   """
+  return keys_from(tree.fingerprint(params), cfg, dtype, quantize)
+
+
+def keys_from(fingerprint: str, cfg: ModelConfig, dtype: str, quantize: str = 'none') -> Keys:
+  """`keys_of` parameters of this `tree.fingerprint`."""
   said = (FORMAT, 'keys unrotated', repr(cfg), dtype, quantize)
-  return Keys(_hash(*(text.encode() for text in said), tree.fingerprint(params).encode()).encode())
+  return Keys(_hash(*(text.encode() for text in (*said, fingerprint))).encode())
 
 
 def _hash(*parts: bytes) -> str:
@@ -212,6 +217,11 @@ class Store:
     if self._disk is not None:
       self._disk.flush()
 
+  @property
+  def fault(self) -> Exception | None:
+    """Why nothing is written to disk any more; None: it is."""
+    return None if self._disk is None else self._disk.fault
+
   def close(self) -> None:
     if self._disk is not None:
       self._disk.close()
@@ -233,7 +243,7 @@ class _Disk:
     self._folder, self._limit, self._counts = folder, limit, counts
     self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='blockattn-cache')
     self._room = threading.BoundedSemaphore(_PENDING)
-    self._working = True       # until a write fails
+    self.fault: Exception | None = None   # of a write; none is tried after it
     self._unmeasured = limit   # bytes written since the folder was measured: measure at the first write
 
   def _path(self, key):
@@ -259,7 +269,7 @@ class _Disk:
     self._writer.submit(self._write, key, state).add_done_callback(lambda _: self._room.release())
 
   def _write(self, key, state):
-    if not self._working:
+    if self.fault is not None:
       return
     path = self._path(key)
     partial = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -276,7 +286,7 @@ class _Disk:
       if self._unmeasured * _RESCAN >= self._limit:
         self._evict()
     except Exception as error:   # a thread's exception would be lost, and no answer may depend on the disk
-      self._working = False
+      self.fault = error
       with contextlib.suppress(OSError):
         partial.unlink(missing_ok=True)
       warnings.warn(f'{self._folder}: {error!r}; block states are kept in memory only from here on, and computed again '

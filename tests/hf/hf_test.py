@@ -193,6 +193,8 @@ def test_save_and_load_keep_every_bit(cfg, tmp_path, source):
   read_cfg, read = convert.load(tmp_path / 'model', 'float32')
   assert read_cfg == cfg
   assert_same_bits(read, params)
+  for dtype in ('float32', 'bfloat16'):   # the same, without ever having all of them
+    assert convert.fingerprint(tmp_path / 'model', dtype) == tree.fingerprint(convert.load(tmp_path / 'model', dtype)[1])
 
 
 def test_exported_folder_is_complete(exported):

@@ -45,9 +45,9 @@ def run(checkout, *args, cwd=None, **env):
                         env=clean | env, capture_output=True, text=True, timeout=60)
 
 
-def pretend_installed(checkout, extras=''):
+def pretend_installed(checkout, extras='', name='.venv'):
   """An environment that the launcher takes for a finished one; its Python says how it was called, pip leaves a file."""
-  venv = checkout / '.venv'
+  venv = checkout / name
   executable(venv / 'bin' / 'python', '#!/bin/sh\ncase "$*" in *pip*install*) echo "$*" >> "$0.pip"; esac\n'
              'echo "args: $*"\necho "cwd: $PWD"\necho "path: $PYTHONPATH"\necho "platforms: ${JAX_PLATFORMS-unset}"\n')
   (venv / 'pyvenv.cfg').write_text('home = here\nversion = 3.11.7\n')
@@ -144,6 +144,26 @@ def test_a_failed_installation_is_not_taken_for_a_finished_one(checkout):
   assert (venv / 'installing').exists() and not (venv / 'installed-base').exists()
   result = run(checkout, '-c', 'pass', PYTHON='/nowhere/python')
   assert 'interrupted; starting over' in result.stderr and result.returncode != 0
+
+
+def test_vllm_has_an_environment_of_its_own(checkout, tmp_path):
+  venv = pretend_installed(checkout, 'vllm-ci', '.venv-vllm')
+  result = run(checkout, 'test-vllm', '-x', cwd=tmp_path)
+  assert 'args: -m pytest -m vllm tests/serving -x' in result.stdout and 'platforms: cpu' in result.stdout
+  assert f'cwd: {checkout}' in result.stdout and (result.returncode, pip_calls(venv)) == (0, '')
+  (venv / 'installed-vllm-ci').unlink()
+  assert run(checkout, 'test-vllm').returncode == 0 and '--editable .[vllm-ci]' in pip_calls(venv)
+  assert 'uninstall' in pip_calls(venv) and 'torchvision' in pip_calls(venv)
+
+
+def test_where_vllm_cannot_be_installed_the_exit_code_says_so(checkout):
+  venv = pretend_installed(checkout, 'vllm-ci', '.venv-vllm')
+  (venv / 'installed-vllm-ci').unlink()
+  executable(venv / 'bin' / 'python', '#!/bin/sh\ncase "$*" in *install*) echo no wheel >&2; exit 1; esac\n')
+  result = run(checkout, 'test-vllm')
+  assert result.returncode == 69 and 'no wheel' in result.stderr and 'pip could not install' in result.stderr
+  executable(venv / 'bin' / 'python', '#!/bin/sh\nexit 1\n')
+  assert run(checkout, 'test-vllm', BLOCKATTN_VLLM=str(venv)).returncode == 1   # a test that failed
 
 
 @pytest.mark.skipif(shutil.which('shellcheck') is None, reason='shellcheck is not installed')

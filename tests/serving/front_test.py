@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import sys
 import types
 
 import data_cases
 import pytest
+import serving_docs
 
 from blockattn import blocks
 from blockattn.data import encode
@@ -135,6 +137,47 @@ def test_the_middleware(sent, status):
   else:
     assert int(seen['headers'][b'content-length']) == len(seen['body']) and seen['then']['type'] == 'http.disconnect'
     assert (b'"blocks": [3, 4]' in seen['body']) == (b'blocks' in sent) and (b'blocks' in sent or seen['body'] == sent)
+
+
+@pytest.mark.parametrize('key, is_read', [(b'key', True), (b'guessed', False)])
+def test_requests_without_the_servers_key_are_not_read(key, is_read):
+  read, headers = [], [(b'authorization', b'Bearer ' + key)]
+
+  class Guard:
+    """As vLLM's, which stands further in."""
+
+    def verify_token(self, headers):
+      return headers.get('Authorization') == 'Bearer key'
+
+  class Between:
+    app = Guard()
+
+    async def __call__(self, scope, receive, send):
+      pass
+
+  async def receive():
+    read.append(1)
+    return {'type': 'http.request', 'body': b'{"prompt": "a"}'}
+
+  middle = front.BlockFront(Between())
+  middle._forms = forms()
+  asyncio.run(middle({'type': 'http', 'method': 'POST', 'path': front.PLAIN, 'headers': headers}, receive, None))
+  assert bool(read) == is_read
+
+
+def test_nodes_of_llamaindex_are_blocks(monkeypatch):
+  """By the documents' snippet; its package cannot be installed beside vLLM."""
+  pytest.importorskip('llama_index.core')
+  sent = {}
+
+  class OpenAI:
+    def __init__(self, **_):
+      self.chat = types.SimpleNamespace(completions=types.SimpleNamespace(create=lambda **body: sent.update(body)))
+
+  monkeypatch.setitem(sys.modules, 'openai', types.SimpleNamespace(OpenAI=OpenAI))
+  exec(next(code for code in serving_docs.snippets() if 'llama_index' in code), {})
+  found = chat(sent | sent.pop('extra_body'))
+  assert found[1:3] == ['The bridge was built in 1932.\n\n', 'It is 1149 m long.\n\n'] and len(found) == 4
 
 
 def test_the_command_is_that_of_vllm():

@@ -1,67 +1,52 @@
 """A real server process, asked by OpenAI's client."""
 
 import concurrent.futures
-import os
-import signal
-import socket
-import subprocess
-import sys
+import functools
+import json
 import time
-import urllib.request
 
 import data_cases
 import hf_cases
+import httpx
 import pytest
+import serving_docs
 
 from blockattn import blocks
 from blockattn.hf import config, convert
+from blockattn.inference import cache
 from blockattn.models.transformer import ModelConfig
+from tools import warm
+from tools.bench import serve
 
 openai = pytest.importorskip('openai')
 pytest.importorskip('vllm')
+psutil = pytest.importorskip('psutil')
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 OPTIONS = blocks.BlockOptions((3, 3), 'sequential', 8)
 PARTS = [{'type': 'text', 'text': text} for text in ('The bridge is long.\n', 'It was built in 1932.\n', 'When?')]
+KEY = 'secret'
 
 
-class Server:
-  """`python -m blockattn.serving.vllm` on a free port."""
+class Server(serve.Server):
+  """`python -m blockattn.serving.vllm`, and a client."""
 
-  def __init__(self, folder, store, *more):
-    with socket.socket() as free:
-      free.bind(('127.0.0.1', 0))
-      self.port = free.getsockname()[1]
-    env = {**os.environ, 'VLLM_CPU_KVCACHE_SPACE': '1', 'VLLM_NO_USAGE_STATS': '1', 'VLLM_CPU_OMP_THREADS_BIND': 'nobind'}
-    command = [sys.executable, '-m', 'blockattn.serving.vllm', str(folder), '--blocks', str(store), '--dtype', 'float32',
-               '--enforce-eager', '--max-model-len', '512', '--block-size', '32', '--host', '127.0.0.1', '--port',
-               str(self.port), '--served-model-name', 'student', *more]
-    self._process = subprocess.Popen(command, env=env, start_new_session=True)
-    self.client = openai.OpenAI(base_url=f'http://127.0.0.1:{self.port}/v1', api_key='none', max_retries=0)
-    self._wait()
+  def __init__(self, folder, store):
+    super().__init__(['-m', 'blockattn.serving.vllm', str(folder), '--blocks', str(store), '--dtype', 'float32',
+                      '--enforce-eager', '--max-model-len', '512', '--block-size', '32', '--api-key', KEY])
+    self.client = openai.OpenAI(base_url=f'{self.url}/v1', api_key=KEY, max_retries=0, timeout=300)
 
-  def _wait(self):
-    for _ in range(300):
-      assert self._process.poll() is None, 'the server ended'
-      try:
-        urllib.request.urlopen(f'http://127.0.0.1:{self.port}/health', timeout=5)
-        return
-      except OSError:
-        time.sleep(1)
-    raise TimeoutError('no server after 300 s')
+  def chat(self, content, max_tokens=8, **extra):
+    return self.client.chat.completions.create(model=serve.NAME, messages=[{'role': 'user', 'content': content}],
+                                               temperature=0, max_tokens=max_tokens, extra_body=extra)
 
-  def chat(self, content, **extra):
-    return self.client.chat.completions.create(
-        model='student', messages=[{'role': 'user', 'content': content}], temperature=0, max_tokens=8, extra_body=extra)
+  def text(self, content, **extra):
+    return self.chat(content, **extra).choices[0].message.content
 
   def metrics(self):
-    text = urllib.request.urlopen(f'http://127.0.0.1:{self.port}/metrics').read().decode()
-    lines = [line.rsplit(' ', 1) for line in text.splitlines() if line.startswith('vllm:blockattn_')]
+    lines = [line.rsplit(' ', 1) for line in httpx.get(f'{self.url}/metrics').text.splitlines()
+             if line.startswith('vllm:blockattn_')]
     return {name.split('{')[0].removeprefix('vllm:blockattn_'): float(value) for name, value in lines}
-
-  def kill(self):
-    os.killpg(self._process.pid, signal.SIGKILL)
-    self._process.wait()
 
 
 @pytest.fixture(scope='module')
@@ -77,30 +62,92 @@ def folder(tmp_path_factory):
   return folder
 
 
-def test_a_server_answers_reuses_counts_and_comes_back(folder, tmp_path):
-  server = Server(folder, tmp_path / 'blocks')
-  try:
+def cached(answer):
+  return answer.usage.prompt_tokens_details.cached_tokens
+
+
+def test_a_server_answers_reuses_counts_and_comes_back(folder, tmp_path, capfd):
+  store = tmp_path / 'blocks'
+  with Server(folder, store) as server:
     first = server.chat(PARTS)
-    assert first.usage.prompt_tokens_details.cached_tokens > 0
-    other = server.chat([PARTS[1], PARTS[0], PARTS[2]])
-    documents = server.chat('When?', documents=[{'title': 'A', 'text': 'one'}, {'text': 'two'}])
-    assert documents.usage.prompt_tokens_details.cached_tokens > 0
-    with concurrent.futures.ThreadPoolExecutor(32) as many:   # hits and misses at once
-      asked = [[*PARTS[i % 2:2], {'type': 'text', 'text': f'Number {i % 40}.\n'}, PARTS[2]] for i in range(80)]
-      found = [answer.choices[0].message.content for answer in many.map(server.chat, asked)]
-    assert found[:40] == found[40:]
-    assert found[:4] == [server.chat(content).choices[0].message.content for content in asked[:4]]
-    counted = server.metrics()
-    assert counted['blocks_computed_total'] == 3 + 2 + 40 and counted['blocks_memory_total'] > 0
-    with pytest.raises(openai.BadRequestError, match='"documents" is a list'):
-      server.chat('When?', documents=['one'])
+    assert cached(first) == 0 < cached(server.chat(PARTS))
+    other = server.text([PARTS[1], PARTS[0], PARTS[2]])
+    documents = {'documents': [{'title': 'A', 'text': 'one'}, {'text': 'two'}]}
+    assert cached(server.chat('When?', **documents)) < cached(server.chat('When?', **documents))
+    ask_as_documented(server)
+    refused(server)
     assert server.chat('Hello').usage.completion_tokens == 8   # without blocks
-  finally:
-    server.kill()   # in the middle of whatever it does
-  server = Server(folder, tmp_path / 'blocks')
-  try:
-    assert server.chat(PARTS).choices[0].message.content == first.choices[0].message.content
-    assert server.chat([PARTS[1], PARTS[0], PARTS[2]]).choices[0].message.content == other.choices[0].message.content
-    assert server.metrics()['blocks_disk_total'] > 0
-  finally:
-    server.kill()
+    before = server.metrics()['blocks_computed_total']
+    asked = [[*PARTS[i % 2:2], {'type': 'text', 'text': f'Number {i % 40}.\n'}, PARTS[2]] for i in range(200)]
+    with concurrent.futures.ThreadPoolExecutor(200) as many:   # hits and misses at once
+      found = list(many.map(server.text, asked))
+      counted = server.metrics()
+      for content in [[{'type': 'text', 'text': f'More {i}.\n'}, PARTS[2]] for i in range(100)]:
+        many.submit(server.text, content)
+      while server.metrics()['blocks_computed_total'] < counted['blocks_computed_total'] + 10:
+        time.sleep(0.01)
+      server.kill()   # in the middle of writes
+  assert counted['blocks_computed_total'] == before + 40 and counted['blocks_memory_total'] > 0
+  with cache.Store(folder=store) as states:
+    assert all(states.get(path.stem) for path in store.rglob('*.safetensors')) and not states.counts.corrupt
+
+  # What was computed by a tool is served, and the other way round.
+  (tmp_path / 'corpus.jsonl').write_text(json.dumps({'text': 'A text that nobody has asked about.'}) + '\n')
+  command = functools.partial(warm.main, ['--model', str(folder), '--store', str(store), '--dtype', 'float32', '--whole',
+                                          '--impl', 'reference', str(tmp_path / 'corpus.jsonl')])
+  capfd.readouterr()
+  assert command() == 0 and '1 computed, 1 were there' in capfd.readouterr().err   # the template's opening was there
+  with Server(folder, store) as server:
+    assert server.text(PARTS) == first.choices[0].message.content
+    assert server.text([PARTS[1], PARTS[0], PARTS[2]]) == other
+    assert found[:40] == found[40:80] == found[160:] == [server.text(content) for content in asked[:40]]   # one by one
+    before = server.metrics()
+    server.chat('What?', documents=[{'text': 'A text that nobody has asked about.'}])
+    after = server.metrics()
+    assert after['blocks_computed_total'] == before.get('blocks_computed_total', 0)
+    assert after['blocks_disk_total'] > before['blocks_disk_total'] > 0
+    (tmp_path / 'corpus.jsonl').write_text(json.dumps({'title': 'A', 'text': 'one'}) + '\n')
+    assert command() == 0 and ': 0 computed, 2 were there' in capfd.readouterr().err
+    dies(server)
+
+
+def ask_as_documented(server):
+  """The snippets of the documents; without the package that one is of, it is left out."""
+  for code in serving_docs.snippets():
+    for old, new in (('http://localhost:8000', server.url), ("'none'", repr(KEY)), ("'exported'", repr(serve.NAME))):
+      code = code.replace(old, new)
+    before, names = server.metrics()['blocks_computed_total'], {}
+    try:
+      exec(code, names)
+    except ModuleNotFoundError as error:
+      assert error.name.startswith(('langchain', 'llama_index'))
+      continue
+    assert names['answer']
+    if 'langchain' in code:   # the blocks of the snippet in front of it
+      assert server.metrics()['blocks_computed_total'] == before
+      assert names['answer'].usage_metadata['input_token_details']['cache_read'] > 0
+
+
+def refused(server):
+  """Requests that end in an error, each of its own kind."""
+  with pytest.raises(openai.BadRequestError, match='"documents" is a list'):
+    server.chat('When?', documents=['one'])
+  stranger = openai.OpenAI(base_url=f'{server.url}/v1', api_key='guessed', max_retries=0)
+  with pytest.raises(openai.AuthenticationError):   # before anything is read
+    stranger.chat.completions.create(model=serve.NAME, messages=[{'role': 'user', 'content': 'When?'}],
+                                     extra_body={'documents': ['one']})
+
+
+def dies(server):
+  """What runs the model is gone: whoever waits, and whoever comes, is told so, soon."""
+  with concurrent.futures.ThreadPoolExecutor(4) as many:
+    waiting = [many.submit(server.chat, PARTS, 400, ignore_eos=True) for _ in range(4)]
+    time.sleep(0.5)
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+      if 'EngineCore' in ''.join(process.cmdline()):
+        process.kill()
+    for answer in waiting:
+      with pytest.raises(openai.APIError):
+        answer.result(timeout=60)
+  with pytest.raises(openai.APIError):
+    server.chat(PARTS)

@@ -4,6 +4,7 @@ In a virtual environment that has vLLM: python -m pytest -n 0 tests/serving
 """
 
 import dataclasses
+import errno
 import functools
 import os
 import pathlib
@@ -85,6 +86,10 @@ class Server:
   def counts(self):
     return self.wanted._store.counts
 
+  def flush(self):
+    self.wanted._saver.submit(bool).result()
+    self.wanted._store.flush()
+
   def close(self):
     self.llm.llm_engine.engine_core.shutdown()
 
@@ -156,6 +161,7 @@ def test_states_are_those_of_the_engine(tmp_path, dtype, tolerance):
   student, asked = export(*STUDENTS['llama, sinks'], tmp_path), prompts(5, 2)
   served = serve(student, tmp_path / 'blocks', dtype=dtype)
   answers(served, student, asked)
+  served.flush()
   ours = cache.Store()
   params = jax.tree.map(lambda x: jnp.asarray(x, dtype), student.params)
   made = engine(dataclasses.replace(student, params=params), store=ours, compute=Compute(dtype, impl='reference'))
@@ -183,13 +189,14 @@ def test_blocks_outlive_the_server(tmp_path):
 
 
 def test_prompts_whose_pages_were_taken_have_their_blocks_again(tmp_path, monkeypatch):
-  """Pages for two prompts and not for their answers, and a store that keeps nothing."""
+  """Pages for two prompts and not for their answers, and a store that keeps nothing: no memory, and a disk that is full."""
   from vllm.v1.core.sched.scheduler import Scheduler
   taken, take = [], Scheduler._preempt_request
   monkeypatch.setattr(Scheduler, '_preempt_request', lambda self, request, *a, **k: (taken.append(request.request_id),
                                                                                      take(self, request, *a, **k))[1])
   student, parts = export(*STUDENTS['qwen, local'], tmp_path), pool(6)
-  served = serve(student, None, {'memory_bytes': 0}, num_gpu_blocks_override=18)
+  monkeypatch.setattr(cache, '_save', no_room)
+  served = serve(student, None, {'memory_bytes': 0, 'folder': str(tmp_path / 'blocks')}, num_gpu_blocks_override=18)
   asked = [[parts[3], parts[4], parts[1], [9, 10 + i]] for i in range(3)] + [[parts[4], parts[1], parts[0], [9]]]
   agree(student, asked, answers(served, student, asked, 100), 100)
   assert taken
@@ -203,6 +210,33 @@ def test_prompts_whose_pages_were_taken_have_their_blocks_again(tmp_path, monkey
     served.llm.llm_engine.abort_request([f'gone-{i}'])
   agree(student, prompts(7, 4), answers(served, student, prompts(7, 4)))
   assert not served.wanted._prompts and not served.wanted._waiting
+  assert 'No space left' in str(served.wanted._store.fault)
+  served.close()
+
+
+def no_room(path, state):
+  raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+
+
+def test_states_in_8_bits_have_an_error_that_is_told(tmp_path):
+  student, asked = export(*STUDENTS['llama, sinks'], tmp_path), prompts(10, 12)
+  served = serve(student, None, {'quantize': 'int8'})
+  agree(student, asked, answers(served, student, asked))   # computed now, not rounded
+  served.flush()
+  off = [first[t] - masked(student, prompt)[t] for prompt, (_, first) in zip(asked, answers(served, student, asked))
+         for t in first]
+  counts = served.counts
+  assert 0 < counts.int8_error / counts.int8_blocks < 0.01 and 1e-5 < np.abs(off).max() < 0.3
+  served.close()
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_are_answered_as_by_the_engine(tmp_path):
+  student, asked = export(*STUDENTS['llama, sinks'], tmp_path), prompts(11, 1000)
+  served = serve(student, tmp_path / 'blocks', max_num_seqs=64, max_num_batched_tokens=1024)
+  found = answers(served, student, asked)
+  expected = engine(student).generate([Request(prompt, max_new=NEW) for prompt in asked])
+  assert [tokens for tokens, _ in found] == [list(answer.tokens) for answer in expected]
   served.close()
 
 
@@ -254,7 +288,7 @@ def test_blocks_of_the_engine_are_served(student, server):
 def test_the_engine_reads_blocks_that_were_served(student, server):
   asked = prompts(2, 4)
   answers(server, student, asked)
-  server.wanted._store.flush()
+  server.flush()
   with cache.Store(folder=server.folder) as store:
     found = engine(student, store=store).prepare([Request(prompt, max_new=NEW) for prompt in asked])
   assert {block.found for own in found for block in own} == {'disk'}
@@ -277,6 +311,15 @@ def test_one_text_with_and_without_blocks_has_two_answers(student, server):
   logits = transformer.logits(student.params, x_BTD[0, len(tokens) - 1], student.cfg)
   whole = np.asarray(jax.nn.log_softmax(logits))
   np.testing.assert_allclose([first[t] for t in first], [whole[t] for t in first], atol=1e-4)
+
+
+def test_only_what_was_reused_counts_as_cached(student, server):
+  a, b, *_ = pool(9)
+  for context, reused in (([a], [0]), ([a, b, b], [1, 0, 1]), ([b, a], [1, 1])):
+    tokens, lengths = student_lib.place([*context, [9]], student.options)
+    sampling = vllm.SamplingParams(max_tokens=1, extra_args={'kv_transfer_params': {student_lib.BLOCKS: lengths}})
+    out = server.llm.generate([{'prompt_token_ids': tokens}], sampling, use_tqdm=False)[0]
+    assert out.num_cached_tokens == sum(n for n, is_reused in zip(lengths, reused) if is_reused)
 
 
 @pytest.mark.parametrize('lengths', [[3, 5], [0, 10], [-1, 11], ['a'], 7, [10, 0]])

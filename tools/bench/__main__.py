@@ -12,6 +12,7 @@
   python -m tools.bench segment --data FOLDER                  where texts are cut, against splitters
   python -m tools.bench ttft                                   time to the first token over cached blocks
   python -m tools.bench decode --model FOLDER                  tokens per second after a cached prompt
+  python -m tools.bench serve --model FOLDER                   a server in vLLM that reuses blocks, under load
 
 Every peer computes the same numbers (this is checked) from the same arrays. Peers take turns, sample by sample, so that
 a change of the machine's load hits all of them; ratios are between minima. A peer that cannot run is named with the
@@ -21,13 +22,13 @@ reason. Torch is optional.
 import sys
 
 from tools import arguments
-from tools.bench import attention, decode, gpu, measuring, overhead, segment, step, ttft
+from tools.bench import attention, decode, gpu, measuring, overhead, segment, serve, step, ttft
 
 
 def main(argv: list[str] | None = None) -> int:
   parser = arguments.Parser(prog='python -m tools.bench', description=__doc__)
   commands = parser.add_subparsers(required=True, metavar='command')
-  for module in (attention, step, overhead, gpu, segment, ttft, decode):
+  for module in (attention, step, overhead, gpu, segment, ttft, decode, serve):
     module.add(commands)
   args = parser.parse_args(argv)
 

@@ -54,7 +54,7 @@ class Forms:
     Raises:
       ValueError: its blocks cannot be read.
     """
-    prompt = self._chat(body) if path == CHAT else self._plain(body)
+    prompt = self.prompt(path, body)
     if prompt is None:
       return None
     tokens, lengths = student.place(prompt, self.options)
@@ -63,6 +63,14 @@ class Forms:
     if path == CHAT:
       return rest | {'kv_transfer_params': params | {'prompt_token_ids': tokens}}
     return rest | {'prompt': tokens, 'kv_transfer_params': params}
+
+  def prompt(self, path: str, body: Mapping[str, Any]) -> list[list[int]] | None:
+    """Token ids, without sinks, of each context block of a request and, last, of the question; None: it has no blocks.
+
+    Raises:
+      ValueError: its blocks cannot be read.
+    """
+    return self._chat(body) if path == CHAT else self._plain(body)
 
   def _chat(self, body):
     messages = body.get('messages')
@@ -145,7 +153,7 @@ class BlockFront:
 
   async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
     path = next((path for path in (CHAT, PLAIN) if scope['type'] == 'http' and scope['path'].endswith(path)), None)
-    if path is None or scope['method'] != 'POST':
+    if path is None or scope['method'] != 'POST' or not _is_admitted(self._app, scope):
       await self._app(scope, receive, send)
       return
     body = await _read(receive)
@@ -160,6 +168,14 @@ class BlockFront:
     length = [(b'content-length', str(len(body)).encode())]
     scope = {**scope, 'headers': [pair for pair in scope['headers'] if pair[0] != b'content-length'] + length}
     await self._app(scope, _once(body, receive), send)
+
+
+def _is_admitted(app: Any, scope: Any) -> bool:
+  """Whether a request has the server's key, if it has one: the server asks for it further in, after this."""
+  while app is not None and not hasattr(app, 'verify_token'):
+    app = getattr(app, 'app', None)
+  headers = {name.decode('latin-1').title(): value.decode('latin-1') for name, value in scope['headers']}
+  return app is None or app.verify_token(headers)
 
 
 def _rewritten(forms: Forms, path: str, body: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """What serving has to know of an exported student, all of it from its folder."""
 
 import os
+import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -37,8 +38,8 @@ def read_options(folder: os.PathLike | str) -> blocks.BlockOptions:
 def read_keys(folder: os.PathLike | str, dtype: str, quantize: str = 'none') -> tuple[ModelConfig, cache.Keys]:
   """(architecture, keys of its blocks), which are those of an engine whose parameters and activations are `dtype`."""
   with jax.default_device(jax.local_devices(backend='cpu')[0]):   # an accelerator's memory is vLLM's
-    cfg, params, *_ = convert.load(folder, dtype)
-    return cfg, cache.keys_of(params, cfg, dtype, quantize)
+    cfg, fingerprint = config.read(folder), convert.fingerprint(pathlib.Path(folder), dtype)
+  return cfg, cache.keys_from(fingerprint, cfg, dtype, quantize)
 
 
 def place(prompt: Sequence[Sequence[int]], options: blocks.BlockOptions) -> tuple[list[int], list[int]]:

@@ -19,6 +19,7 @@ from blockattn.serving.vllm.student import BLOCKS
 _OWN = 'block-'      # what the ids of our own requests begin with
 _TRIES = 3           # times that a block is computed for nothing before its prompts are given up
 _READERS = 4         # threads that read the disk
+_SAVING = 1 << 30    # bytes of states that may wait for it
 
 log = logging.getLogger(__name__)
 
@@ -39,11 +40,13 @@ class Prompt:
   Attributes:
     context: tokens of its context.
     states: of its blocks, by key, as far as they have come, until they are in its pages.
+    computed: keys of the blocks that it had computed.
     fault: why it cannot be answered.
   """
   blocks: tuple[Block, ...] = ()
   context: int = 0
   states: dict[str, State] = dataclasses.field(default_factory=dict)
+  computed: set[str] = dataclasses.field(default_factory=set)
   fault: str = ''
 
 
@@ -87,6 +90,8 @@ class Wanted:
     self._own: dict[str, Request] = {}   # requests of ours by id
     self._reading: dict[str, concurrent.futures.Future] = {}
     self._readers = concurrent.futures.ThreadPoolExecutor(_READERS, thread_name_prefix='blockattn-store')
+    self._saving: dict[str, State] = {}   # on their way into the store
+    self._saver = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='blockattn-save')
     self._tries = collections.Counter()
     self._loads: list[Load] = []
     self._broken: set[int] = set()
@@ -132,7 +137,10 @@ class Wanted:
         self._look_up(block, request, prompt)
 
   def _look_up(self, block, request, prompt):
-    if block.key not in self._reading:
+    if (state := self._saving.get(block.key)) is not None:
+      self._counted['blocks_memory'] += 1
+      self._deliver(block.key, state)
+    elif block.key not in self._reading:
       cfg = self._cfg
       shape = cfg.layers, len(block.tokens), cfg.kv_heads, cfg.head_dim
       self._reading[block.key] = self._readers.submit(self._store.get, block.key, shape)
@@ -144,6 +152,7 @@ class Wanted:
       elif self._tries[block.key] == _TRIES:
         prompt.fault = f'its block at token {block.at} was computed {_TRIES} times, and never came'
       else:
+        prompt.computed.add(block.key)
         self._compute(block, request)
 
   def _deliver(self, key, state):
@@ -173,15 +182,21 @@ class Wanted:
       last = request.num_tokens - 1
       self._broken.update(pages[(last - external) // self._page:-(-last // self._page)])
       return
-    first = prompt.context - external
+    first, reused = prompt.context - external, external
     for block in prompt.blocks:
       skip = max(0, first - block.at)
       if skip < len(block.tokens):
+        if block.key in prompt.computed:
+          prompt.computed.remove(block.key)   # a second time in the same prompt it is reused
+          reused -= len(block.tokens) - skip
         slots = slots_of(pages, self._page, block.at + skip, block.at + len(block.tokens))
         state = prompt.states[block.key]
         self._loads.append(Load(state, skip, block.position + skip, slots))
         self._counted['loaded_bytes'] += state.nbytes
     prompt.states = {}
+    stats = request.prefill_stats
+    if stats is not None and not request.num_preemptions:   # vLLM took all that comes from here for reused
+      stats.set(stats.num_prompt_tokens, stats.num_local_cached_tokens, reused)
 
   def step(self, scheduled: dict[str, int], pages_of: Callable[[str], list[int]]) -> Step:
     """What the worker has to do.
@@ -205,8 +220,16 @@ class Wanted:
     """States that the workers have made."""
     for key, state in caught.whole().items():
       self._counted['blocks_computed'] += 1
-      self._store.put(key, state)
       self._deliver(key, state)
+      if sum(held.nbytes for held in list(self._saving.values())) < _SAVING:   # else it is computed again when it is wanted
+        self._saving[key] = state
+        self._saver.submit(self._save, key, state)   # which may wait for a slow disk
+
+  def _save(self, key, state):
+    try:
+      self._store.put(key, state)
+    finally:
+      self._saving.pop(key, None)
 
   def finished(self, request: Request) -> None:
     for held in (self._own, self._prompts, self._waiting):
@@ -219,4 +242,5 @@ class Wanted:
 
   def close(self) -> None:
     self._readers.shutdown(wait=True)
+    self._saver.shutdown(wait=True)
     self._store.close()
