@@ -9,9 +9,9 @@
 DIR is a folder with seg/{split}_{category}.jsonl.gz, documents that somebody cut into blocks (blockattn.segmentation.
 semanticseg). Students are trained on excerpts of training documents of some categories; all rows are asked the same excerpts
 of test documents, half of them of categories that nothing is trained on. The last quarter of an excerpt is the last block,
-what is measured: KL to the teacher and cross-entropy, in block mode and in full attention. `KL closed` is the share of the KL
-between full attention and the bare block mask that a row makes good, with its interval from resampled documents. Questions
-of blockattn.evals.ruler are asked where the teacher itself answers them better than by guessing.
+what is measured: KL to the teacher and cross-entropy, in block mode and in full attention. `KL closed` is the share of the
+KL between full attention and the bare block mask that a row makes good, with its interval from resampled documents.
+Questions of blockattn.evals.ruler are asked where the teacher itself answers them better than by guessing.
 
 --segmentations: the context of the same excerpts cut by the segmenter, at its gold boundaries and by splitters, each text in
 as many blocks by all of them, so that the mean length is the same. What is measured is the same last block.
@@ -112,9 +112,11 @@ def excerpts(data: pathlib.Path, split: str, count: int, tokens: int, tokenizer,
       documents = list(schema.read(file.path))
       drawn = (excerpt(documents[i], part, tokens, ends, rng) for i in rng.permutation(len(documents)))
       turns.append(list(itertools.islice(filter(None, drawn), each)))
-    found += [one for some in itertools.zip_longest(*turns) for one in some if one][:-(-count // len(parts))]
-  if not found:
-    raise UserError(f'{data}/seg: not one document of the split {split!r} has --tokens {tokens}; give a smaller number')
+    some = [one for turn in itertools.zip_longest(*turns) for one in turn if one][:-(-count // len(parts))]
+    if not some:
+      raise UserError(f'{data}/seg: not one document of {", ".join(categories)}, split {split!r}, has --tokens {tokens}; '
+                      'give a smaller number')
+    found += some
   return found
 
 
@@ -351,10 +353,10 @@ def joined(study: Study, found: Mapping[str, list[str]]) -> list[dict]:
   return rows
 
 
-def figures(rows: Sequence[Mapping], name: str, against: str) -> dict:
-  """KL, CE with intervals, the share of the KL closed, and by how much the KL is above that of another row."""
-  sampled = gap.sampled(rows)
-  share = gap.share_closed(rows, gap.TEACHER, BARE, name)
+def figures(sampled: Mapping[str, Mapping[str, np.ndarray]], name: str, against: str) -> dict:
+  """KL, CE with intervals, the share of the KL closed, and by how much the KL is above that of another row, of what
+  gap.sampled gives."""
+  share = gap.share_in(sampled, gap.TEACHER, BARE, name)
   found = {m: answers.interval(sampled[name][m]) for m in ('kl', 'ce')} | {f'closed_{m}': x for m, x in share.items()}
   found['ce_rise'] = answers.interval(sampled[name]['ce'] / sampled[gap.TEACHER]['ce'] - 1)
   if against in sampled and against != name:
@@ -369,16 +371,16 @@ def summarized(study: Study, results: Sequence[Mapping]) -> dict:
     by_row.setdefault(result['row'], []).append(result)
   rows = joined(study, {name: [name_of(name, one['seed']) for one in own] for name, own in by_row.items()})
   part = {which: [row for row, one in zip(rows, study.held_out, strict=True) if one.part == which] for which in (KNOWN, NEW)}
-  summary = {}
+  sampled, summary = {which: gap.sampled(some) for which, some in (*part.items(), ('all', rows))}, {}
   for name in rows[0]['models']:
     if name.endswith(' full'):
       continue
     own = by_row.get(name, ())
     summary[name] = {'seeds': len(own), 'steps': own[0]['steps'] if own else 0,
                      'seconds': float(np.mean([one['seconds'] for one in own])) if own else 0.0,
-                     **{which: figures(some, name, 'distilled') for which, some in part.items() if some}}
+                     **{which: figures(sampled[which], name, 'distilled') for which in part}}
     if own:
-      summary[name]['full'] = figures(rows, f'{name} full', gap.TEACHER)
+      summary[name]['full'] = figures(sampled['all'], f'{name} full', gap.TEACHER)
   return summary
 
 
@@ -496,8 +498,9 @@ def plan(study: Study, points: Sequence[tuple[str, str, int]]) -> str:
   cut = flops.one_document([target] * (study.base.data.length // target))
   hours, cfg = {}, job.model_config(study.base.model)
   for group, row, seed in points:
-    options = study.options_of(rows_of.POINTS[group][row], seed, baseline=group.startswith('baseline'))
-    made = job.module_of(options).build(options, job.make_placement(options), cfg, platform=study.place.platform)
+    # `finetuned_time` is as long as `distilled`.
+    options = study.options_of(rows_of.POINTS[group][row], seed, baseline=group == 'baseline')
+    made = job.module_of(options).build(options, study.place, cfg, platform=study.place.platform)
     needed = options.steps * options.batch * made.flops(cut).total(made.loss_tokens(cut))
     hours[group] = hours.get(group, 0.0) + needed / study.options.gflops / 3.6e12
   lines = [measuring.head('group', 'trainings', 'hours')]
