@@ -26,13 +26,18 @@ TARGET = 256   # tokens of a block, about
 KNOWN = ('books', 'code', 'drama', 'finance', 'manuals', 'math_latex', 'newsletters', 'papers', 'specs')
 NEW = ('legal', 'meetings', 'textbooks', 'web_text', 'wiki')
 
-# Keys that differ from the config, by group and row. `untrained` are forms of block mode that the model reads as it is.
+# Keys that differ from the config, by group and row. UNTRAINED are forms of block mode that the model reads as it is.
 UNTRAINED = {
-    'untrained': {'blocks.sinks': 0},
-    'untrained_1_sink': {},
-    'untrained_4_sinks': {'blocks.sinks': 4},
-    'untrained_8_sinks': {'blocks.sinks': 8},
-    'untrained_local': {'blocks.sinks': 0, 'blocks.positions': 'local'},
+    'untrained': {
+        'bare': {'blocks.sinks': 0},
+        '1_sink': {},
+        '4_sinks': {'blocks.sinks': 4},
+    },
+    'untrained_forms': {
+        '8_sinks': {'blocks.sinks': 8},
+        'space': {'blocks.sink_text': ' '},
+        'local': {'blocks.sinks': 0, 'blocks.positions': 'local'},
+    },
 }
 _OTHERS = ('weighted', 'dropout')   # of the variants of the embedded task those that are the method's default, and ours
 POINTS = {
@@ -86,6 +91,12 @@ def get_config(arg=''):
   if arg.pages:
     tiny.pages(config)
     config.data.length = 480
+    config.steps = 24
+    config.save_every = 8
+    config.optim.lr = 1e-3
+    if not arg.baseline:   # as in configs/tiny.py: they cost so short a run more than they give
+      config.distill.weights.form = 'none'
+      config.distill.drop_rate = 0.0
   return config
 
 

@@ -49,9 +49,10 @@ from launch import sweep
 from tools import arguments, charts, compare, evaluate, ruler as ruler_files
 from tools.bench import measuring
 
-BARE = 'untrained'   # the row that `closed` is measured from: the block mask alone
+BARE = 'bare'   # the row that `closed` is measured from: the block mask alone
 KNOWN, NEW = 'known', 'new'   # parts of the held-out documents
-RIVALS = 'epic:8,epic:32,cacheblend:0.15,star,ape:0.9:0.9:1'
+FIRST, RIVALS = 'untrained', 'rivals'   # groups that need no training: the one that others are compared with, and the last
+_RIVALS = 'epic:8,epic:32,cacheblend:0.15,star,ape:0.9:0.9:1'
 QUESTIONS = (ruler.Shape('needles', 512, 4), ruler.Shape('needles', 1024, 8), ruler.Shape('variables', 512, 4, hops=1),
              ruler.Shape('words', 512, 4, words=1))
 GOLD = 'gold'   # a granularity: as many blocks as the text has of its own
@@ -148,7 +149,7 @@ def nearest(cut: Callable[[int], Sequence[int]], length: int, count: int) -> lis
 
 
 def ways_to_cut(tokenizer, texts: Sequence[str]) -> dict[str, Callable[[str, int], Sequence[int]]]:
-  """{name: (text, number of cuts) -> about so many cuts}; all but GOLD, which is in the data."""
+  """{name: (text, number of cuts) -> about so many cuts}; GOLD gives none: they are in the data."""
   model, ends = api.load_segmenter(), encode.token_ends(tokenizer)
   scored = dict(zip(texts, model.score(texts), strict=True))
   tokens = {text: len(ends([text])[0]) for text in texts}
@@ -166,11 +167,12 @@ def ways_to_cut(tokenizer, texts: Sequence[str]) -> dict[str, Callable[[str, int
   sized = lambda way: lambda text, count: nearest(lambda size: way(text, size), len(text), count)
   return {
       'segmenter': sized(by_segmenter),
+      GOLD: lambda text, count: [],
+      'fixed length': lambda text, count: splitters.fixed_tokens(starts, -(-tokens[text] // (count + 1)))(text),
+      'random': by_chance,
       'recursive': sized(lambda text, size: splitters.langchain_recursive(size)(text)),
       'semchunk': sized(lambda text, size: splitters.semchunk_chunks(size)(text)),
       'separators': sized(lambda text, size: splitters.separator_rule(size)(text)),
-      'fixed length': lambda text, count: splitters.fixed_tokens(starts, -(-tokens[text] // (count + 1)))(text),
-      'random': by_chance,
   }
 
 
@@ -269,21 +271,24 @@ class Study:
   def asked(self, row: str, subjects: Mapping[str, gap.Subject], name: str, documents) -> list[dict]:
     return self.measured(self.workdir / 'evaluation' / row / name, subjects, documents, max_new=16, stop='\n')
 
-  def evaluated(self, row: str, subjects: Mapping[str, gap.Subject]) -> dict:
-    """{'documents': rows of the held-out documents, 'questions': {name: summary of the answers}}."""
-    rows = self.measured(self.workdir / 'evaluation' / row / 'documents', subjects)
-    said = {name: gap.summarize(self.asked(row, subjects, name, documents)) for name, documents in self.questions.items()}
-    return {'documents': rows, 'questions': said}
+  def evaluated(self, row: str, subjects: Mapping[str, gap.Subject]) -> None:
+    self.measured(self.workdir / 'evaluation' / row / 'documents', subjects)
+
+  def answered(self, row: str, subjects: Mapping[str, gap.Subject]) -> None:
+    for name, documents in self.questions.items():
+      self.asked(row, subjects, name, documents)
 
 
-def untrained(study: Study) -> dict:
-  """The model as it is, in full attention and in every form of block mode that needs no training."""
-  subjects = {gap.TEACHER: study.teacher}
-  for name, keys in rows_of.UNTRAINED.items():
+def untrained(study: Study, group: str) -> dict[str, gap.Subject]:
+  """The model as it is in the forms of block mode of a group, in the first in full attention, too."""
+  if group == RIVALS:
+    return rivals.subjects(rivals.parse(_RIVALS), study.teacher, study.tokenizer)
+  subjects = {gap.TEACHER: study.teacher} if group == FIRST else {}
+  for name, keys in rows_of.UNTRAINED[group].items():
     options = study.options_of(keys, 0)
     _, form = job.block_options(options, study.teacher.cfg, job.sink_of(options.blocks, study.tokenizer))
     subjects[name] = dataclasses.replace(study.teacher, mode='block', options=form)
-  return study.evaluated('untrained', subjects)
+  return subjects
 
 
 def trained(study: Study, group: str, row: str, seed: int) -> dict:
@@ -301,7 +306,9 @@ def trained(study: Study, group: str, row: str, seed: int) -> dict:
     if not job.finished(options, folder):
       job.module_of(options).run(options, folder)
     block = gap.load(folder, 'block', study.compute)[0]
-    study.evaluated(name_of(row, seed), {'block': block, 'full': dataclasses.replace(block, mode='full')})
+    subjects = {'block': block, 'full': dataclasses.replace(block, mode='full')}
+    study.evaluated(name_of(row, seed), subjects)
+    study.answered(name_of(row, seed), subjects)
     speed = metrics.read_metrics(folder / metrics.FILE_NAME)[-1]['steps_per_s']
     result = {'row': row, 'group': group, 'seed': seed, 'steps': options.steps, 'keys': keys,
               'tokens': options.steps * options.batch * options.data.length,
@@ -333,24 +340,25 @@ def pooled(seeds: Sequence[dict]) -> dict:
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
-  """The lines of a finished evaluation, by document."""
-  return sorted(map(json.loads, disk.read_text(path).splitlines()), key=lambda row: row['document'])
+  """The whole lines of an evaluation, by document; none where there is no file."""
+  lines = disk.read_text(path).split('\n')[:-1] if path.exists() else ()
+  return sorted(map(json.loads, lines), key=lambda row: row['document'])
 
 
 def joined(study: Study, found: Mapping[str, list[str]]) -> list[dict]:
   """A row per held-out document with all models by name: those of no training, and of each row in `found`, {row: names of
   its evaluations}, 'ROW' and 'ROW full', its students' figures pooled."""
   read = lambda name: read_rows(study.workdir / 'evaluation' / name / 'documents' / gap.DOCUMENTS)
-  rows = [dict(row) for row in read('untrained')]
-  if (study.workdir / 'evaluation' / 'rivals').is_dir():
-    for row, more in zip(rows, read('rivals'), strict=True):
-      row['models'] = row['models'] | more['models']
+  models = [row['models'] for row in read(FIRST)]
+  for group in (*rows_of.UNTRAINED, RIVALS):
+    if group != FIRST and len(more := read(group)) == len(models):   # else it is not done
+      models = [own | row['models'] for own, row in zip(models, more, strict=True)]
   for name, evaluations in found.items():
     seeds = [read(one) for one in evaluations]
-    for i, row in enumerate(rows):
-      row['models'] = row['models'] | {f'{name}{suffix}': pooled([own[i]['models'][mode] for own in seeds])
-                                       for mode, suffix in (('block', ''), ('full', ' full'))}
-  return rows
+    for i, own in enumerate(models):
+      models[i] = own | {f'{name}{suffix}': pooled([rows[i]['models'][mode] for rows in seeds])
+                         for mode, suffix in (('block', ''), ('full', ' full'))}
+  return [{'models': own} for own in models]
 
 
 def figures(sampled: Mapping[str, Mapping[str, np.ndarray]], name: str, against: str) -> dict:
@@ -406,13 +414,31 @@ def table(summary: Mapping) -> str:
   return '\n'.join(lines)
 
 
-def keep(study: Study, results: Sequence[Mapping]) -> str:
-  """Writes results.json and table.md of what there is so far."""
+def questions_table(study: Study) -> str:
+  """Markdown: how many answers hold what was asked for, a row per model, a column per kind of question."""
+  found = {}
+  for path in sorted((study.workdir / 'evaluation').glob(f'*/*_b*/{gap.DOCUMENTS}')):
+    rows = read_rows(path)
+    if len(rows) == study.options.questions:
+      for name, own in gap.summarize(rows).items():
+        row = name if name not in ('block', 'full') else f'{path.parents[1].name} {name}'
+        found.setdefault(row, {})[path.parent.name] = own['intervals']['substring']
+  kinds = sorted({kind for own in found.values() for kind in own})
+  percent = lambda value: '' if value is None else f'{compare.percent(value)} %'
+  return '\n'.join([measuring.head('answers', *kinds), *(
+      measuring.row(name, *(percent(own.get(kind)) for kind in kinds)) for name, own in found.items())])
+
+
+def keep(study: Study) -> str:
+  """Writes results.json and table.md of what there is so far, also of earlier starts."""
+  order = [row for rows in rows_of.POINTS.values() for row in rows]
+  results = sorted(map(disk.read_json, (study.workdir / 'students').glob('*/*/result.json')),
+                   key=lambda one: (order.index(one['row']), one['seed']))
   summary = summarized(study, results)
   metrics.write_json(study.workdir / 'results.json', {
       'command': sys.argv, 'commit': workdir_lib.git_commit(), 'machine': measuring.machine(), 'rows': summary,
-      'trainings': list(results), 'questions': list(study.questions), 'documents': len(study.held_out)})
-  text = table(summary)
+      'trainings': results, 'documents': len(study.held_out)})
+  text = f'{table(summary)}\n\n{questions_table(study)}'
   disk.write_text(study.workdir / 'table.md', text + '\n')
   return text
 
@@ -432,10 +458,9 @@ def segmentations(study: Study) -> str:
     chosen = [(one, count_of(one, fine, len(ends))) for one, ends in zip(
         study.held_out, encode.token_ends(study.tokenizer)(texts), strict=True)]
     chosen = [(one, count) for one, count in chosen if count]
-    cut = ways | ({GOLD: lambda text, count: []} if fine == GOLD else {})
     rows = []
-    for way, make in cut.items():
-      cuts = [one.gold if way == GOLD else make(one.text[:one.read], count) for one, count in chosen]
+    for way in (way for way in ways if way != GOLD or fine == GOLD):
+      cuts = [one.gold if way == GOLD else ways[way](one.text[:one.read], count) for one, count in chosen]
       documents = encoded([one for one, _ in chosen], cuts, study.encoder)
       folder = study.workdir / 'evaluation' / 'segmentations' / who / fine / way.replace(' ', '_')
       found = study.measured(folder, {who: reader}, documents)
@@ -481,14 +506,14 @@ def segmentation_table(summary: Mapping) -> str:
 # The command.
 
 def wanted(only: Sequence[str]) -> list[tuple[str, str, int]]:
-  """(group, row, seed) of the trainings that names of rows and groups ask for, all without one; the main seeds first."""
+  """(group, row, seed) of the trainings that names of rows and groups ask for, all without one; first seeds first."""
   every = [(group, row, seed) for group, rows in rows_of.POINTS.items() for row in rows
            for seed in range(rows_of.SEEDS.get(group, 1))]
-  known = {name for group, row, _ in every for name in (group, row)} | {'untrained', 'rivals'}
+  known = {name for group, row, _ in every for name in (group, row)} | {*rows_of.UNTRAINED, RIVALS}
   unknown = [name for name in only if name not in known]
   if unknown:
-    raise UserError(f'--only {",".join(unknown)}: choose from untrained, rivals, the groups {", ".join(rows_of.POINTS)} and '
-                    f'their rows ({", ".join(row for rows in rows_of.POINTS.values() for row in rows)})')
+    groups, rows = [*rows_of.UNTRAINED, RIVALS, *rows_of.POINTS], [row for rows in rows_of.POINTS.values() for row in rows]
+    raise UserError(f'--only {",".join(unknown)}: choose from groups {", ".join(groups)}, and rows {", ".join(rows)}')
   return sorted((one for one in every if not only or {*one[:2]} & {*only}), key=lambda one: one[2])
 
 
@@ -525,15 +550,15 @@ def run(options) -> None:
   if options.segmentations:
     print(segmentations(study))
     return
-  results = []
-  untrained(study)
-  if not options.only or 'rivals' in options.only:
-    study.evaluated('rivals', rivals.subjects(rivals.parse(RIVALS), study.teacher, study.tokenizer))
-  said = keep(study, results)
+  for group in (*rows_of.UNTRAINED, RIVALS):
+    if group == FIRST or not options.only or group in options.only:
+      study.evaluated(group, untrained(study, group))
+      keep(study)
+  study.answered(FIRST, {name: one for name, one in untrained(study, FIRST).items() if one is not study.teacher})
   for group, row, seed in points:
-    results.append(trained(study, group, row, seed))
-    said = keep(study, results)
-  print(said)
+    trained(study, group, row, seed)
+    keep(study)
+  print(keep(study))
 
 
 def parsed(argv: Sequence[str] | None):
