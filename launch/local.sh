@@ -10,7 +10,7 @@ usage() {
   cat <<'USAGE'
 usage: launch/local.sh COMMAND
 
-  demo [ARGS]          the whole method in one run: python -m tools.demo ARGS
+  demo [ARGS]          the whole method in one run: python -m tools.demo ARGS; `--model smollm2` on a real language model
   test [PYTEST ARGS]   the tests, on all cores (run in the checkout; -n 0 for one process)
   lint                 ruff check
   types                pyright, of what pyproject.toml names
@@ -172,8 +172,10 @@ case $command in
     JAX_PLATFORMS=cpu exec "$venv/bin/python" -m mkdocs "$@"
     ;;
   demo)
-    ensure "$base_extras"
     shift
+    # What is fetched then has weights of 4 bits.
+    [[ ! " $* " =~ " --model"[=\ ]"smollm2 " ]] || base_extras=${base_extras:+$base_extras,}gguf
+    ensure "$base_extras"
     exec "$venv/bin/python" -m tools.demo "$@"
     ;;
   sweep)
