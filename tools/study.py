@@ -23,30 +23,27 @@ where it was stopped, within a training too.
 
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
 from blockattn import disk, mesh, metrics
 from blockattn.data import encode
-from blockattn.data.example import Example, pieces
 from blockattn.errors import UserError
 from blockattn.evals import answers, gap, rivals, ruler
 from blockattn.models import flops
-from blockattn.segmentation import api, granularity, markers, splitters
-from blockattn.segmentation.semanticseg import schema
+from blockattn.segmentation import api
 from blockattn.train import command, job, workdir as workdir_lib
 from configs import study as rows_of
 from launch import sweep
-from tools import arguments, charts, compare, evaluate, ruler as ruler_files
+from tools import arguments, charts, compare, evaluate, excerpts, ruler as ruler_files
 from tools.bench import measuring
 
 BARE = 'bare'   # the row that `closed` is measured from: the block mask alone
@@ -55,125 +52,7 @@ FIRST, RIVALS = 'untrained', 'rivals'   # groups that need no training: the one 
 _RIVALS = 'epic:8,epic:32,cacheblend:0.15,star,ape:0.9:0.9:1'
 QUESTIONS = (ruler.Shape('needles', 512, 4), ruler.Shape('needles', 1024, 8), ruler.Shape('variables', 512, 4, hops=1),
              ruler.Shape('words', 512, 4, words=1))
-GOLD = 'gold'   # a granularity: as many blocks as the text has of its own
-_TRIES = 16      # places of a document at which an excerpt may begin
-_CHARACTERS = 8   # of a token, at most, in a text that is looked at
-_SHARE = 0.75     # of an excerpt that is context
 _GFLOPS = 100.0   # that two cores do
-
-
-# Excerpts.
-
-@dataclasses.dataclass(frozen=True)
-class Excerpt:
-  """A stretch of a document.
-
-  Attributes:
-    part: KNOWN or NEW.
-    read: where the last block begins, the end of a sentence.
-    gold: where others begin, by those who wrote or annotated it: offsets in front of `read`.
-  """
-  id: str
-  category: str
-  part: str
-  text: str
-  read: int
-  gold: tuple[int, ...]
-
-
-def excerpt(document: schema.Document, part: str, tokens: int, ends: Callable, rng) -> Excerpt | None:
-  """So many tokens from the start of one of its blocks on, of one that several others follow where there is such a block;
-  None of a document that is too short."""
-  found, starts = None, (0, *document.cuts)
-  for start in rng.permutation(starts)[:_TRIES].tolist():
-    text = document.text[start:start + _CHARACTERS * tokens]
-    [at] = ends([text])
-    if len(at) < tokens:
-      continue
-    text, places = text[:at[tokens - 1]], markers.candidates(text[:at[tokens - 1]])
-    if not len(places):
-      continue
-    read = int(places[np.abs(places - at[int(_SHARE * tokens)]).argmin()])
-    own = Excerpt(document.id, document.category, part, text, read,
-                  tuple(cut - start for cut in document.cuts if 0 < cut - start < read))
-    if 2 <= len(own.gold) <= 8:
-      return own
-    found = found or own
-  return found
-
-
-def excerpts(data: pathlib.Path, split: str, count: int, tokens: int, tokenizer, parts: Mapping[str, Sequence[str]],
-             seed: int = 0) -> list[Excerpt]:
-  """As many of every part, and of every category of it, of documents that are drawn; fewer where there are no more."""
-  ends, found = encode.token_ends(tokenizer), []
-  for part, categories in parts.items():
-    each, rng = -(-count // len(parts) // len(categories)), np.random.default_rng(seed)
-    turns = []
-    for file in schema.find(f'{data}/seg/{split}_*.jsonl*', categories):
-      documents = list(schema.read(file.path))
-      drawn = (excerpt(documents[i], part, tokens, ends, rng) for i in rng.permutation(len(documents)))
-      turns.append(list(itertools.islice(filter(None, drawn), each)))
-    some = [one for turn in itertools.zip_longest(*turns) for one in turn if one][:-(-count // len(parts))]
-    if not some:
-      raise UserError(f'{data}/seg: not one document of {", ".join(categories)}, split {split!r}, has --tokens {tokens}; '
-                      'give a smaller number')
-    found += some
-  return found
-
-
-def read_excerpts(path: pathlib.Path) -> list[Excerpt]:
-  rows = map(json.loads, disk.read_text(path).splitlines())
-  return [Excerpt(**row | {'gold': tuple(row['gold'])}) for row in rows]
-
-
-def write_lines(path: pathlib.Path, rows: Iterable[dict]) -> None:
-  disk.write_text(path, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows))
-
-
-def encoded(held_out: Sequence[Excerpt], cuts: Sequence[Sequence[int]], encoder: encode.Encoder):
-  """(documents, examples) of excerpts whose contexts are cut at these offsets. What is measured is the last block, but for
-  its first token; an end-of-text token, which stands at no end here, is none of it."""
-  examples = [Example(tuple(pieces(one.text, (*own, one.read))), '', '', one.id)
-              for one, own in zip(held_out, cuts, strict=True)]
-  parts = [dataclasses.replace(one, response=[], answer=0) for one in encoder.parts(examples)]
-  whole = [encode.windows(one, length=1 << 20, max_blocks=1 << 20)[0] for one in parts]
-  return whole, examples
-
-
-# Ways to cut a context into so many blocks.
-
-def nearest(cut: Callable[[int], Sequence[int]], length: int, count: int) -> list[int]:
-  """The cuts of a way that takes a size, at the size near length / (count + 1) that gives the number nearest to `count`."""
-  sizes = [max(1, round(length / (count + 1) * 1.1 ** power)) for power in sorted(range(-12, 13), key=abs)]
-  return list(min((cut(size) for size in dict.fromkeys(sizes)), key=lambda cuts: abs(len(cuts) - count)))
-
-
-def ways_to_cut(tokenizer, texts: Sequence[str]) -> dict[str, Callable[[str, int], Sequence[int]]]:
-  """{name: (text, number of cuts) -> about so many cuts}; GOLD gives none: they are in the data."""
-  model, ends = api.load_segmenter(), encode.token_ends(tokenizer)
-  scored = dict(zip(texts, model.score(texts), strict=True))
-  tokens = {text: len(ends([text])[0]) for text in texts}
-
-  def by_segmenter(text, size):
-    want = granularity.for_model(granularity.wanted(target=max(1, round(size * tokens[text] / len(text)))), model)
-    return granularity.cuts_of(text, scored[text], want, model.token_ends, ends).tolist()
-
-  def by_chance(text, count):
-    places = markers.candidates(text)
-    rng = np.random.default_rng([len(text), count])
-    return sorted(rng.choice(places, min(count, len(places)), replace=False).tolist())
-
-  starts = lambda text: [0, *ends([text])[0][:-1].tolist()]
-  sized = lambda way: lambda text, count: nearest(lambda size: way(text, size), len(text), count)
-  return {
-      'segmenter': sized(by_segmenter),
-      GOLD: lambda text, count: [],
-      'fixed length': lambda text, count: splitters.fixed_tokens(starts, -(-tokens[text] // (count + 1)))(text),
-      'random': by_chance,
-      'recursive': sized(lambda text, size: splitters.langchain_recursive(size)(text)),
-      'semchunk': sized(lambda text, size: splitters.semchunk_chunks(size)(text)),
-      'separators': sized(lambda text, size: splitters.separator_rule(size)(text)),
-  }
 
 
 # The study.
@@ -196,8 +75,8 @@ class Study:
 
   def _claim(self):
     """Refuses a folder that holds a study of something else."""
-    said, path = {name: str(getattr(self.options, name)) for name in ('model', 'data', 'docs', 'tokens', 'steps')}, (
-        self.workdir / 'study.json')
+    path, names = self.workdir / 'study.json', ('model', 'data', 'docs', 'tokens', 'texts', 'steps')
+    said = {name: str(getattr(self.options, name)) for name in names}
     if not path.exists():
       self.workdir.mkdir(parents=True, exist_ok=True)
       metrics.write_json(path, said)
@@ -230,23 +109,24 @@ class Study:
     return encode.Encoder(self.tokenizer)
 
   @functools.cached_property
-  def held_out(self) -> list[Excerpt]:
+  def held_out(self) -> list[excerpts.Excerpt]:
     """Also writes what the students are trained on."""
     known, new = {KNOWN: rows_of.KNOWN}, {NEW: rows_of.NEW}
     held_out, train = (self.workdir / f'{name}.jsonl' for name in ('held_out', 'train'))
-    draw = functools.partial(excerpts, pathlib.Path(self.options.data), tokens=self.options.tokens, tokenizer=self.tokenizer)
+    draw = functools.partial(excerpts.draw, pathlib.Path(self.options.data), tokens=self.options.tokens,
+                             tokenizer=self.tokenizer)
     if not train.exists():
-      write_lines(train, ({'id': one.id, 'text': one.text} for one in draw('train', self.options.texts, parts=known)))
+      excerpts.write(train, ({'id': one.id, 'text': one.text} for one in draw('train', self.options.texts, parts=known)))
     if not held_out.exists():
-      write_lines(held_out, map(dataclasses.asdict, draw('test', self.options.docs, parts=known | new)))
-    return read_excerpts(held_out)
+      excerpts.write(held_out, map(dataclasses.asdict, draw('test', self.options.docs, parts=known | new)))
+    return excerpts.read(held_out)
 
   @functools.cached_property
   def documents(self):
     """The held-out excerpts as the segmenter cuts them at the length of training."""
     target = min(rows_of.TARGET, self.options.tokens // 4)
     spans = api.segment_many([one.text[:one.read] for one in self.held_out], target_tokens=target, tokenizer=self.tokenizer)
-    return encoded(self.held_out, [[stop for _, stop in own[:-1]] for own in spans], self.encoder)
+    return excerpts.encoded(self.held_out, [[stop for _, stop in own[:-1]] for own in spans], self.encoder)
 
   def measured(self, folder: pathlib.Path, subjects: Mapping[str, gap.Subject], documents=None, **asked) -> list[dict]:
     """The rows of gap.measure, kept in a folder."""
@@ -309,7 +189,7 @@ def trained(study: Study, group: str, row: str, seed: int) -> dict:
     subjects = {'block': block, 'full': dataclasses.replace(block, mode='full')}
     study.evaluated(name_of(row, seed), subjects)
     study.answered(name_of(row, seed), subjects)
-    speed = metrics.read_metrics(folder / metrics.FILE_NAME)[-1]['steps_per_s']
+    speed = [line['steps_per_s'] for line in metrics.read_metrics(folder / metrics.FILE_NAME) if 'steps_per_s' in line][-1]
     result = {'row': row, 'group': group, 'seed': seed, 'steps': options.steps, 'keys': keys,
               'tokens': options.steps * options.batch * options.data.length,
               'seconds': options.steps / speed, 'weights': evaluate.weights_key(block),
@@ -452,16 +332,16 @@ def segmentations(study: Study) -> str:
   if name:
     who, reader = pathlib.Path(name).name, gap.load(name, 'block', study.compute)[0]
   texts = [one.text[:one.read] for one in study.held_out]
-  ways = ways_to_cut(study.tokenizer, texts)
+  ways = excerpts.ways_to_cut(study.tokenizer, texts)
   summary = {}
   for fine in study.options.granularities:
     chosen = [(one, count_of(one, fine, len(ends))) for one, ends in zip(
         study.held_out, encode.token_ends(study.tokenizer)(texts), strict=True)]
     chosen = [(one, count) for one, count in chosen if count]
     rows = []
-    for way in (way for way in ways if way != GOLD or fine == GOLD):
-      cuts = [one.gold if way == GOLD else ways[way](one.text[:one.read], count) for one, count in chosen]
-      documents = encoded([one for one, _ in chosen], cuts, study.encoder)
+    for way in (way for way in ways if way != excerpts.GOLD or fine == excerpts.GOLD):
+      cuts = [one.gold if way == excerpts.GOLD else ways[way](one.text[:one.read], count) for one, count in chosen]
+      documents = excerpts.encoded([one for one, _ in chosen], cuts, study.encoder)
       folder = study.workdir / 'evaluation' / 'segmentations' / who / fine / way.replace(' ', '_')
       found = study.measured(folder, {who: reader}, documents)
       context = [size for doc in documents[0] for size in doc.lengths[:-1]]
@@ -476,9 +356,9 @@ def segmentations(study: Study) -> str:
   return segmentation_table(summary)
 
 
-def count_of(one: Excerpt, fine: str, tokens: int) -> int:
+def count_of(one: excerpts.Excerpt, fine: str, tokens: int) -> int:
   """How many cuts a context of so many tokens gets."""
-  return len(one.gold) if fine == GOLD else max(0, round(tokens / int(fine)) - 1)
+  return len(one.gold) if fine == excerpts.GOLD else max(0, round(tokens / int(fine)) - 1)
 
 
 def write_segmentations(study: Study, who: str, summary: Mapping) -> None:
@@ -486,7 +366,7 @@ def write_segmentations(study: Study, who: str, summary: Mapping) -> None:
   metrics.write_json(path.with_suffix('.json'), {'command': sys.argv, 'commit': workdir_lib.git_commit(), 'student': who,
                                                  'machine': measuring.machine(), 'granularities': summary})
   disk.write_text(path.with_suffix('.md'), segmentation_table(summary) + '\n')
-  sizes = [own for fine, own in summary.items() if fine != GOLD]
+  sizes = [own for fine, own in summary.items() if fine != excerpts.GOLD]
   lines = {way: sorted((round(own[way]['tokens']), own[way]['kl']['mean']) for own in sizes if way in own)
            for way in next(iter(summary.values()))}
   if sizes:
@@ -572,8 +452,9 @@ def parsed(argv: Sequence[str] | None):
   parser.add_argument('--plan', action='store_true', help='say what it takes, and do nothing')
   parser.add_argument('--segmentations', action='store_true', help='ways to cut instead of rows')
   parser.add_argument('--student', metavar='FOLDER', help='segmentations: a trained student in place of the model as it is')
-  parser.add_argument('--granularities', metavar='TOKENS', default=f'{GOLD},256,128,64', type=lambda text: text.split(','),
-                      help=f'segmentations: mean tokens of a block, or {GOLD}, as many blocks as the text has')
+  parser.add_argument('--granularities', metavar='TOKENS', default=f'{excerpts.GOLD},256,128,64',
+                      type=lambda text: text.split(','), help='segmentations: mean tokens of a block, or '
+                      f'{excerpts.GOLD}, as many blocks as the text has')
   arguments.add_numbers(parser, docs=(32, 'held-out documents'), tokens=(1024, 'of an excerpt'),
                         texts=(2048, 'excerpts to train on, at most'), steps=(rows_of.get_config().steps, 'of a training'),
                         questions=(24, 'of each kind'), batch=(4, 'documents at a time'),

@@ -6,15 +6,13 @@ import subprocess
 import sys
 
 import data_cases
-import numpy as np
 import pytest
 import run_cases
 
 from blockattn.evals import gap
-from blockattn.segmentation.semanticseg import schema
 from configs import study as rows_of, tiny
 from launch import sweep
-from tools import study
+from tools import excerpts, study
 
 _SIZES = ['--docs', '4', '--tokens', '96', '--steps', '2', '--texts', '9', '--questions', '2']
 
@@ -61,9 +59,9 @@ def test_the_rows_that_were_asked_for_are_in_the_table(workdir):
   assert own['seeds'] == 3 and own['steps'] == 2 and set(own['full']) >= {'kl', 'ce_rise'}
   assert 'kl_less' in found['rows']['bare']['new'] and 'kl_less' not in own['new']
   assert {'weights', 'seconds', 'run', 'keys'} <= set(found['trainings'][0])
-  excerpts = study.read_excerpts(workdir / 'held_out.jsonl')
-  assert [one.part for one in excerpts] == [study.KNOWN] * 2 + [study.NEW] * 2
-  assert not {one.category for one in excerpts if one.part == study.NEW} & set(rows_of.KNOWN)
+  held_out = excerpts.read(workdir / 'held_out.jsonl')
+  assert [one.part for one in held_out] == [study.KNOWN] * 2 + [study.NEW] * 2
+  assert not {one.category for one in held_out if one.part == study.NEW} & set(rows_of.KNOWN)
 
 
 def test_a_second_start_does_nothing_again(workdir, data, monkeypatch, capsys):
@@ -125,21 +123,6 @@ def test_every_row_is_a_training(data, tmp_path):
   found = [made.options_of(keys, 1, baseline=group.startswith('baseline'))
            for group, rows in rows_of.POINTS.items() if not group.startswith('baseline') for keys in rows.values()]
   assert len({repr(one) for one in found}) == len(found)
-
-
-def test_an_excerpt_begins_at_a_block_and_reads_from_the_end_of_a_sentence():
-  text = [f'{word} one two. three four.\n' for word in 'abcdefgh']
-  document = schema.Document('x', 'books', '', '', tuple(text))
-  by_word = lambda texts: [np.flatnonzero([c in ' \n' for c in text]) + 1 for text in texts]
-  one = study.excerpt(document, study.KNOWN, 16, by_word, np.random.default_rng(0))
-  assert one.text[:one.read].endswith(('.\n', '. ')) and one.gold and all(one.text[cut - 1] == '\n' for cut in one.gold)
-  assert study.excerpt(document, study.KNOWN, 60, by_word, np.random.default_rng(0)) is None
-
-
-def test_the_size_whose_number_of_cuts_is_nearest():
-  cut = lambda size: list(range(size, 100, size))
-  assert len(study.nearest(cut, 100, 4)) == 4
-  assert study.nearest(lambda size: [], 100, 4) == []
 
 
 def test_seeds_are_pooled():
