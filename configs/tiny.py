@@ -33,14 +33,8 @@ def get_config(arg=''):
   config.optim.final_lr = 0.05
   config.optim.warmup = 10
   config.optim.b2 = 0.98
-  config.data.kind = 'pages'
-  config.compute.tiles = (64, 64)   # the documents of a row are short
+  pages(config)
   config.data.length = 960
-  config.data.max_blocks = 48
-  config.data.segmenter = 'tiny'        # cuts one row of pages in twenty as plain text
-  config.data.segment.target = 48        # they are short
-  config.data.segment.pages = 0.05
-  config.data.pages.questions = (3, 4)   # all that a page has: most to learn per token
   config.blocks.sinks = 1
   if arg.baseline:
     config.finetune.prompt_weight = 1.0   # the answers of all questions but the last stand in the prompt
@@ -50,6 +44,17 @@ def get_config(arg=''):
     config.distill.drop_rate = 0.0
     config.distill.ce_weight = 0.5
   return config
+
+
+def pages(config):
+  """Sets what every training on the embedded task shares."""
+  config.data.kind = 'pages'
+  config.compute.tiles = (64, 64)   # the documents of a row are short
+  config.data.max_blocks = 48
+  config.data.segmenter = 'tiny'        # cuts one row of pages in twenty as plain text
+  config.data.segment.target = 48        # they are short
+  config.data.segment.pages = 0.05
+  config.data.pages.questions = (3, 4)   # all that a page has: most to learn per token
 
 
 def sweep(add, arg=''):

@@ -11,7 +11,7 @@ usage() {
   cat <<'USAGE'
 usage: launch/local.sh COMMAND
 
-  demo [ARGS]          the whole method in one run: python -m tools.demo ARGS
+  demo [ARGS]          the whole method in one run: python -m tools.demo ARGS; `--model smollm2` on a real language model
   test [PYTEST ARGS]   the tests, on all cores (run in the checkout; -n 0 for one process)
   test-vllm [ARGS]     the tests of serving in vLLM, in an environment of their own, .venv-vllm (4 GB); the exit code is 69
                        where it cannot be installed
@@ -194,8 +194,10 @@ case $command in
     JAX_PLATFORMS=cpu exec "$venv/bin/python" -m mkdocs "$@"
     ;;
   demo)
-    ensure "$base_extras"
     shift
+    # What is fetched then has weights of 4 bits.
+    [[ ! " $* " =~ " --model"[=\ ]"smollm2 " ]] || base_extras=${base_extras:+$base_extras,}gguf
+    ensure "$base_extras"
     exec "$venv/bin/python" -m tools.demo "$@"
     ;;
   sweep)

@@ -68,6 +68,15 @@ def weights_key(subject: gap.Subject) -> str:
   return cache_lib.keys_of(subject.params, subject.cfg, subject.compute.dtype).model.decode()[:32]
 
 
+def facts_of(subjects: dict[str, gap.Subject], tokenizer) -> dict:
+  """What of subjects and tokenizer decides figures: the facts of `gap.measure`."""
+  shared = lambda s: (id(s.params), s.cfg, s.compute.dtype)
+  keys = {which: weights_key(s) for which, s in {shared(s): s for s in subjects.values()}.items()}   # each model's once
+  way = lambda s: {} if s.reading == gap.Reading() else {'reading': repr(s.reading)}
+  what = lambda s: {'weights': keys[shared(s)], 'impl': s.compute.impl} | gap.block_facts(s.options) | way(s)
+  return {'tokenizer': encode.Encoder(tokenizer).fingerprint, 'models': {name: what(s) for name, s in subjects.items()}}
+
+
 def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, examples, tokenizer, *, batch: int,
                  max_new: int, stop: str | None = None, out: str | os.PathLike | None = None,
                  facts: dict | None = None, stream=None) -> dict:
@@ -84,14 +93,9 @@ def evaluate_all(subjects: dict[str, gap.Subject], teacher: gap.Subject, docs, e
     'seconds': {'evaluate': seconds, of this start}, and the facts: what summary.json holds.
   """
   start = time.perf_counter()
-  shared = lambda s: (id(s.params), s.cfg, s.compute.dtype)
-  keys = {which: weights_key(s) for which, s in {shared(s): s for s in subjects.values()}.items()}   # each model's once
-  way = lambda s: {} if s.reading == gap.Reading() else {'reading': repr(s.reading)}
-  what = lambda s: {'weights': keys[shared(s)], 'impl': s.compute.impl} | gap.block_facts(s.options) | way(s)
-  decides = {'tokenizer': encode.Encoder(tokenizer).fingerprint, 'models': {name: what(s) for name, s in subjects.items()}}
   with metrics.counting('evaluating', stream=stream) as progress:
     rows = gap.measure(subjects, teacher, docs, examples, tokenizer, batch=batch, max_new=max_new, stop=stop, out=out,
-                       facts=decides, progress=progress)
+                       facts=facts_of(subjects, tokenizer), progress=progress)
   summary = gap.summarize(rows)
   for name, subject in subjects.items():
     summary[name]['recomputed'] = gap.recomputed(docs, subject)

@@ -31,14 +31,12 @@ from blockattn.errors import UserError
 from tools import arguments, charts, pages
 
 REFERENCE = 'teacher_full'
-BEFORE = ('student_block_before', 'teacher_block')   # the teacher's weights under the block mask, whichever is there
+BEFORE = 'teacher_block'   # the teacher's weights under the block mask
 MODEL_NAMES = {
     'teacher_full': 'Teacher, full attention',
     'teacher_block': "The teacher's weights, blocks",
     'student_full': 'Student, full attention',
     'student_block': 'Student, blocks',
-    'student_block_before': 'Blocks, before training',
-    'student_block_after': 'Blocks, distilled',
     'block_finetuned': 'Blocks, fine-tuned',
 }
 # Known columns of the table, in order: title, and whether more is better (+1), less is (-1), or neither (0).
@@ -197,14 +195,13 @@ def figure(column: str, value: float, signed: bool = False) -> str:
 def verdict(models: dict[str, dict[str, Any]]) -> str:
   """How much of the accuracy that blocks cost each training gives back, and how far to trust the figures."""
   scores = {k: m['exact_match'] for k, m in models.items() if disk.is_number(m.get('exact_match'))}
-  before = next((name for name in BEFORE if name in scores), None)
-  if before is None or REFERENCE not in scores:
+  if not {BEFORE, REFERENCE} <= set(scores):
     return ''
-  gap = scores[REFERENCE] - scores[before]
-  trained = {k: s for k, s in scores.items() if k != before and not k.startswith('teacher_')}   # or else a rival
+  gap = scores[REFERENCE] - scores[BEFORE]
+  trained = {k: s for k, s in scores.items() if not k.startswith('teacher_')}   # or else a rival
   if not (gap > 0 and trained):
     return ''
-  shares = ', '.join(f'{model_name(k)}: {(s - scores[before]) / gap:.0%}' for k, s in trained.items())
+  shares = ', '.join(f'{model_name(k)}: {(s - scores[BEFORE]) / gap:.0%}' for k, s in trained.items())
   sizes = [m['n'] for m in models.values() if disk.is_number(m.get('n')) and m['n'] > 0]
   trust = f' One standard error of a share is at most {50 / math.sqrt(min(sizes)):.1f} points.' if sizes else ''
   return f'Of the exact match lost to blocks ({gap * 100:.1f} points), training gives back: {shares}.{trust}'

@@ -19,19 +19,24 @@ from blockattn.evals import ruler
 from tools import arguments
 
 
-def run(options) -> None:
-  made = encode.plain(encode.load_tokenizer(options.tokenizer))
+def write(out: pathlib.Path, shape: ruler.Shape, number: int, tokenizer) -> pathlib.Path:
+  """The file of a shape's first questions."""
+  made = encode.plain(tokenizer)
   count = lambda texts: [len(one.ids) + 1 for one in made.encode_batch_fast(list(texts), add_special_tokens=False)]   # + \n
+  out.mkdir(parents=True, exist_ok=True)
+  path = out / f'{shape.name}.jsonl'
+  disk.write_text(path, ''.join(json.dumps(ruler.make(index, shape, count)) + '\n' for index in range(number)))
+  return path
+
+
+def run(options) -> None:
+  tokenizer = encode.load_tokenizer(options.tokenizer)
   own = {name: getattr(options, name) for name in ('keys', 'values', 'queries', 'hops', 'words')}
-  options.out.mkdir(parents=True, exist_ok=True)
   for kind in options.kinds:
     for tokens in options.tokens:
       for blocks in options.blocks:
-        shape = ruler.Shape(kind, tokens, blocks, **own)
-        rows = [ruler.make(index, shape, count) for index in range(options.count)]
-        path = options.out / f'{shape.name}.jsonl'
-        disk.write_text(path, ''.join(json.dumps(row) + '\n' for row in rows))
-        print(f'{path}: {len(rows)} questions')
+        path = write(options.out, ruler.Shape(kind, tokens, blocks, **own), options.count, tokenizer)
+        print(f'{path}: {options.count} questions')
 
 
 def main(argv=None) -> int:

@@ -282,7 +282,12 @@ def share_closed(rows: Sequence[Mapping], teacher: str, before: str, after: str)
   name: with full attention, the same weights under the block mask, the student.
 
   Returns {measure: {'mean', 'low', 'high'}}, without the measures where the cost itself is not clear of 0."""
-  means, shares = sampled(rows), {}
+  return share_in(sampled(rows), teacher, before, after)
+
+
+def share_in(means: Mapping[str, Mapping[str, np.ndarray]], teacher: str, before: str, after: str) -> dict:
+  """`share_closed`, of what `sampled` gives."""
+  shares = {}
   for measure in means[teacher]:
     cost, gain = (means[before][measure] - means[name][measure] for name in (teacher, after))
     interval = answers.interval(cost)

@@ -108,6 +108,13 @@ def test_the_larger_installation_serves_the_smaller_command_but_not_the_other_wa
   assert 'args: -m ruff check .' in result.stdout and '--editable .[dev]' in pip_calls(venv)
 
 
+def test_the_demo_of_a_model_of_four_bits_installs_what_reads_them(checkout):
+  venv = pretend_installed(checkout)
+  assert run(checkout, 'demo', '--model', 'models/smollm2').returncode == 0 and pip_calls(venv) == ''
+  result = run(checkout, 'demo', '--docs=4', '--model', 'smollm2')
+  assert 'args: -m tools.demo --docs=4 --model smollm2' in result.stdout and '--editable .[gguf]' in pip_calls(venv)
+
+
 def test_documents_and_types_are_made_in_the_checkout(checkout, tmp_path):
   pretend_installed(checkout, 'dev')
   commands = {('docs',): 'mkdocs build --strict --quiet', ('docs', 'serve'): 'mkdocs serve', ('types',): 'pyright'}

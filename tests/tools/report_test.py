@@ -84,13 +84,13 @@ def run(tmp_path):
   write(tmp_path, 'other/metrics.jsonl', lines({'step': s, 'time': 0, 'loss': 4.0 / s} for s in (1, 2)))
   write(tmp_path, 'summary.json', {
       'teacher_full': {'exact_match': 0.9, 'ce': 0.1, 'kl': 0.0, 'n': 100},
-      'student_block_before': {'exact_match': 0.5, 'ce': 0.6, 'kl': 0.5, 'n': 100},
-      'student_block_after': {'exact_match': 0.8, 'ce': 0.2, 'kl': 0.1, 'n': 100},
+      'teacher_block': {'exact_match': 0.5, 'ce': 0.6, 'kl': 0.5, 'n': 100},
+      'student_block': {'exact_match': 0.8, 'ce': 0.2, 'kl': 0.1, 'n': 100},
       'seconds': {'distill': 75.0, 'evaluate': 30.0}, 'dtype': 'float32'})
   write(tmp_path, 'layout.json', {'lengths': [2, 1], 'mask': ['1..', '11.', '111']})
   write(tmp_path, 'segmented.jsonl', lines([{'id': 'page <1>', 'blocks': ['<i>a</i>', 'b', 'c']}]))
   write(tmp_path, 'examples.jsonl', lines([{'blocks': ['<b>one</b>', 'two'], 'prompt': 'Which?', 'response': 'A & B',
-                                            'answers': {'teacher_full': ' a & b', 'student_block_after': 'C'}}]))
+                                            'answers': {'teacher_full': ' a & b', 'student_block': 'C'}}]))
   return tmp_path
 
 
@@ -105,11 +105,11 @@ def test_a_page_with_every_part(run):
 
 def test_the_table_compares_with_the_teacher(run):
   page = page_of(run)
-  row = next(row for row in re.findall(r'<tr class="">(.*?)</tr>', page) if 'Blocks, distilled' in row)
+  row = next(row for row in re.findall(r'<tr class="">(.*?)</tr>', page) if 'Student, blocks' in row)
   cells = re.findall(r'<td>(.*?)</td>', row)
-  assert cells == ['Blocks, distilled', '80.0 %<small class="bad">−10.0</small>', '0.200<small class="bad">+0.100</small>',
+  assert cells == ['Student, blocks', '80.0 %<small class="bad">−10.0</small>', '0.200<small class="bad">+0.100</small>',
                    '0.100<small class="bad">+0.100</small>', '100']
-  assert 'lost to blocks (40.0 points), training gives back: Blocks, distilled: 75%' in page
+  assert 'lost to blocks (40.0 points), training gives back: Student, blocks: 75%' in page
   assert 'at most 5.0 points' in page   # 50 / sqrt(100)
   assert re.search(r'distill</td><td>1m15s</td>.*?width:100.0%.*?evaluate</td><td>30s</td>.*?width:40.0%', page, re.S)
 
@@ -122,7 +122,7 @@ def test_examples_are_text_and_are_judged(run):
   assert '&lt;i&gt;a&lt;/i&gt;' in segmented
   assert re.findall(r'<span class="(\w+)">', example) == ['t0', 't1', 'prompt']
   judged = re.findall(r'<td>([^<]*)</td><td class="answer">([^<]*)</td><td class="(good|bad)">', example)
-  assert judged == [('Teacher, full attention', ' a &amp; b', 'good'), ('Blocks, distilled', 'C', 'bad')]
+  assert judged == [('Teacher, full attention', ' a &amp; b', 'good'), ('Student, blocks', 'C', 'bad')]
 
 
 def test_the_mask_is_drawn_cell_by_cell():

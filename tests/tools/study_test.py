@@ -1,0 +1,130 @@
+"""The study at toy size: the embedded teacher in the place of a real model, documents of a few made-up sentences."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import data_cases
+import pytest
+import run_cases
+
+from blockattn.evals import gap
+from configs import study as rows_of, tiny
+from launch import sweep
+from tools import excerpts, study
+
+_SIZES = ['--docs', '4', '--tokens', '96', '--steps', '2', '--texts', '9', '--questions', '2']
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('data')
+  (folder / 'seg').mkdir()
+  for split in ('train', 'test'):
+    for category in rows_of.KNOWN + rows_of.NEW:
+      blocks = [f'Part {i} of {category}. It is about {word} and {word}. ' + f'A {word} is no {category}. ' * 2 + '\n\n'
+                for i, word in enumerate(('rivers', 'stones', 'boats', 'houses', 'wheels', 'horses'))]
+      data_cases.write_lines(folder / 'seg' / f'{split}_{category}.jsonl.gz', [
+          {'id': f'{category} {i}', 'category': category, 'source': 'here', 'license': 'CC0', 'blocks': blocks[i:]}
+          for i in range(2)])
+  return folder
+
+
+@pytest.fixture(scope='module')
+def workdir(data, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('study') / 'run'
+  run(data, folder, '--only', 'distilled')
+  return folder
+
+
+def run(data, folder, *more):
+  """A process of its own: tests have more devices than four rows can be divided over."""
+  done = subprocess.run([sys.executable, '-m', 'tools.study', *arguments(data, folder, *more)], capture_output=True,
+                        cwd=pathlib.Path(study.__file__).parents[1], text=True, env=run_cases.environment(folder.parent))
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+def arguments(data, folder, *more):
+  return ['--model', str(tiny.TEACHER), '--data', str(data), '--workdir', str(folder), *_SIZES, *more]
+
+
+def test_the_rows_that_were_asked_for_are_in_the_table(workdir):
+  lines = (workdir / 'table.md').read_text().splitlines()
+  names = [line.split('|')[1].strip() for line in lines[2:lines.index('')]]
+  assert names == [gap.TEACHER, *rows_of.UNTRAINED['untrained'], 'distilled']
+  found = json.loads((workdir / 'results.json').read_text())
+  assert found['rows'][gap.TEACHER]['known']['kl']['mean'] == pytest.approx(0, abs=1e-6)
+  own = found['rows']['distilled']
+  assert own['seeds'] == 3 and own['steps'] == 2 and set(own['full']) >= {'kl', 'ce_rise'}
+  assert 'kl_less' in found['rows']['bare']['new'] and 'kl_less' not in own['new']
+  assert {'weights', 'seconds', 'run', 'keys'} <= set(found['trainings'][0])
+  held_out = excerpts.read(workdir / 'held_out.jsonl')
+  assert [one.part for one in held_out] == [study.KNOWN] * 2 + [study.NEW] * 2
+  assert not {one.category for one in held_out if one.part == study.NEW} & set(rows_of.KNOWN)
+
+
+def test_a_second_start_does_nothing_again(workdir, data, monkeypatch, capsys):
+  table = (workdir / 'table.md').read_text()
+  monkeypatch.setattr(gap, '_measure_batch', None)
+  monkeypatch.setattr(study.job, 'module_of', None)
+  assert study.main(arguments(data, workdir, '--only', 'distilled')) == 0
+  assert (workdir / 'table.md').read_text() == table and table in capsys.readouterr().out
+  assert study.main([*arguments(data, workdir), '--docs', '6']) == 2
+  assert '--docs was 4 there and is 6' in ' '.join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_fine_tuning_for_the_same_time(workdir, data):
+  run(data, workdir, '--only', 'finetuned_time')
+  ours, theirs = (json.loads((workdir / f'students/{name}/seed=0/result.json').read_text())
+                  for name in ('parts', 'baseline'))   # neither of which was asked for
+  steps = round(2 * ours['seconds'] / theirs['seconds'])
+  assert json.loads((workdir / f'students/baseline_time/steps={steps},seed=2/result.json').read_text())['steps'] == steps
+
+
+def test_the_sweep_has_the_same_points(workdir, capsys):
+  config = 'configs/study.py:ctx=108'
+  said = [f'--config.model.source={tiny.TEACHER}', f'--config.data.files={workdir}/train.jsonl', '--config.steps=2',
+          '--config.optim.warmup=1']
+  points = sweep.plan(config, workdir / 'students' / 'parts', 'parts', said)
+  assert [point.finished for point in points] == 3 * [True, False, False, False]
+
+
+def test_ways_to_cut_at_the_same_number_of_blocks(workdir, data, capsys):
+  pytest.importorskip('langchain_text_splitters')
+  pytest.importorskip('semchunk')
+  student = workdir / 'students/parts/seed=0'
+  more = '--segmentations', '--granularities', 'gold,24', '--student', str(student)
+  assert study.main(arguments(data, workdir, *more)) == 0
+  found = json.loads((workdir / 'segmentations_seed=0.json').read_text())['granularities']
+  assert list(found['gold']) == ['segmenter', 'gold', 'fixed length', 'random', 'recursive', 'semchunk', 'separators']
+  assert list(found['24']) == [way for way in found['gold'] if way != 'gold']
+  assert found['gold']['gold']['tokens'] == pytest.approx(found['gold']['random']['tokens'], rel=0.1)
+  assert found['24']['segmenter']['kl_more']['mean'] == 0
+  assert (workdir / 'segmentations_seed=0.svg').is_file()
+
+
+def test_the_plan_trains_nothing(data, tmp_path, capsys):
+  assert study.main(arguments(data, tmp_path / 'run', '--plan', '--only', 'parts')) == 0
+  assert '| parts | 12 | 0.0 |' in capsys.readouterr().out
+  assert [path.name for path in (tmp_path / 'run').iterdir()] == ['study.json']
+
+
+def test_unknown_rows_are_named(data, tmp_path, capsys):
+  assert study.main(arguments(data, tmp_path, '--only', 'distiled')) == 2
+  assert '--only distiled: choose from groups untrained, untrained_forms, rivals, parts, baseline' in ' '.join(
+      capsys.readouterr().err.split())
+
+
+def test_every_row_is_a_training(data, tmp_path):
+  options = study.parsed(arguments(data, tmp_path))
+  made = study.Study(options)
+  found = [made.options_of(keys, 1, baseline=group.startswith('baseline'))
+           for group, rows in rows_of.POINTS.items() if not group.startswith('baseline') for keys in rows.values()]
+  assert len({repr(one) for one in found}) == len(found)
+
+
+def test_seeds_are_pooled():
+  one, two = ({'by_distance': rows} for rows in ([[1, 2, 3.0, 4.0]], [[1, 1, 1.0, 1.0], [4, 5, 6.0, 7.0]]))
+  assert study.pooled([one, two])['by_distance'] == [[1, 3, 4.0, 5.0], [4, 5, 6.0, 7.0]]
