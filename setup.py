@@ -63,7 +63,7 @@ setuptools.setup(
     ],
     python_requires='>=3.11',
     packages=setuptools.find_packages(include=['blockattn', 'blockattn.*']),
-    package_data={'blockattn': ['assets/**', 'py.typed']},
+    package_data={'blockattn': ['assets/**', 'py.typed', 'serving/vllm/page.html']},
     install_requires=[
         'array-record',
         'filelock',   # what JAX locks its cache of compiled programs with

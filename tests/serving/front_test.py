@@ -165,6 +165,16 @@ def test_requests_without_the_servers_key_are_not_read(key, is_read):
   assert bool(read) == is_read
 
 
+def test_a_page_shows_what_became_of_blocks():
+  answered = []
+
+  async def send(message):
+    answered.append(message)
+
+  asyncio.run(front.BlockFront(None)({'type': 'http', 'method': 'GET', 'path': front.PAGE, 'headers': []}, None, send))
+  assert answered[0]['status'] == 200 and b"fetch('metrics')" in answered[1]['body']
+
+
 def test_nodes_of_llamaindex_are_blocks(monkeypatch):
   """By the documents' snippet; its package cannot be installed beside vLLM."""
   pytest.importorskip('llama_index.core')

@@ -106,6 +106,8 @@ def test_a_server_answers_reuses_counts_and_comes_back(folder, tmp_path, capfd):
     after = server.metrics()
     assert after['blocks_computed_total'] == before.get('blocks_computed_total', 0)
     assert after['blocks_disk_total'] > before['blocks_disk_total'] > 0
+    page = httpx.get(f'{server.url}/blocks').text
+    assert all(name.removesuffix('_total') in page for name in after if name.endswith('_total'))
     (tmp_path / 'corpus.jsonl').write_text(json.dumps({'title': 'A', 'text': 'one'}) + '\n')
     assert command() == 0 and ': 0 computed, 2 were there' in capfd.readouterr().err
     dies(server)

@@ -8,12 +8,14 @@ other goes on as it came. What is read, of chat completions (completions in brac
   segment         {"target": tokens, "min", "max"}: the texts in front of the question, or a single text, are cut
   [blocks         lengths of the blocks of a "prompt" of token ids without sinks, that of the question last]
 
-vLLM itself offers what is needed: a chat request that brings its token ids in `kv_transfer_params` is not rendered again.
+`/blocks` is a page of what became of blocks. vLLM itself offers what is needed: a chat request that brings its token ids in
+`kv_transfer_params` is not rendered again.
 """
 
 import asyncio
 import dataclasses
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,8 +28,9 @@ from blockattn.hf import config
 from blockattn.segmentation import api
 from blockattn.serving.vllm import student
 
-CHAT, PLAIN = '/v1/chat/completions', '/v1/completions'
+CHAT, PLAIN, PAGE = '/v1/chat/completions', '/v1/completions', '/blocks'
 SEGMENT = {'target': 'target_tokens', 'min': 'min_tokens', 'max': 'max_tokens'}
+_PAGE = pathlib.Path(__file__).with_name('page.html')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +155,9 @@ class BlockFront:
     self._lock = asyncio.Lock()
 
   async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    if scope['type'] == 'http' and (scope['method'], scope['path']) == ('GET', PAGE):
+      await _answer(send, 200, b'text/html; charset=utf-8', _PAGE.read_bytes())
+      return
     path = next((path for path in (CHAT, PLAIN) if scope['type'] == 'http' and scope['path'].endswith(path)), None)
     if path is None or scope['method'] != 'POST' or not _is_admitted(self._app, scope):
       await self._app(scope, receive, send)
@@ -207,6 +213,10 @@ def _once(body, receive):
 
 async def _refuse(send, line):
   body = json.dumps({'error': {'message': line, 'type': 'BadRequestError', 'param': None, 'code': 400}}).encode()
-  headers = [(b'content-type', b'application/json'), (b'content-length', str(len(body)).encode())]
-  await send({'type': 'http.response.start', 'status': 400, 'headers': headers})
+  await _answer(send, 400, b'application/json', body)
+
+
+async def _answer(send, status, kind, body):
+  headers = [(b'content-type', kind), (b'content-length', str(len(body)).encode())]
+  await send({'type': 'http.response.start', 'status': status, 'headers': headers})
   await send({'type': 'http.response.body', 'body': body})
