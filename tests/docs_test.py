@@ -98,7 +98,8 @@ def help_of(module, first=''):
 def check_module(module, args):
   """That a module has these flags, and its config these keys."""
   text = help_of(module)
-  if args and not args[0].startswith('-') and re.search(rf'[{{,]{re.escape(args[0])}[,}}]', text):   # a command of its own
+  own = args and re.escape(args[0])
+  if own and not args[0].startswith('-') and re.search(rf'(?m)[{{,]{own}[,}}]|^ +{own} ', text):   # a command of its own
     text += help_of(module, args[0])
   flags = [arg.partition('=')[0] for arg in args if re.match(r'--?[a-z]', arg)]
   for flag in flags:
