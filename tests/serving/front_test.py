@@ -104,6 +104,11 @@ def test_what_cannot_be_read_is_refused_in_a_line(path, body, line):
     forms().rewrite(path, body)
 
 
+def test_a_student_without_a_chat_template_is_asked_completions():
+  with pytest.raises(ValueError, match='ask /v1/completions, with a "prompt" and "documents"'):
+    forms(None).rewrite(front.CHAT, {'messages': [ASKED]})
+
+
 @pytest.mark.parametrize('sent, status', [
     (b'{"prompt": [10, 11, 12], "blocks": [1, 2]}', 200), (b'{"prompt": "a"}', 200), (b'no JSON', 200), (b'[]', 200),
     (b'{"prompt": [10], "blocks": [2]}', 400)])

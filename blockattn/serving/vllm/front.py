@@ -85,6 +85,8 @@ class Forms:
       return None
     if last.get('role') != 'user':
       raise UserError('the last message has to be one of the user to have blocks')
+    if not getattr(self.tokenizer, 'chat_template', None):
+      raise UserError(f'the student has no chat template, and so no chat: ask {PLAIN}, with a "prompt" and "documents"')
     example = chat_template.wrap_in_turn(self._example(texts, body), self.tokenizer, [_flat(m) for m in before])
     return self.encoder.prompt(example)
 
