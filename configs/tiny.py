@@ -39,9 +39,6 @@ def get_config(arg=''):
   if arg.baseline:
     config.finetune.prompt_weight = 1.0   # the answers of all questions but the last stand in the prompt
   else:
-    # Weighting tokens by their gap, and block dropout, cost so short a run two to eight points of exact match.
-    config.distill.weights.form = 'none'
-    config.distill.drop_rate = 0.0
     config.distill.ce_weight = 0.5
   return config
 
@@ -55,6 +52,10 @@ def pages(config):
   config.data.segment.target = 48        # they are short
   config.data.segment.pages = 0.05
   config.data.pages.questions = (3, 4)   # all that a page has: most to learn per token
+  if 'distill' in config:
+    # Weighting tokens by their gap, and block dropout, cost so short a run two to eight points of exact match.
+    config.distill.weights.form = 'none'
+    config.distill.drop_rate = 0.0
 
 
 def sweep(add, arg=''):

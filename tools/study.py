@@ -277,9 +277,12 @@ def shown(value: Mapping | None, form: str = '{:.4f}') -> str:
   return '' if value is None else '{} [{}, {}]'.format(*(form.format(value[key]) for key in ('mean', 'low', 'high')))
 
 
+def percent(value: Mapping | None) -> str:
+  return '' if value is None else f'{compare.percent(value)} %'
+
+
 def table(summary: Mapping) -> str:
   """Markdown: a row per row."""
-  percent = lambda value: '' if value is None else f'{compare.percent(value)} %'
   head = [f'{what}, {part}' for part in (KNOWN, NEW) for what in ('KL', 'KL closed', 'CE', 'KL less `distilled`')]
   lines = [measuring.head('row', 'seeds', 'steps', 's', *head, 'KL, full attention', 'CE, full attention')]
   for name, own in summary.items():
@@ -304,7 +307,6 @@ def questions_table(study: Study) -> str:
         row = name if name not in ('block', 'full') else f'{path.parents[1].name} {name}'
         found.setdefault(row, {})[path.parent.name] = own['intervals']['substring']
   kinds = sorted({kind for own in found.values() for kind in own})
-  percent = lambda value: '' if value is None else f'{compare.percent(value)} %'
   return '\n'.join([measuring.head('answers', *kinds), *(
       measuring.row(name, *(percent(own.get(kind)) for kind in kinds)) for name, own in found.items())])
 

@@ -25,6 +25,7 @@ import rich.progress
 from blockattn import loading
 from blockattn.data import encode, json_lines
 from blockattn.errors import UserError
+from blockattn.hf import files as hf_files
 from blockattn.inference import cache, engine as engine_lib, plan
 from blockattn.serving.vllm import front, student
 from tools import arguments
@@ -120,7 +121,7 @@ def run(options, console) -> None:
   files = json_lines.find_files(options.files, (*json_lines.SUFFIXES, *TEXTS))
   segment = None if options.whole else {name: value for name in front.SEGMENT if (value := getattr(options, name))}
   compute = arguments.compute_of(options, console)
-  student.read_options(options.model)   # refused before anything is loaded
+  student.read_options(hf_files.locate(options.model))   # refused before anything is loaded
   model = loading.load(options.model, options.dtype, template_args=options.template_args, chat=options.chat)
   forms = front.Forms(model.blocks, model.tokenizer, encode.Encoder(model.tokenizer))
   columns = (*rich.progress.Progress.get_default_columns(), rich.progress.DownloadColumn())
