@@ -1,13 +1,14 @@
 """Token losses over chunks: the logits of a whole row never exist.
 
 The hidden states of the loss tokens are moved to the front of each row, and a scan multiplies `chunk` of them at a time
-by the head, inside the jitted step; chunks without a loss token are skipped at run time, and the backward pass computes
-each chunk's logits again. Peak memory is B * chunk * V instead of B * T * V, and the work is proportional to the
-number of loss tokens.
+by the head, inside the jitted step; chunks without a loss token are skipped at run time. The gradient is made in the same
+pass, while a chunk's logits are there. Peak memory is B * chunk * V instead of B * T * V, and the work is proportional to
+the number of loss tokens.
 """
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,7 +122,7 @@ def log_prob(logits: Array, targets: Array) -> Array:
 
 
 def sum_over_tokens(token_fn: Callable[..., Any], heads: Any, states: Any, per_token: Any, mask: Array, chunk: int,
-                    parts: int = 1) -> Any:
+                    parts: int = 1, of: str | None = None) -> Any:
   """Sums `token_fn` over the tokens where `mask` holds, `chunk` tokens of each row at a time.
 
   Args:
@@ -132,6 +133,8 @@ def sum_over_tokens(token_fn: Callable[..., Any], heads: Any, states: Any, per_t
     mask: bool [B, T].
     chunk: static number of tokens per row and chunk.
     parts: of a row that are on different devices: each gathers and sums its own tokens.
+    of: of a dict of sums, the only one that has a gradient, which is made together with it, so that each chunk's logits are
+      made once. None: every sum has one, and the backward pass makes each chunk's logits again.
 
   Returns:
     The pytree of sums.
@@ -140,10 +143,12 @@ def sum_over_tokens(token_fn: Callable[..., Any], heads: Any, states: Any, per_t
   chunk = min(chunk, mask.shape[1])
   # Loss tokens first; a stable sort keeps their order, so that nothing depends on the sort's whims.
   order = jnp.argsort(~mask, axis=1, stable=True)
-  states, per_token, mask = jax.tree.map(functools.partial(_gather_chunks, order=order, chunk=chunk),
-                                         (states, per_token, mask))
-  shapes = jax.eval_shape(token_fn, heads, *jax.tree.map(lambda x: x[0], (states, per_token, mask)))
-  zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  chunks = jax.tree.map(functools.partial(_gather_chunks, order=order, chunk=chunk), (states, per_token, mask))
+  return _sums(token_fn, heads, chunks) if of is None else _sums_with_gradient(token_fn, of, heads, chunks)
+
+
+def _sums(token_fn, heads, chunks):
+  zeros = lambda: _zeros(token_fn, heads, chunks)
 
   # The checkpoint is around the cond: what a cond saves for its backward pass is saved once per chunk, heads included.
   @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -153,7 +158,63 @@ def sum_over_tokens(token_fn: Callable[..., Any], heads: Any, states: Any, per_t
   def add(total, x):
     return jax.tree.map(jnp.add, total, one_chunk(heads, x)), None
 
-  return jax.lax.scan(add, zeros(), (states, per_token, mask))[0]
+  return jax.lax.scan(add, zeros(), chunks)[0]
+
+
+def _sums_with_gradient(token_fn, of, heads, chunks):
+  """As `_sums`; the gradient of the sum `of`, where it is asked for, is made beside the sums, and scaled backwards."""
+  never = jax.tree.map(lambda x: False, (heads, chunks))
+  sums_of = jax.custom_vjp(lambda heads, chunks: _scan_with_gradient(token_fn, of, heads, chunks, never)[0])
+
+  def forward(heads, chunks):
+    pick = lambda name: jax.tree.map(operator.attrgetter(name), (heads, chunks))
+    return _scan_with_gradient(token_fn, of, *pick('value'), pick('perturbed'))
+
+  def backward(grads, cotangents):
+    others = [x for name, x in cotangents.items() if name != of]
+    if not all(isinstance(x, jax.custom_derivatives.SymbolicZero) for x in others):
+      raise TypeError(f'of these sums only {of!r} has a gradient')
+    return jax.tree.map(lambda x: (cotangents[of] * x.astype(jnp.float32)).astype(x.dtype), grads)
+
+  sums_of.defvjp(forward, backward, symbolic_zeros=True)
+  return sums_of(heads, chunks)
+
+
+def _scan_with_gradient(token_fn, of, heads, chunks, asked):
+  """(sums, gradients of the sum `of` by heads and chunks, with None where `asked`, a tree of bool, does not hold)."""
+  head_asked, chunk_asked = asked
+
+  def add(total, x):
+    changing, fixed = _only((heads, x), asked, True), _only((heads, x), asked, False)
+
+    def loss(changing):
+      heads, x = jax.tree.map(lambda a, b: b if a is None else a, changing, fixed, is_leaf=lambda a: a is None)
+      sums = token_fn(heads, *x)
+      return sums[of], sums
+
+    (of_heads, of_chunk), sums = jax.grad(loss, has_aux=True)(changing)
+    return jax.tree.map(lambda total, x: total + x.astype(total.dtype), total, (sums, of_heads)), of_chunk
+
+  def skip(total, x):
+    return total, jax.tree.map(jnp.zeros_like, _only(x, chunk_asked, True))
+
+  changing = _only(heads, head_asked, True)
+  # Those of many chunks are added in float32, whatever the head's precision.
+  start = _zeros(token_fn, heads, chunks), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), changing)
+  one_chunk = lambda total, x: jax.lax.cond(jnp.any(x[2]), add, skip, total, x)
+  (sums, of_heads), of_chunks = jax.lax.scan(one_chunk, start, chunks)
+  return sums, (jax.tree.map(lambda g, x: g.astype(x.dtype), of_heads, changing), of_chunks)
+
+
+def _zeros(token_fn, heads, chunks):
+  """The sums of no tokens."""
+  shapes = jax.eval_shape(token_fn, heads, *jax.tree.map(lambda x: x[0], chunks))
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _only(tree, chosen, wanted):
+  """The tree with None for every leaf where `chosen`, a tree of bool, is not what is wanted."""
+  return jax.tree.map(lambda x, here: x if here == wanted else None, tree, chosen)
 
 
 def _cut_rows(x, *, parts):
@@ -282,11 +343,12 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
   heads = tuple(model.head for model in models)
   states = tuple(model._replace(head=None) for model in models)
   token = _Token(targets, position, document if by_document else None, stored, match)
-  sums = sum_over_tokens(chunk_sums, heads, states, token, mask, chunk, parts)
+  sums = sum_over_tokens(chunk_sums, heads, states, token, mask, chunk, parts, of=None if by_document else 'loss')
   if by_document:
     sums['loss'] += _sum_of_document_means(**jax.tree.map(lambda x: x.reshape(-1, parts, length + 1).sum(axis=1),
                                                           sums.pop('documents')))
-  return sums | {'weight': sums['weight_sum' if weights.on == 'both' and not by_document else 'tokens']}
+  weight = sums['weight_sum' if weights.on == 'both' and not by_document else 'tokens']
+  return sums | {'weight': jax.lax.stop_gradient(weight)}
 
 
 def _sum_of_document_means(weighted, weight, tokens):
@@ -380,4 +442,5 @@ def cross_entropy_sums(head: Callable[[Array], Array], x_BTD: Array, targets: Ar
     w = m * per_token['weight']
     return {'loss': jnp.sum(w * ce), 'weight': jnp.sum(w), 'tokens': jnp.sum(m), 'ce': jnp.sum(m * ce)}
 
-  return sum_over_tokens(chunk_sums, head, x_BTD, {'target': targets, 'weight': weight}, weight > 0, chunk, parts)
+  sums = sum_over_tokens(chunk_sums, head, x_BTD, {'target': targets, 'weight': weight}, weight > 0, chunk, parts, of='loss')
+  return sums | {'weight': jax.lax.stop_gradient(sums['weight'])}

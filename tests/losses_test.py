@@ -251,24 +251,49 @@ def test_either_table_may_be_the_larger():
   np.testing.assert_allclose(sums['loss'], expected['loss'], rtol=2e-5)
 
 
-def temporary_bytes(length, vocab, width, chunk):
+def temporary_bytes(length, vocab, width, chunk, weights):
   """What the compiled loss and its gradient need beside their arguments and results."""
   f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   rows = lambda dtype: jax.ShapeDtypeStruct((1, length), dtype)
   heads = {'student': f32(vocab, width), 'teacher': f32(vocab, width)}
   hidden = {'student': f32(1, length, width), 'teacher': f32(1, length, width)}
-  lowered = _chunked.lower(heads, hidden, rows(jnp.int32), rows(jnp.bool_), 1.0, 0.0, weights=losses.TokenWeights(),
+  lowered = _chunked.lower(heads, hidden, rows(jnp.int32), rows(jnp.bool_), 1.0, 0.0, weights=weights,
                            kind='forward', chunk=chunk)
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
-def test_logits_of_a_row_never_exist():
+@pytest.mark.parametrize('mean', losses.WEIGHT_MEANS)
+def test_logits_of_a_row_never_exist(mean):
   """Twice the tokens and twice the vocabulary: not the logits, nor a copy of the heads for every chunk."""
   length, vocab, width, chunk = 512, 2048, 32, 16
-  small, large = temporary_bytes(length, vocab, width, chunk), temporary_bytes(2 * length, 2 * vocab, width, chunk)
+  weights = losses.TokenWeights(mean=mean)
+  small, large = (temporary_bytes(times * length, times * vocab, width, chunk, weights) for times in (1, 2))
   of_row, of_heads = 4 * length * vocab, 2 * 4 * vocab * width
   assert small < of_row / 2
   assert large - small < min(of_row / 2, length // chunk * of_heads / 4)
+
+
+def test_logits_are_made_once_and_only_what_is_trained_gets_a_gradient():
+  """Products with a frozen head: logits and the gradient of the hidden states; with one that is trained, its own too."""
+  heads, hidden, targets = case()
+  def loss(x_BTD, head, of='loss'):
+    return losses.cross_entropy_sums(by(head), x_BTD, targets, jnp.ones((B, T)), 5)[of]
+
+  def products(argnums):
+    return str(jax.make_jaxpr(jax.grad(loss, argnums))(hidden['student'], heads['student'])).count('dot_general')
+
+  assert products(0) == 2 and products((0, 1)) == 3
+  with pytest.raises(TypeError, match="only 'loss' has a gradient"):
+    jax.grad(loss)(hidden['student'], heads['student'], 'ce')
+
+
+def test_the_gradient_of_a_head_of_few_bits_is_added_up_in_float32():
+  """1,024 chunks of one token, each of a gradient of 1: in bfloat16 the sum would stay at 256."""
+  x_BTD, weight = jnp.ones((1, 1024, 1), jnp.bfloat16), jnp.full((1, 1024), 2.0)
+  loss = lambda head: losses.cross_entropy_sums(by(head), x_BTD, jnp.zeros((1, 1024), int), weight, 1)['loss']
+  grad = jax.grad(loss)(jnp.zeros((2, 1), jnp.bfloat16))
+  assert grad.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(grad, [[-1024], [1024]])
 
 
 @pytest.mark.parametrize('kwargs', [{'form': 'rleu'}, {'source': 'nobody'}, {'on': 'lk'}, {'mean': 'row'}])
