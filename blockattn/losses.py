@@ -302,6 +302,7 @@ def distillation_sums(student: Reading, teacher: Reading | StoredTeacher, target
     scalars, each a sum over the loss tokens, `weight_sum` and `weight_sq` of w as it is before any division, `kl` (always
     the forward one) and the rest unweighted, `at_floor` and `at_cap` the tokens whose gap is outside of 0 ... cap; 'kl_at',
     'tokens_at' [POSITION_BINS]: sums over the tokens of each bin, see `position_bin`; 'match', unweighted, where given.
+    Only 'loss' has a gradient.
   """
   length, by_document = mask.shape[1], weights.mean == 'document'
   if by_document and document is None:
@@ -434,7 +435,8 @@ def cross_entropy_sums(head: Callable[[Array], Array], x_BTD: Array, targets: Ar
     parts: see `sum_over_tokens`.
 
   Returns:
-    {'loss', 'weight', 'tokens', 'ce'}: float32 scalars; `ce` is the unweighted sum over the `tokens` of weight > 0.
+    {'loss', 'weight', 'tokens', 'ce'}: float32 scalars; `ce` is the unweighted sum over the `tokens` of weight > 0. Only
+    'loss' has a gradient.
   """
   def chunk_sums(head, states, per_token, mask):
     m = mask.astype(jnp.float32)

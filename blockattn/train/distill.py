@@ -217,7 +217,7 @@ def _answer_lost(batch, dropped):
 
 
 def loss_sums(params, frozen: job.Frozen, batch, key, models: Models, options: DistillOptions):
-  """The sums of losses.distillation_sums for one batch; differentiable in params."""
+  """The sums of losses.distillation_sums for one batch; the loss is differentiable in params."""
   layout, position = batch['layout'], batch['layout'].position
   if options.drop_rate > 0:
     layout = blocks.drop_blocks(layout, key, rate=options.drop_rate, mode=options.drop_mode,

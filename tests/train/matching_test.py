@@ -64,14 +64,15 @@ def dense_match(student, teacher, batch):
 
 
 def sums_of(remat='none', attach=None):
-  """jitted (student, frozen, batch) -> (grads of the sum of distances, all sums)."""
+  """jitted (student, frozen, batch) -> (grads of the sum of distances, all sums): by the losses with it and without."""
   compute = transformer.Compute(impl='xla', tiles=(16, 16), remat=remat)
   model = distill.transformer_model(CFG, compute)
   models = distill.Models(model, model, FORM, attach)
 
   def match(params, frozen, batch):
-    sums = distill.loss_sums(params, frozen, batch, KEY, models, GOAL)
-    return sums['match'], sums
+    goal = lambda weight: dataclasses.replace(GOAL, match_weight=weight, weights=losses.TokenWeights(form='none'))
+    without, sums = (distill.loss_sums(params, frozen, batch, KEY, models, goal(weight)) for weight in (0.0, 100.0))
+    return (sums['loss'] - without['loss']) / 100, sums
   return jax.jit(jax.grad(match, has_aux=True))
 
 
