@@ -8,7 +8,6 @@ the number of loss tokens.
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -167,8 +166,9 @@ def _sums_with_gradient(token_fn, of, heads, chunks):
   sums_of = jax.custom_vjp(lambda heads, chunks: _scan_with_gradient(token_fn, of, heads, chunks, never)[0])
 
   def forward(heads, chunks):
-    pick = lambda name: jax.tree.map(operator.attrgetter(name), (heads, chunks))
-    return _scan_with_gradient(token_fn, of, *pick('value'), pick('perturbed'))
+    asked = jax.tree.map(lambda x: x.perturbed, (heads, chunks))
+    heads, chunks = jax.tree.map(lambda x: x.value, (heads, chunks))
+    return _scan_with_gradient(token_fn, of, heads, chunks, asked)
 
   def backward(grads, cotangents):
     others = [x for name, x in cotangents.items() if name != of]
