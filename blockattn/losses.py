@@ -2,8 +2,9 @@
 
 The hidden states of the loss tokens are moved to the front of each row, and a scan multiplies `chunk` of them at a time
 by the head, inside the jitted step; chunks without a loss token are skipped at run time. The gradient is made in the same
-pass, while a chunk's logits are there. Peak memory is B * chunk * V instead of B * T * V, and the work is proportional to
-the number of loss tokens.
+pass, while a chunk's logits are there; only where weights are means of documents, known after all chunks, does the backward
+pass compute the logits again. Peak memory is B * chunk * V instead of B * T * V, and the work is proportional to the number
+of loss tokens.
 """
 
 import dataclasses
@@ -162,8 +163,7 @@ def _sums(token_fn, heads, chunks):
 
 def _sums_with_gradient(token_fn, of, heads, chunks):
   """As `_sums`; the gradient of the sum `of`, where it is asked for, is made beside the sums, and scaled backwards."""
-  never = jax.tree.map(lambda x: False, (heads, chunks))
-  sums_of = jax.custom_vjp(lambda heads, chunks: _scan_with_gradient(token_fn, of, heads, chunks, never)[0])
+  sums_of = jax.custom_vjp(functools.partial(_sums, token_fn))
 
   def forward(heads, chunks):
     asked = jax.tree.map(lambda x: x.perturbed, (heads, chunks))
@@ -173,7 +173,7 @@ def _sums_with_gradient(token_fn, of, heads, chunks):
   def backward(grads, cotangents):
     others = [x for name, x in cotangents.items() if name != of]
     if not all(isinstance(x, jax.custom_derivatives.SymbolicZero) for x in others):
-      raise TypeError(f'of these sums only {of!r} has a gradient')
+      raise TypeError(f'of these sums only {of!r} has a gradient; pass the others through jax.lax.stop_gradient')
     return jax.tree.map(lambda x: (cotangents[of] * x.astype(jnp.float32)).astype(x.dtype), grads)
 
   sums_of.defvjp(forward, backward, symbolic_zeros=True)
