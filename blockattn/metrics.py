@@ -95,6 +95,19 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   return [_parse(line, f'{path}:{number}') for number, line in enumerate(lines, start=1) if line.strip()]
 
 
+def measured_speed(workdir: pathlib.Path) -> float:
+  """Steps a second of a run, as it last measured them.
+
+  Raises:
+    ValueError: it never did, which takes two steps after a start.
+  """
+  speeds = [line['steps_per_s'] for line in read_metrics(workdir / FILE_NAME) if 'steps_per_s' in line]
+  if not speeds:
+    raise UserError(f'{workdir / FILE_NAME}: no steps_per_s, which is measured from the second step after a start on: give '
+                    'the run more steps')
+  return speeds[-1]
+
+
 def write_json(path: pathlib.Path, value: Any):
   """Writes JSON in one move: a reader never sees half of it. Numbers that are not finite are null there."""
   disk.write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + '\n')

@@ -88,6 +88,16 @@ def test_a_broken_line_is_named(tmp_path):
     metrics.read_metrics(path)
 
 
+def test_the_speed_is_the_last_that_was_measured(tmp_path):
+  path = tmp_path / metrics.FILE_NAME
+  path.write_text('{"step": 1, "loss": 3}\n')
+  with pytest.raises(ValueError, match=r'metrics\.jsonl: no steps_per_s.*more steps'):
+    metrics.measured_speed(tmp_path)
+  # A run that went on for one step has no speed in its last line.
+  path.write_text('{"step": 1}\n{"step": 2, "steps_per_s": 4}\n{"step": 3, "steps_per_s": 2}\n{"step": 4}\n')
+  assert metrics.measured_speed(tmp_path) == 2
+
+
 def test_only_the_first_process_writes(tmp_path):
   with metrics.MetricWriter(tmp_path / 'run', process_index=1) as writer:
     writer.write(1, {'loss': 1.0})

@@ -189,10 +189,9 @@ def trained(study: Study, group: str, row: str, seed: int) -> dict:
     subjects = {'block': block, 'full': dataclasses.replace(block, mode='full')}
     study.evaluated(name_of(row, seed), subjects)
     study.answered(name_of(row, seed), subjects)
-    speed = [line['steps_per_s'] for line in metrics.read_metrics(folder / metrics.FILE_NAME) if 'steps_per_s' in line][-1]
     result = {'row': row, 'group': group, 'seed': seed, 'steps': options.steps, 'keys': keys,
               'tokens': options.steps * options.batch * options.data.length,
-              'seconds': options.steps / speed, 'weights': evaluate.weights_key(block),
+              'seconds': options.steps / metrics.measured_speed(folder), 'weights': evaluate.weights_key(block),
               'run': disk.read_json(folder / 'run.json')}
     metrics.write_json(path, result)
   return result
@@ -203,9 +202,9 @@ def name_of(row: str, seed: int) -> str:
 
 
 def steps_in_time(study: Study) -> int:
-  """Of block fine-tuning, as many as take as long as the distillation."""
+  """Of block fine-tuning, as many as take as long as the distillation; two, whose speed can be measured, at least."""
   ours, theirs = (trained(study, group, row, 0) for group, row in (('parts', 'distilled'), ('baseline', 'finetuned')))
-  return max(1, round(theirs['steps'] * ours['seconds'] / theirs['seconds']))
+  return max(2, round(theirs['steps'] * ours['seconds'] / theirs['seconds']))
 
 
 # Tables.
@@ -418,6 +417,8 @@ def plan(study: Study, points: Sequence[tuple[str, str, int]]) -> str:
 
 def run(options) -> None:
   points = wanted(options.only)
+  if options.steps < 2:
+    raise UserError(f'--steps {options.steps}: 2 at least, from the second on the speed of a training is measured')
   command.quiet_libraries()
   study = Study(options)
   if options.plan:

@@ -14,7 +14,6 @@ the teacher.
 """
 
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,14 +47,10 @@ def options_of(name: str, seed: int, steps: int, log_every: int = 20) -> distill
 def seconds_per_step(folder: pathlib.Path, name: str, probe: int) -> float:
   """Of a variant, from a run that is made for it if there is none: `probe` steps, and as many that are timed."""
   distill.run(options_of(name, 0, 2 * probe, probe), folder)
-  speed = [line['steps_per_s'] for line in _lines(folder) if 'steps_per_s' in line]
+  speed = [line['steps_per_s'] for line in metrics.read_metrics(folder / metrics.FILE_NAME) if 'steps_per_s' in line]
   # A line's speed is that of all steps so far but the first: the programs of the first answers are compiled in these.
   spent = [steps / per_s for steps, per_s in zip((probe - 1, 2 * probe - 1), speed, strict=True)]
   return (spent[1] - spent[0]) / probe
-
-
-def _lines(folder):
-  return [json.loads(line) for line in (folder / metrics.FILE_NAME).read_text().splitlines()]
 
 
 def trained(folder: pathlib.Path, name: str, seed: int, steps: int, ask) -> dict[str, Any]:
@@ -66,7 +61,7 @@ def trained(folder: pathlib.Path, name: str, seed: int, steps: int, ask) -> dict
   options = options_of(name, seed, steps)
   form = distill.run(options, folder)[2]
   own = ask(name, form, folder)
-  result = {'variant': name, 'seed': seed, 'steps': steps, 'seconds': steps / _lines(folder)[-1]['steps_per_s'],
+  result = {'variant': name, 'seed': seed, 'steps': steps, 'seconds': steps / metrics.measured_speed(folder),
             'kl': own['kl'], 'exact_match': own['exact_match']}
   metrics.write_json(path, result)
   return result

@@ -79,7 +79,7 @@ def test_fine_tuning_for_the_same_time(workdir, data):
   run(data, workdir, '--only', 'finetuned_time')
   ours, theirs = (json.loads((workdir / f'students/{name}/seed=0/result.json').read_text())
                   for name in ('parts', 'baseline'))   # neither of which was asked for
-  steps = round(2 * ours['seconds'] / theirs['seconds'])
+  steps = max(2, round(2 * ours['seconds'] / theirs['seconds']))
   assert json.loads((workdir / f'students/baseline_time/steps={steps},seed=2/result.json').read_text())['steps'] == steps
 
 
@@ -109,6 +109,11 @@ def test_the_plan_trains_nothing(data, tmp_path, capsys):
   assert study.main(arguments(data, tmp_path / 'run', '--plan', '--only', 'parts')) == 0
   assert '| parts | 12 | 0.0 |' in capsys.readouterr().out
   assert [path.name for path in (tmp_path / 'run').iterdir()] == ['study.json']
+
+
+def test_a_training_of_one_step_is_refused(data, tmp_path, capsys):
+  assert study.main([*arguments(data, tmp_path), '--steps', '1']) == 2
+  assert '--steps 1: 2 at least' in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 def test_unknown_rows_are_named(data, tmp_path, capsys):
