@@ -108,11 +108,17 @@ def divergence_of_top(top_log_p: Array, top_ids: Array, student_logits: Array, t
 def _divergence(kind, p, log_p, log_q):
   """Over the last axis; p is exp(log_p), or 0 where log_p is a stand-in."""
   if kind == 'forward':
-    return jnp.sum(p * (log_p - log_q), axis=-1)
+    return _mean(p, log_p - log_q)
   if kind == 'reverse':
-    return jnp.sum(jnp.exp(log_q) * (log_q - log_p), axis=-1)
+    return _mean(jnp.exp(log_q), log_q - log_p)
   log_m = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
-  return 0.5 * jnp.sum(p * (log_p - log_m) + jnp.exp(log_q) * (log_q - log_m), axis=-1)
+  return 0.5 * (_mean(p, log_p - log_m) + _mean(jnp.exp(log_q), log_q - log_m))
+
+
+def _mean(p, x):
+  """Of x under probabilities p, over the last axis. A sum of products, as a fusion of XLA's CPU backend, took three times as
+  long as this product of vectors, and with it a training step 15 % longer."""
+  return jnp.einsum('...v,...v->...', p, x, precision='highest')
 
 
 def log_prob(logits: Array, targets: Array) -> Array:

@@ -15,6 +15,7 @@ from blockattn.kernels import context_parallel, reference, schedule, tiles as ti
 Array = jax.Array
 IMPLS = ('reference', 'xla', 'tpu', 'gpu')
 _HOME = {'tpu': 'tpu', 'gpu': 'gpu'}   # implementations that run on one platform only
+KEPT, kept = reference.KEPT, reference.kept   # of what a forward pass gives, for policies of jax.checkpoint
 _FASTEST = {'tpu': 'tpu'}              # what 'auto' means; 'gpu' is left out until it has been run on a GPU
 
 

@@ -24,7 +24,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from blockattn.errors import UserError
 from blockattn.kernels import cached, schedule
-from blockattn.kernels.reference import MASKED, mean_slope
+from blockattn.kernels.reference import MASKED, kept, mean_slope
 from blockattn.kernels.tiles import Tiles
 
 Array = jax.Array
@@ -441,7 +441,7 @@ def _forward(how, q_BTNH, k_BSKH, v_BSKH, marks, lists):
       turn=_barriers(_COMPUTE, 1))
   source = _Source(lists.first_query, q_BTNH, k_BSKH, v_BSKH, None, None, None, *marks)
   made = _call(how, _forward_kernel, 'block_attention_forward', source, results, lists.forward, N, memory, how.cut)
-  out, lse = _merge_forward(how, lists.forward, made) if how.cut.spare else made[:2]
+  out, lse = kept(*(_merge_forward(how, lists.forward, made) if how.cut.spare else made[:2]))
   return (out, lse.swapaxes(1, 2) * math.log(2)), (q_BTNH, k_BSKH, v_BSKH, marks, lists, out, lse)
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from blockattn import blocks
 
@@ -11,12 +12,19 @@ Array = jax.Array
 # tile after the other a query that has seen nothing so far has peak MASKED and weights of 1; its first real key makes the
 # decay of those sums zero.
 MASKED = -1e30
+KEPT = 'block_attention'   # what jax.checkpoint knows a forward pass's results by, see `kept`
 
 
 def precision(dtype: jnp.dtype) -> lax.Precision | None:
   """Of matrix products of `dtype`, for every implementation: matrix units round float32 to bfloat16 or TF32 if nobody asks
   for more, and in the scores that costs the more the larger they are."""
   return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def kept(out: Array, lse: Array) -> tuple[Array, Array]:
+  """The results of a forward pass, under a name by which a policy of jax.checkpoint may keep them: a backward pass that has
+  both, queries, keys and values computes no attention again."""
+  return checkpoint_name(out, KEPT), checkpoint_name(lse, KEPT)
 
 
 def mean_slope(out_XH: Array, grad_XH: Array, grad_lse_X: Array) -> Array:

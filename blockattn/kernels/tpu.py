@@ -25,7 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from blockattn.errors import UserError
 from blockattn.kernels import schedule
-from blockattn.kernels.reference import MASKED, mean_slope, precision
+from blockattn.kernels.reference import MASKED, kept, mean_slope, precision
 from blockattn.kernels.tiles import Tiles
 
 Array = jax.Array
@@ -297,7 +297,7 @@ def _forward(tiles, interpret, q_BNTH, k_BKSH, v_BKSH, marks, work, first_query)
              (grid.per_query(), jax.ShapeDtypeStruct((B, N, T // tiles.query, 1, tiles.query), jnp.float32))]
   per_query = ((tiles.query, _LANES), jnp.float32)
   scratch = [((tiles.query, H), jnp.float32), per_query, per_query, ((schedule.MARKS, tiles.query, _LANES), jnp.int32)]
-  out, lse = grid.call(_forward_kernel, 'block_attention_forward', inputs, outputs, scratch, interpret)
+  out, lse = kept(*grid.call(_forward_kernel, 'block_attention_forward', inputs, outputs, scratch, interpret))
   return (out, lse.reshape(B, N, T) * math.log(2)), (q_BNTH, k_BKSH, v_BKSH, marks, work, first_query, out, lse)
 
 

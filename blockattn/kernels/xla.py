@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from blockattn.kernels import schedule
-from blockattn.kernels.reference import MASKED, mean_slope, precision
+from blockattn.kernels.reference import MASKED, kept, mean_slope, precision
 from blockattn.kernels.tiles import Tiles
 
 Array = jax.Array
@@ -178,7 +178,7 @@ def _forward(tiles, q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query):
 
   q_IKMH = _query_tiles(q_BTNH, k_BSKH.shape[2], tiles.query)
   _, (out, logsumexp) = lax.scan(query_tile, None, (q_IKMH, _steps(tiles, marks, visits, first_query)))
-  out_BTNH = _from_query_tiles(out, T, tiles.query)
+  out_BTNH, logsumexp = kept(_from_query_tiles(out, T, tiles.query), logsumexp)
   lse_BTN = _from_query_tiles(logsumexp[..., None], T, tiles.query)[..., 0]
   return (out_BTNH, lse_BTN), (q_BTNH, k_BSKH, v_BSKH, marks, visits, first_query, out_BTNH, logsumexp)
 

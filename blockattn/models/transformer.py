@@ -25,7 +25,7 @@ Angles = tuple[Array, Array]     # cosines and sines, see `rotary_angles`
 Attend = Callable[..., Array]    # (q_BTNH, k_BTKH, v_BTKH, ...) -> o_BTNH
 FAMILIES = ('qwen3', 'qwen2', 'llama')
 REMAT = ('none', 'dots', 'full', 'offload')
-_LAYER_INPUT = 'layer_input'     # by which remat 'offload' finds it
+_LAYER_INPUT, _PRODUCT = 'layer_input', 'product'   # by which remat 'offload' and 'dots' find them
 
 
 class Inside(NamedTuple):
@@ -99,8 +99,8 @@ class Compute:
     dtype: of activations: float32, bfloat16
     impl: attention: reference, xla, tpu, gpu; auto: see kernels.api
     tiles: (query tile, key tile); None: by device
-    remat: what the backward pass computes again: none, dots (all but matmuls), full, offload: as full, and what each layer
-      starts from waits in the host's memory (TPU and GPU)
+    remat: what the backward pass computes again: none, dots (all but the products of `dense` and attention), full, offload:
+      as full, and what each layer starts from waits in the host's memory (TPU and GPU)
     far_queries: context parallelism: queries of a row that are sent to far keys, at most; None: 1 in 64
     placement: the mesh with its rules; None: one device.
     platform: JAX's name of what computes, 'cpu', 'gpu' or 'tpu', which need not be here; None: that of this process.
@@ -108,7 +108,7 @@ class Compute:
   dtype: str = 'float32'
   impl: str = 'auto'
   tiles: tuple[int, int] | None = None
-  remat: str = 'none'
+  remat: str = 'dots'
   far_queries: int | None = None
   placement: mesh_lib.Placement | None = options.not_a_key(default=None)
   platform: str | None = options.not_a_key(default=None)
@@ -263,11 +263,15 @@ def dense(x: Array, w: weights_lib.Matrix, *, contract: int = 1, out: Any = None
   As one product of two matrices: with several token axes XLA's CPU backend writes transposed copies for the gradient
   of w, which makes the backward pass of a layer more than twice as slow.
   """
+  return checkpoint_name(_product(x, w, contract, out), _PRODUCT)
+
+
+def _product(x, w, contract, out=None):
   if isinstance(w, weights_lib.LowRank):
-    low = dense(dense(x, w.down, contract=contract), w.up)
-    return dense(x, w.base, contract=contract, out=out) + w.factor * low
+    low = _product(_product(x, w.down, contract), w.up, 1)
+    return _product(x, w.base, contract, out) + w.factor * low
   if isinstance(w, weights_lib.Int8):
-    product = dense(x, w.values.astype(x.dtype), contract=contract, out=out)
+    product = _product(x, w.values.astype(x.dtype), contract, out)
     return product * w.scale.reshape(w.scale.shape[contract:]).astype(product.dtype)
   tokens, features = x.shape[:x.ndim - contract], w.shape[contract:]
   inner = math.prod(w.shape[:contract])
@@ -349,7 +353,7 @@ def _remat(layer, remat):
         names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src='device',
         offload_dst='pinned_host')
     return jax.checkpoint(named, policy=policy, prevent_cse=False)
-  saved = policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
+  saved = policies.save_only_these_names(_PRODUCT, api.KEPT) if remat == 'dots' else None
   return jax.checkpoint(layer, policy=saved, prevent_cse=False)
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from blockattn import blocks, mesh as mesh_lib, tree
-from blockattn.models import sizes, spec as spec_lib, transformer
+from blockattn.models import lora, sizes, spec as spec_lib, transformer
 from blockattn.models.transformer import Compute, ModelConfig
 
 ALL = pytest.mark.parametrize('name', hf_cases.MODELS)
@@ -212,13 +212,38 @@ def test_remat_and_impl_change_nothing():
   (expected, expected_x), expected_grads = value_and_gradients(params, *case, FULL, REFERENCE)
   for name, grad in tree.named_leaves(expected_grads):
     assert np.any(grad), f'{name} is not used'
-  for compute in (Compute(impl='xla', remat='dots'), Compute(impl='reference', remat='full'),
+  for compute in (Compute(impl='xla'), Compute(impl='xla', remat='none'), Compute(impl='reference', remat='full'),
                   Compute(impl='reference', remat='offload')):
     (value, x_BTD), grads = value_and_gradients(params, *case, FULL, compute)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(x_BTD, expected_x, atol=1e-4)
     for (name, got), want in zip(tree.named_leaves(grads), jax.tree.leaves(expected_grads), strict=True):
       np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max(), rtol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize('axes', [{}, {'data': 2, 'tensor': 2, 'context': 2}])
+@pytest.mark.parametrize('options', [lora.NONE, lora.LoraOptions(rank=2)])
+def test_remat_of_all_but_dots_multiplies_nothing_again(options, axes):
+  """Attention included, on one device and on a mesh. Of a matrix of low rank the first product, a few numbers a token, is
+  made again."""
+  cfg = dataclasses.replace(FULL, learned_sinks=0)
+  tokens = jnp.zeros((2, 32), jnp.int32)
+  layout = jax.tree.map(lambda x: jnp.concatenate([x, x]), blocks.from_lengths([[(8, 8, 16)]], 32))
+  placement = mesh_lib.Placement(mesh_lib.make_mesh(axes, jax.local_devices()[:8 if axes else 1]))
+  whole = spec_lib.abstract(transformer.spec(cfg), 'float32')
+  trained = spec_lib.abstract(lora.spec(cfg, options), 'float32') if options.rank else whole
+
+  def products(remat):
+    compute = Compute(impl='xla', remat=remat, tiles=(8, 8), placement=placement)
+
+    def run(trained, frozen):
+      params = lora.attach(frozen, trained, options) if options.rank else trained
+      return transformer.apply(params, tokens, layout, cfg, compute).sum()
+
+    return str(jax.make_jaxpr(jax.grad(run))(trained, whole)).count('dot_general')
+
+  again = len(options.targets) if options.rank else 0
+  assert products('none') + again == products('dots') < products('full')
 
 
 def test_bfloat16_is_float32_to_its_rounding():

@@ -256,7 +256,7 @@ def add(commands) -> None:
   parser.add_argument('--size', help=f'shapes of a published model, for width, layers, vocab: {", ".join(sizes.SIZES)}')
   parser.add_argument('--only', default='', metavar='TEXT', help='steps with TEXT in their name')
   parser.add_argument('--torch', action='store_true', help='against steps in torch, of transformers and peft')
-  parser.add_argument('--remat', default='none', choices=transformer.REMAT)
+  parser.add_argument('--remat', default=transformer.Compute.remat, choices=transformer.REMAT)
   parser.add_argument('--variants', action='store_true',
                       help='the method\'s family, configs/variants.py, each against plain distillation')
 
