@@ -70,7 +70,6 @@ def sweep(add, arg='sinks'):
 def prompts(config, model, ctx):
   """`published`, for a language model and prompts of blocks."""
   published(config, model, ctx)
-  config.chunk = 512   # with a vocabulary of 152k: 0.3 GB of float32 logits per row and model
   config.data.max_blocks = max(8, ctx // 128)   # blocks of 128 tokens on average; sinks take 3% of the row then
   return config
 

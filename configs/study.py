@@ -76,7 +76,6 @@ def get_config(arg=''):
   config.steps = 50
   config.batch = 4
   config.accumulate = 2   # a row for each of two cores: a fifth of what four rows take is memory enough
-  config.chunk = 128
   config.log_every = 1
   config.save_every = 10
   config.lora.rank = 16

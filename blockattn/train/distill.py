@@ -61,7 +61,7 @@ class DistillOptions:
   match_weight: float = 0.0
   weights: losses.TokenWeights = losses.TokenWeights()
   on_policy: on_policy_lib.OnPolicyOptions = on_policy_lib.OnPolicyOptions()
-  chunk: int = options_lib.not_a_key(default=512)
+  chunk: int = options_lib.not_a_key(default=job.CHUNK)
   accumulate: int = options_lib.not_a_key(default=1)
   seed: int = options_lib.not_a_key(default=0)
 

@@ -33,7 +33,7 @@ class FinetuneOptions:
   text_weight: float = 0.0
   prompt_weight: float = 0.0
   answer_weight: float = 1.0
-  chunk: int = options_lib.not_a_key(default=512)
+  chunk: int = options_lib.not_a_key(default=job.CHUNK)
   accumulate: int = options_lib.not_a_key(default=1)
   seed: int = options_lib.not_a_key(default=0)
 

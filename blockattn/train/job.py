@@ -30,6 +30,8 @@ from blockattn.models.lora import LoraOptions  # `lora` names a field below
 from blockattn.train import export, held_out, inputs, loop, workdir as workdir_lib
 
 DTYPES = ('float32', 'bfloat16')
+# Tokens of a row whose logits exist at a time: a chunk with one loss token costs as much as a full one, answers are short.
+CHUNK = 128
 SINK_KINDS = ('token', 'learned')
 TAIL_KINDS = ('block', 'link')
 TRAIN_ONLY = ('', 'wrappers')
@@ -198,7 +200,7 @@ class PromptOptions(Options):
     eval: measuring on data.eval_files while it trains
     lora: see lora.LoraOptions
   """
-  chunk: int = 512
+  chunk: int = CHUNK
   export_every: int = 0
   blocks: BlockModeOptions
   data: inputs.PromptData

@@ -88,7 +88,7 @@ class Step:
 
 
 def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='float32', max_blocks: int,
-               chunk: int = 512) -> dict[str, Callable[[], Step]]:
+               chunk: int = job.CHUNK) -> dict[str, Callable[[], Step]]:
   """The steps by name, each made when it is called: one whole optimizer step on the same batch.
 
   Args:
@@ -251,7 +251,7 @@ def add(commands) -> None:
   arguments.add_numbers(
       parser, rows=(1, 'rows of the batch'), length=(4096, 'T'), blocks=(16, 'context blocks'), question=(64, 'tokens'),
       answer=(64, 'tokens'), width=(512, 'model width'), layers=(6, 'layers'), vocab=(16384, 'vocabulary'),
-      chunk=(512, 'loss chunk'), samples=(5, 'samples per step'),
+      chunk=(job.CHUNK, 'loss chunk'), samples=(5, 'samples per step'),
       seconds=(60, 'a step that ran so long is not sampled again'))
   parser.add_argument('--size', help=f'shapes of a published model, for width, layers, vocab: {", ".join(sizes.SIZES)}')
   parser.add_argument('--only', default='', metavar='TEXT', help='steps with TEXT in their name')
@@ -263,4 +263,4 @@ def add(commands) -> None:
   parser = measuring.add_command(commands, 'memory', 'peak memory of the chunked loss against T and V', memory, cores=2)
   parser.add_argument('--lengths', type=int, nargs='+', default=[4096, 8192, 16384, 32768])
   parser.add_argument('--vocabs', type=int, nargs='+', default=[32768, 151936])
-  arguments.add_numbers(parser, width=(256, 'model width'), chunk=(512, 'loss chunk'))
+  arguments.add_numbers(parser, width=(256, 'model width'), chunk=(job.CHUNK, 'loss chunk'))
