@@ -14,7 +14,7 @@ rule cuts rows; size() is that of a dtype. N, K, F and V are a device's share.
   cast           remat 'none' and 'dots' keep all layers' weights in compute.dtype for the backward pass
   saved          activations from the forward to the backward pass, as JAX's own differentiation lists them; attention
                  counts as a fused kernel that keeps q, k, v, its output and one float32 per query and head. Roughly,
-                 in units of L b T' size(compute.dtype): remat 'full' D; 'dots' 3 D + (N + 2 K) H + 2 F; 'none' every
+                 in units of L b T' size(compute.dtype): remat 'full' D; 'dots' 2 D + 2 (N + K) H + 2 F; 'none' every
                  intermediate value of a layer, and where rows are cut the keys and values of all of their parts.
                  Fine-tuning in mode 'both' counts both views. With remat 'offload' the inputs of all layers are in the
                  host's memory, which is not counted.
@@ -32,10 +32,10 @@ rule cuts rows; size() is that of a dtype. N, K, F and V are a device's share.
 
 Compared with the compiler's count (CPU, float32, Qwen3-0.6B cut to 8 layers, ctx=2048, 8 devices; distillation with
 each remat, tensor=2, accumulate=2, a small vocabulary, and fine-tuning) parameters, optimizer, teacher and batch are
-exact, and the rest is between 8% too low and 12% too high. The compiler for TPUs takes more: for Qwen3-0.6B on v5e:4x4
-(distillation, jax 0.10.2) the total is 9% above the estimate at ctx=4096, chunk=64, 38% at ctx=32768, context=2,
-accumulate=2, chunk=256, and 43% at ctx=4096, chunk=512, where logits take some 8 copies in place of 5. So leave room, or
-let --aot count.
+exact, and the rest is between 8% too low and 12% too high; what 'dots' keeps has changed since. The compiler for TPUs
+takes more: for Qwen3-0.6B on v5e:4x4 (distillation, jax 0.10.2) the total is 9% above the estimate at ctx=4096,
+chunk=64, 38% at ctx=32768, context=2, accumulate=2, chunk=256, and 43% at ctx=4096, chunk=512, where logits take some 8
+copies in place of 5. So leave room, or let --aot count.
 """
 
 import dataclasses
