@@ -47,6 +47,7 @@ POINTS = {
         'no_dropout': {'distill.drop_rate': 0.0},
         'no_weights': {'distill.weights.form': 'none'},
     },
+    'rates': {f'rate_{rate:g}': {'optim.lr': rate} for rate in (1e-3, 3e-3)},
     'baseline': {'finetuned': {}},
     'baseline_time': {'finetuned_time': {}},   # for as many seconds as `distilled`
     'forms': {
