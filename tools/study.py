@@ -386,10 +386,11 @@ def segmentation_table(summary: Mapping) -> str:
 
 # The command.
 
-def wanted(only: Sequence[str]) -> list[tuple[str, str, int]]:
-  """(group, row, seed) of the trainings that names of rows and groups ask for, all without one; first seeds first."""
+def wanted(only: Sequence[str], seeds: int) -> list[tuple[str, str, int]]:
+  """(group, row, seed) of the trainings that names of rows and groups ask for, all without one; first seeds first, and no
+  more than so many."""
   every = [(group, row, seed) for group, rows in rows_of.POINTS.items() for row in rows
-           for seed in range(rows_of.SEEDS.get(group, 1))]
+           for seed in range(min(seeds, rows_of.SEEDS.get(group, 1)))]
   known = {name for group, row, _ in every for name in (group, row)} | {*rows_of.UNTRAINED, RIVALS}
   unknown = [name for name in only if name not in known]
   if unknown:
@@ -416,7 +417,7 @@ def plan(study: Study, points: Sequence[tuple[str, str, int]]) -> str:
 
 
 def run(options) -> None:
-  points = wanted(options.only)
+  points = wanted(options.only, options.seeds)
   if options.steps < 2:
     raise UserError(f'--steps {options.steps}: 2 at least, from the second on the speed of a training is measured')
   command.quiet_libraries()
@@ -460,6 +461,7 @@ def parsed(argv: Sequence[str] | None):
                       f'{excerpts.GOLD}, as many blocks as the text has')
   arguments.add_numbers(parser, docs=(32, 'held-out documents'), tokens=(1024, 'of an excerpt'),
                         texts=(2048, 'excerpts to train on, at most'), steps=(rows_of.get_config().steps, 'of a training'),
+                        seeds=(max(rows_of.SEEDS.values()), 'of a row, at most'),
                         questions=(24, 'of each kind'), batch=(4, 'documents at a time'),
                         gflops=(_GFLOPS, '10^9 operations a second of this machine, for the plan'))
   return parser.parse_args(argv)
