@@ -57,6 +57,9 @@ class TokenWeights:
     for name, choices in (('form', WEIGHT_FORMS), ('source', GAP_SOURCES), ('on', WEIGHTED), ('mean', WEIGHT_MEANS)):
       if getattr(self, name) not in choices:
         raise UserError(f'token weight {name} {getattr(self, name)!r}; choose one of {", ".join(choices)}')
+    if self.form == 'none' and (self.source, self.on, self.mean) != ('student', 'both', 'batch'):
+      raise UserError("token weight form 'none' has no source, no part of the loss that it counts in (on), and no other mean; "
+                      'choose the form relu or exp, or leave them out')
 
 
 def token_weight(gap: Array, weights: TokenWeights) -> Array:

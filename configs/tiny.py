@@ -4,7 +4,7 @@
 
 The blocks are cut three words before each sentence's end, so that a question has to be matched across two of them. Lengths,
 rates and weights were chosen on pages of the validation split, among a dozen settings (`--data pages:validation`).
-`configs/tiny.py:baseline` is block fine-tuning on the same batches (for blockattn.train.finetune), for a sixth as many
+`configs/tiny.py:baseline` is block fine-tuning on the same batches (for blockattn.train.finetune), for an eleventh of the
 steps: each costs more, and the demo has to end within minutes. The sweep, of sinks or of `--points dropout`, takes about two
 minutes for every point on two cores:
 
@@ -24,7 +24,7 @@ TEACHER = pathlib.Path(blockattn.__file__).parent / 'assets' / 'tiny_teacher'
 def get_config(arg=''):
   arg = common.parse_arg(arg, baseline=False)
   config = common.base('finetune' if arg.baseline else 'distill')
-  config.steps = 50 if arg.baseline else 300
+  config.steps = 50 if arg.baseline else 550
   config.batch = 4
   config.chunk = 32
   config.save_every = 100

@@ -303,6 +303,12 @@ def test_unknown_weights_are_refused(kwargs):
     losses.TokenWeights(**kwargs)
 
 
+@pytest.mark.parametrize('kwargs', [{'source': 'teacher'}, {'on': 'ce'}, {'mean': 'document'}])
+def test_what_would_have_no_effect_without_weights_is_refused(kwargs):
+  with pytest.raises(ValueError, match="token weight form 'none' has no source"):
+    losses.TokenWeights('none', **kwargs)
+
+
 def test_the_top_of_a_teacher_gives_a_lower_bound_that_grows_to_the_whole():
   heads, hidden, _ = case(V, V)
   teacher, student = (hidden[name] @ heads[name].T for name in ('teacher', 'student'))

@@ -11,7 +11,8 @@ semanticseg). Students are trained on excerpts of training documents of some cat
 of test documents, half of them of categories that nothing is trained on. The last quarter of an excerpt is the last block,
 what is measured: KL to the teacher and cross-entropy, in block mode and in full attention. `KL closed` is the share of the
 KL between full attention and the bare block mask that a row makes good, with its interval from resampled documents.
-Questions of blockattn.evals.ruler are asked where the teacher itself answers them better than by guessing.
+Questions of blockattn.evals.ruler, and over the passages of DIR/qa/test_*.jsonl.gz where they are there, are asked where the
+teacher itself answers them better than by guessing.
 
 --segmentations: the context of the same excerpts cut by the segmenter, at its gold boundaries and by splitters, each text in
 as many blocks by all of them, so that the mean length is the same. What is measured is the same last block.
@@ -48,10 +49,12 @@ from tools.bench import measuring
 
 BARE = 'bare'   # the row that `closed` is measured from: the block mask alone
 KNOWN, NEW = 'known', 'new'   # parts of the held-out documents
+DOCUMENTS = 'documents'   # the evaluation of a row that is no question
 FIRST, RIVALS = 'untrained', 'rivals'   # groups that need no training: the one that others are compared with, and the last
 _RIVALS = 'epic:8,epic:32,cacheblend:0.15,star,ape:0.9:0.9:1'
 QUESTIONS = (ruler.Shape('needles', 512, 4), ruler.Shape('needles', 1024, 8), ruler.Shape('variables', 512, 4, hops=1),
              ruler.Shape('words', 512, 4, words=1))
+PASSAGES = 'nq_open', 'hotpot_distractor', '2wiki_distractor', 'tatqa'   # of DIR/qa, where they are there
 _GFLOPS = 100.0   # that two cores do
 
 
@@ -138,21 +141,25 @@ class Study:
   @functools.cached_property
   def questions(self) -> dict[str, tuple]:
     """{name: (documents, examples)} of the kinds that the teacher answers better than by guessing."""
-    kept = {}
+    files, kept = [], {}
     for shape in QUESTIONS:
-      chance = 1 / shape.keys if shape.kind == 'needles' else 0.0
       path = ruler_files.write(self.workdir / 'questions', shape, self.options.questions, self.tokenizer)
-      documents = evaluate.file_docs([str(path)], self.tokenizer)[:2]
-      rows = self.asked('teacher', {gap.TEACHER: self.teacher}, shape.name, documents)
+      files.append((shape.name, path, 1 / shape.keys if shape.kind == 'needles' else 0.0))
+    for name in PASSAGES:
+      if (path := pathlib.Path(self.options.data) / 'qa' / f'test_{name}.jsonl.gz').is_file():
+        files.append((name, path, 0.0))
+    for name, path, chance in files:
+      documents = evaluate.file_docs([str(path)], self.tokenizer, limit=self.options.questions)[:2]
+      rows = self.asked('teacher', {gap.TEACHER: self.teacher}, name, documents)
       if gap.summarize(rows)[gap.TEACHER]['intervals']['substring']['low'] > chance:
-        kept[shape.name] = documents
+        kept[name] = documents
     return kept
 
   def asked(self, row: str, subjects: Mapping[str, gap.Subject], name: str, documents) -> list[dict]:
     return self.measured(self.workdir / 'evaluation' / row / name, subjects, documents, max_new=16, stop='\n')
 
   def evaluated(self, row: str, subjects: Mapping[str, gap.Subject]) -> None:
-    self.measured(self.workdir / 'evaluation' / row / 'documents', subjects)
+    self.measured(self.workdir / 'evaluation' / row / DOCUMENTS, subjects)
 
   def answered(self, row: str, subjects: Mapping[str, gap.Subject]) -> None:
     for name, documents in self.questions.items():
@@ -227,7 +234,7 @@ def read_rows(path: pathlib.Path) -> list[dict]:
 def joined(study: Study, found: Mapping[str, list[str]]) -> list[dict]:
   """A row per held-out document with all models by name: those of no training, and of each row in `found`, {row: names of
   its evaluations}, 'ROW' and 'ROW full', its students' figures pooled."""
-  read = lambda name: read_rows(study.workdir / 'evaluation' / name / 'documents' / gap.DOCUMENTS)
+  read = lambda name: read_rows(study.workdir / 'evaluation' / name / DOCUMENTS / gap.DOCUMENTS)
   models = [row['models'] for row in read(FIRST)]
   for group in (*rows_of.UNTRAINED, RIVALS):
     if group != FIRST and len(more := read(group)) == len(models):   # else it is not done
@@ -297,17 +304,19 @@ def table(summary: Mapping) -> str:
 
 
 def questions_table(study: Study) -> str:
-  """Markdown: how many answers hold what was asked for, a row per model, a column per kind of question."""
-  found = {}
-  for path in sorted((study.workdir / 'evaluation').glob(f'*/*_b*/{gap.DOCUMENTS}')):
-    rows = read_rows(path)
-    if len(rows) == study.options.questions:
-      for name, own in gap.summarize(rows).items():
-        row = name if name not in ('block', 'full') else f'{path.parents[1].name} {name}'
-        found.setdefault(row, {})[path.parent.name] = own['intervals']['substring']
-  kinds = sorted({kind for own in found.values() for kind in own})
-  return '\n'.join([measuring.head('answers', *kinds), *(
-      measuring.row(name, *(percent(own.get(kind)) for kind in kinds)) for name, own in found.items())])
+  """Markdown: a row per kind of question and model: how many answers hold what was asked for, F1, and of the right answer
+  CE and KL."""
+  lines = [measuring.head('questions', 'model', 'answer holds it', 'F1', 'CE', 'KL')]
+  by_kind = lambda path: (path.parent.name, path.parents[1].name)
+  for path in sorted((study.workdir / 'evaluation').glob(f'*/*/{gap.DOCUMENTS}'), key=by_kind):
+    kind, row = by_kind(path)
+    if kind == DOCUMENTS or len(rows := read_rows(path)) != study.options.questions:
+      continue
+    for name, own in gap.summarize(rows).items():
+      means = own['intervals']
+      lines.append(measuring.row(kind, name if name not in ('block', 'full') else f'{row} {name}', percent(means['substring']),
+                                 percent(means['f1']), shown(means['ce']), shown(means['kl'])))
+  return '\n'.join(lines)
 
 
 def keep(study: Study) -> str:

@@ -28,6 +28,10 @@ def data(tmp_path_factory):
       data_cases.write_lines(folder / 'seg' / f'{split}_{category}.jsonl.gz', [
           {'id': f'{category} {i}', 'category': category, 'source': 'here', 'license': 'CC0', 'blocks': blocks[i:]}
           for i in range(2)])
+  (folder / 'qa').mkdir()
+  data_cases.write_lines(folder / 'qa' / f'test_{study.PASSAGES[0]}.jsonl.gz', [
+      {'passages': [{'title': 'Boats', 'text': f'There are {i} boats.'}], 'question': 'How many boats?', 'answers': [str(i)]}
+      for i in range(3)])
   return folder
 
 
@@ -59,6 +63,9 @@ def test_the_rows_that_were_asked_for_are_in_the_table(workdir):
   assert own['seeds'] == 2 and own['steps'] == 2 and set(own['full']) >= {'kl', 'ce_rise'}
   assert 'kl_less' in found['rows']['bare']['new'] and 'kl_less' not in own['new']
   assert {'weights', 'seconds', 'run', 'keys'} <= set(found['trainings'][0])
+  asked = [line.split('|')[1:3] for line in lines[lines.index('') + 3:]]   # by kind; of its own questions the model knows none
+  assert asked == [[f' {kind} ', f' {gap.TEACHER} '] for kind in sorted(
+      [study.PASSAGES[0], *(shape.name for shape in study.QUESTIONS)])]
   held_out = excerpts.read(workdir / 'held_out.jsonl')
   assert [one.part for one in held_out] == [study.KNOWN] * 2 + [study.NEW] * 2
   assert not {one.category for one in held_out if one.part == study.NEW} & set(rows_of.KNOWN)
@@ -118,7 +125,7 @@ def test_a_training_of_one_step_is_refused(data, tmp_path, capsys):
 
 def test_unknown_rows_are_named(data, tmp_path, capsys):
   assert study.main(arguments(data, tmp_path, '--only', 'distiled')) == 2
-  assert '--only distiled: choose from groups untrained, untrained_forms, rivals, parts, baseline' in ' '.join(
+  assert '--only distiled: choose from groups untrained, untrained_forms, rivals, parts, rates, baseline' in ' '.join(
       capsys.readouterr().err.split())
 
 
