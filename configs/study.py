@@ -11,8 +11,9 @@ cluster may do that part, once a first start has written runs/study/train.jsonl 
         --config.model.source=models/smollm2 --config.data.files=runs/study/train.jsonl
 
 Low-rank students: on two cores a step costs two thirds of one of all weights, and 230 thousand tokens moved a student of
-rank 16 at this rate. One line end is the sink: of those that were tried in front of the blocks of the untrained model it
-costs least, four of them cost as much again as the blocks themselves. Everything else is the method's default. `baseline` is
+rank 16 at this rate. They have no sinks: four line ends cost the untrained model as much again as the blocks themselves, and
+a student with one, which of those that were tried costs least, was behind one without after as many steps (docs/study.md).
+Everything else is the method's default. `baseline` is
 block fine-tuning on the same batches, for blockattn.train.finetune; `ctx` the tokens of a row; `pages` reads the embedded
 task of configs/tiny.py in short rows, in place of files: what the demo does with this model.
 """
@@ -29,21 +30,21 @@ NEW = ('legal', 'meetings', 'textbooks', 'web_text', 'wiki')
 # Keys that differ from the config, by group and row. UNTRAINED are forms of block mode that the model reads as it is.
 UNTRAINED = {
     'untrained': {
-        'bare': {'blocks.sinks': 0},
-        '1_sink': {},
+        'bare': {},
+        '1_sink': {'blocks.sinks': 1},
         '4_sinks': {'blocks.sinks': 4},
     },
     'untrained_forms': {
         '8_sinks': {'blocks.sinks': 8},
-        'space': {'blocks.sink_text': ' '},
-        'local': {'blocks.sinks': 0, 'blocks.positions': 'local'},
+        'space': {'blocks.sinks': 1, 'blocks.sink_text': ' '},
+        'local': {'blocks.positions': 'local'},
     },
 }
 _OTHERS = ('weighted', 'dropout')   # of the variants of the embedded task those that are the method's default, and ours
 POINTS = {
     'parts': {
         'distilled': {},
-        'no_sinks': {'blocks.sinks': 0},
+        'one_sink': {'blocks.sinks': 1},
         'no_dropout': {'distill.drop_rate': 0.0},
         'no_weights': {'distill.weights.form': 'none'},
     },
@@ -60,10 +61,11 @@ POINTS = {
     'sinks': {
         'sinks_4': {'blocks.sinks': 4},
         'sinks_8': {'blocks.sinks': 8},
-        'learned_1': {'blocks.sink_kind': 'learned'},
+        'learned_1': {'blocks.sink_kind': 'learned', 'blocks.sinks': 1},
         'learned_4': {'blocks.sink_kind': 'learned', 'blocks.sinks': 4},
     },
     'variants': {name: keys | ({'lora.rank': 0} if 'model.train_only' in keys else {})
+                 | ({'blocks.sinks': 1} if {'blocks.sink_kind', 'blocks.align'} & {*keys} else {})   # sinks are repeated to align
                  for name, keys in variants.VARIANTS.items() if keys and name not in _OTHERS},
 }
 SEEDS = {'parts': 3, 'baseline': 3, 'baseline_time': 3}   # of the main rows; the others have one
@@ -87,7 +89,7 @@ def get_config(arg=''):
   config.data.max_blocks = 12
   config.data.segmenter = 'tiny'
   config.data.segment.target = TARGET
-  config.blocks.sinks = 1
+  config.blocks.sinks = 0
   if arg.pages:
     tiny.pages(config)
     config.data.length = 480
