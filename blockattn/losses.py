@@ -58,8 +58,8 @@ class TokenWeights:
       if getattr(self, name) not in choices:
         raise UserError(f'token weight {name} {getattr(self, name)!r}; choose one of {", ".join(choices)}')
     if self.form == 'none' and (self.source, self.on, self.mean) != ('student', 'both', 'batch'):
-      raise UserError("token weight form 'none' has no source, no part of the loss that it counts in (on), and no other mean; "
-                      'choose the form relu or exp, or leave them out')
+      raise UserError("token weight form 'none' has no source, no part of the loss that it counts in (on), and no other "
+                      'mean; choose the form relu or exp, or leave them out')
 
 
 def token_weight(gap: Array, weights: TokenWeights) -> Array:

@@ -64,8 +64,9 @@ POINTS = {
         'learned_1': {'blocks.sink_kind': 'learned', 'blocks.sinks': 1},
         'learned_4': {'blocks.sink_kind': 'learned', 'blocks.sinks': 4},
     },
+    # Learned sinks are there to be trained, and what aligns a block is its sink.
     'variants': {name: keys | ({'lora.rank': 0} if 'model.train_only' in keys else {})
-                 | ({'blocks.sinks': 1} if {'blocks.sink_kind', 'blocks.align'} & {*keys} else {})   # sinks are repeated to align
+                 | ({'blocks.sinks': 1} if {'blocks.sink_kind', 'blocks.align'} & {*keys} else {})
                  for name, keys in variants.VARIANTS.items() if keys and name not in _OTHERS},
 }
 SEEDS = {'parts': 3, 'baseline': 3, 'baseline_time': 3}   # of the main rows; the others have one

@@ -314,8 +314,8 @@ def questions_table(study: Study) -> str:
       continue
     for name, own in gap.summarize(rows).items():
       means = own['intervals']
-      lines.append(measuring.row(kind, name if name not in ('block', 'full') else f'{row} {name}', percent(means['substring']),
-                                 percent(means['f1']), shown(means['ce']), shown(means['kl'])))
+      lines.append(measuring.row(kind, f'{row} {name}' if name in ('block', 'full') else name,
+                                 percent(means['substring']), percent(means['f1']), shown(means['ce']), shown(means['kl'])))
   return '\n'.join(lines)
 
 

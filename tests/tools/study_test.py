@@ -63,7 +63,7 @@ def test_the_rows_that_were_asked_for_are_in_the_table(workdir):
   assert own['seeds'] == 2 and own['steps'] == 2 and set(own['full']) >= {'kl', 'ce_rise'}
   assert 'kl_less' in found['rows']['bare']['new'] and 'kl_less' not in own['new']
   assert {'weights', 'seconds', 'run', 'keys'} <= set(found['trainings'][0])
-  asked = [line.split('|')[1:3] for line in lines[lines.index('') + 3:]]   # by kind; of its own questions the model knows none
+  asked = [line.split('|')[1:3] for line in lines[lines.index('') + 3:]]   # the teacher alone: it can answer none
   assert asked == [[f' {kind} ', f' {gap.TEACHER} '] for kind in sorted(
       [study.PASSAGES[0], *(shape.name for shape in study.QUESTIONS)])]
   held_out = excerpts.read(workdir / 'held_out.jsonl')
