@@ -11,11 +11,11 @@ cluster may do that part, once a first start has written runs/study/train.jsonl 
         --config.model.source=models/smollm2 --config.data.files=runs/study/train.jsonl
 
 Low-rank students: on two cores a step costs two thirds of one of all weights, and 230 thousand tokens moved a student of
-rank 16 at this rate. They have no sinks: four line ends cost the untrained model as much again as the blocks themselves, and
-a student with one, which of those that were tried costs least, was behind one without after as many steps (docs/study.md).
-Everything else is the method's default. `baseline` is
-block fine-tuning on the same batches, for blockattn.train.finetune; `ctx` the tokens of a row; `pages` reads the embedded
-task of configs/tiny.py in short rows, in place of files: what the demo does with this model.
+rank 16 at this rate. They have no sinks: four line ends cost the untrained model as much again as the blocks themselves,
+and a student with one, which of those that were tried costs least, was behind one without after as many steps
+(docs/study.md). Everything else is the method's default. `baseline` is block fine-tuning on the same batches, for
+blockattn.train.finetune; `ctx` the tokens of a row; `pages` reads the embedded task of configs/tiny.py in short rows, in
+place of files: what the demo does with this model.
 """
 
 from blockattn import blocks, tree
