@@ -304,17 +304,19 @@ def table(summary: Mapping) -> str:
 
 
 def questions_table(study: Study) -> str:
-  """Markdown: a row per kind of question and model: how many answers hold what was asked for, F1, and of the right answer
-  CE and KL."""
-  lines = [measuring.head('questions', 'model', 'answer holds it', 'F1', 'CE', 'KL')]
-  by_kind = lambda path: (path.parent.name, path.parents[1].name)
-  for path in sorted((study.workdir / 'evaluation').glob(f'*/*/{gap.DOCUMENTS}'), key=by_kind):
+  """Markdown: a row per kind of question and model that was asked as many as the teacher: how many answers hold what was
+  asked for, F1, and of the right answer CE and KL."""
+  lines = [measuring.head('questions', 'asked', 'model', 'answer holds it', 'F1', 'CE', 'KL')]
+  by_kind, folder = lambda path: (path.parent.name, path.parents[1].name), study.workdir / 'evaluation'
+  asked = {path.parent.name: len(read_rows(path)) for path in folder.glob(f'teacher/*/{gap.DOCUMENTS}')}
+  for path in sorted(folder.glob(f'*/*/{gap.DOCUMENTS}'), key=by_kind):
     kind, row = by_kind(path)
-    if kind == DOCUMENTS or len(rows := read_rows(path)) != study.options.questions:
+    rows = read_rows(path)
+    if not rows or len(rows) != asked.get(kind):
       continue
     for name, own in gap.summarize(rows).items():
       means = own['intervals']
-      lines.append(measuring.row(kind, f'{row} {name}' if name in ('block', 'full') else name,
+      lines.append(measuring.row(kind, len(rows), f'{row} {name}' if name in ('block', 'full') else name,
                                  percent(means['substring']), percent(means['f1']), shown(means['ce']), shown(means['kl'])))
   return '\n'.join(lines)
 
