@@ -56,6 +56,7 @@ QUESTIONS = (ruler.Shape('needles', 512, 4), ruler.Shape('needles', 1024, 8), ru
              ruler.Shape('words', 512, 4, words=1))
 PASSAGES = 'nq_open', 'hotpot_distractor', '2wiki_distractor', 'tatqa'   # of DIR/qa, where they are there
 _GFLOPS = 100.0   # that two cores do
+_MAY_MOVE = 'model.source', 'data.files'   # keys of a training that are paths, which the study itself gives
 
 
 # The study.
@@ -187,6 +188,7 @@ def trained(study: Study, group: str, row: str, seed: int) -> dict:
   folder = study.workdir / 'students' / group / sweep.point_name(keys | {'seed': seed})
   path = folder / 'result.json'
   if path.is_file():
+    workdir_lib.check_config(folder, options, free=_MAY_MOVE)
     return disk.read_json(path, {'row': str, 'seed': int, 'steps': int, 'seconds': disk.NUMBER})
   _ = study.held_out   # writes the training documents
   with workdir_lib.only_run_in(folder):

@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import subprocess
 import sys
+from collections.abc import Collection
 
 import jax
 
@@ -73,17 +74,27 @@ def newest_step(workdir: pathlib.Path, options) -> int | None:
     ValueError: it is of another config than that of the options; names the keys that differ. A key that the workdir's config
       lacks is newer than it, and counts as its default: runs that were begun before it did just that.
   """
-  step, path = checkpoint.newest_step(workdir / loading.CHECKPOINTS), workdir / 'config.json'
-  if step is None or not path.exists():
+  step = checkpoint.newest_step(workdir / loading.CHECKPOINTS)
+  if step is None or not (workdir / 'config.json').exists():
     return None
-  old = options_lib.flat(options_lib.default_json(type(options))) | options_lib.flat(disk.read_json(path))
-  if changed := differing(old, options_lib.as_json(options)):
+  check_config(workdir, options)
+  return step
+
+
+def check_config(workdir: pathlib.Path, options, *, free: Collection[str] = ()) -> None:
+  """Refuses options that are not those of a run, but for keys that may change while it goes on, and for `free` ones.
+
+  Raises:
+    ValueError, FileNotFoundError: see newest_step; or there is no config.json.
+  """
+  old = options_lib.flat(options_lib.default_json(type(options))) | options_lib.flat(disk.read_json(workdir / 'config.json'))
+  changed = {key: values for key, values in differing(old, options_lib.as_json(options)).items() if key not in free}
+  if changed:
     said = '; '.join(f'{key} was {old!r} and is {new!r}' for key, (old, new) in changed.items())
     ended = _schedule_steps(old)
     longer = (f'; to go on with other steps, keep the schedule of those that were done: --config.optim.decay_steps={ended}'
               if changed.keys() & {'steps', 'optim.decay_steps'} else '')
     raise UserError(f'{workdir} holds a run with another config: {said}. Use a new --workdir, or the old values{longer}')
-  return step
 
 
 def differing(old: dict, new: dict) -> dict[str, tuple]:

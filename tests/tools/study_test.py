@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -79,6 +80,18 @@ def test_a_second_start_does_nothing_again(workdir, data, monkeypatch, capsys):
   assert (workdir / 'table.md').read_text() == table and table in capsys.readouterr().out
   assert study.main([*arguments(data, workdir), '--docs', '6']) == 2
   assert '--docs was 4 there and is 6' in ' '.join(capsys.readouterr().err.split())
+
+
+def test_a_row_that_was_trained_otherwise_is_not_taken(workdir, data, monkeypatch, capsys):
+  """Nor is a folder refused that was moved; of its students only figures are needed."""
+  moved = shutil.copytree(workdir, workdir.parent / 'moved', ignore=shutil.ignore_patterns('checkpoints'))
+  monkeypatch.setattr(study.job, 'module_of', None)
+  assert study.main(arguments(data, moved, '--only', 'distilled')) == 0
+  monkeypatch.setitem(rows_of.POINTS['parts'], 'distilled', {'optim.lr': 0.5})
+  (moved / 'students/parts/seed=0').rename(moved / 'students/parts/optim.lr=0.5,seed=0')
+  assert study.main(arguments(data, moved, '--only', 'distilled')) == 2
+  said = ' '.join(capsys.readouterr().err.split())
+  assert 'students/parts/optim.lr=0.5,seed=0 holds a run with another config: optim.lr was 0.0003 and is 0.5. Use' in said
 
 
 @pytest.mark.slow
