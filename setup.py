@@ -69,7 +69,7 @@ setuptools.setup(
         'filelock',   # what JAX locks its cache of compiled programs with
         'flax>=0.12.8',
         'grain>=0.2.18',
-        'httpx',            # what transformers downloads with
+        'httpx',            # asks the annotator's model
         f'jax{JAX}',
         'jinja2',   # chat templates; transformers does not ask for it
         'matplotlib>=3.9',  # curves and masks of a run's page, which the demo makes

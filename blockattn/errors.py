@@ -5,14 +5,13 @@ errors from faults of ours, whose traceback is needed.
 """
 
 import argparse
-import contextlib
 import difflib
 import errno
 import importlib
 import math
 import numbers
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 EXIT_MEND = 2          # the user can mend it; the same command would fail again
@@ -100,21 +99,3 @@ def library(module: str, who: str, extra: str) -> Any:
     package = module.partition('.')[0].replace('_', '-')
     raise MissingLibrary(f'{who} needs {package}: pip install "blockattn[{extra}]" ({error})') from error
 
-
-@contextlib.contextmanager
-def hub(name: str) -> Iterator[None]:
-  """Within the block, what keeps `name` from being downloaded becomes one line.
-
-  Raises:
-    FileNotFoundError: no network, no such name, or no access to it.
-  """
-  import httpx  # what the hub's client asks with; slow to import
-  try:
-    yield
-  except (OSError, httpx.HTTPError) as error:
-    cause = error
-    while (deeper := cause.__cause__ or cause.__context__) is not None:
-      cause = deeper   # what the libraries make of it is long
-    said = (str(cause).splitlines() or [''])[0]
-    raise FileNotFoundError(f'{name}: no folder here, and none from the hub ({said:.120}); see `hf download {name}`, and '
-                            '`hf auth login` if it is private') from error

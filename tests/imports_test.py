@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LEVELS = (
-    ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'compiled',
+    ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'hub', 'locks', 'metrics', 'trace', 'compiled',
      'checkpoint'),
     ('kernels',),
     ('models',),
@@ -28,8 +28,8 @@ GUESTS = {'grain': ('data', 'train', 'checkpoint'), 'ml_collections': ('train',)
           **dict.fromkeys(('pyarrow', 'datasets'), ('data',)), 'gguf': ('hf',), 'vllm': ('serving',),
           **dict.fromkeys(('tensorflow_datasets', 'apache_beam', 'datasketch', 'tree_sitter'), ('segmentation',))}
 # These must import on a machine without any of them, whatever they import themselves.
-PORTABLE = ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'locks', 'metrics', 'trace', 'compiled',
-            'checkpoint', 'kernels', 'models', 'inference')
+PORTABLE = ('blocks', 'errors', 'options', 'mesh', 'multihost', 'tree', 'disk', 'hub', 'locks', 'metrics', 'trace',
+            'compiled', 'checkpoint', 'kernels', 'models', 'inference')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from blockattn import blocks as blocks_lib, disk, errors
+from blockattn import blocks as blocks_lib, disk, hub
 from blockattn.data import chat_template, json_lines
 from blockattn.data.example import Example
 from blockattn.errors import UserError
@@ -89,17 +89,19 @@ def load_tokenizer(name: str | os.PathLike, template_args: str = '') -> Any:
   """
   logging.getLogger('transformers').addFilter(_is_no_advice)
   import transformers  # slow to import
-  name = os.path.expanduser(os.fspath(name))
-  local = os.path.isdir(name)
-  if not local and (name.startswith(('.', os.sep)) or name.count('/') > 1):
-    raise FileNotFoundError(f'{name}: no such folder; give a folder with a tokenizer.json, or a name on the hub')
-  if local and not os.path.isfile(os.path.join(name, 'tokenizer.json')):
-    raise FileNotFoundError(f'{name}: no tokenizer.json in this folder; save the tokenizer with save_pretrained first')
-  with _naming_files(name) if local else errors.hub(name):
-    kind = transformers.PreTrainedTokenizerFast if local and _is_plain(name) else transformers.AutoTokenizer
-    tokenizer = kind.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+  name = folder = os.path.expanduser(os.fspath(name))
+  if not os.path.isdir(name):
+    if not hub.is_name(name):
+      raise FileNotFoundError(f'{name}: no such folder; give a folder with a tokenizer.json, or a name on the hub')
+    folder = str(hub.fetch(name, ('config.json', 'tokenizer.json', 'chat_template.jinja', *TOKENIZER_FILES)))
+  if not os.path.isfile(os.path.join(folder, 'tokenizer.json')):
+    raise FileNotFoundError(f'{folder}: no tokenizer.json in this folder; save the tokenizer with save_pretrained first')
+  with _naming_files(folder):
+    kind = transformers.PreTrainedTokenizerFast if _is_plain(folder) else transformers.AutoTokenizer
+    tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
   if not tokenizer.is_fast:
     raise UserError(f'{name}: {type(tokenizer).__name__} has no fast version (tokenizer.json), which is needed here')
+  tokenizer.name_or_path = name
   chat_template.set_template_args(tokenizer, template_args)
   return tokenizer
 

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from blockattn import disk, errors, options, tree
+from blockattn import disk, errors, hub, options, tree
 from blockattn.data import json_lines
 from blockattn.data.json_lines import Malformed
 from blockattn.errors import UserError
@@ -40,7 +40,8 @@ class Origin:
   """One entry of `data.files`.
 
   Attributes:
-    path: a file, a folder, a glob; a folder of `datasets`' save_to_disk; or hub:OWNER/NAME, a dataset of the hub.
+    path: a file, a folder, a glob; a folder of `datasets`' save_to_disk; or hub:OWNER/NAME, a dataset of the hub, with
+      @REVISION behind it where it is not to be its newest.
     weight: share of the rows that are trained on; None: what the others leave.
     mode: 'block', or 'full': the context is one block with the question, read with full attention.
     columns: their name of a column -> ours; 'answers.text' is a field of a column.
@@ -311,8 +312,9 @@ def _dataset(source, piece):
   try:
     if source.path.startswith(HUB):
       shown = ':'.join(filter(None, (source.path, source.name, source.split)))
-      with errors.hub(name):
-        loaded = library.load_dataset(name, source.name or None, split=source.split)
+      repo, revision = hub.split(name)
+      with hub.explained(f'{source.path}: nothing'):
+        loaded = library.load_dataset(repo, source.name or None, split=source.split, revision=revision)
     else:
       loaded = library.load_from_disk(os.path.expanduser(name))
   except ValueError as error:

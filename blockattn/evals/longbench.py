@@ -30,7 +30,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from blockattn import errors
+from blockattn import hub
 from blockattn.data import chat_template, json_lines
 from blockattn.data.example import Example, pieces
 from blockattn.errors import UserError
@@ -145,12 +145,12 @@ def _zipped_lines(archive, task):
 
 
 def _download(name):
-  repo, _, revision = str(name).partition('@')
-  if not re.fullmatch(r'[^./~][^/]*/[^/]+', repo):
+  if not hub.is_name(name):
     raise FileNotFoundError(f'{name}: no folder and no zip file, and no name on the hub (owner/dataset) either')
-  import huggingface_hub
-  with errors.hub(str(name)):
-    return huggingface_hub.hf_hub_download(repo, ARCHIVE, repo_type='dataset', revision=revision or None)
+  archive = hub.fetch(name, [ARCHIVE], 'dataset') / ARCHIVE
+  if not archive.is_file():
+    raise FileNotFoundError(f'{name}: no {ARCHIVE} in this dataset of the hub; name the one that has the published files')
+  return archive
 
 
 def _record(line, where):

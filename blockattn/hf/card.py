@@ -1,20 +1,19 @@
 """README.md of an exported model: what the hub reads of it, and what a person has to know."""
 
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import huggingface_hub
 import yaml
 
+from blockattn import hub
 from blockattn.hf import config, files
 from blockattn.models.classifier import ClassifierConfig
 from blockattn.models.transformer import ModelConfig
 
 # What a model takes over from the card of the one that it began as.
 _INHERITED = ('license', 'license_name', 'license_link', 'language')
-_HUB_NAME = re.compile(r'([\w-][\w.-]*/[\w-][\w.-]*)(@[\w./-]+)?')
 
 _ENGINE = '''
 The passages' keys and values are computed once, and reused in every prompt that holds them:
@@ -124,8 +123,7 @@ def _said(origin: pathlib.Path | None) -> dict:
 
 
 def _hub_name(source: str) -> str | None:
-  found = _HUB_NAME.fullmatch(source)
-  return found[1] if found and not pathlib.Path(source).exists() else None
+  return hub.split(source)[0] if hub.is_name(source) and not pathlib.Path(source).exists() else None
 
 
 def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:

@@ -7,13 +7,12 @@ import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 
-import huggingface_hub
 import numpy as np
 import safetensors
 import safetensors.numpy
 import tokenizers
 
-from blockattn import blocks, errors
+from blockattn import blocks, hub
 from blockattn.disk import check_form, read_json, read_tokenizer
 from blockattn.errors import UserError
 from blockattn.metrics import write_json
@@ -58,13 +57,9 @@ def locate(name: os.PathLike | str, wanted: Sequence[str] = DOWNLOADED) -> pathl
     return folder
   if is_gguf(name):
     raise UserError(f'{name}: {_CONVERT_FIRST.format(name)}')
-  repo, _, revision = str(name).partition('@')
-  if folder.is_absolute() or repo.startswith(('.', '~')) or repo.count('/') != 1 or '' in repo.split('/'):
+  if not hub.is_name(name):
     raise FileNotFoundError(f'no folder {name}, and it is no hub name (owner/model or owner/model@revision) either')
-  # '*' of the patterns matches '/', too: keep out other formats' copies that some repositories hold in folders.
-  with errors.hub(str(name)):
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        repo, revision=revision or None, allow_patterns=list(wanted), ignore_patterns=['*/*', 'consolidated*']))
+  return hub.fetch(name, wanted)
 
 
 def is_gguf(name: os.PathLike | str) -> bool:
@@ -274,7 +269,7 @@ def stop_ids(name: os.PathLike | str, eos: int | None) -> tuple[int, ...]:
     ValueError: one of the files is broken; names it.
   """
   said = []
-  if os.path.isdir(name) or str(name).count('/') == 1:
+  if os.path.isdir(name) or hub.is_name(name):
     folder = locate(name, STOPS)
     for file in STOPS:
       if not said and (folder / file).is_file():

@@ -214,22 +214,6 @@ def test_a_split_that_is_not_there(tmp_path):
     tables.open_tables(Origin(path, split='test'))
 
 
-def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
-  asked = []
-  monkeypatch.setattr(datasets, 'load_dataset', lambda name, config, split: asked.append((name, config, split))
-                      or datasets.Dataset.from_list(LINES))
-  [table] = tables.open_tables(Origin('hub:owner/name', name='en', split='test'))
-  assert asked == [('owner/name', 'en', 'test')] and table.name == 'hub:owner/name:en:test'
-  assert [record for _, record in table.read(0)] == LINES
-
-  def refuse(name, config, split):
-    raise ValueError('Unknown split "test".\nShould be one of train')
-
-  monkeypatch.setattr(datasets, 'load_dataset', refuse)
-  with pytest.raises(ValueError, match='^hub:owner/name:test: datasets cannot load it .*; give the entry the right name'):
-    tables.open_tables(Origin('hub:owner/name', split='test'))
-
-
 def test_a_dataset_is_the_same_in_every_cache(tmp_path):
   prints = set()
   for name, rows in (('one', LINES), ('two', LINES), ('three', LINES[::-1])):

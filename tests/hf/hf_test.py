@@ -5,7 +5,6 @@ import re
 import stat
 
 import hf_cases
-import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -381,22 +380,6 @@ def test_parameters_go_to_their_places_on_a_mesh(exported):
   assert_same_bits(placed, params)
   save(placed, cfg, folder, folder.parent / 'source', overwrite=True)
   assert_same_bits(convert.load(folder, 'float32')[1], params)
-
-
-def test_only_a_hub_name_is_downloaded(monkeypatch, exported):
-  folder, _ = exported
-  calls = []
-  monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda repo, **kw: calls.append((repo, kw)) or folder)
-  assert files.locate(folder) == folder and not calls
-  assert files.locate('Qwen/Qwen3-4B@v1') == folder
-  (repo, options), = calls
-  assert (repo, options['revision']) == ('Qwen/Qwen3-4B', 'v1')
-  assert not [p for p in options['allow_patterns'] if p.endswith(('.bin', '.pt', '.pth', '.py', '*'))
-              and p not in files.LICENCES]
-  for name in ('/no/such/folder', './model', 'a/b/c', 'model'):
-    with pytest.raises(FileNotFoundError, match='no folder'):
-      files.locate(name)
-  assert len(calls) == 1
 
 
 # Learned sinks.

@@ -13,8 +13,6 @@ import pytest
 from flax import traverse_util
 
 from blockattn import errors, mesh, options
-from blockattn.data import encode
-from blockattn.hf import files
 from blockattn.models import sizes
 from blockattn.train import command, distill, finetune, job, segment, workdir as workdir_lib
 from configs import common
@@ -281,20 +279,6 @@ def test_what_a_user_can_mend_is_one_line(tmp_path):
     assert line in errors.line_of(raised(call))
   for call in (lambda: int('x'), lambda: {}['x'], lambda: 1 / 0):
     assert errors.line_of(raised(call)) is None   # ours to repair: the traceback is needed
-
-
-def test_a_name_on_the_hub_without_a_network_is_one_line(monkeypatch):
-  import httpx
-
-  def fail(*_, **__):
-    raise httpx.ConnectError('[Errno -2] Name or service not known')
-
-  monkeypatch.setattr(files.huggingface_hub, 'snapshot_download', fail)
-  monkeypatch.setattr('transformers.AutoTokenizer.from_pretrained', fail)
-  for call in (lambda: files.locate('owner/model'), lambda: encode.load_tokenizer('owner/model')):
-    line = errors.line_of(raised(call))
-    assert line == ('owner/model: no folder here, and none from the hub ([Errno -2] Name or service not known); see '
-                    '`hf download owner/model`, and `hf auth login` if it is private')
 
 
 @pytest.mark.parametrize('args, said', [

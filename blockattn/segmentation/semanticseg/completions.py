@@ -1,7 +1,7 @@
 """Asking an OpenAI-compatible endpoint: POST {base URL}/chat/completions, with retries, waits and a deadline.
 
-httpx is what transformers' hub client asks with, so it is there; of the `openai` package one request would be used, and its
-own retries cannot be counted, timed or tested from here.
+By httpx: of the `openai` package one request would be used, and its own retries cannot be counted, timed or tested from
+here.
 """
 
 import asyncio
