@@ -52,7 +52,7 @@ def explained(what: str) -> Iterator[None]:
   except Exception as error:
     if not (isinstance(error, (OSError, theirs.HFValidationError)) or _is_network(error)):
       raise
-    chain = [error]
+    chain: list[BaseException] = [error]
     while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:
       chain.append(deeper)
     of = lambda *kinds: any(isinstance(one, kinds) for one in chain)
