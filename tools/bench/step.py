@@ -188,11 +188,11 @@ def step(args) -> None:
   batch = make_batch(args.rows, args.length, args.blocks, args.question, args.answer, cfg.vocab)
   place = mesh.Placement(mesh.make_mesh({'data': -1}))
   steps = make_steps(cfg, batch, place, transformer.Compute(remat=args.remat), max_blocks=args.blocks + 1, chunk=args.chunk)
-  unit, own = TUNED, steps.keys() - FAMILY.keys() - {*BESIDE_TORCH}
+  unit, own = TUNED, [name for name in steps if name not in FAMILY and name not in BESIDE_TORCH]
   if args.torch:
     unit, own = ALL_FULL, BESIDE_TORCH
   elif args.variants:
-    unit, own = DISTILLED, {DISTILLED, *FAMILY}
+    unit, own = DISTILLED, (DISTILLED, *FAMILY)
   calls = calls_of({name: make for name, make in steps.items() if name in own and args.only in name})
   if args.torch:
     peers = torch_step.calls(cfg, batch, LOW_RANK, 1e-5)
