@@ -50,7 +50,9 @@ def explained(what: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if not (isinstance(error, (OSError, theirs.HFValidationError)) or _is_network(error)):
+    of_this_machine = isinstance(error, OSError) and error.errno is not None   # a full disk, say, which names its file
+    known = isinstance(error, (OSError, theirs.HFValidationError)) and not of_this_machine
+    if not known and not _is_network(error):
       raise
     chain: list[BaseException] = [error]
     while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None:

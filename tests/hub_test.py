@@ -1,5 +1,6 @@
 """What is fetched from the hub, with the hub's own client, from a stand-in on this machine."""
 
+import errno
 import json
 import pathlib
 import shutil
@@ -138,3 +139,12 @@ def test_names():
   for name in ('/no/such/folder', './model', 'a/b/c', 'model', '../model', '~/model', 'a/', '/a', '-a/b', ''):
     assert not hub.is_name(name)
   assert hub.split('o/m@v1') == ('o/m', 'v1') and hub.split('o/m') == ('o/m', None)
+
+
+def test_faults_that_are_not_the_hub_s_stay_what_they_are():
+  for fault in (OSError(errno.ENOSPC, 'No space left on device', '/cache'), TypeError('ours')):
+    with pytest.raises(type(fault)) as raised, hub.explained('x'):
+      raise fault
+    assert raised.value is fault
+  with pytest.raises(FileNotFoundError, match='^x from the hub: .*refused; fetch it'), hub.explained('x'):
+    raise ConnectionRefusedError(errno.ECONNREFUSED, 'Connection refused')
