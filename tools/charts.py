@@ -29,6 +29,7 @@ STYLE = {
     'xtick.major.size': 0, 'ytick.major.size': 0, 'lines.linewidth': 1.6,
     'axes.prop_cycle': cycler.cycler(linestyle=('-', '--')) * cycler.cycler(color=COLOURS),
 }
+AGAIN = 'context computed again for every prompt'   # an axis
 MAX_COLUMNS = 60   # of a heat map
 MAX_POINTS = 600   # that the pointer can find on a curve
 SMOOTH_FROM = 100   # points from which on a running mean is drawn

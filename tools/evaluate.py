@@ -203,7 +203,7 @@ def run(options) -> None:
   print_table(summary, console)
   if options.plot:
     points = {name: (summary[name]['recomputed'], summary[name]['kl']) for name in subjects}
-    charts.write(options.plot, charts.tradeoff(points, 'context computed again for every prompt', 'KL to the teacher, nats'))
+    charts.write(options.plot, charts.tradeoff(points, charts.AGAIN, 'KL to the teacher, nats'))
   if report.bad:
     console.print(report.summary())
 

@@ -18,8 +18,9 @@ teacher itself answers them better than by guessing.
 as many blocks by all of them, so that the mean length is the same. What is measured is the same last block.
 
 Everything is kept at once: STUDY has train.jsonl and held_out.jsonl, students/GROUP/POINT (as launch.sweep names
-them) with a result.json each, evaluation/ROW with figures by document, results.json and table.md. Started again, it goes on
-where it was stopped, within a training too.
+them) with a result.json each, evaluation/ROW with figures by document, results.json, table.md, and tradeoff.svg, KL against
+the share of the context that is computed again for every prompt. Started again, it goes on where it was stopped, within a
+training too.
 """
 
 import dataclasses
@@ -56,6 +57,7 @@ QUESTIONS = (ruler.Shape('needles', 512, 4), ruler.Shape('needles', 1024, 8), ru
              ruler.Shape('words', 512, 4, words=1))
 PASSAGES = 'nq_open', 'hotpot_distractor', '2wiki_distractor', 'tatqa'   # of DIR/qa, where they are there
 _GFLOPS = 100.0   # that two cores do
+_AGAIN = 'recomputed.json'   # beside a row's documents: the share of the context that it computes again for every prompt
 _MAY_MOVE = 'model.source', 'data.files'   # keys of a training that are paths, which the study itself gives
 
 
@@ -160,7 +162,9 @@ class Study:
     return self.measured(self.workdir / 'evaluation' / row / name, subjects, documents, max_new=16, stop='\n')
 
   def evaluated(self, row: str, subjects: Mapping[str, gap.Subject]) -> None:
-    self.measured(self.workdir / 'evaluation' / row / DOCUMENTS, subjects)
+    folder = self.workdir / 'evaluation' / row / DOCUMENTS
+    self.measured(folder, subjects)
+    metrics.write_json(folder / _AGAIN, {name: gap.recomputed(self.documents[0], one) for name, one in subjects.items()})
 
   def answered(self, row: str, subjects: Mapping[str, gap.Subject]) -> None:
     for name, documents in self.questions.items():
@@ -249,6 +253,16 @@ def joined(study: Study, found: Mapping[str, list[str]]) -> list[dict]:
   return [{'models': own} for own in models]
 
 
+def computed_again(study: Study, found: Mapping[str, list[str]]) -> dict[str, float]:
+  """The share of the context that each row of `joined` computes again for every prompt, where its evaluation says so."""
+  path = lambda name: study.workdir / 'evaluation' / name / DOCUMENTS / _AGAIN
+  read = lambda name: disk.read_json(path(name)) if path(name).exists() else {}
+  shares = {}
+  for group in (*rows_of.UNTRAINED, RIVALS):
+    shares |= read(group)
+  return shares | {name: said['block'] for name, evaluations in found.items() if (said := read(evaluations[0]))}
+
+
 def figures(sampled: Mapping[str, Mapping[str, np.ndarray]], name: str, against: str) -> dict:
   """KL, CE with intervals, the share of the KL closed, and by how much the KL is above that of another row, of what
   gap.sampled gives."""
@@ -261,11 +275,13 @@ def figures(sampled: Mapping[str, Mapping[str, np.ndarray]], name: str, against:
 
 
 def summarized(study: Study, results: Sequence[Mapping]) -> dict:
-  """{row: {'seeds', 'steps', 'seconds', part: figures, 'full': figures of full attention on all documents}}."""
+  """{row: {'seeds', 'steps', 'seconds', 'recomputed', part: figures, 'full': figures of full attention on all documents}};
+  `recomputed` is None where an evaluation does not say it."""
   by_row = {}
   for result in results:
     by_row.setdefault(result['row'], []).append(result)
-  rows = joined(study, {name: [name_of(name, one['seed']) for one in own] for name, own in by_row.items()})
+  found = {name: [name_of(name, one['seed']) for one in own] for name, own in by_row.items()}
+  rows, again = joined(study, found), computed_again(study, found)
   part = {which: [row for row, one in zip(rows, study.held_out, strict=True) if one.part == which] for which in (KNOWN, NEW)}
   sampled, summary = {which: gap.sampled(some) for which, some in (*part.items(), ('all', rows))}, {}
   for name in rows[0]['models']:
@@ -274,6 +290,7 @@ def summarized(study: Study, results: Sequence[Mapping]) -> dict:
     own = by_row.get(name, ())
     summary[name] = {'seeds': len(own), 'steps': own[0]['steps'] if own else 0,
                      'seconds': float(np.mean([one['seconds'] for one in own])) if own else 0.0,
+                     'recomputed': again.get(name),
                      **{which: figures(sampled[which], name, 'distilled') for which in part}}
     if own:
       summary[name]['full'] = figures(sampled['all'], f'{name} full', gap.TEACHER)
@@ -292,9 +309,9 @@ def percent(value: Mapping | None) -> str:
 def table(summary: Mapping) -> str:
   """Markdown: a row per row."""
   head = [f'{what}, {part}' for part in (KNOWN, NEW) for what in ('KL', 'KL closed', 'CE', 'KL less `distilled`')]
-  lines = [measuring.head('row', 'seeds', 'steps', 's', *head, 'KL, full attention', 'CE, full attention')]
+  lines = [measuring.head('row', 'seeds', 'steps', 's', 'computed again', *head, 'KL, full attention', 'CE, full attention')]
   for name, own in summary.items():
-    cells = []
+    cells = ['' if own['recomputed'] is None else f'{own["recomputed"]:.1%}']
     for part in (KNOWN, NEW):
       one = own.get(part, {})
       cells += [shown(one.get('kl')), percent(one.get('closed_kl')), shown(one.get('ce')),
@@ -324,7 +341,7 @@ def questions_table(study: Study) -> str:
 
 
 def keep(study: Study) -> str:
-  """Writes results.json and table.md of what there is so far, also of earlier starts."""
+  """Writes results.json, table.md and tradeoff.svg of what there is so far, also of earlier starts."""
   order = [row for rows in rows_of.POINTS.values() for row in rows]
   results = sorted(map(disk.read_json, (study.workdir / 'students').glob('*/*/result.json')),
                    key=lambda one: (order.index(one['row']), one['seed']))
@@ -332,6 +349,9 @@ def keep(study: Study) -> str:
   metrics.write_json(study.workdir / 'results.json', {
       'command': sys.argv, 'commit': workdir_lib.git_commit(), 'machine': measuring.machine(), 'rows': summary,
       'trainings': results, 'documents': len(study.held_out)})
+  points = {name: (own['recomputed'], own[NEW]['kl']['mean']) for name, own in summary.items()
+            if name != gap.TEACHER and own['recomputed'] is not None}
+  charts.write(study.workdir / 'tradeoff.svg', charts.tradeoff(points, charts.AGAIN, 'KL to the teacher, new kinds, nats'))
   text = f'{table(summary)}\n\n{questions_table(study)}'
   disk.write_text(study.workdir / 'table.md', text + '\n')
   return text

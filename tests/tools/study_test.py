@@ -63,6 +63,8 @@ def test_the_rows_that_were_asked_for_are_in_the_table(workdir):
   own = found['rows']['distilled']
   assert own['seeds'] == 2 and own['steps'] == 2 and set(own['full']) >= {'kl', 'ce_rise'}
   assert 'kl_less' in found['rows']['bare']['new'] and 'kl_less' not in own['new']
+  assert [found['rows'][name]['recomputed'] for name in ('bare', gap.TEACHER, 'distilled')] == [0, 1, 0]
+  assert 'distilled' in (workdir / 'tradeoff.svg').read_text()
   assert {'weights', 'seconds', 'run', 'keys'} <= set(found['trainings'][0])
   asked = [line.split('|')[1:4] for line in lines[lines.index('') + 3:]]   # the teacher alone: it can answer none
   assert asked == [[f' {kind} ', f' {1 if kind in study.PASSAGES else 2} ', f' {gap.TEACHER} '] for kind in sorted(
