@@ -87,7 +87,8 @@ def asked(tmp_path_factory):
             ('longbench', 'owner/none')]
   with hub_server.serving(folder) as (address, paths):
     own = run_cases.environment(folder).items()
-    env = {name: value for name, value in own if not name.startswith(('HF_', 'TRANSFORMERS_')) and 'proxy' not in name.lower()}
+    env = {name: value for name, value in own
+           if not name.startswith(('HF_', 'TRANSFORMERS_')) and 'proxy' not in name.lower()}
     env |= {'HF_ENDPOINT': address, 'HF_HOME': str(folder / 'home')}
     done = subprocess.run([sys.executable, '-c', _ASK, json.dumps(wanted), str(folder / 'run')], capture_output=True,
                           text=True, cwd=pathlib.Path(__file__).parents[1], env=env)
