@@ -297,6 +297,9 @@ class BlockOptions:
     seam: of every context block but the first so many text tokens are read again, behind what stands before them; it may be
       chosen anew for every prompt, since no state of a block depends on it.
     align: blocks but the last are made a multiple of so many tokens by repeating the first sink.
+    hide_starts: the sinks of every context block but a document's first, or without any its first token, are read by their
+      own block alone. A model that gives much attention to the first token of all makes one of that kind in every block; so
+      a reader meets one of them. As a seam it may be chosen anew for every prompt.
   """
   sink_ids: tuple[int, ...]
   positions: str
@@ -306,6 +309,7 @@ class BlockOptions:
   links: bool = False
   seam: int = 0
   align: int = 1
+  hide_starts: bool = False
 
   def __post_init__(self):
     errors.check_choice('positions', self.positions, POSITION_SCHEMES)
@@ -334,7 +338,7 @@ class BlockOptions:
   @property
   def bare(self) -> 'BlockOptions':
     """The same without anything inserted: for a model that never saw it."""
-    return dataclasses.replace(self, sink_ids=(), tail_ids=(), links=False, seam=0, align=1)
+    return dataclasses.replace(self, sink_ids=(), tail_ids=(), links=False, seam=0, align=1, hide_starts=False)
 
   def with_seam(self, seam: int | None) -> 'BlockOptions':
     """The same with so many tokens of a seam; None: with those that it has."""
@@ -356,7 +360,7 @@ class PlacedBlock:
     reads: of a reader, how many of the prompt's blocks it reads, beside the readers before it; None: it reads itself alone,
       and a shared prefix.
     copy: its tokens are seam tokens of the block behind it, at the same positions.
-    hidden: (start, stop) of the tokens that no other block sees, since their copies are there.
+    hidden: (start, stop) of the tokens that no other block sees: their copies are there, or starts are hidden.
   """
   tokens: tuple[int, ...]
   start: int
@@ -378,19 +382,21 @@ def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tupl
     raise UserError('a prompt must be a list of blocks, none of them empty, the question last; got '
                     f'{[len(tokens) for tokens in prompt]} tokens: drop empty blocks first')
   *context, question = [tuple(map(int, tokens)) for tokens in prompt]
-  own, tail = [], () if options.links else options.tail_ids   # all but the copies
+  own, seams, tail = [], [], () if options.links else options.tail_ids   # all but the copies
   for i, text in enumerate(context):
     front, seam = options.front(len(text)), min(options.seam, len(text)) if i else 0
     sinks = (*options.sink_ids[:1] * (front - len(options.sink_ids)), *options.sink_ids)
-    own.append(PlacedBlock((*sinks, *text, *tail), 0, hidden=(front, front + seam)))
+    seams.append((front, front + seam))
+    hidden = (0, max(front + seam, 1)) if options.hide_starts and i else seams[-1]
+    own.append(PlacedBlock((*sinks, *text, *tail), 0, hidden=hidden))
     if options.links and options.tail_ids:
       own.append(PlacedBlock(options.tail_ids, 0, reads=i + 1))
+      seams.append((0, 0))
   own.append(PlacedBlock((*options.sink_ids, *question), 0, reads=len(context)))
   starts = block_positions([len(block.tokens) for block in own], options.positions, options.shared_first,
                            [i for i, block in enumerate(own) if block.reads is not None])
   placed, before = [], 0   # blocks of the prompt
-  for block, start in zip(own, starts, strict=True):
-    first, stop = block.hidden
+  for block, start, (first, stop) in zip(own, starts, (*seams, (0, 0)), strict=True):
     if first < stop:
       placed.append(PlacedBlock(block.tokens[first:stop], start + first, reads=before, copy=True))
     placed.append(dataclasses.replace(block, start=start))
@@ -450,6 +456,8 @@ def block_mode(tokens: Array, layout: BlockLayout, options: BlockOptions,
   layout = share_first(layout) if options.shared_first else layout
   if not options.most_added:
     index = jnp.broadcast_to(jnp.arange(layout.doc.shape[1], dtype=jnp.int32), layout.doc.shape)
+    if options.hide_starts:
+      layout = layout.replace(hidden=layout.hidden | first_tokens(layout, 1))
     return tokens, with_positions(layout, options.positions), index
   return insert(tokens, layout, options, padded_length(layout.doc.shape[1], options), seam)
 
@@ -469,16 +477,12 @@ def draw_seam(options: BlockOptions, key: Array) -> Array:
   return jax.random.randint(jax.random.fold_in(key, 1), (), 0, options.seam + 1)   # not the bits of block dropout
 
 
-def seam_tokens(layout: BlockLayout, seam: Array | int) -> Array:
-  """Which text tokens are read again behind what stands before their block: bool [B, T].
-
-  Args:
-    layout: without insertions.
-    seam: of a block, at most, traced or not.
-  """
+def first_tokens(layout: BlockLayout, count: Array | int) -> Array:
+  """The first tokens, so many (traced or not), of every context block but a document's first and a shared one: of text the
+  seam, what is read again behind all that stands before the block. bool [B, T]."""
   offset, valid = offsets(layout), jnp.asarray(layout.doc) != 0
   first = _rank(valid, layout.doc) == offset   # nothing of the document stands before the block
-  return valid & (offset < seam) & ~first & ~jnp.asarray(layout.reader) & ~jnp.asarray(layout.shared)
+  return valid & (offset < count) & ~first & ~jnp.asarray(layout.reader) & ~jnp.asarray(layout.shared)
 
 
 def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: int,
@@ -492,7 +496,7 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
                                block goes on reading, so that its states depend on nothing but the block
 
   Copies have the positions of their originals; all else is counted. Readers and shared blocks have no seam, and neither has
-  a document's first block.
+  a document's first block; of these alone others see the start, where starts are hidden.
 
   Args:
     tokens: int32 [B, T].
@@ -515,7 +519,7 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
   number = jnp.clip(jnp.cumsum(starts, axis=1, dtype=jnp.int32) - 1, 0)   # of the block in its row
   in_block = lambda member: jnp.take_along_axis(jnp.zeros_like(number).at[b, number].add(whole(member)), number, axis=1)
   if options.seam:
-    copied = seam_tokens(layout, options.seam if seam is None else seam)
+    copied = first_tokens(layout, options.seam if seam is None else seam)
     copies = in_block(copied)
   if tail or options.align > 1:
     size, last = in_block(doc != 0), _in_last_block(doc, number)
@@ -550,6 +554,9 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
   new = BlockLayout(doc=take(doc), block=block, position=jnp.zeros((rows, length), jnp.int32),
                     reader=take(layout.reader) | apart, hidden=take(layout.hidden) | original,
                     shared=take(layout.shared) & ~apart)
+  if options.hide_starts:
+    starting = (inserted >= 0) & ~behind if sinks else True   # aligned blocks have more sinks than others
+    new = new.replace(hidden=new.hidden | first_tokens(new, length if sinks else 1) & starting)
   position = with_positions(new.replace(doc=jnp.where(copy, 0, new.doc)), options.positions).position
   if options.seam:
     of_text = jnp.take_along_axis(position, jnp.minimum(index, length - 1), axis=1)

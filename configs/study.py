@@ -35,6 +35,8 @@ UNTRAINED = {
         '4_sinks': {'blocks.sinks': 4},
     },
     'untrained_forms': {
+        'hidden_starts': {'blocks.hide_starts': True},
+        '1_hidden_sink': {'blocks.sinks': 1, 'blocks.hide_starts': True},
         '8_sinks': {'blocks.sinks': 8},
         'space': {'blocks.sinks': 1, 'blocks.sink_text': ' '},
         'local': {'blocks.positions': 'local'},
@@ -45,6 +47,7 @@ POINTS = {
     'parts': {
         'distilled': {},
         'one_sink': {'blocks.sinks': 1},
+        'hide_starts': {'blocks.hide_starts': True},
         'no_dropout': {'distill.drop_rate': 0.0},
         'no_weights': {'distill.weights.form': 'none'},
     },

@@ -329,7 +329,7 @@ def test_what_is_inserted_aligns_with_the_text_by_index(name, scheme, layout):
   np.testing.assert_array_equal(np.take_along_axis(np.asarray(got_tokens), np.asarray(index), axis=1), tokens)
   # Text tokens see the same text as before, and those of a seam all that stands before them: nothing is lost.
   seen, before = np.asarray(may_attend(got)), np.asarray(may_attend(layout))
-  again = np.asarray(blocks.seam_tokens(layout, options.seam))
+  again = np.asarray(blocks.first_tokens(layout, options.seam))
   read = np.asarray(may_attend(layout.replace(reader=layout.reader | again)))
   for b in range(ROWS):
     at = index[b]

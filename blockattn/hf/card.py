@@ -138,6 +138,7 @@ def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:
       'tails, the last tokens of every block but the last one': None if behind == 'links' else ids(kinds[behind]),
       'links behind every block but the last, which read all before them': ids(kinds[behind]) if behind == 'links' else None,
       'first tokens of a block that are read again behind those before it': f'{seam}, or as a prompt asks' if seam else None,
+      'hidden starts': 'what a block but the first begins with is read by itself alone' if said.get('hide_starts') else None,
       'first block': 'read by all behind it' if said.get('shared_first') else None,
       'positions': said['positions'], 'most blocks of a row in training': said['max_blocks']})
   own = ' and '.join(name for name, of in kinds.items() if max(of, default=0) >= cfg.vocab)

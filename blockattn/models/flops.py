@@ -149,7 +149,7 @@ def as_one_block(blocks: Blocks) -> Seen:
 
 
 def seams(blocks: Blocks, most: int, *, drawn: bool = False) -> np.ndarray:
-  """Seam tokens of each block (`blocks.seam_tokens`); `drawn`: the mean over seams of 0 to `most` tokens."""
+  """Seam tokens of each block (`blocks.first_tokens`); `drawn`: the mean over seams of 0 to `most` tokens."""
   mean = np.mean([np.minimum(seam, blocks.sizes) for seam in (range(most + 1) if drawn else (most,))], axis=0)
   return np.where(blocks.first | blocks.reader | blocks.shared, 0.0, mean)
 

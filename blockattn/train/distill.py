@@ -223,7 +223,7 @@ def loss_sums(params, frozen: job.Frozen, batch, key, models: Models, options: D
     layout = blocks.drop_blocks(layout, key, rate=options.drop_rate, mode=options.drop_mode,
                                 positions=models.blocks.positions)
   seam = blocks.draw_seam(models.blocks, key) if models.seam_drawn else models.blocks.seam
-  again = blocks.seam_tokens(layout, seam) if models.blocks.seam else False
+  again = blocks.first_tokens(layout, seam) if models.blocks.seam else False
   mask = loss_mask(batch, layout.replace(reader=layout.reader | again), options)
   tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks, seam, batch.get('room'))
   match = matching.Match(index, tokens.shape[1], mask, models.student.place) if options.match_weight else None

@@ -112,6 +112,7 @@ class BlockModeOptions:
     seam: first tokens of a context block that are read again behind the blocks before it, at most
     seam_drawn: each step has its own number of them, from 0 to seam; else it is always seam
     align: blocks but the last are made a multiple of so many tokens by more sinks; serving engines' pages have 16
+    hide_starts: sinks of a context block but the first, or without any its first token, are read by their own block alone
   """
   sinks: int = 4
   sink_kind: str = 'token'
@@ -122,6 +123,7 @@ class BlockModeOptions:
   seam: int = 0
   seam_drawn: bool = True
   align: int = 1
+  hide_starts: bool = False
 
   def __post_init__(self):
     for name in ('sinks', 'tails', 'seam'):
@@ -448,7 +450,7 @@ def block_options(options: PromptOptions, cfg, sink: int) -> tuple[transformer.M
   return dataclasses.replace(cfg, learned_sinks=len(rows)) if rows else cfg, blocks.BlockOptions(
       sink_ids=rows[:learned] if learned else (sink,) * b.sinks, positions=b.positions, max_blocks=options.data.max_blocks,
       shared_first=options.data.shared_first, tail_ids=rows[learned:], links=b.tail_kind == 'link' and b.tails > 0,
-      seam=b.seam, align=b.align)
+      seam=b.seam, align=b.align, hide_starts=b.hide_starts)
 
 
 def inserted(b: BlockModeOptions, cut: flops.Blocks) -> dict[str, Any]:

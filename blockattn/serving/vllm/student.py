@@ -27,9 +27,11 @@ def read_options(folder: os.PathLike | str) -> blocks.BlockOptions:
     raise UserError(f'{where} says nothing of blocks: name a student that was trained with them and exported (python -m '
                     'tools.convert to_hf), or serve this model with plain `vllm serve`')
   options = config.block_options(meta, where)
-  # Each of these reads earlier blocks from between the blocks, or has states that depend on more than the block.
+  # Each of these reads earlier blocks from between the blocks, has states that depend on more than the block, or leaves out
+  # some of what vLLM reads whole.
   links = options.links and options.tail_ids
-  for key, has in {'links': links, 'seam': options.seam, 'shared_first': options.shared_first}.items():
+  for key, has in {'links': links, 'seam': options.seam, 'shared_first': options.shared_first,
+                   'hide_starts': options.hide_starts}.items():
     if has:
       raise UserError(f'{where}: "{key}" is not served by vLLM yet; answer with tools.generate, or train without it')
   return options
