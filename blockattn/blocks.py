@@ -360,13 +360,21 @@ class PlacedBlock:
     reads: of a reader, how many of the prompt's blocks it reads, beside the readers before it; None: it reads itself alone,
       and a shared prefix.
     copy: its tokens are seam tokens of the block behind it, at the same positions.
-    hidden: (start, stop) of the tokens that no other block sees: their copies are there, or starts are hidden.
+    seam: (start, stop) of the tokens that stand in the copy before it.
+    hidden: (start, stop) of the tokens that no other block sees: those of the seam, and a hidden start.
   """
   tokens: tuple[int, ...]
   start: int
   reads: int | None = None
   copy: bool = False
+  seam: tuple[int, int] = (0, 0)
   hidden: tuple[int, int] = (0, 0)
+
+  @property
+  def unseen(self) -> tuple[int, int]:
+    """(start, stop) of the tokens that no other block sees where copies have taken the place of the seam."""
+    (start, stop), (copied, end) = self.hidden, self.seam
+    return (start, copied) if copied < end else (start, stop)
 
 
 def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tuple[PlacedBlock, ...]:
@@ -382,21 +390,21 @@ def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tupl
     raise UserError('a prompt must be a list of blocks, none of them empty, the question last; got '
                     f'{[len(tokens) for tokens in prompt]} tokens: drop empty blocks first')
   *context, question = [tuple(map(int, tokens)) for tokens in prompt]
-  own, seams, tail = [], [], () if options.links else options.tail_ids   # all but the copies
+  own, tail = [], () if options.links else options.tail_ids   # all but the copies
   for i, text in enumerate(context):
     front, seam = options.front(len(text)), min(options.seam, len(text)) if i else 0
     sinks = (*options.sink_ids[:1] * (front - len(options.sink_ids)), *options.sink_ids)
-    seams.append((front, front + seam))
-    hidden = (0, max(front + seam, 1)) if options.hide_starts and i else seams[-1]
-    own.append(PlacedBlock((*sinks, *text, *tail), 0, hidden=hidden))
+    copied = front, front + seam
+    hidden = (0, max(front + seam, 1)) if options.hide_starts and i else copied
+    own.append(PlacedBlock((*sinks, *text, *tail), 0, seam=copied, hidden=hidden))
     if options.links and options.tail_ids:
       own.append(PlacedBlock(options.tail_ids, 0, reads=i + 1))
-      seams.append((0, 0))
   own.append(PlacedBlock((*options.sink_ids, *question), 0, reads=len(context)))
   starts = block_positions([len(block.tokens) for block in own], options.positions, options.shared_first,
                            [i for i, block in enumerate(own) if block.reads is not None])
   placed, before = [], 0   # blocks of the prompt
-  for block, start, (first, stop) in zip(own, starts, (*seams, (0, 0)), strict=True):
+  for block, start in zip(own, starts, strict=True):
+    first, stop = block.seam
     if first < stop:
       placed.append(PlacedBlock(block.tokens[first:stop], start + first, reads=before, copy=True))
     placed.append(dataclasses.replace(block, start=start))

@@ -188,7 +188,7 @@ def test_positions(scheme, layout):
   np.testing.assert_array_equal(with_positions(layout, scheme).position, naive_positions(layout, scheme))
 
 
-@pytest.mark.parametrize('name', ['sinks', 'links', 'all', 'all_in_blocks'])
+@pytest.mark.parametrize('name', ['sinks', 'links', 'all', 'all_in_blocks', 'hidden', 'hidden_seam', 'hidden_all'])
 @pytest.mark.parametrize('scheme', blocks.POSITION_SCHEMES)
 @pytest.mark.parametrize('shared', [False, True])
 def test_a_prompt_is_placed_as_its_layout_says(scheme, shared, name):
@@ -227,6 +227,9 @@ NAMES = ('doc', 'block', 'reader', 'hidden', 'shared')
 OPTIONS = {
     'nothing': {}, 'sinks': {'sink_ids': (100, 101, 102)}, 'tails': {'tail_ids': (200, 201)},
     'links': {'sink_ids': (100,), 'tail_ids': (200, 201), 'links': True}, 'aligned': {'sink_ids': (100, 101), 'align': 4},
+    'hidden': {'hide_starts': True}, 'hidden_sinks': {'sink_ids': (100, 101), 'hide_starts': True},
+    'hidden_seam': {'seam': 2, 'hide_starts': True},
+    'hidden_all': {'sink_ids': (100, 101), 'tail_ids': (200,), 'links': True, 'seam': 2, 'align': 3, 'hide_starts': True},
     'long_seam': {'sink_ids': (100,), 'seam': 30},
     'all': {'sink_ids': (100, 101), 'tail_ids': (200,), 'links': True, 'seam': 2, 'align': 3},
     'all_in_blocks': {'sink_ids': (100, 101), 'tail_ids': (200,), 'seam': 4, 'align': 5}}
@@ -241,7 +244,7 @@ insert = jax.jit(blocks.insert, static_argnames=('options', 'length'))
 
 def naive_insert(tokens, layout, options, seam):
   """`insert` with lists: for each row its slots in order, each with its token, what it is of, and its part: 'text', 'sink',
-  'tail' or 'copy'; and where each text token went."""
+  'tail', 'copy', or, of what its own block alone sees, 'original' and 'hidden sink'; and where each text token went."""
   rows, where = [], np.zeros((ROWS, T), np.int32)
   doc, reader, shared = fields(layout, 'doc', 'reader', 'shared')
   for b in range(ROWS):
@@ -258,13 +261,15 @@ def naive_insert(tokens, layout, options, seam):
       last = not any(other[0] == name[0] and other > name for other in names)
       has_seam = any(other[0] == name[0] and other < name for other in names) and not reader[b, t] and not shared[b, t]
       copies = text[:seam] if has_seam else []
+      hides = has_seam and options.hide_starts
+      unseen = text[:1] if hides and not options.sink_ids else []
       if t == text[0]:
         out += [(int(tokens[b, c]), c, 'copy') for c in copies]
         size = len(text) + (0 if options.links else len(options.tail_ids))
         fill = 0 if last else -(size + len(options.sink_ids)) % options.align
-        out += [(sink, t, 'sink') for sink in (*options.sink_ids[:1] * fill, *options.sink_ids)]
+        out += [(sink, t, 'hidden sink' if hides else 'sink') for sink in (*options.sink_ids[:1] * fill, *options.sink_ids)]
       where[b, t] = len(out)
-      out.append((int(tokens[b, t]), t, 'original' if t in copies else 'text'))
+      out.append((int(tokens[b, t]), t, 'original' if t in [*copies, *unseen] else 'text'))
       if t == text[-1] and not last:
         out += [(tail, t, 'tail') for tail in options.tail_ids]
     rows.append(out)
@@ -282,7 +287,7 @@ def naive_sees(layout, b, slots, links):
         continue
       same = block[q] == block[k] and apart(what) == apart(seen)
       reads = bool(apart(what)) or reader[q]
-      offered = not hidden[k] and seen != 'original'
+      offered = not hidden[k] and seen not in ('original', 'hidden sink')
       mask[i, j] = same or (shared[k] and not apart(seen)) or (reads and offered)
   return mask
 
@@ -328,9 +333,11 @@ def test_what_is_inserted_aligns_with_the_text_by_index(name, scheme, layout):
   got_tokens, got, index = block_mode(tokens, layout, options)
   np.testing.assert_array_equal(np.take_along_axis(np.asarray(got_tokens), np.asarray(index), axis=1), tokens)
   # Text tokens see the same text as before, and those of a seam all that stands before them: nothing is lost.
-  seen, before = np.asarray(may_attend(got)), np.asarray(may_attend(layout))
+  seen = np.asarray(may_attend(got))
   again = np.asarray(blocks.first_tokens(layout, options.seam))
-  read = np.asarray(may_attend(layout.replace(reader=layout.reader | again)))
+  start = np.asarray(blocks.first_tokens(layout, int(options.hide_starts and not options.sink_ids)))
+  before = np.asarray(may_attend(layout.replace(hidden=layout.hidden | start & ~again)))
+  read = np.asarray(may_attend(layout.replace(reader=layout.reader | again, hidden=layout.hidden | start & ~again)))
   for b in range(ROWS):
     at = index[b]
     rest = ~again[b]   # which read what is not copied of their own block

@@ -4,12 +4,13 @@ What runs a student with torch is loaded when it is first asked for, so that not
 
   cached_generate(model, prompt, options, ...)   transformers' generate over blocks that were read one by one
   prefill_blocks(model, prompt, options, ...)    the DynamicCache that it continues
+  cached_inputs(prompt, options)                 what is read on behind it
   block_inputs(prompts, options)                 what one masked forward pass takes
   block_attention(model, layout)                 context manager under which that pass is masked
   register_block_attention()                     makes the name 'block_sdpa' known to transformers
 """
 
-TORCH = ('cached_generate', 'prefill_blocks', 'block_inputs', 'block_attention', 'register_block_attention')
+TORCH = ('cached_generate', 'prefill_blocks', 'cached_inputs', 'block_inputs', 'block_attention', 'register_block_attention')
 
 
 def __getattr__(name):

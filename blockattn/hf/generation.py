@@ -121,10 +121,23 @@ def cached_generate(model: Model, prompt: Prompt, options: BlockOptions, *, seam
   """
   _check_one_answer(model, generate_kwargs)
   past = prefill_blocks(model, prompt, options, seam=seam, cache=cache)
-  inputs = block_inputs([prompt], options, seam=0, device=model.device)   # in the cache, copies stand for their originals
+  inputs = cached_inputs(prompt, options, seam=seam, device=model.device)
   # With ids, positions and mask of the whole prompt, generate cuts off what the cache holds, and goes on counting from
   # the last position, whatever the cache's length is.
   return model.generate(**inputs.tensors(), past_key_values=past, use_cache=True, **generate_kwargs)
+
+
+def cached_inputs(prompt: Prompt, options: BlockOptions, *, seam: int | None = None,
+                  device: torch.device | str = 'cpu') -> BlockInputs:
+  """A prompt as it is read on behind the cache of `prefill_blocks`, in which copies stand for their originals: every token
+  once, and attention_mask is 0 for those that none but their own block sees. Arguments and errors as in `block_inputs`."""
+  inputs, at = block_inputs([prompt], options, seam=0, device=device), 0
+  for block in place_prompt(prompt, options.with_seam(seam)):
+    if not block.copy:
+      start, stop = block.unseen
+      inputs.attention_mask[:, at + start:at + stop] = 0
+      at += len(block.tokens)
+  return inputs
 
 
 @torch.no_grad()
@@ -133,20 +146,22 @@ def prefill_blocks(model: Model, prompt: Prompt, options: BlockOptions, *, seam:
   """Keys and values of a prompt's context blocks, each at its place. Arguments and errors as in `cached_generate`.
 
   Returns:
-    A DynamicCache of all tokens before the question's sinks. It shares no memory with `cache`.
+    A DynamicCache of all tokens before the question's sinks, to be read on with `cached_inputs`. It shares no memory with
+    `cache`.
   """
   _check_model(model)
   check_cacheable(options)
   *placed, _ = place_prompt(prompt, options.with_seam(seam))
   cache = {} if cache is None else cache
-  decoder, states, prefix, copies = model.get_decoder(), [], None, None
+  decoder, states, seen, prefix, copies = model.get_decoder(), [], [], None, None
   for block in placed:
-    if block.reads is not None:   # all that stands before it, which is what the cache holds so far
-      state = _read_block(decoder, block.tokens, states, model.device, block.start)
+    if block.reads is not None:   # all that stands before it and is not hidden
+      state = _read_block(decoder, block.tokens, seen, model.device, block.start)
       if block.copy:
         copies = state
       else:
         states.append(state)
+        seen.append(state)
       continue
     before = prefix.tokens if prefix else ()
     key = _state_key(block.tokens, before)
@@ -154,7 +169,8 @@ def prefill_blocks(model: Model, prompt: Prompt, options: BlockOptions, *, seam:
     if state is None:
       state = cache[key] = _read_block(decoder, block.tokens, states[:1] if prefix else [], model.device, len(before))
     state = _moved(state, block.start - len(before), decoder.rotary_emb.inv_freq)
-    states.append(state if copies is None else _with_copies(state, copies, block.hidden))
+    states.append(state if copies is None else _replaced(state, block.seam, copies))
+    seen.append(_replaced(states[-1], block.unseen))
     prefix, copies = placed[0] if options.shared_first else None, None
   return _joined(states, model.config)
 
@@ -193,11 +209,15 @@ def _read_block(decoder, tokens, before: Sequence[State], device, start: int) ->
   return tuple((own(keys), own(values)) for keys, values, *_ in past)
 
 
-def _with_copies(state: State, copies: State, where: tuple[int, int]) -> State:
-  """The state with the tokens `where` replaced by copies, which are all that others read of them."""
+def _replaced(state: State, where: tuple[int, int], copies: State | None = None) -> State:
+  """The state with copies in place of the tokens `where`, or, None, without them."""
   start, stop = where
-  put = lambda x, own: torch.cat([x[..., :start, :], own, x[..., stop:, :]], dim=-2)
-  return tuple((put(k, own_k), put(v, own_v)) for (k, v), (own_k, own_v) in zip(state, copies))
+  cut = lambda x, *own: torch.cat([x[..., :start, :], *own, x[..., stop:, :]], dim=-2)
+  if start == stop:
+    return state
+  if copies is None:
+    return tuple((cut(k), cut(v)) for k, v in state)
+  return tuple((cut(k, own_k), cut(v, own_v)) for (k, v), (own_k, own_v) in zip(state, copies))
 
 
 def _moved(state: State, distance: int, frequencies) -> State:

@@ -33,7 +33,10 @@ LENGTHS = ((5, 4, 3), (7, 2), (4,), (6, 1, 2, 1))
 SINKS = (48, 49)   # the learned ones: every model of hf_cases has a vocabulary of 48
 MODES = {'plain': BlockOptions((), 'sequential', 4), 'local': BlockOptions((), 'local', 4),
          'sinks': BlockOptions(SINKS, 'sequential', 4), 'sinks_local': BlockOptions(SINKS, 'local', 4)}
-MORE = {'seam': BlockOptions(SINKS, 'sequential', 4, seam=1), 'seam_local': BlockOptions(SINKS[:1], 'local', 4, seam=6),
+MORE = {'hidden': BlockOptions((), 'sequential', 4, hide_starts=True),
+        'hidden_all': BlockOptions(SINKS, 'local', 4, tail_ids=SINKS[1:], links=True, seam=2, align=4, hide_starts=True),
+        'hidden_seam': BlockOptions((), 'local', 4, seam=2, hide_starts=True),
+        'seam': BlockOptions(SINKS, 'sequential', 4, seam=1), 'seam_local': BlockOptions(SINKS[:1], 'local', 4, seam=6),
         'tails': BlockOptions((), 'local', 4, tail_ids=SINKS, seam=2),
         'links': BlockOptions(SINKS[:1], 'sequential', 4, tail_ids=SINKS[1:], links=True, seam=2, align=4),
         'links_local': BlockOptions((), 'local', 4, tail_ids=SINKS, links=True)}
@@ -131,11 +134,12 @@ def masked_logits(model, prompts, options, vocab=48):
 
 def cached_logits(model, prompt, options, cache=None, vocab=48):
   """Of the question's tokens, its sinks included."""
-  inputs = hf.block_inputs([prompt], options, seam=0)   # in the cache a seam takes no place of its own
+  inputs = hf.cached_inputs(prompt, options)
   past = hf.prefill_blocks(model, prompt, options, cache=cache)
   start = past.get_seq_length()
   with torch.no_grad():
-    out = model(inputs.input_ids[:, start:], position_ids=inputs.position_ids[:, start:], past_key_values=past)
+    out = model(inputs.input_ids[:, start:], inputs.attention_mask, position_ids=inputs.position_ids[:, start:],
+                past_key_values=past)
   return out.logits[0].float().numpy()[:, :vocab]
 
 
@@ -145,7 +149,7 @@ def padded(answer):
 
 def cached_answer(model, prompt, options, **kwargs):
   out = hf.cached_generate(model, prompt, options, max_new_tokens=NEW, do_sample=False, **kwargs)
-  inputs = hf.block_inputs([prompt], options, seam=0)
+  inputs = hf.cached_inputs(prompt, options)
   assert torch.equal(out[:, :inputs.input_ids.shape[1]], inputs.input_ids)
   return padded(out[0, inputs.input_ids.shape[1]:].numpy())
 

@@ -132,13 +132,16 @@ def test_cached_logits_are_those_of_the_masked_forward_pass(words, name, positio
 
 
 SEAM = 40   # longer than any block
-FORMS = {'seam': {}, 'tails': {'tail_ids': (5, 6)}, 'links': {'tail_ids': (5, 6), 'links': True}}
+FORMS = {'seam': {}, 'tails': {'tail_ids': (5, 6)}, 'links': {'tail_ids': (5, 6), 'links': True},
+         'hidden': {'hide_starts': True}, 'hidden_links': {'tail_ids': (5, 6), 'links': True, 'hide_starts': True}}
 
 
 @pytest.mark.parametrize('form, name, positions, devices, shared', [
     ('seam', 'qwen3_tied', 'sequential', 1, False), ('seam', 'llama_rope', 'local', 3, True),
     ('tails', 'llama_rope', 'local', 1, False), ('links', 'qwen3_tied', 'sequential', 8, False),
-    ('links', 'llama_rope', 'local', 1, False), ('links', 'qwen3_tied', 'local', 1, True)])
+    ('links', 'llama_rope', 'local', 1, False), ('links', 'qwen3_tied', 'local', 1, True),
+    ('hidden', 'qwen3_bias', 'sequential', 1, False), ('hidden', 'llama_rope', 'local', 3, True),
+    ('hidden_links', 'llama_rope', 'sequential', 1, False)])
 def test_what_is_read_again_beside_cached_blocks(words, form, name, positions, devices, shared):
   """Seams of no token, of some and of whole blocks, chosen anew for every prompt, tails and links; the states stay."""
   rng, (cfg, params) = np.random.default_rng(7), model(name)

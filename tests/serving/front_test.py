@@ -203,6 +203,7 @@ def test_the_command_is_that_of_vllm():
 
 @pytest.mark.parametrize('change, line', [
     ({'blocks': None}, 'says nothing of blocks'), ({'seam': 2}, '"seam" is not served'),
+    ({'hide_starts': True}, '"hide_starts" is not served'),
     ({'links': True, 'tail_ids': (5,)}, '"links" is not served'), ({'shared_first': True}, '"shared_first" is not served')])
 def test_students_that_cannot_be_served_are_refused(tmp_path, change, line):
   said = config.blocks_meta(OPTIONS) | change
