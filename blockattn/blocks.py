@@ -299,7 +299,7 @@ class BlockOptions:
     align: blocks but the last are made a multiple of so many tokens by repeating the first sink.
     hide_starts: the sinks of every context block but a document's first, or without any its first token, are read by their
       own block alone. A model that gives much attention to the first token of all makes one of that kind in every block; so
-      a reader meets one of them. As a seam it may be chosen anew for every prompt.
+      a reader meets one of them. No state of a block depends on it.
   """
   sink_ids: tuple[int, ...]
   positions: str

@@ -42,7 +42,7 @@ UNTRAINED = {
         'local': {'blocks.positions': 'local'},
     },
 }
-_OTHERS = ('weighted', 'dropout')   # of the variants of the embedded task those that are the method's default, and ours
+_OTHERS = ('weighted', 'dropout', 'hide_starts')   # of the embedded task's variants those that stand above
 POINTS = {
     'parts': {
         'distilled': {},

@@ -13,6 +13,7 @@ VARIANTS = {
     'on_policy': {'distill.on_policy.share': 0.5, 'distill.on_policy.every': 2},
     'dropout': {'distill.drop_rate': 0.2},
     'granularity': {'data.join_blocks': 4},
+    'hide_starts': {'blocks.hide_starts': True},
     'seam': {'blocks.seam': 8},
     'tails': {'blocks.tails': 4},
     'links': {'blocks.tails': 4, 'blocks.tail_kind': 'link'},
