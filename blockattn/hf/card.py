@@ -130,6 +130,7 @@ def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:
   if said is None:
     return f'It was never trained in blocks; `{files.META}` asks for no sinks.\n'
   ids = lambda of: f'{len(of)}, token ids {list(of)}' if of else None
+  alone = 'read by itself alone'
   behind, align, seam = 'links' if said.get('links') else 'tails', said.get('align', 1), said.get('seam')
   kinds = {'sinks': said['sink_ids'], behind: said.get('tail_ids', ())}
   lines = _list({
@@ -138,7 +139,7 @@ def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:
       'tails, the last tokens of every block but the last one': None if behind == 'links' else ids(kinds[behind]),
       'links behind every block but the last, which read all before them': ids(kinds[behind]) if behind == 'links' else None,
       'first tokens of a block that are read again behind those before it': f'{seam}, or as a prompt asks' if seam else None,
-      'hidden starts': 'what a block but the first begins with is read by itself alone' if said.get('hide_starts') else None,
+      'sinks, or without any the first token, of a block but the first': alone if said.get('hide_starts') else None,
       'first block': 'read by all behind it' if said.get('shared_first') else None,
       'positions': said['positions'], 'most blocks of a row in training': said['max_blocks']})
   own = ' and '.join(name for name, of in kinds.items() if max(of, default=0) >= cfg.vocab)

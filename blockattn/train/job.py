@@ -454,7 +454,7 @@ def block_options(options: PromptOptions, cfg, sink: int) -> tuple[transformer.M
 
 
 def inserted(b: BlockModeOptions, cut: flops.Blocks) -> dict[str, Any]:
-  """What flops.in_blocks takes beside the blocks of a batch."""
+  """What flops.in_blocks takes beside the blocks of a batch. Hidden starts, a token or so of a block, count as read."""
   return {'sinks': b.sinks, 'tails': b.tails, 'links': b.tail_kind == 'link',
           'seams': flops.seams(cut, b.seam, drawn=b.seam_drawn)}
 
