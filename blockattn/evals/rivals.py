@@ -9,6 +9,7 @@ from a cache is computed here, too.
   star                the first block is an anchor
   ape:0.9:0.9:4       parallel blocks behind one prefix of 4 line ends; temperature and scale of the context
   cacheblend:0.15     the 15 % of the context's tokens that blocks change most
+  hidden              the first token of every block but the first is not read
 
 KVLink (arXiv 2502.16002) and Block-Attention's fine-tuning (arXiv 2409.15355) need a training: configs with
 `blocks.tail_kind=link`, and blockattn.train.finetune.
@@ -51,6 +52,14 @@ class Epic(Rival):
 
   def options(self, tokenizer):
     return _BARE.with_seam(self.tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden(Rival):
+  """What a student trained with hidden starts (`BlockOptions.hide_starts`) begins as. Nobody's but ours."""
+
+  def options(self, tokenizer):
+    return dataclasses.replace(_BARE, hide_starts=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +159,7 @@ def _context(states: tuple[Array, Array], layout: blocks.BlockLayout, visible: A
   return decode.Context(k, v, pages, transformer.rotary_angles(layout.position, cfg), visible, number, scale=scale)
 
 
-_KINDS = {'epic': Epic, 'star': Star, 'ape': Ape, 'cacheblend': CacheBlend}
+_KINDS = {'epic': Epic, 'star': Star, 'ape': Ape, 'cacheblend': CacheBlend, 'hidden': Hidden}
 _FORMS = ', '.join(':'.join((name, *(field.name for field in dataclasses.fields(kind)))) for name, kind in _KINDS.items())
 
 

@@ -114,10 +114,11 @@ def logits(x):
   return norm(x, PARAMS['final_norm'].astype(np.float64)) @ PARAMS['head'].T.astype(np.float64)
 
 
-def read_again(tokens, kept, again, question):
-  """The question's logits behind context states, of which those at places `again` are computed anew."""
+def read_again(tokens, kept, again, question, unseen=()):
+  """The question's logits behind context states, of which those at places `again` are computed anew, and those at `unseen`
+  are not read."""
   at = np.array(sorted({*again, *question}))
-  x, seen = embed(tokens[at]), np.arange(len(tokens)) <= at[:, None]
+  x, seen = embed(tokens[at]), (np.arange(len(tokens)) <= at[:, None]) & ~np.isin(np.arange(len(tokens)), unseen)
   for index, (keys, values) in enumerate(kept):
     q, k, v = qkv(x, index, at)
     keys, values = keys.copy(), values.copy()
@@ -140,6 +141,11 @@ def epic(tokens, lengths, count):
   context, (_, question) = blocks_of(tokens, lengths)
   again = [place for _, at in context[1:] for place in at[:count]]
   return read_again(tokens, block_states(tokens, lengths), again, question)
+
+
+def hidden(tokens, lengths):
+  context, (_, question) = blocks_of(tokens, lengths)
+  return read_again(tokens, block_states(tokens, lengths), (), question, [at[0] for _, at in context[1:]])
 
 
 def cacheblend(tokens, lengths, share):
@@ -184,6 +190,7 @@ def ape(tokens, lengths, temperature, scale, prefix=PREFIX):
 APE = dataclasses.replace(BARE, sink_ids=PREFIX, positions='local')
 CASES = {
     'epic': (rivals.Epic(2), BARE.with_seam(2), lambda *doc: epic(*doc, 2)),
+    'hidden': (rivals.Hidden(), dataclasses.replace(BARE, hide_starts=True), hidden),
     'star': (rivals.Star(), rivals.Star().options(None), star),
     'ape': (rivals.Ape(0.7, 0.8, 3), APE, lambda *doc: ape(*doc, 0.7, 0.8)),
     'ape_sharp': (rivals.Ape(1.2, 1.3, 3), APE, lambda *doc: ape(*doc, 1.2, 1.3)),
