@@ -11,11 +11,11 @@ cluster may do that part, once a first start has written runs/study/train.jsonl 
         --config.model.source=models/smollm2 --config.data.files=runs/study/train.jsonl
 
 Low-rank students: on two cores a step costs two thirds of one of all weights, and 230 thousand tokens moved a student of
-rank 16 at this rate. They have no sinks: four line ends cost the untrained model as much again as the blocks themselves,
-and a student with one, which of those that were tried costs least, was behind one without after as many steps
-(docs/study.md). Everything else is the method's default. `baseline` is block fine-tuning on the same batches, for
-blockattn.train.finetune; `ctx` the tokens of a row; `pages` reads the embedded task of configs/tiny.py in short rows, in
-place of files: what the demo does with this model.
+rank 16 at this rate. They have no sinks, and hide where their blocks start: readers that meet several first tokens make up a
+third of what blocks cost the untrained model, four line ends in front of each cost as much again, and students with either
+were behind after as many steps (docs/study.md). Everything else is the method's default. `baseline` is block fine-tuning on
+the same batches, for blockattn.train.finetune; `ctx` the tokens of a row; `pages` reads the embedded task of configs/tiny.py
+in short rows, in place of files: what the demo does with this model.
 """
 
 from blockattn import blocks, tree
@@ -28,26 +28,27 @@ KNOWN = ('books', 'code', 'drama', 'finance', 'manuals', 'math_latex', 'newslett
 NEW = ('legal', 'meetings', 'textbooks', 'web_text', 'wiki')
 
 # Keys that differ from the config, by group and row. UNTRAINED are forms of block mode that the model reads as it is.
+_READ = {'blocks.hide_starts': False}
 UNTRAINED = {
     'untrained': {
-        'bare': {},
-        '1_sink': {'blocks.sinks': 1},
-        '4_sinks': {'blocks.sinks': 4},
+        'bare': _READ,
+        '1_sink': _READ | {'blocks.sinks': 1},
+        '4_sinks': _READ | {'blocks.sinks': 4},
     },
     'untrained_forms': {
-        'hidden_starts': {'blocks.hide_starts': True},
-        '1_hidden_sink': {'blocks.sinks': 1, 'blocks.hide_starts': True},
-        '8_sinks': {'blocks.sinks': 8},
-        'space': {'blocks.sinks': 1, 'blocks.sink_text': ' '},
-        'local': {'blocks.positions': 'local'},
+        'hidden_starts': {},
+        '1_hidden_sink': {'blocks.sinks': 1},
+        '8_sinks': _READ | {'blocks.sinks': 8},
+        'space': _READ | {'blocks.sinks': 1, 'blocks.sink_text': ' '},
+        'local': _READ | {'blocks.positions': 'local'},
     },
 }
 _OTHERS = ('weighted', 'dropout', 'hide_starts')   # of the embedded task's variants those that stand above
 POINTS = {
     'parts': {
         'distilled': {},
-        'one_sink': {'blocks.sinks': 1},
-        'hide_starts': {'blocks.hide_starts': True},
+        'read_starts': _READ,
+        'one_sink': _READ | {'blocks.sinks': 1},
         'no_dropout': {'distill.drop_rate': 0.0},
         'no_weights': {'distill.weights.form': 'none'},
     },
@@ -94,6 +95,7 @@ def get_config(arg=''):
   config.data.segmenter = 'tiny'
   config.data.segment.target = TARGET
   config.blocks.sinks = 0
+  config.blocks.hide_starts = True
   if arg.pages:
     tiny.pages(config)
     config.data.length = 480
