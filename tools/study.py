@@ -350,7 +350,8 @@ def keep(study: Study) -> str:
       'command': sys.argv, 'commit': workdir_lib.git_commit(), 'machine': measuring.machine(), 'rows': summary,
       'trainings': results, 'documents': len(study.held_out)})
   kl = lambda name: summary[name][NEW]['kl']['mean']
-  points = {name: (own['recomputed'], kl(name)) for name, own in summary.items()   # those far above would press all others flat
+  # Those far above would press all others flat.
+  points = {name: (own['recomputed'], kl(name)) for name, own in summary.items()
             if name != gap.TEACHER and own['recomputed'] is not None and kl(name) <= 2 * kl(BARE)}
   charts.write(study.workdir / 'tradeoff.svg', charts.tradeoff(points, charts.AGAIN, 'KL to the teacher, new kinds, nats'))
   text = f'{table(summary)}\n\n{questions_table(study)}'
