@@ -98,4 +98,3 @@ def library(module: str, who: str, extra: str) -> Any:
   except ImportError as error:
     package = module.partition('.')[0].replace('_', '-')
     raise MissingLibrary(f'{who} needs {package}: pip install "blockattn[{extra}]" ({error})') from error
-

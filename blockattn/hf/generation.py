@@ -153,15 +153,16 @@ def prefill_blocks(model: Model, prompt: Prompt, options: BlockOptions, *, seam:
   check_cacheable(options)
   *placed, _ = place_prompt(prompt, options.with_seam(seam))
   cache = {} if cache is None else cache
-  decoder, states, seen, prefix, copies = model.get_decoder(), [], [], None, None
+  decoder, states, unseen, prefix, copies = model.get_decoder(), [], [], None, None
   for block in placed:
     if block.reads is not None:   # all that stands before it and is not hidden
+      seen = [_replaced(*one) for one in zip(states, unseen, strict=True)]
       state = _read_block(decoder, block.tokens, seen, model.device, block.start)
       if block.copy:
         copies = state
       else:
         states.append(state)
-        seen.append(state)
+        unseen.append(block.unseen)
       continue
     before = prefix.tokens if prefix else ()
     key = _state_key(block.tokens, before)
@@ -170,7 +171,7 @@ def prefill_blocks(model: Model, prompt: Prompt, options: BlockOptions, *, seam:
       state = cache[key] = _read_block(decoder, block.tokens, states[:1] if prefix else [], model.device, len(before))
     state = _moved(state, block.start - len(before), decoder.rotary_emb.inv_freq)
     states.append(state if copies is None else _replaced(state, block.seam, copies))
-    seen.append(_replaced(states[-1], block.unseen))
+    unseen.append(block.unseen)
     prefix, copies = placed[0] if options.shared_first else None, None
   return _joined(states, model.config)
 
