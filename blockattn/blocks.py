@@ -119,13 +119,15 @@ def share_first(layout: BlockLayout) -> BlockLayout:
   return layout.replace(shared=(layout.doc != 0) & (layout.block == 0) & ~layout.reader)
 
 
-def block_positions(lengths: Sequence[int], scheme: str, shared_first: bool = False,
-                    readers: Collection[int] = ()) -> list[int]:
+def block_positions(lengths: Sequence[int], scheme: str, shared_first: bool = False, readers: Collection[int] = (),
+                    unseen: Sequence[int] = ()) -> list[int]:
   """Position of the first token of each block: what `with_positions` gives a document of which the last block and those of
-  the numbers `readers` read."""
+  the numbers `readers` read, and of whose blocks the first `unseen` tokens are read by their own block alone."""
   errors.check_choice('positions', scheme, POSITION_SCHEMES)
   if scheme == 'sequential':
-    return list(itertools.accumulate(lengths[:-1], initial=0))
+    unseen = unseen or [0] * len(lengths)
+    seen = [length - count for length, count in zip(lengths, unseen, strict=True)]
+    return [start - count for start, count in zip(itertools.accumulate(seen, initial=0), unseen)]
   starts, longest, read = [], 0, 0
   for i, length in enumerate(lengths):
     if i in readers or i == len(lengths) - 1:
@@ -174,16 +176,24 @@ def as_one_block(layout: BlockLayout) -> BlockLayout:
   return with_positions(one, 'sequential')
 
 
-def with_positions(layout: BlockLayout, scheme: str) -> BlockLayout:
+def with_positions(layout: BlockLayout, scheme: str, unseen: Array | None = None) -> BlockLayout:
   """Numbers the tokens anew.
 
   'sequential': one count over the document, sinks included. 'local': every context block starts at 0, or right after
   the shared prefix, as it does in a cache of blocks; a reader starts after the longest block before it, a further
   reader after the one before. Removed tokens and padding take no position (theirs is 0).
+
+  Args:
+    unseen: bool [B, T], first tokens of blocks that are read by their own block alone. The one count leaves them out, and
+      they are numbered backwards from what follows in their block: what others see stands without a gap, as it does in
+      pages of a cache that leaves them out.
   """
   errors.check_choice('positions', scheme, POSITION_SCHEMES)
   valid = layout.doc != 0
-  if scheme == 'sequential':
+  if scheme == 'sequential' and unseen is not None:
+    ahead = _in_block(unseen, block_numbers(layout)) - offsets(layout)
+    position = _rank(valid & ~unseen, layout.doc) - jnp.where(unseen, ahead, 0)
+  elif scheme == 'sequential':
     position = _rank(valid, layout.doc)
   else:
     position = _local_positions(layout, valid)
@@ -233,6 +243,17 @@ def block_starts(layout: BlockLayout) -> Array:
   return key > jnp.pad(_running_max(key), ((0, 0), (1, 0)))[:, :-1]
 
 
+def block_numbers(layout: BlockLayout) -> Array:
+  """Number of each token's block in its row: int32 [B, T]."""
+  return jnp.clip(jnp.cumsum(block_starts(layout), axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def _in_block(member, number):
+  """How many members the block of each token has, of which `number` is the row's block: int32 [B, T]."""
+  b = jnp.arange(number.shape[0])[:, None]
+  return jnp.take_along_axis(jnp.zeros_like(number).at[b, number].add(jnp.asarray(member).astype(jnp.int32)), number, axis=1)
+
+
 def offsets(layout: BlockLayout) -> Array:
   """How many remaining tokens of its own block stand before each token: int32 [B, T]."""
   doc = jnp.asarray(layout.doc)
@@ -278,9 +299,8 @@ def _rank_inclusive(member, doc):
 def _coin_per_block(layout, key, rate):
   """One Bernoulli(rate) draw per block, repeated over its tokens: bool [B, T]."""
   doc = jnp.asarray(layout.doc)
-  number = jnp.cumsum(block_starts(layout), axis=1) - 1
   draws = jax.random.bernoulli(key, rate, doc.shape)
-  return jnp.take_along_axis(draws, jnp.clip(number, 0), axis=1)
+  return jnp.take_along_axis(draws, block_numbers(layout), axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,8 +318,8 @@ class BlockOptions:
       chosen anew for every prompt, since no state of a block depends on it.
     align: blocks but the last are made a multiple of so many tokens by repeating the first sink.
     hide_starts: the sinks of every context block but a document's first, or without any its first token, are read by their
-      own block alone. A model that gives much attention to the first token of all makes one of that kind in every block; so
-      a reader meets one of them. No state of a block depends on it.
+      own block alone, and take none of the `sequential` positions. A model that gives much attention to the first token of
+      all makes one of that kind in every block; so a reader meets one of them. No state of a block depends on it.
   """
   sink_ids: tuple[int, ...]
   positions: str
@@ -356,7 +376,7 @@ class PlacedBlock:
 
   Attributes:
     tokens: sinks and tail included.
-    start: position of the first.
+    start: position of the first, which those that no other block sees share with tokens before them (sequential).
     reads: of a reader, how many of the prompt's blocks it reads, beside the readers before it; None: it reads itself alone,
       and a shared prefix.
     copy: its tokens are seam tokens of the block behind it, at the same positions.
@@ -394,14 +414,14 @@ def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tupl
   for i, text in enumerate(context):
     front, seam = options.front(len(text)), min(options.seam, len(text)) if i else 0
     sinks = (*options.sink_ids[:1] * (front - len(options.sink_ids)), *options.sink_ids)
-    copied = front, front + seam
+    copied = (front, front + seam) if seam else (0, 0)
     hidden = (0, max(front + seam, 1)) if options.hide_starts and i else copied
     own.append(PlacedBlock((*sinks, *text, *tail), 0, seam=copied, hidden=hidden))
     if options.links and options.tail_ids:
       own.append(PlacedBlock(options.tail_ids, 0, reads=i + 1))
   own.append(PlacedBlock((*options.sink_ids, *question), 0, reads=len(context)))
   starts = block_positions([len(block.tokens) for block in own], options.positions, options.shared_first,
-                           [i for i, block in enumerate(own) if block.reads is not None])
+                           [i for i, block in enumerate(own) if block.reads is not None], [stop - start for start, stop in (block.unseen for block in own)])
   placed, before = [], 0   # blocks of the prompt
   for block, start in zip(own, starts, strict=True):
     first, stop = block.seam
@@ -464,9 +484,9 @@ def block_mode(tokens: Array, layout: BlockLayout, options: BlockOptions,
   layout = share_first(layout) if options.shared_first else layout
   if not options.most_added:
     index = jnp.broadcast_to(jnp.arange(layout.doc.shape[1], dtype=jnp.int32), layout.doc.shape)
-    if options.hide_starts:
-      layout = layout.replace(hidden=layout.hidden | first_tokens(layout, 1))
-    return tokens, with_positions(layout, options.positions), index
+    unseen = first_tokens(layout, 1) if options.hide_starts else None
+    layout = layout if unseen is None else layout.replace(hidden=layout.hidden | unseen)
+    return tokens, with_positions(layout, options.positions, unseen), index
   return insert(tokens, layout, options, padded_length(layout.doc.shape[1], options), seam)
 
 
@@ -524,13 +544,12 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
   sinks, tail = len(options.sink_ids), len(options.tail_ids)
   seams, links = int(options.seam > 0), int(options.links and tail > 0)   # blocks beside every block
   front, copies, copied, ends = sinks, 0, jnp.zeros(doc.shape, bool), jnp.zeros(doc.shape, bool)
-  number = jnp.clip(jnp.cumsum(starts, axis=1, dtype=jnp.int32) - 1, 0)   # of the block in its row
-  in_block = lambda member: jnp.take_along_axis(jnp.zeros_like(number).at[b, number].add(whole(member)), number, axis=1)
+  number = block_numbers(layout)
   if options.seam:
     copied = first_tokens(layout, options.seam if seam is None else seam)
-    copies = in_block(copied)
+    copies = _in_block(copied, number)
   if tail or options.align > 1:
-    size, last = in_block(doc != 0), _in_last_block(doc, number)
+    size, last = _in_block(doc != 0, number), _in_last_block(doc, number)
     ends = (doc != 0) & (offset == size - 1) & ~last & (tail > 0)
     front = jnp.where(last, sinks, options.front(size))
   index = jnp.arange(old_length, dtype=jnp.int32) + jnp.cumsum(whole(starts) * (front + copies), axis=1)
@@ -562,10 +581,12 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
   new = BlockLayout(doc=take(doc), block=block, position=jnp.zeros((rows, length), jnp.int32),
                     reader=take(layout.reader) | apart, hidden=take(layout.hidden) | original,
                     shared=take(layout.shared) & ~apart)
+  unseen = None
   if options.hide_starts:
-    starting = (inserted >= 0) & ~behind if sinks else True   # aligned blocks have more sinks than others
-    new = new.replace(hidden=new.hidden | first_tokens(new, length if sinks else 1) & starting)
-  position = with_positions(new.replace(doc=jnp.where(copy, 0, new.doc)), options.positions).position
+    starting = (inserted >= 0) & ~behind if sinks else ~original   # aligned blocks have more sinks than others
+    unseen = first_tokens(new, length if sinks else 1) & starting
+    new = new.replace(hidden=new.hidden | unseen)
+  position = with_positions(new.replace(doc=jnp.where(copy, 0, new.doc)), options.positions, unseen).position
   if options.seam:
     of_text = jnp.take_along_axis(position, jnp.minimum(index, length - 1), axis=1)
     position, index = jnp.where(copy, take(of_text), position), jnp.where(copied, at_copy, index)

@@ -136,6 +136,7 @@ def cached_inputs(prompt: Prompt, options: BlockOptions, *, seam: int | None = N
     if not block.copy:
       start, stop = block.unseen
       inputs.attention_mask[:, at + start:at + stop] = 0
+      inputs.position_ids[:, at:at + len(block.tokens)] = torch.arange(block.start, block.start + len(block.tokens))
       at += len(block.tokens)
   return inputs
 

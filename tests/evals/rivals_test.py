@@ -114,11 +114,10 @@ def logits(x):
   return norm(x, PARAMS['final_norm'].astype(np.float64)) @ PARAMS['head'].T.astype(np.float64)
 
 
-def read_again(tokens, kept, again, question, unseen=()):
-  """The question's logits behind context states, of which those at places `again` are computed anew, and those at `unseen`
-  are not read."""
+def read_again(tokens, kept, again, question):
+  """The question's logits behind context states, of which those at places `again` are computed anew."""
   at = np.array(sorted({*again, *question}))
-  x, seen = embed(tokens[at]), (np.arange(len(tokens)) <= at[:, None]) & ~np.isin(np.arange(len(tokens)), unseen)
+  x, seen = embed(tokens[at]), np.arange(len(tokens)) <= at[:, None]
   for index, (keys, values) in enumerate(kept):
     q, k, v = qkv(x, index, at)
     keys, values = keys.copy(), values.copy()
@@ -144,8 +143,15 @@ def epic(tokens, lengths, count):
 
 
 def hidden(tokens, lengths):
-  context, (_, question) = blocks_of(tokens, lengths)
-  return read_again(tokens, block_states(tokens, lengths), (), question, [at[0] for _, at in context[1:]])
+  """Behind the first block their first tokens are left out of the text once they have been read."""
+  context, (question, _) = blocks_of(tokens, lengths)
+  text, parts, start = np.zeros(0, int), [], 0
+  for own, at in context:
+    gone = int(at[0] > 0)
+    parts.append([(k[gone:], v[gone:]) for k, v in states(own, start - gone + np.arange(len(own)))])
+    text, start = np.append(text, own[gone:]), start + len(own) - gone
+  places = start + np.arange(len(question))
+  return read_again(np.append(text, question), joined([*parts, states(question, places)]), (), places)
 
 
 def cacheblend(tokens, lengths, share):

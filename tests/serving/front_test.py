@@ -76,6 +76,16 @@ def test_texts_are_cut_by_the_segmenter():
   assert len(found) > 3 and ''.join(found[1:-1]) == text and found[-1].startswith('Which?<|im_end|>')
 
 
+@pytest.mark.parametrize('sinks, blocks_, said, tokens', [
+    ((), [[10, 11], [12], [13, 14], [15]], {student.BLOCKS: [2, 1, 1], student.HIDDEN: [[], [13]]}, [10, 11, 14, 15]),
+    ((3, 3), [[10], [12], [13]], {student.BLOCKS: [3, 1, 3], student.HIDDEN: [[], [3, 3]]}, [3, 3, 10, 12, 3, 3, 13]),
+    ((), [[10], [12]], {student.BLOCKS: [1, 1], student.HIDDEN: [[]]}, [10, 12])])
+def test_hidden_starts_are_told_apart_from_the_prompt(sinks, blocks_, said, tokens):
+  """A block of which nothing else is left stands nowhere."""
+  options = blocks.BlockOptions(sinks, 'sequential', 8, hide_starts=True)
+  assert student.place(blocks_, options) == (tokens, said)
+
+
 def test_lengths_of_token_ids():
   out = forms().rewrite(front.PLAIN, {'prompt': [10, 11, 12, 13], 'blocks': [1, 3], 'max_tokens': 2})
   assert out == {'prompt': [3, 3, 10, 3, 3, 11, 12, 13], 'max_tokens': 2, 'kv_transfer_params': {student.BLOCKS: [3, 5]}}
@@ -203,7 +213,6 @@ def test_the_command_is_that_of_vllm():
 
 @pytest.mark.parametrize('change, line', [
     ({'blocks': None}, 'says nothing of blocks'), ({'seam': 2}, '"seam" is not served'),
-    ({'hide_starts': True}, '"hide_starts" is not served'),
     ({'links': True, 'tail_ids': (5,)}, '"links" is not served'), ({'shared_first': True}, '"shared_first" is not served')])
 def test_students_that_cannot_be_served_are_refused(tmp_path, change, line):
   said = config.blocks_meta(OPTIONS) | change

@@ -40,6 +40,8 @@ QWEN = ModelConfig('qwen3', vocab=VOCAB, width=48, layers=3, heads=4, kv_heads=2
 STUDENTS = {
     'llama, sinks': (LLAMA, blocks.BlockOptions((7, 7, 7, 7), 'sequential', 8)),
     'qwen, local': (QWEN, blocks.BlockOptions((), 'local', 8)),
+    'llama, hidden starts': (LLAMA, blocks.BlockOptions((), 'sequential', 8, hide_starts=True)),
+    'qwen, hidden sinks, local': (QWEN, blocks.BlockOptions((7, 7), 'local', 8, hide_starts=True)),
     'qwen, learned sinks': (QWEN, blocks.BlockOptions((VOCAB, VOCAB + 1), 'sequential', 8)),
     'llama, learned sinks, local, tails, aligned': (
         LLAMA, blocks.BlockOptions((VOCAB, VOCAB + 1), 'local', 8, tail_ids=(VOCAB + 2,), align=16)),
@@ -107,9 +109,9 @@ def serve(student, folder, store=None, **more):
 
 def answers(server, student, prompts, new=NEW):
   """(greedy tokens, log-probabilities of the first) of each prompt, all asked at once."""
-  tokens, lengths = zip(*(student_lib.place(prompt, student.options) for prompt in prompts))
+  tokens, said = zip(*(student_lib.place(prompt, student.options) for prompt in prompts))
   sampling = [vllm.SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, logprobs=5,
-                                  extra_args={'kv_transfer_params': {student_lib.BLOCKS: own}}) for own in lengths]
+                                  extra_args={'kv_transfer_params': own}) for own in said]
   out = server.llm.generate([{'prompt_token_ids': own} for own in tokens], sampling, use_tqdm=False)
   return [(list(o.outputs[0].token_ids), {t: x.logprob for t, x in o.outputs[0].logprobs[0].items()}) for o in out]
 
@@ -129,6 +131,11 @@ def prompts(seed, count):
   rng, parts = np.random.default_rng(seed), pool(seed)
   pick = lambda: [parts[i] for i in rng.integers(0, len(parts), size=rng.integers(0, 5))]
   return [[*pick(), rng.integers(8, VOCAB, size=rng.integers(1, 40)).tolist()] for _ in range(count)]
+
+
+def is_seen(student, prompt):
+  """Of each context block whether others see any of it."""
+  return [block.hidden[1] < len(block.tokens) for block in blocks.place_prompt(prompt, student.options)[:-1]]
 
 
 def masked(student, prompt):
@@ -202,9 +209,9 @@ def test_prompts_whose_pages_were_taken_have_their_blocks_again(tmp_path, monkey
   assert taken
   # Some go in the middle; the others never know.
   for i, prompt in enumerate(prompts(7, 4)):
-    tokens, lengths = student_lib.place(prompt, student.options)
+    tokens, said = student_lib.place(prompt, student.options)
     served.llm.llm_engine.add_request(f'gone-{i}', {'prompt_token_ids': tokens}, vllm.SamplingParams(
-        max_tokens=50, extra_args={'kv_transfer_params': {student_lib.BLOCKS: lengths}}))
+        max_tokens=50, extra_args={'kv_transfer_params': said}))
   for i in range(4):
     served.llm.llm_engine.step()
     served.llm.llm_engine.abort_request([f'gone-{i}'])
@@ -268,7 +275,8 @@ def test_answers_are_those_of_the_engine_and_of_the_masked_pass(student, server)
   asked = prompts(0, 12)
   agree(student, asked, answers(server, student, asked))
   computed = server.counts.missing
-  assert computed == len({tuple(block) for prompt in asked for block in prompt[:-1]})   # each once, for all who wait for it
+  read = {tuple(block) for prompt in asked for block, is_read in zip(prompt, is_seen(student, prompt)) if is_read}
+  assert computed == len(read)   # each once, for all who wait for it
   again = prompts(0, 20)[12:]   # the same blocks in other orders
   agree(student, again, answers(server, student, again))
   assert server.counts.missing == computed
@@ -291,7 +299,8 @@ def test_the_engine_reads_blocks_that_were_served(student, server):
   server.flush()
   with cache.Store(folder=server.folder) as store:
     found = engine(student, store=store).prepare([Request(prompt, max_new=NEW) for prompt in asked])
-  assert {block.found for own in found for block in own} == {'disk'}
+  found = {block.found for prompt, own in zip(asked, found) for block, is_read in zip(own, is_seen(student, prompt)) if is_read}
+  assert found == {'disk'}
 
 
 def test_one_text_with_and_without_blocks_has_two_answers(student, server):
@@ -316,22 +325,31 @@ def test_one_text_with_and_without_blocks_has_two_answers(student, server):
 def test_only_what_was_reused_counts_as_cached(student, server):
   a, b, *_ = pool(9)
   for context, reused in (([a], [0]), ([a, b, b], [1, 0, 1]), ([b, a], [1, 1])):
-    tokens, lengths = student_lib.place([*context, [9]], student.options)
-    sampling = vllm.SamplingParams(max_tokens=1, extra_args={'kv_transfer_params': {student_lib.BLOCKS: lengths}})
+    tokens, said = student_lib.place([*context, [9]], student.options)
+    sampling = vllm.SamplingParams(max_tokens=1, extra_args={'kv_transfer_params': said})
     out = server.llm.generate([{'prompt_token_ids': tokens}], sampling, use_tqdm=False)[0]
+    lengths = said[student_lib.BLOCKS]
     assert out.num_cached_tokens == sum(n for n, is_reused in zip(lengths, reused) if is_reused)
 
 
-@pytest.mark.parametrize('lengths', [[3, 5], [0, 10], [-1, 11], ['a'], 7, [10, 0]])
-def test_wrong_lengths_end_in_an_error(student, server, lengths):
-  sampling = vllm.SamplingParams(max_tokens=2, extra_args={'kv_transfer_params': {student_lib.BLOCKS: lengths}})
+def test_blocks_that_differ_in_their_first_token_have_their_own_answers(student, server):
+  """Also where it is hidden, so that vLLM's prefix cache does not see it."""
+  first, second, *_ = pool(12)
+  for token in (8, 9, 8):
+    prompt = [first, [token, *second], [10]]
+    agree(student, [prompt], answers(server, student, [prompt]))
+
+
+@pytest.mark.parametrize('said', [{'blocks': lengths} for lengths in ([3, 5], [0, 10], [-1, 11], ['a'], 7, [10, 0])] + [
+    {'blocks': [5, 5], 'hidden': hidden} for hidden in (7, [7], [[8]], [[], []], [['a']])])
+def test_what_is_said_wrongly_of_blocks_ends_in_an_error(student, server, said):
+  sampling = vllm.SamplingParams(max_tokens=2, extra_args={'kv_transfer_params': said})
   out = server.llm.generate([{'prompt_token_ids': list(range(8, 18))}], sampling, use_tqdm=False)[0]
   assert out.outputs[0].finish_reason == 'error'
 
 
 def test_log_probabilities_of_the_prompt_end_in_an_error(student, server):
-  tokens, lengths = student_lib.place([[8, 9], [10]], student.options)
-  sampling = vllm.SamplingParams(max_tokens=2, prompt_logprobs=1,
-                                 extra_args={'kv_transfer_params': {student_lib.BLOCKS: lengths}})
+  tokens, said = student_lib.place([[8, 9], [10]], student.options)
+  sampling = vllm.SamplingParams(max_tokens=2, prompt_logprobs=1, extra_args={'kv_transfer_params': said})
   out = server.llm.generate([{'prompt_token_ids': tokens}], sampling, use_tqdm=False)[0]
   assert out.outputs[0].finish_reason == 'error'

@@ -60,9 +60,9 @@ class Forms:
     prompt = self.prompt(path, body)
     if prompt is None:
       return None
-    tokens, lengths = student.place(prompt, self.options)
+    tokens, said = student.place(prompt, self.options)
     rest = {key: value for key, value in body.items() if key not in ('documents', 'segment', 'blocks')}
-    params = {**(body.get('kv_transfer_params') or {}), student.BLOCKS: lengths}
+    params = (body.get('kv_transfer_params') or {}) | said
     if path == CHAT:
       return rest | {'kv_transfer_params': params | {'prompt_token_ids': tokens}}
     return rest | {'prompt': tokens, 'kv_transfer_params': params}

@@ -4,7 +4,8 @@ import collections
 import concurrent.futures
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
@@ -14,7 +15,7 @@ from blockattn.errors import UserError
 from blockattn.inference.cache import Keys, State, Store
 from blockattn.models.transformer import ModelConfig
 from blockattn.serving.vllm.messages import Catch, Caught, Load, Step, slots_of
-from blockattn.serving.vllm.student import BLOCKS
+from blockattn.serving.vllm.student import BLOCKS, HIDDEN
 
 _OWN = 'block-'      # what the ids of our own requests begin with
 _TRIES = 3           # times that a block is computed for nothing before its prompts are given up
@@ -26,11 +27,24 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """A context block of a prompt: its key and tokens, the place of the first among the prompt's, and its rotary position."""
+  """A context block of a prompt.
+
+  Attributes:
+    key, tokens: of its state.
+    hidden: how many of them, the first, stand in no prompt.
+    at: place of the next among the prompt's.
+    position: rotary position of that one.
+  """
   key: str
   tokens: tuple[int, ...]
+  hidden: int
   at: int
   position: int
+
+  @property
+  def stop(self) -> int:
+    """Place behind its last token."""
+    return self.at + len(self.tokens) - self.hidden
 
 
 @dataclasses.dataclass
@@ -50,26 +64,36 @@ class Prompt:
   fault: str = ''
 
 
-def read_prompt(lengths: Sequence[int], tokens: Sequence[int], options: blocks_lib.BlockOptions, keys: Keys) -> Prompt:
-  """The blocks of a prompt of these lengths.
+def read_prompt(said: Mapping[str, Any], tokens: Sequence[int], options: blocks_lib.BlockOptions, keys: Keys) -> Prompt:
+  """The blocks of a prompt, of which this is said.
 
   vLLM counts positions from the prompt's start. Where a student's question stands elsewhere (local positions), its blocks
   are moved by as much as the question is: attention depends on distances only.
 
   Raises:
-    ValueError: the lengths are not those of the prompt, or its blocks do not begin with the student's sinks.
+    ValueError: the lengths are not those of the prompt, or its blocks do not begin as the student's do.
   """
+  lengths, hidden = said[BLOCKS], said.get(HIDDEN)
   if not all(type(n) is int and n > 0 for n in lengths) or sum(lengths) != len(tokens):
     raise UserError(f'"{BLOCKS}" {list(lengths)} are no lengths of the blocks of a prompt of {len(tokens)} tokens')
-  starts = blocks_lib.block_positions(lengths, options.positions)
+  see, count = 'see blockattn.serving.vllm.student.place', len(lengths) - 1
+  hidden = [[]] * count if hidden is None else hidden
+  if not (isinstance(hidden, list) and len(hidden) == count and all(isinstance(start, list) for start in hidden) and
+          all(type(n) is int and n >= 0 for start in hidden for n in start)):
+    raise UserError(f'"{HIDDEN}" {hidden} are no lists of tokens, one for each of {count} context blocks; {see}')
+  if [bool(start) for start in hidden] != [options.hide_starts and i > 0 for i in range(count)]:
+    raise UserError(f'"{HIDDEN}" {hidden}: this student hides the start of '
+                    f'{"every context block but the first" if options.hide_starts else "no block"}; {see}')
+  unseen = [len(start) for start in hidden] + [0]
+  starts = blocks_lib.block_positions([n + count for n, count in zip(lengths, unseen)], options.positions, unseen=unseen)
   moved = sum(lengths[:-1]) - starts[-1]
   found, at = [], 0
-  for length, start in zip(lengths, starts):
-    own = tuple(tokens[at:at + length])
+  for length, before, start in zip(lengths, [*hidden, []], starts):
+    own = (*before, *tokens[at:at + length])
     if own[:1] != options.sink_ids[:1] and options.sink_ids:
       raise UserError(f'the block of {length} tokens at token {at} does not begin with the sinks {options.sink_ids} of this '
-                      'student; see blockattn.serving.vllm.student.place')
-    found.append(Block(keys.of(own), own, at, start + moved))
+                      f'student; {see}')
+    found.append(Block(keys.of(own), own, len(before), at, start + moved + len(before)))
     at += length
   return Prompt(tuple(found[:-1]), found[-1].at)
 
@@ -99,18 +123,19 @@ class Wanted:
 
   def arrived(self, request: Request) -> None:
     """A request that is new to the scheduler."""
-    lengths = (request.kv_transfer_params or {}).get(BLOCKS)
-    if lengths is None:
+    said = request.kv_transfer_params or {}
+    if said.get(BLOCKS) is None:
       return
     try:
       if request.skip_reading_prefix_cache:
         raise UserError('log-probabilities of the prompt would need its blocks read again; ask without them')
-      prompt = read_prompt(lengths, request.prompt_token_ids or (), self._options, self._keys)
+      prompt = read_prompt(said, request.prompt_token_ids or (), self._options, self._keys)
     except (TypeError, ValueError) as error:
       prompt = Prompt(fault=str(error))
       request.skip_reading_prefix_cache = False   # or vLLM would not ask, and answer with full attention
     # The same tokens have other states in other blocks: vLLM's own prefix cache has to tell them apart.
-    mode = request.request_id if prompt.fault else [block.at for block in prompt.blocks] + [prompt.context]
+    starts = [(block.at, *block.tokens[:block.hidden]) for block in prompt.blocks]
+    mode = request.request_id if prompt.fault else [*starts, prompt.context]
     request.cache_salt = f'{request.cache_salt or ""} {BLOCKS} {mode}'
     request.block_hashes.clear()
     request.update_block_hashes()
@@ -184,14 +209,14 @@ class Wanted:
       return
     first, reused = prompt.context - external, external
     for block in prompt.blocks:
-      skip = max(0, first - block.at)
-      if skip < len(block.tokens):
+      start = max(first, block.at)
+      if start < block.stop:
         if block.key in prompt.computed:
           prompt.computed.remove(block.key)   # a second time in the same prompt it is reused
-          reused -= len(block.tokens) - skip
-        slots = slots_of(pages, self._page, block.at + skip, block.at + len(block.tokens))
+          reused -= block.stop - start
+        slots, skip = slots_of(pages, self._page, start, block.stop), start - block.at
         state = prompt.states[block.key]
-        self._loads.append(Load(state, skip, block.position + skip, slots))
+        self._loads.append(Load(state, block.hidden + skip, block.position + skip, slots))
         self._counted['loaded_bytes'] += state.nbytes
     prompt.states = {}
     stats = request.prefill_stats
