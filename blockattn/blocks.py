@@ -202,7 +202,7 @@ def with_positions(layout: BlockLayout, scheme: str, unseen: Array | None = None
 
 def _rank(member, doc):
   """How many members of its own document stand before each token: int32 [B, T]."""
-  member = jnp.asarray(member).astype(jnp.int32)
+  member = _whole(member)
   before = jnp.cumsum(member, axis=1) - member
   return before - _running_max(jnp.where(_doc_starts(doc), before, 0))
 
@@ -211,6 +211,10 @@ def _doc_starts(doc):
   """True at the first token of each document (removed tokens inside a document have doc 0)."""
   seen = _running_max(doc)
   return doc > jnp.pad(seen, ((0, 0), (1, 0)))[:, :-1]
+
+
+def _whole(x):
+  return jnp.asarray(x).astype(jnp.int32)
 
 
 def _running_max(x):
@@ -251,7 +255,7 @@ def block_numbers(layout: BlockLayout) -> Array:
 def _in_block(member, number):
   """How many members the block of each token has, of which `number` is the row's block: int32 [B, T]."""
   b = jnp.arange(number.shape[0])[:, None]
-  return jnp.take_along_axis(jnp.zeros_like(number).at[b, number].add(jnp.asarray(member).astype(jnp.int32)), number, axis=1)
+  return jnp.take_along_axis(jnp.zeros_like(number).at[b, number].add(_whole(member)), number, axis=1)
 
 
 def offsets(layout: BlockLayout) -> Array:
@@ -320,6 +324,9 @@ class BlockOptions:
     hide_starts: the sinks of every context block but a document's first, or without any its first token, are read by their
       own block alone, and take none of the `sequential` positions. A model that gives much attention to the first token of
       all makes one of that kind in every block; so a reader meets one of them. No state of a block depends on it.
+    overlap: a context block that goes on with the text of the one before it is read behind the last tokens of that, so many,
+      which are hidden as its start is. Its state depends on them, too, and on nothing else. Of a prompt those do that
+      are `Continued`, in a layout all but a document's first.
   """
   sink_ids: tuple[int, ...]
   positions: str
@@ -330,12 +337,16 @@ class BlockOptions:
   seam: int = 0
   align: int = 1
   hide_starts: bool = False
+  overlap: int = 0
 
   def __post_init__(self):
     errors.check_choice('positions', self.positions, POSITION_SCHEMES)
     if self.max_blocks < 1 or min(self.own_ids, default=0) < 0:
       raise UserError(f'max_blocks={self.max_blocks}, sink_ids={self.sink_ids}, tail_ids={self.tail_ids}: blocks are '
                       'counted from 1, ids from 0')
+    if self.overlap < 0 or self.overlap and not self.hide_starts:
+      raise UserError(f'overlap={self.overlap}, hide_starts={self.hide_starts}: an overlap has 0 tokens or more, which are '
+                      'hidden as starts are')
     if self.seam < 0 or self.align < 1 or self.align > 1 and not self.sink_ids:
       raise UserError(f'seam={self.seam}, align={self.align}: a seam has 0 tokens or more, blocks are aligned to 1 token or '
                       'more, above 1 by repeating a sink, of which there must be one')
@@ -347,8 +358,8 @@ class BlockOptions:
 
   @property
   def most_placed(self) -> int:
-    """Most tokens that are inserted for a block and take a position."""
-    return len(self.own_ids) + self.align - 1
+    """Most tokens that are inserted for a block and are not copies beside it."""
+    return len(self.own_ids) + self.align - 1 + self.overlap
 
   @property
   def most_added(self) -> int:
@@ -358,14 +369,14 @@ class BlockOptions:
   @property
   def bare(self) -> 'BlockOptions':
     """The same without anything inserted: for a model that never saw it."""
-    return dataclasses.replace(self, sink_ids=(), tail_ids=(), links=False, seam=0, align=1, hide_starts=False)
+    return dataclasses.replace(self, sink_ids=(), tail_ids=(), links=False, seam=0, align=1, hide_starts=False, overlap=0)
 
   def with_seam(self, seam: int | None) -> 'BlockOptions':
     """The same with so many tokens of a seam; None: with those that it has."""
     return self if seam is None else dataclasses.replace(self, seam=seam)
 
   def front(self, tokens: Field) -> Field:
-    """How many sinks stand in front of a block but the last of so many text tokens, an int or an array."""
+    """How many sinks stand in front of a block but the last of so many text tokens, an overlap included; int or array."""
     count = len(self.sink_ids)
     return count + -(count + tokens + (0 if self.links else len(self.tail_ids))) % self.align
 
@@ -375,13 +386,13 @@ class PlacedBlock:
   """A block of a prompt, or one that is inserted between them.
 
   Attributes:
-    tokens: sinks and tail included.
+    tokens: sinks, overlap and tail included.
     start: position of the first, which those that no other block sees share with tokens before them (sequential).
     reads: of a reader, how many of the prompt's blocks it reads, beside the readers before it; None: it reads itself alone,
       and a shared prefix.
     copy: its tokens are seam tokens of the block behind it, at the same positions.
     seam: (start, stop) of the tokens that stand in the copy before it.
-    hidden: (start, stop) of the tokens that no other block sees: those of the seam, and a hidden start.
+    hidden: (start, stop) of the tokens that no other block sees: a hidden start, the overlap, and those of the seam.
   """
   tokens: tuple[int, ...]
   start: int
@@ -397,11 +408,15 @@ class PlacedBlock:
     return (start, copied) if copied < end else (start, stop)
 
 
+class Continued(list):
+  """Token ids of a block of a prompt whose text goes on with that of the block before, see `BlockOptions.overlap`."""
+
+
 def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tuple[PlacedBlock, ...]:
   """The blocks of a prompt with what is inserted, in order, the last that of the question.
 
   Args:
-    prompt: token ids of each context block and, last, of the question.
+    prompt: token ids of each context block and, last, of the question; `Continued` of a block that goes on.
 
   Raises:
     ValueError: no block, or an empty one.
@@ -410,18 +425,24 @@ def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tupl
     raise UserError('a prompt must be a list of blocks, none of them empty, the question last; got '
                     f'{[len(tokens) for tokens in prompt]} tokens: drop empty blocks first')
   *context, question = [tuple(map(int, tokens)) for tokens in prompt]
+  goes_on = [isinstance(tokens, Continued) for tokens in prompt]
   own, tail = [], () if options.links else options.tail_ids   # all but the copies
   for i, text in enumerate(context):
-    front, seam = options.front(len(text)), min(options.seam, len(text)) if i else 0
-    sinks = (*options.sink_ids[:1] * (front - len(options.sink_ids)), *options.sink_ids)
+    overlaps = options.overlap and i > options.shared_first and goes_on[i]
+    before, seam = context[i - 1][-options.overlap:] if overlaps else (), min(options.seam, len(text)) if i else 0
+    sinks = options.front(len(before) + len(text))
+    inserted = (*options.sink_ids[:1] * (sinks - len(options.sink_ids)), *options.sink_ids, *before)
+    front = len(inserted)
     copied = (front, front + seam) if seam else (0, 0)
     hidden = (0, max(front + seam, 1)) if options.hide_starts and i else copied
-    own.append(PlacedBlock((*sinks, *text, *tail), 0, seam=copied, hidden=hidden))
+    own.append(PlacedBlock((*inserted, *text, *tail), 0, seam=copied, hidden=hidden))
     if options.links and options.tail_ids:
       own.append(PlacedBlock(options.tail_ids, 0, reads=i + 1))
   own.append(PlacedBlock((*options.sink_ids, *question), 0, reads=len(context)))
-  starts = block_positions([len(block.tokens) for block in own], options.positions, options.shared_first,
-                           [i for i, block in enumerate(own) if block.reads is not None], [stop - start for start, stop in (block.unseen for block in own)])
+  readers = [i for i, block in enumerate(own) if block.reads is not None]
+  unseen = [stop - start for start, stop in (block.unseen for block in own)]
+  lengths = [len(block.tokens) for block in own]
+  starts = block_positions(lengths, options.positions, options.shared_first, readers, unseen)
   placed, before = [], 0   # blocks of the prompt
   for block, start in zip(own, starts, strict=True):
     first, stop = block.seam
@@ -513,11 +534,29 @@ def first_tokens(layout: BlockLayout, count: Array | int) -> Array:
   return valid & (offset < count) & ~first & ~jnp.asarray(layout.reader) & ~jnp.asarray(layout.shared)
 
 
+def _overlap(layout: BlockLayout, most: int) -> Array:
+  """The last tokens of blocks, so many, that stand in front of the next block, too: bool [B, T]. Hidden and shared blocks
+  give none, and readers, shared blocks and a document's first take none."""
+  valid = jnp.asarray(layout.doc) != 0
+  rest = _in_block(valid, block_numbers(layout)) - offsets(layout)
+  taken = _at_next_block(first_tokens(layout, 1), layout) > 0
+  return valid & taken & (rest <= most) & ~jnp.asarray(layout.hidden) & ~jnp.asarray(layout.shared)
+
+
+def _at_next_block(values: Array, layout: BlockLayout) -> Array:
+  """The value, 0 or more, at the first token of the block behind each token's in its row; 0: there is none. int32 [B, T]."""
+  number, starts = block_numbers(layout), block_starts(layout)
+  b, at_start = jnp.arange(number.shape[0])[:, None], jnp.where(starts, _whole(values), 0)
+  by_block = jnp.zeros((number.shape[0], number.shape[1] + 1), jnp.int32).at[b, number].max(at_start)
+  return jnp.take_along_axis(by_block, number + 1, axis=1)
+
+
 def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: int,
            seam: Array | int | None = None) -> tuple[Array, BlockLayout, Array]:
   """Puts into the rows what is not text:
 
     in front of every block    sinks, so that a block is made of the same tokens wherever it stands
+    behind the sinks           the overlap: the last tokens of the block before, which this block alone reads
     behind all but the last    the tail, in the block, or, a link, as a block of its own that reads all before it
     before the sinks           the seam: the block's first text tokens once more, as a block of its own that reads all before
                                it; what reads the block sees these copies and not the originals, which the rest of the
@@ -538,22 +577,27 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
     copy. `x[index]` along the token axis aligns anything computed on the result with the text tokens.
   """
   tokens, doc = jnp.asarray(tokens), jnp.asarray(layout.doc)
-  (rows, old_length), whole = doc.shape, lambda x: jnp.asarray(x).astype(jnp.int32)
+  rows, old_length = doc.shape
   b = jnp.arange(rows)[:, None]
   starts, offset = block_starts(layout), offsets(layout)
-  sinks, tail = len(options.sink_ids), len(options.tail_ids)
+  sinks, tail, before = len(options.sink_ids), len(options.tail_ids), 0   # tokens of overlaps
   seams, links = int(options.seam > 0), int(options.links and tail > 0)   # blocks beside every block
   front, copies, copied, ends = sinks, 0, jnp.zeros(doc.shape, bool), jnp.zeros(doc.shape, bool)
   number = block_numbers(layout)
   if options.seam:
     copied = first_tokens(layout, options.seam if seam is None else seam)
     copies = _in_block(copied, number)
+  if options.overlap:
+    overlap = _overlap(layout, options.overlap)
+    counts = jnp.zeros((rows, old_length + 1), jnp.int32).at[b, number + 1].add(_whole(overlap))
+    before = jnp.take_along_axis(counts, number, axis=1)
   if tail or options.align > 1:
     size, last = _in_block(doc != 0, number), _in_last_block(doc, number)
     ends = (doc != 0) & (offset == size - 1) & ~last & (tail > 0)
-    front = jnp.where(last, sinks, options.front(size))
-  index = jnp.arange(old_length, dtype=jnp.int32) + jnp.cumsum(whole(starts) * (front + copies), axis=1)
-  index = index + tail * (jnp.cumsum(ends, axis=1, dtype=jnp.int32) - whole(ends))
+    front = jnp.where(last, sinks, options.front(size + before))
+  front = front + before
+  index = jnp.arange(old_length, dtype=jnp.int32) + jnp.cumsum(_whole(starts) * (front + copies), axis=1)
+  index = index + tail * (jnp.cumsum(ends, axis=1, dtype=jnp.int32) - _whole(ends))
   first = _running_max(jnp.where(starts, index, 0))   # of its block
 
   # Every slot takes its facts from a text token, `source`, and those of none, old_length, are padding.
@@ -563,9 +607,12 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
   source = put(jnp.full((rows, length), old_length, jnp.int32), True, index, each)
   inserted, behind = jnp.full((rows, length), -1, jnp.int32), nowhere
   for i in range(1, sinks + options.align):   # counted from the text on
-    where = starts & (i <= front)
-    source = put(source, where, index - i, each)
-    inserted = put(inserted, where, index - i, options.sink_ids[max(sinks - i, 0)])
+    where, at = starts & (i <= front - before), index - before - i
+    source = put(source, where, at, each)
+    inserted = put(inserted, where, at, options.sink_ids[max(sinks - i, 0)])
+  if options.overlap:
+    at = _at_next_block(index, layout) - (_in_block(doc != 0, number) - offset)
+    source, inserted = put(source, overlap, at, _at_next_block(each, layout)), put(inserted, overlap, at, tokens)
   for i, tail_id in enumerate(options.tail_ids, start=1):
     source = put(source, ends, index + i, each)
     inserted, behind = put(inserted, ends, index + i, tail_id), put(behind, ends, index + i, True)
@@ -577,14 +624,14 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
 
   apart, block = copy | behind if links else copy, take(layout.block)   # apart: blocks of their own
   if seams + links:   # the seam before a block, the block, and the link behind it take the place of its number
-    block = (1 + seams + links) * block + seams * whole(~copy) + links * whole(behind)
+    block = (1 + seams + links) * block + seams * _whole(~copy) + links * _whole(behind)
   new = BlockLayout(doc=take(doc), block=block, position=jnp.zeros((rows, length), jnp.int32),
                     reader=take(layout.reader) | apart, hidden=take(layout.hidden) | original,
                     shared=take(layout.shared) & ~apart)
   unseen = None
-  if options.hide_starts:
-    starting = (inserted >= 0) & ~behind if sinks else ~original   # aligned blocks have more sinks than others
-    unseen = first_tokens(new, length if sinks else 1) & starting
+  if options.hide_starts:   # what is inserted in front of a block, or, if nothing is, its first token
+    starting = (inserted >= 0) & ~behind | first_tokens(new, 1) & ~original
+    unseen = first_tokens(new, length) & starting
     new = new.replace(hidden=new.hidden | unseen)
   position = with_positions(new.replace(doc=jnp.where(copy, 0, new.doc)), options.positions, unseen).position
   if options.seam:

@@ -53,7 +53,7 @@ def get_config(arg=''):
 
 def sweep(add, arg='sinks'):
   points = {
-      'sinks': [{'blocks.sinks': sinks} for sinks in (0, 1, 4, 8)] + [{'blocks.sinks': 4, 'blocks.sink_kind': 'learned'}],
+      'sinks': variants.SINKS,
       'dropout': [{'distill.drop_rate': 0.0}] + [{'distill.drop_rate': rate, 'distill.drop_mode': mode}
                                                  for mode in blocks.DROP_MODES for rate in (0.1, 0.2, 0.4)],
       'weights': [{'distill.weights.form': form} for form in ('none', 'relu', 'exp')],
@@ -70,7 +70,7 @@ def sweep(add, arg='sinks'):
 def prompts(config, model, ctx):
   """`published`, for a language model and prompts of blocks."""
   published(config, model, ctx)
-  config.data.max_blocks = max(8, ctx // 128)   # blocks of 128 tokens on average; sinks take 3% of the row then
+  config.data.max_blocks = max(8, ctx // 128)   # blocks of 128 tokens on average
   return config
 
 

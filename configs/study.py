@@ -11,11 +11,9 @@ cluster may do that part, once a first start has written runs/study/train.jsonl 
         --config.model.source=models/smollm2 --config.data.files=runs/study/train.jsonl
 
 Low-rank students: on two cores a step costs two thirds of one of all weights, and 230 thousand tokens moved a student of
-rank 16 at this rate. They have no sinks, and hide where their blocks start: readers that meet several first tokens make up a
-third of what blocks cost the untrained model, four line ends in front of each cost as much again, and students with either
-were behind after as many steps (docs/study.md). Everything else is the method's default. `baseline` is block fine-tuning on
-the same batches, for blockattn.train.finetune; `ctx` the tokens of a row; `pages` reads the embedded task of configs/tiny.py
-in short rows, in place of files: what the demo does with this model.
+rank 16 at this rate. Everything else is the method's default. `baseline` is block fine-tuning on the same batches, for
+blockattn.train.finetune; `ctx` the tokens of a row; `pages` reads the embedded task of configs/tiny.py in short rows, in
+place of files: what the demo does with this model.
 """
 
 from blockattn import blocks, tree
@@ -42,13 +40,15 @@ UNTRAINED = {
         'space': _READ | {'blocks.sinks': 1, 'blocks.sink_text': ' '},
         'local': _READ | {'blocks.positions': 'local'},
     },
+    'overlaps': {f'overlap_{count}': {'blocks.overlap': count} for count in (16, 32, 64, 128)},
 }
-_OTHERS = ('weighted', 'dropout', 'hide_starts')   # of the embedded task's variants those that stand above
+_OTHERS = ('weighted', 'dropout', 'hide_starts', 'overlap')   # of the embedded task's variants those that stand above
 POINTS = {
     'parts': {
         'distilled': {},
         'read_starts': _READ,
         'one_sink': _READ | {'blocks.sinks': 1},
+        'overlap': {'blocks.overlap': 64},
         'no_dropout': {'distill.drop_rate': 0.0},
         'no_weights': {'distill.weights.form': 'none'},
     },
@@ -63,14 +63,13 @@ POINTS = {
         'full_rank': {'lora.rank': 0, 'optim.lr': 2e-5},
     },
     'sinks': {
-        'sinks_4': {'blocks.sinks': 4},
-        'sinks_8': {'blocks.sinks': 8},
-        'learned_1': {'blocks.sink_kind': 'learned', 'blocks.sinks': 1},
-        'learned_4': {'blocks.sink_kind': 'learned', 'blocks.sinks': 4},
+        'hidden_sinks_4': {'blocks.sinks': 4},
+        'sinks_4': _READ | {'blocks.sinks': 4},
+        'learned_1': _READ | {'blocks.sink_kind': 'learned', 'blocks.sinks': 1},
+        'learned_4': _READ | {'blocks.sink_kind': 'learned', 'blocks.sinks': 4},
     },
-    # Learned sinks are there to be trained, and what aligns a block is its sink.
+    # Learned sinks are there to be trained.
     'variants': {name: keys | ({'lora.rank': 0} if 'model.train_only' in keys else {})
-                 | ({'blocks.sinks': 1} if {'blocks.sink_kind', 'blocks.align'} & {*keys} else {})
                  for name, keys in variants.VARIANTS.items() if keys and name not in _OTHERS},
 }
 SEEDS = {'parts': 3, 'baseline': 3, 'baseline_time': 3}   # of the main rows; the others have one
@@ -94,8 +93,6 @@ def get_config(arg=''):
   config.data.max_blocks = 12
   config.data.segmenter = 'tiny'
   config.data.segment.target = TARGET
-  config.blocks.sinks = 0
-  config.blocks.hide_starts = True
   if arg.pages:
     tiny.pages(config)
     config.data.length = 480

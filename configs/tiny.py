@@ -16,7 +16,7 @@ import pathlib
 import blockattn
 from blockattn import blocks
 from blockattn.errors import UserError
-from configs import common
+from configs import common, variants
 
 TEACHER = pathlib.Path(blockattn.__file__).parent / 'assets' / 'tiny_teacher'
 
@@ -35,7 +35,8 @@ def get_config(arg=''):
   config.optim.b2 = 0.98
   pages(config)
   config.data.length = 960
-  config.blocks.sinks = 1
+  config.blocks.sinks = 1   # the tiny teacher meets them as a new token; hidden starts alone came to the same after as long
+  config.blocks.hide_starts = False
   if arg.baseline:
     config.finetune.prompt_weight = 1.0   # the answers of all questions but the last stand in the prompt
   else:
@@ -66,5 +67,5 @@ def sweep(add, arg=''):
     for mode in blocks.DROP_MODES:
       add({'distill.drop_rate': 0.2, 'distill.drop_mode': mode})
   else:
-    for sinks in (0, 1, 4, 8):
-      add({'blocks.sinks': sinks})
+    for point in variants.SINKS:
+      add(point)

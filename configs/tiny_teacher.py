@@ -35,7 +35,6 @@ def get_config(arg=''):
   config.optim.warmup = 150
   config.optim.b2 = 0.98
   config.optim.weight_decay = 0.01
-  config.blocks.sinks = 0
   config.data.kind = 'pages'
   config.data.tokenizer = str(tiny.TEACHER)
   config.data.length = 512

@@ -14,12 +14,17 @@ VARIANTS = {
     'dropout': {'distill.drop_rate': 0.2},
     'granularity': {'data.join_blocks': 4},
     'hide_starts': {'blocks.hide_starts': True},
+    'overlap': {'blocks.hide_starts': True, 'blocks.overlap': 8},
     'seam': {'blocks.seam': 8},
     'tails': {'blocks.tails': 4},
     'links': {'blocks.tails': 4, 'blocks.tail_kind': 'link'},
-    'wrappers': {'blocks.sink_kind': 'learned', 'blocks.tails': 4, 'blocks.tail_kind': 'link',
+    'wrappers': {'blocks.sinks': 1, 'blocks.sink_kind': 'learned', 'blocks.tails': 4, 'blocks.tail_kind': 'link',
                  'model.train_only': 'wrappers'},
-    'align': {'blocks.align': 16},
+    'align': {'blocks.sinks': 1, 'blocks.align': 16},
     'local': {'blocks.positions': 'local'},
     'shared_prefix': {'blocks.positions': 'local', 'data.shared_first': True},
 }
+
+# Starts and sinks: hidden (the first of these the default), and read, learned ones too.
+SINKS = [{'blocks.sinks': sinks, 'blocks.hide_starts': hidden} for hidden in (True, False) for sinks in (0, 1, 4)] + [
+    {'blocks.sinks': 4, 'blocks.hide_starts': False, 'blocks.sink_kind': 'learned'}]

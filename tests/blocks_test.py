@@ -189,7 +189,8 @@ def test_positions(scheme, layout):
   np.testing.assert_array_equal(with_positions(layout, scheme).position, naive_positions(layout, scheme))
 
 
-@pytest.mark.parametrize('name', ['sinks', 'links', 'all', 'all_in_blocks', 'hidden', 'hidden_seam', 'hidden_all'])
+@pytest.mark.parametrize('name', ['sinks', 'links', 'all', 'all_in_blocks', 'hidden', 'hidden_seam', 'hidden_all', 'overlap',
+                                  'overlap_all'])
 @pytest.mark.parametrize('scheme', blocks.POSITION_SCHEMES)
 @pytest.mark.parametrize('shared', [False, True])
 def test_a_prompt_is_placed_as_its_layout_says(scheme, shared, name):
@@ -197,7 +198,7 @@ def test_a_prompt_is_placed_as_its_layout_says(scheme, shared, name):
   for lengths in ((4, 2, 5, 3), (2, 6), (5,)):
     layout = blocks.from_lengths([[lengths]], 14)
     tokens, layout, _ = block_mode(np.where(layout.doc, 7, 0), layout, options)
-    placed = blocks.place_prompt([[7] * n for n in lengths], options)
+    placed = blocks.place_prompt([blocks.Continued([7] * n) for n in lengths], options)
     valid = np.asarray(layout.doc[0]) != 0
     assert np.asarray(tokens)[0, valid].tolist() == [token for block in placed for token in block.tokens]
     whole = blocks.prompt_layout([placed], layout.doc.shape[1], shared)
@@ -206,6 +207,17 @@ def test_a_prompt_is_placed_as_its_layout_says(scheme, shared, name):
     np.testing.assert_array_equal(may_attend(layout), may_attend(whole))
   with pytest.raises(ValueError, match='a prompt must be a list of blocks, none of them empty'):
     blocks.place_prompt([[1], []], options)
+
+
+def test_blocks_that_do_not_go_on_have_no_overlap():
+  options = blocks.BlockOptions((), 'sequential', 8, hide_starts=True, overlap=2)
+  on = blocks.Continued
+  placed = blocks.place_prompt([on([1, 2, 3]), [4, 5], on([6]), on([7]), [8]], options)
+  assert [block.tokens for block in placed] == [(1, 2, 3), (4, 5), (4, 5, 6), (6, 7), (8,)]
+  assert [block.hidden for block in placed] == [(0, 0), (0, 1), (0, 2), (0, 1), (0, 0)]
+  assert [block.start for block in placed] == [0, 2, 2, 4, 6]
+  with pytest.raises(ValueError, match='overlap=2, hide_starts=False'):
+    dataclasses.replace(options, hide_starts=False)
 
 
 def test_unknown_position_scheme():
@@ -224,7 +236,7 @@ def test_as_one_block_counts_each_document_from_zero(layout):
 # What is inserted.
 
 SCHEMES = ('sequential', 'local')
-UNSEEN = ('start', 'hidden sink')   # what takes no position
+UNSEEN = ('start', 'hidden sink', 'overlap')   # what takes no position
 NAMES = ('doc', 'block', 'reader', 'hidden', 'shared')
 OPTIONS = {
     'nothing': {}, 'sinks': {'sink_ids': (100, 101, 102)}, 'tails': {'tail_ids': (200, 201)},
@@ -232,6 +244,9 @@ OPTIONS = {
     'hidden': {'hide_starts': True}, 'hidden_sinks': {'sink_ids': (100, 101), 'hide_starts': True},
     'hidden_seam': {'seam': 2, 'hide_starts': True},
     'hidden_all': {'sink_ids': (100, 101), 'tail_ids': (200,), 'links': True, 'seam': 2, 'align': 3, 'hide_starts': True},
+    'overlap': {'hide_starts': True, 'overlap': 3},
+    'overlap_all': {'sink_ids': (100, 101), 'tail_ids': (200,), 'links': True, 'seam': 2, 'align': 3, 'hide_starts': True,
+                    'overlap': 2},
     'long_seam': {'sink_ids': (100,), 'seam': 30},
     'all': {'sink_ids': (100, 101), 'tail_ids': (200,), 'links': True, 'seam': 2, 'align': 3},
     'all_in_blocks': {'sink_ids': (100, 101), 'tail_ids': (200,), 'seam': 4, 'align': 5}}
@@ -248,7 +263,7 @@ def naive_insert(tokens, layout, options, seam):
   """`insert` with lists: for each row its slots in order, each with its token, what it is of, and its part: 'text', 'sink',
   'tail', 'copy', or, of what its own block alone sees, 'original' and UNSEEN; and where each text token went."""
   rows, where = [], np.zeros((ROWS, T), np.int32)
-  doc, reader, shared = fields(layout, 'doc', 'reader', 'shared')
+  doc, reader, shared, hidden = fields(layout, 'doc', 'reader', 'shared', 'hidden')
   for b in range(ROWS):
     own, out = runs(layout, b), []
     names = list(own)
@@ -264,12 +279,15 @@ def naive_insert(tokens, layout, options, seam):
       has_seam = any(other[0] == name[0] and other < name for other in names) and not reader[b, t] and not shared[b, t]
       copies = text[:seam] if has_seam else []
       hides = has_seam and options.hide_starts
-      start = text[:1] if hides and not options.sink_ids and not copies else []
+      last_before = own[names[names.index(name) - 1]][-options.overlap:] if has_seam and options.overlap else []
+      overlap = [o for o in last_before if not hidden[b, o] and not shared[b, o]]
+      start = text[:1] if hides and not options.sink_ids and not overlap and not copies else []
       if t == text[0]:
         out += [(int(tokens[b, c]), c, 'copy') for c in copies]
-        size = len(text) + (0 if options.links else len(options.tail_ids))
+        size = len(overlap) + len(text) + (0 if options.links else len(options.tail_ids))
         fill = 0 if last else -(size + len(options.sink_ids)) % options.align
         out += [(sink, t, 'hidden sink' if hides else 'sink') for sink in (*options.sink_ids[:1] * fill, *options.sink_ids)]
+        out += [(int(tokens[b, o]), t, 'overlap') for o in overlap]
       where[b, t] = len(out)
       out.append((int(tokens[b, t]), t, 'original' if t in copies else 'start' if t in start else 'text'))
       if t == text[-1] and not last:
@@ -295,12 +313,12 @@ def naive_sees(layout, b, slots, links):
 
 
 def naive_slot_positions(doc, slots):
-  """Sequential positions of a row's slots: one count of each document, backwards from it where none but the block sees them."""
+  """Sequential positions of a row's slots: one count of each document, backwards from it where only the block sees them."""
   position, count = [], collections.Counter()
   for i, (_, t, part) in enumerate(slots):
     name = int(doc[t])
     if part in UNSEEN:
-      run = [own for _, other, own in slots[i:] if (other, own) == (t, part)]
+      run = [own for _, other, own in slots[i:] if other == t and own in UNSEEN]
       position.append(count[name] - len(run))
     else:
       position.append(count[name] if name else 0)
@@ -349,6 +367,8 @@ def test_what_is_inserted_aligns_with_the_text_by_index(name, scheme, layout):
   seen = np.asarray(may_attend(got))
   again = np.asarray(blocks.first_tokens(layout, options.seam))
   start = np.asarray(blocks.first_tokens(layout, int(options.hide_starts and not options.sink_ids)))
+  if options.overlap:   # which stands in front, but not of what follows a shared block
+    start = start & np.pad(np.asarray(layout.shared), ((0, 0), (1, 0)))[:, :-1]
   before = np.asarray(may_attend(layout.replace(hidden=layout.hidden | start & ~again)))
   read = np.asarray(may_attend(layout.replace(reader=layout.reader | again, hidden=layout.hidden | start & ~again)))
   for b in range(ROWS):

@@ -138,13 +138,13 @@ def test_operations_of_the_trainers():
   once = lambda seen: flops.forward(train_cases.MODEL, seen)
   cut = flops.one_document([5, 3, 4])
   full, plain, student = (flops.as_one_block(cut), flops.in_blocks(cut), flops.in_blocks(cut, sinks=4))
-  undropped = {'distill.drop_rate': 0.0}
+  sinks, undropped = {'blocks.sinks': 4}, {'blocks.sinks': 4, 'distill.drop_rate': 0.0}
   assert one_batch(distill, **undropped) == flops.trained(once(student)) + once(full)
   of_teacher = undropped | {'distill.weights.source': 'teacher'}
   assert one_batch(distill, **of_teacher) == flops.trained(once(student)) + once(full) + once(plain)
   assert one_batch(distill, **of_teacher, **{'teacher.logits': 'x'}) == flops.trained(once(student))   # both are stored
-  assert one_batch(distill, **{'distill.drop_rate': 0.5}).attention > one_batch(distill, **undropped).attention
-  modes = {mode: one_batch(finetune, **{'finetune.mode': mode}) for mode in finetune.MODES}
+  assert one_batch(distill, **sinks, **{'distill.drop_rate': 0.5}).attention > one_batch(distill, **undropped).attention
+  modes = {mode: one_batch(finetune, **sinks, **{'finetune.mode': mode}) for mode in finetune.MODES}
   assert modes['full'] == flops.trained(once(full)) and modes['block'] == flops.trained(once(student))
   assert modes['both'].layers == modes['full'].layers + modes['block'].layers
   assert modes['both'].attention == modes['full'].attention + modes['block'].attention

@@ -33,7 +33,7 @@ import rich.table
 import blockattn
 from blockattn import loading, tree
 from blockattn.data import encode, prompts, tables
-from blockattn.data.example import Example, pieces
+from blockattn.data.example import Example, cut_texts
 from blockattn.errors import UserError
 from blockattn.evals import pages
 from blockattn.inference import cache as cache_lib, engine as engine_lib, plan, session as session_lib, stopwatch
@@ -77,16 +77,13 @@ def read_texts(files: Sequence[str]) -> list[str]:
   return texts
 
 
-def blocks_of(texts: Sequence[str], cut=None) -> tuple[str, ...]:
-  """The blocks of texts.
+def blocks_of(texts: Sequence[str], cut=None) -> tuple[tuple[str, ...], tuple[int, ...]]:
+  """The blocks of texts, and the numbers of those that go on with the one before.
 
   Args:
     cut: texts -> for each its blocks as (start, stop); None: a text is a block.
   """
-  if cut is None:
-    return tuple(texts)
-  return tuple(block for text, spans in zip(texts, cut(texts), strict=True)
-               for block in pieces(text, [start for start, _ in spans]))
+  return cut_texts(texts, [()] * len(texts) if cut is None else [[start for start, _ in spans] for spans in cut(texts)])
 
 
 # What is said about it.
@@ -183,16 +180,16 @@ def run(options, stream, console) -> None:
   model = loading.load(options.model, options.dtype, template_args=options.template_args, chat=options.chat)
   examples = read_examples(options, model, lines, split)
   if examples:
-    blocks = examples[0].blocks
+    blocks, continued = examples[0].blocks, examples[0].continued
   else:
     cut = None if options.segmenter is None else cutting(options.segmenter, options.target_tokens, model.tokenizer)
-    blocks = blocks_of(texts, cut)
+    blocks, continued = blocks_of(texts, cut)
   with _store(options) as store:
     stop = (*options.stop, *([pages.STOP] if split else []))
     like = plan.Request((), max_new=options.max_new, stop=stop, temperature=options.temperature, top_k=options.top_k,
                         top_p=options.top_p, seed=options.seed, seam=options.seam)
     session = session_lib.Session(make_engine(options, model, compute, store), encode.Encoder(model.tokenizer), like)
-    ask = functools.partial(session_lib.ask, blocks, tokenizer=model.tokenizer, chat=model.chat)
+    ask = functools.partial(session_lib.ask, blocks, tokenizer=model.tokenizer, chat=model.chat, continued=continued)
     if options.question is not None:
       console.print(block_table(answer(session, ask(options.question), console).blocks))
     elif examples and not options.interactive:

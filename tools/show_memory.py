@@ -2,8 +2,8 @@
 
 The memory of a device is estimated row by row. P is the number of parameters that the rules leave on a device; b, the
 rows that it computes at a time, is batch / accumulate / devices of the 'batch' rule; T is the tokens of a row, and T' =
-T + (sinks + tails + seam + align - 1) * max_blocks those of the student's rows, a device's share of them where the 'tokens'
-rule cuts rows; size() is that of a dtype. N, K, F and V are a device's share.
+T + (sinks + tails + seam + overlap + align - 1) * max_blocks those of the student's rows, a device's share of them where the
+'tokens' rule cuts rows; size() is that of a dtype. N, K, F and V are a device's share.
 
   parameters     P size(model.dtype); of a LoRA student those that it trains, here and in the rows that follow
   optimizer      Adam's two moments: 2 P size(model.dtype); Muon has one of each matrix that it moves

@@ -343,8 +343,9 @@ def questions_table(study: Study) -> str:
 def keep(study: Study) -> str:
   """Writes results.json, table.md and tradeoff.svg of what there is so far, also of earlier starts."""
   order = [row for rows in rows_of.POINTS.values() for row in rows]
-  results = sorted(map(disk.read_json, (study.workdir / 'students').glob('*/*/result.json')),
-                   key=lambda one: (order.index(one['row']), one['seed']))
+  found = map(disk.read_json, (study.workdir / 'students').glob('*/*/result.json'))
+  known = [one for one in found if one['row'] in order]   # a folder may hold rows of an earlier config
+  results = sorted(known, key=lambda one: (order.index(one['row']), one['seed']))
   summary = summarized(study, results)
   metrics.write_json(study.workdir / 'results.json', {
       'command': sys.argv, 'commit': workdir_lib.git_commit(), 'machine': measuring.machine(), 'rows': summary,

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 import rich.progress
 
 from blockattn import loading
+from blockattn.blocks import Continued
 from blockattn.data import encode, json_lines
 from blockattn.errors import UserError
 from blockattn.hf import files as hf_files
@@ -83,7 +84,7 @@ def warm(files: Sequence[str], forms: front.Forms, chat: bool, segment: dict | N
     ValueError: naming the document at fault; what stands in front of it is in the store.
     OSError: the store cannot be written to.
   """
-  counts, waiting = collections.Counter(), []
+  counts, waiting, overlap = collections.Counter(), [], forms.options.overlap
 
   def compute():
     for block, in engine.prepare([plan.Request([block, block[:1]], max_new=1) for block in waiting]):
@@ -99,7 +100,9 @@ def warm(files: Sequence[str], forms: front.Forms, chat: bool, segment: dict | N
     if (longest := max(map(len, blocks), default=0)) > room:
       raise UserError(f'{document.where}: a block of {longest:,} tokens, and there is room for {room:,}: have it cut, '
                       'without --whole, or give more --device-tokens, as far as the model has positions')
-    waiting += blocks
+    # What is hidden in front of a block is no less a part of its state: the overlap and the block, as one, have the same.
+    waiting += [[*before[-overlap:], *block] if overlap and isinstance(block, Continued) else block
+                for before, block in zip([[], *blocks], blocks)]
     if len(waiting) >= _TOGETHER:
       compute()
     counts['documents'] += 1

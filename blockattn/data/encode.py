@@ -274,9 +274,11 @@ class Encoder:
     return EncodedParts(header, tuple(blocks), prompt, response, response.index(self.eos) + 1, spare, gold)
 
   def prompt(self, example: Example) -> list[list[int]]:
-    """Token ids of the header, each context block and, last, the prompt: what a model is given. None is empty."""
+    """Token ids of the header, each context block and, last, the prompt: what a model is given. None is empty; those of
+    blocks that go on are `blocks.Continued`."""
     parts = self.parts([example])[0]
-    return [tokens for tokens in (parts.header, *parts.blocks, parts.prompt) if tokens]
+    blocks = [blocks_lib.Continued(tokens) if i in example.continued else tokens for i, tokens in enumerate(parts.blocks)]
+    return [tokens for tokens in (parts.header, *blocks, parts.prompt) if tokens]
 
 
 def _own_bos(tokenizer):

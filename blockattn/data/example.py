@@ -19,6 +19,7 @@ class Example:
     template: for the header, each context block, the prompt and the response the (start, stop) character ranges that a
       chat template wrote. () if none did.
     header: text in front of the context, a block of its own; '' for none.
+    continued: numbers of the context blocks whose text goes on with that of the one before: where one text was cut.
   """
   blocks: tuple[str, ...]
   prompt: str
@@ -28,6 +29,7 @@ class Example:
   gold: tuple[int, ...] | None = None
   template: tuple[tuple[tuple[int, int], ...], ...] = ()
   header: str = ''
+  continued: tuple[int, ...] = ()
 
   @property
   def is_text(self) -> bool:
@@ -56,6 +58,14 @@ def pieces(text: str, cuts: Iterable[int]) -> list[str]:
   return [text[a:b] for a, b in itertools.pairwise([0, *inside, len(text)])] if text else []
 
 
+def cut_texts(texts: Sequence[str], cuts: Sequence[Iterable[int]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+  """(blocks, numbers of those that go on with the one before) of texts that are each cut at these offsets, see `pieces`."""
+  found = [pieces(text, own) for text, own in zip(texts, cuts, strict=True)]
+  firsts = set(itertools.accumulate(map(len, found), initial=0))
+  blocks = tuple(itertools.chain.from_iterable(found))
+  return blocks, tuple(i for i in range(len(blocks)) if i not in firsts)
+
+
 def recut(example: Example, cuts: Sequence[int]) -> Example:
   """The same context in other blocks.
 
@@ -64,7 +74,8 @@ def recut(example: Example, cuts: Sequence[int]) -> Example:
       text, and those outside of the context, are left out.
 
   Returns:
-    The example with its context cut there. A new block is gold if it holds some of a gold one.
+    The example with its context cut there. A new block is gold if it holds some of a gold one, and goes on with the one
+    before it, for the context is one text here.
   """
   whole = ''.join(example.blocks)
   starts = [0, *itertools.accumulate(map(len, example.blocks))]
@@ -76,4 +87,5 @@ def recut(example: Example, cuts: Sequence[int]) -> Example:
   gold = example.gold and tuple(i for i, (a, b) in enumerate(spans)
                                 if any(starts[g] < b and starts[g + 1] > a for g in example.gold))
   template = (header, *(clipped(a, b) for a, b in spans), *parts[-2:]) if example.template else ()
-  return dataclasses.replace(example, blocks=tuple(whole[a:b] for a, b in spans), gold=gold, template=template)
+  return dataclasses.replace(example, blocks=tuple(whole[a:b] for a, b in spans), gold=gold, template=template,
+                             continued=tuple(range(1, len(spans))))

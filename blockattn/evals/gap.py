@@ -91,7 +91,7 @@ def block_facts(options: blocks.BlockOptions) -> dict[str, Any]:
   """What of block mode decides figures, JSON values; what came later is said where it is in use."""
   said = {'sink_ids': list(options.sink_ids), 'positions': options.positions, 'shared_first': options.shared_first}
   later = {'tail_ids': list(options.tail_ids), 'links': options.links, 'seam': options.seam, 'align': options.align,
-           'hide_starts': options.hide_starts}
+           'hide_starts': options.hide_starts, 'overlap': options.overlap}
   return said | {name: later[name] for name in later if getattr(options, name) != getattr(options.bare, name)}
 
 

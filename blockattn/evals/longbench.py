@@ -32,7 +32,7 @@ from typing import Any
 
 from blockattn import hub
 from blockattn.data import chat_template, json_lines
-from blockattn.data.example import Example, pieces
+from blockattn.data.example import Example, before_spaces, pieces
 from blockattn.errors import UserError
 from blockattn.evals import answers, scores
 
@@ -219,15 +219,21 @@ def cut_at_headings(context: str, heading: str) -> list[int]:
   return [start for start in found if start] if len(found) > 1 else []
 
 
-def cut_prompts(prompts: Sequence[Prompt], heading: str, cut: Cut | None) -> list[list[str]]:
-  """Texts of the blocks of each prompt's context; none is empty, and joined they are the context. What lacks headings is cut
-  by `cut`; None: it is one block."""
+def cut_prompts(prompts: Sequence[Prompt], heading: str, cut: Cut | None) -> list[tuple[list[str], tuple[int, ...]]]:
+  """Texts of the blocks of each prompt's context, and the numbers of those that go on with the one before; none is empty.
+  Joined they are the context. What lacks headings is cut by `cut`; None: it is one block."""
   cuts = [cut_at_headings(prompt.context, heading) for prompt in prompts]
   bare = [i for i, prompt in enumerate(prompts) if not cuts[i] and prompt.context]
   if cut is not None and bare:
     for i, spans in zip(bare, cut([prompts[i].context for i in bare]), strict=True):
       cuts[i] = [start for start, _ in spans if start]
-  return [pieces(prompt.context, (*own, prompt.seam)) for prompt, own in zip(prompts, cuts)]
+  texts = [prompt.context for prompt in prompts]
+  blocks = [pieces(text, (*own, prompt.seam)) for text, own, prompt in zip(texts, cuts, prompts)]
+  # What lies between passages, or was left out of the middle, is no text that goes on.
+  gaps = [{0, *before_spaces(text, [prompt.seam])} for text, prompt in zip(texts, prompts)]
+  starts = [list(itertools.accumulate(map(len, own), initial=0))[:-1] for own in blocks]
+  return [(own, tuple(n for n, start in enumerate(where) if i in bare and start not in gap))
+          for i, (own, where, gap) in enumerate(zip(blocks, starts, gaps))]
 
 
 def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut | None, chat: bool,
@@ -249,8 +255,8 @@ def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut
   if max_length is not None:
     prompts = [truncate(prompt, tokenizer, max_length) for prompt in prompts]
   items = []
-  for record, prompt, blocks in zip(records, prompts, cut_prompts(prompts, known.heading, cut)):
-    example = Example(tuple(blocks), prompt.after, '', record.id, record.answers, header=prompt.before)
+  for record, prompt, (blocks, continued) in zip(records, prompts, cut_prompts(prompts, known.heading, cut)):
+    example = Example(tuple(blocks), prompt.after, '', record.id, record.answers, header=prompt.before, continued=continued)
     if chat and known.chat:
       try:
         example = chat_template.wrap_in_turn(example, tokenizer)

@@ -132,6 +132,7 @@ def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:
   ids = lambda of: f'{len(of)}, token ids {list(of)}' if of else None
   alone = 'read by itself alone'
   behind, align, seam = 'links' if said.get('links') else 'tails', said.get('align', 1), said.get('seam')
+  overlap = said.get('overlap')
   kinds = {'sinks': said['sink_ids'], behind: said.get('tail_ids', ())}
   lines = _list({
       'sinks in front of every block': ids(kinds['sinks']) or 0,
@@ -140,6 +141,8 @@ def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:
       'links behind every block but the last, which read all before them': ids(kinds[behind]) if behind == 'links' else None,
       'first tokens of a block that are read again behind those before it': f'{seam}, or as a prompt asks' if seam else None,
       'sinks, or without any the first token, of a block but the first': alone if said.get('hide_starts') else None,
+      'last tokens of the block before that a block of the same text is read behind': (
+          f'{overlap}, which no other block sees' if overlap else None),
       'first block': 'read by all behind it' if said.get('shared_first') else None,
       'positions': said['positions'], 'most blocks of a row in training': said['max_blocks']})
   own = ' and '.join(name for name, of in kinds.items() if max(of, default=0) >= cfg.vocab)

@@ -37,7 +37,8 @@ HARMLESS = {
 
 SINKS_STAND = 'in front of every block'   # part of what an export says of its blocks
 # Fields of BlockOptions that older students do not speak of.
-LATER = {'shared_first': bool, 'tail_ids': [int], 'links': bool, 'seam': int, 'align': int, 'hide_starts': bool}
+LATER = {'shared_first': bool, 'tail_ids': [int], 'links': bool, 'seam': int, 'align': int, 'hide_starts': bool,
+         'overlap': int}
 
 LLAMA_THETA = 10000.0   # of configs from before the key
 # Keys that count something, and may not say 0.

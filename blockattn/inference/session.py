@@ -38,8 +38,8 @@ class Session:
     return dataclasses.replace(self.like, prompt=self.encoder.prompt(example))
 
 
-def ask(blocks: Sequence[str], question: str, tokenizer: Any, chat: bool) -> Example:
-  """The example that asks this about the blocks; a text without a line end gets one, so that words stay apart.
+def ask(blocks: Sequence[str], question: str, tokenizer: Any, chat: bool, continued: Sequence[int] = ()) -> Example:
+  """The example that asks this about the blocks, of which those of the numbers `continued` go on with the one before.
 
   Raises:
     ValueError: the question was no UTF-8.
@@ -49,5 +49,6 @@ def ask(blocks: Sequence[str], question: str, tokenizer: Any, chat: bool) -> Exa
   except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character
     raise UserError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
   template = prompts.CHAT if chat else prompts.PLAIN
-  example = Example(tuple(blocks), template.question.format(question=question), response='', id=question)
+  example = Example(tuple(blocks), template.question.format(question=question), response='', id=question,
+                    continued=tuple(continued))
   return chat_template.wrap_in_turn(example, tokenizer) if chat else example

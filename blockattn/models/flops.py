@@ -154,12 +154,20 @@ def seams(blocks: Blocks, most: int, *, drawn: bool = False) -> np.ndarray:
   return np.where(blocks.first | blocks.reader | blocks.shared, 0.0, mean)
 
 
-def in_blocks(blocks: Blocks, *, sinks: int = 0, tails: int = 0, links: bool = False, seams: np.ndarray | float = 0.0,
-              drop_rate: float = 0.0, drop_mode: str = 'lift') -> Seen:
-  """Block attention as `blocks.may_attend` allows it, with `sinks` tokens in front of every block, tails or links behind all
-  but the last, and `seams` tokens of each read again; under block dropout (`blocks.drop_blocks`) the mean over its draws.
+def overlaps(blocks: Blocks, most: int) -> np.ndarray:
+  """Tokens of the block before that each block reads first (`blocks.BlockOptions.overlap`)."""
+  before = np.minimum(np.append(0.0, blocks.sizes)[:-1], most)
+  return np.where(blocks.first | blocks.reader | blocks.shared | np.append(True, blocks.shared)[:-1], 0.0, before)
 
-  Where blocks are merged, tails are counted like sinks, and a seam for every block that is left."""
+
+def in_blocks(blocks: Blocks, *, sinks: int = 0, tails: int = 0, links: bool = False, seams: np.ndarray | float = 0.0,
+              overlaps: np.ndarray | float = 0.0, drop_rate: float = 0.0, drop_mode: str = 'lift') -> Seen:
+  """Block attention as `blocks.may_attend` allows it, with `sinks` tokens in front of every block, tails or links behind all
+  but the last, `overlaps` tokens in front of each that it alone sees, and `seams` tokens of each read again; under block
+  dropout (`blocks.drop_blocks`) the mean over its draws.
+
+  Where blocks are merged, tails are counted like sinks, and an overlap and a seam for every block that is left. Overlaps are
+  taken for whole where the block before was dropped."""
   tail = np.where(np.append(blocks.first[1:], True), 0.0, tails) if len(blocks.sizes) else blocks.sizes
   text, sink = blocks.sizes, sinks + (0.0 if links else tail)
   link = tail if links else 0.0 * tail
@@ -168,17 +176,19 @@ def in_blocks(blocks: Blocks, *, sinks: int = 0, tails: int = 0, links: bool = F
   if drop_mode == 'merge':   # a boundary vanishes, and its sinks; not behind a reader, a shared block or at the start
     rate = np.where(blocks.first | np.append(True, fixed[:-1]), 0.0, rate)
     own = _in_merged_blocks(blocks, text, sink + link, rate)
-    seams = (1 - rate) * seams
-    return Seen(own.tokens + float(seams.sum()), own.pairs + float((seams * _before(text + sink + link, blocks)).sum()))
+    seams, overlaps = (1 - rate) * seams, (1 - rate) * overlaps + 0.0 * text
+    pairs = seams * _before(text + sink + link, blocks) + _own(overlaps) + overlaps * (text + sink)
+    return Seen(own.tokens + float((seams + overlaps).sum()), own.pairs + float(pairs.sum()))
   size = text + sink
   visible = 1 - rate if drop_mode in ('isolate', 'remove') else np.ones(len(rate))
   present = 1 - rate if drop_mode == 'remove' else np.ones(len(rate))
   reads = np.where(blocks.reader, 1.0, rate if drop_mode in ('lift', 'isolate') else 0.0)
   before, shared = _before((size + link) * visible, blocks), _before(size * blocks.shared, blocks)
   pairs = _own(size) + size * (reads * before + (1 - reads) * shared)
-  again = (1 - reads) * seams
+  again, ahead = (1 - reads) * seams, (1 - reads) * overlaps
   pairs += again * before + (1 - reads) * _own(seams) + link * (before + size * visible) + _own(link)
-  return Seen(float((present * (size + link + again)).sum()), float((present * pairs).sum()))
+  pairs += (1 - reads) * (_own(overlaps) + overlaps * size)
+  return Seen(float((present * (size + link + again + ahead)).sum()), float((present * pairs).sum()))
 
 
 def _in_merged_blocks(blocks, text, sink, rate):

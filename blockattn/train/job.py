@@ -113,8 +113,9 @@ class BlockModeOptions:
     seam_drawn: each step has its own number of them, from 0 to seam; else it is always seam
     align: blocks but the last are made a multiple of so many tokens by more sinks; serving engines' pages have 16
     hide_starts: sinks of a context block but the first, or without any its first token, are read by their own block alone
+    overlap: last tokens of the block before, which a context block reads first and no other sees: where blocks are one text
   """
-  sinks: int = 4
+  sinks: int = 0
   sink_kind: str = 'token'
   sink_text: str = ''
   positions: str = 'sequential'
@@ -123,15 +124,21 @@ class BlockModeOptions:
   seam: int = 0
   seam_drawn: bool = True
   align: int = 1
-  hide_starts: bool = False
+  hide_starts: bool = True
+  overlap: int = 0
 
   def __post_init__(self):
-    for name in ('sinks', 'tails', 'seam'):
+    for name in ('sinks', 'tails', 'seam', 'overlap'):
       errors.check_number(f'config.blocks.{name}', getattr(self, name), 0, 1024)
+    if self.overlap and not self.hide_starts:
+      raise UserError(f'config.blocks.overlap={self.overlap} is hidden as starts are: config.blocks.hide_starts is false')
     errors.check_number('config.blocks.align', self.align, 1, 1024)
     errors.check_choice('config.blocks.tail_kind', self.tail_kind, TAIL_KINDS)
     if self.align > 1 and not self.sinks:
       raise UserError(f'config.blocks.align={self.align} fills blocks up with sinks: config.blocks.sinks is 0')
+    if (self.sink_kind == 'learned' or self.sink_text and not self.tails) and not self.sinks:
+      raise UserError(f'config.blocks.sink_kind={self.sink_kind!r}, sink_text={self.sink_text!r}: there are no sinks, '
+                      'config.blocks.sinks is 0')
     errors.check_choice('config.blocks.sink_kind', self.sink_kind, SINK_KINDS)
     errors.check_choice('config.blocks.positions', self.positions, blocks.POSITION_SCHEMES)
 
@@ -365,7 +372,7 @@ class Job:
   @property
   def padded(self) -> int:
     """Tokens of a row in block mode."""
-    return blocks.padded_length(self.batch['tokens'].shape[1], self.blocks)
+    return max(view.tokens for view in self.views)
 
 
 def make_placement(options: Options, devices=None) -> mesh_lib.Placement:
@@ -450,12 +457,12 @@ def block_options(options: PromptOptions, cfg, sink: int) -> tuple[transformer.M
   return dataclasses.replace(cfg, learned_sinks=len(rows)) if rows else cfg, blocks.BlockOptions(
       sink_ids=rows[:learned] if learned else (sink,) * b.sinks, positions=b.positions, max_blocks=options.data.max_blocks,
       shared_first=options.data.shared_first, tail_ids=rows[learned:], links=b.tail_kind == 'link' and b.tails > 0,
-      seam=b.seam, align=b.align, hide_starts=b.hide_starts)
+      seam=b.seam, align=b.align, hide_starts=b.hide_starts, overlap=b.overlap)
 
 
 def inserted(b: BlockModeOptions, cut: flops.Blocks) -> dict[str, Any]:
   """What flops.in_blocks takes beside the blocks of a batch. Hidden starts, a token or so of a block, count as read."""
-  return {'sinks': b.sinks, 'tails': b.tails, 'links': b.tail_kind == 'link',
+  return {'sinks': b.sinks, 'tails': b.tails, 'links': b.tail_kind == 'link', 'overlaps': flops.overlaps(cut, b.overlap),
           'seams': flops.seams(cut, b.seam, drawn=b.seam_drawn)}
 
 
@@ -514,7 +521,8 @@ def check_batch(options: Options, placement, platform: str, padded: int | None =
   """Raises ValueError if the global batch cannot be cut over the mesh, in options.accumulate slices, or rows of T or of
   `padded` tokens not into parts of whole tiles."""
   ways, b = placement.size('tokens'), getattr(options, 'blocks', None)
-  added = [f'config.blocks.{name}' for name in ('sinks', 'tails', 'seam') if name == 'sinks' or getattr(b, name, 0)]
+  added = [f'config.blocks.{name}' for name in ('sinks', 'tails', 'seam', 'overlap')
+           if name == 'sinks' or getattr(b, name, 0)]
   added += ['config.blocks.align - 1'] if b and b.align > 1 else []
   added = added[0] if len(added) == 1 else f'({" + ".join(added)})'
   step = row_multiple(options, placement, platform)

@@ -35,6 +35,8 @@ MODES = {'plain': BlockOptions((), 'sequential', 4), 'local': BlockOptions((), '
          'sinks': BlockOptions(SINKS, 'sequential', 4), 'sinks_local': BlockOptions(SINKS, 'local', 4)}
 MORE = {'hidden': BlockOptions((), 'sequential', 4, hide_starts=True),
         'hidden_all': BlockOptions(SINKS, 'local', 4, tail_ids=SINKS[1:], links=True, seam=2, align=4, hide_starts=True),
+        'overlap': BlockOptions((), 'sequential', 4, hide_starts=True, overlap=5),
+        'overlap_local': BlockOptions(SINKS, 'local', 4, hide_starts=True, overlap=3, seam=2),
         'hidden_seam': BlockOptions((), 'local', 4, seam=2, hide_starts=True),
         'seam': BlockOptions(SINKS, 'sequential', 4, seam=1), 'seam_local': BlockOptions(SINKS[:1], 'local', 4, seam=6),
         'tails': BlockOptions((), 'local', 4, tail_ids=SINKS, seam=2),
@@ -46,7 +48,7 @@ ALL_MODES = pytest.mark.parametrize('options', (MODES | MORE).values(), ids=MODE
 
 def make_prompt(lengths, seed=3):
   rng = np.random.default_rng(seed)
-  return [rng.integers(1, 48, size=n).tolist() for n in lengths]
+  return [blocks.Continued(rng.integers(1, 48, size=n).tolist()) for n in lengths]
 
 
 PROMPTS = [make_prompt(lengths, seed) for seed, lengths in enumerate(LENGTHS, start=50)]   # whose answers vary

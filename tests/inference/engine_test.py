@@ -104,7 +104,7 @@ def test_passages_in_another_order_are_all_found_again(positions, template, adds
 def random_prompt(rng, context=(1, 2, 4)):
   """Blocks of sizes that all fall into one bucket, so that few programs are compiled."""
   sizes = rng.integers(1, 29, size=rng.choice(context) + 1).tolist()
-  return [rng.integers(1, 48, size=n).tolist() for n in sizes]
+  return [blocks.Continued(rng.integers(1, 48, size=n).tolist()) for n in sizes]
 
 
 def rms(x):
@@ -133,6 +133,7 @@ def test_cached_logits_are_those_of_the_masked_forward_pass(words, name, positio
 
 SEAM = 40   # longer than any block
 FORMS = {'seam': {}, 'tails': {'tail_ids': (5, 6)}, 'links': {'tail_ids': (5, 6), 'links': True},
+         'overlap': {'hide_starts': True, 'overlap': 2},
          'hidden': {'hide_starts': True}, 'hidden_links': {'tail_ids': (5, 6), 'links': True, 'hide_starts': True}}
 
 
@@ -141,13 +142,14 @@ FORMS = {'seam': {}, 'tails': {'tail_ids': (5, 6)}, 'links': {'tail_ids': (5, 6)
     ('tails', 'llama_rope', 'local', 1, False), ('links', 'qwen3_tied', 'sequential', 8, False),
     ('links', 'llama_rope', 'local', 1, False), ('links', 'qwen3_tied', 'local', 1, True),
     ('hidden', 'qwen3_bias', 'sequential', 1, False), ('hidden', 'llama_rope', 'local', 3, True),
-    ('hidden_links', 'llama_rope', 'sequential', 1, False)])
+    ('hidden_links', 'llama_rope', 'sequential', 1, False), ('overlap', 'qwen3_tied', 'sequential', 1, False),
+    ('overlap', 'llama_rope', 'local', 3, True)])
 def test_what_is_read_again_beside_cached_blocks(words, form, name, positions, devices, shared):
   """Seams of no token, of some and of whole blocks, chosen anew for every prompt, tails and links; the states stay."""
   rng, (cfg, params) = np.random.default_rng(7), model(name)
   subject = engine(name, words, positions, devices, shared=shared, form=FORMS[form])
   options = blocks.BlockOptions(SINKS[name], positions, 8, shared, seam=SEAM, **FORMS[form])
-  prompts, off = [[[9] * 3, [4, 5, 6], [7, 8]], random_prompt(rng, (3, 4))], []
+  prompts, off = [[[9] * 3, blocks.Continued([4, 5, 6]), [7, 8]], random_prompt(rng, (3, 4))], []
   for prompt in prompts:
     for seam in (0, 1, 3, SEAM):
       exact = masked(params, cfg, Compute(impl='reference'), options, prompt, np.int32(seam))

@@ -1,5 +1,6 @@
 """Operations of a model and pairs of tokens, counted against matrices and masks that exist."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -48,6 +49,11 @@ def test_pairs_of_what_is_inserted_are_those_of_the_mask(tails, links, shared_fi
     seen = seen_by_the_mask(blocks.block_mode(tokens, one, options, seam)[1])
     assert flops.in_blocks(cut, sinks=1, tails=tails, links=links, seams=flops.seams(cut, seam)) == seen
     mean += np.array(seen).astype(float) / 4
+  over = dataclasses.replace(options, sink_ids=(), seam=0, overlap=2, hide_starts=True)
+  seen, ahead = seen_by_the_mask(blocks.block_mode(tokens, one, over)[1]), flops.overlaps(cut, 2)
+  counted = flops.in_blocks(cut, tails=tails, links=links, overlaps=ahead)
+  assert ahead.any() and counted.tokens == seen.tokens
+  assert shared_first or counted.pairs == seen.pairs   # behind a shared block starts are hidden, which counts as read
   drawn = flops.seams(cut, 3, drawn=True)
   assert drawn.sum() > 0 and flops.in_blocks(cut, sinks=1, tails=tails, links=links, seams=drawn).tokens == mean[0]
 

@@ -86,6 +86,24 @@ def test_hidden_starts_are_told_apart_from_the_prompt(sinks, blocks_, said, toke
   assert student.place(blocks_, options) == (tokens, said)
 
 
+def test_what_the_segmenter_cut_goes_on():
+  """And no document goes on with another, nor with what a chat template writes in front of it."""
+  options = blocks.BlockOptions((), 'sequential', 8, hide_starts=True, overlap=4)
+  text = ''.join(f'This is sentence {i} of a text about birds. ' for i in range(40))
+  body = {'documents': [{'text': text}, {'text': 'One.'}], 'segment': {'target': 100, 'max': 200}}
+  tokenizer = data_cases.tiny_tokenizer(data_cases.CHATML)
+  made = front.Forms(options, tokenizer, encode.Encoder(tokenizer))
+  prompt = made.prompt(front.CHAT, body | {'messages': [{'role': 'user', 'content': 'Which?'}]})
+  assert len(prompt) > 5
+  goes_on = [isinstance(block, blocks.Continued) for block in prompt]
+  assert goes_on == [False, False, *[True] * (len(prompt) - 4), False, False]
+  _, said = student.place(prompt, options)
+  assert [len(start) for start in said[student.HIDDEN]] == [0, 1, *[4] * (len(prompt) - 4), 1]
+  assert said[student.HIDDEN][2] == prompt[1][-4:]
+  single = made.prompt(front.PLAIN, {'prompt': text, 'segment': {'target': 100}})
+  assert [isinstance(block, blocks.Continued) for block in single] == [False, *[True] * (len(single) - 2), False]
+
+
 def test_lengths_of_token_ids():
   out = forms().rewrite(front.PLAIN, {'prompt': [10, 11, 12, 13], 'blocks': [1, 3], 'max_tokens': 2})
   assert out == {'prompt': [3, 3, 10, 3, 3, 11, 12, 13], 'max_tokens': 2, 'kv_transfer_params': {student.BLOCKS: [3, 5]}}

@@ -42,6 +42,7 @@ STUDENTS = {
     'qwen, local': (QWEN, blocks.BlockOptions((), 'local', 8)),
     'llama, hidden starts': (LLAMA, blocks.BlockOptions((), 'sequential', 8, hide_starts=True)),
     'qwen, hidden sinks, local': (QWEN, blocks.BlockOptions((7, 7), 'local', 8, hide_starts=True)),
+    'llama, overlap': (LLAMA, blocks.BlockOptions((), 'sequential', 8, hide_starts=True, overlap=5)),
     'qwen, learned sinks': (QWEN, blocks.BlockOptions((VOCAB, VOCAB + 1), 'sequential', 8)),
     'llama, learned sinks, local, tails, aligned': (
         LLAMA, blocks.BlockOptions((VOCAB, VOCAB + 1), 'local', 8, tail_ids=(VOCAB + 2,), align=16)),
@@ -127,9 +128,10 @@ def pool(seed, lengths=(5, 33, 1, 64, 90, 17)):
 
 
 def prompts(seed, count):
-  """Of blocks of a pool in any order, some of them twice, and questions of their own."""
+  """Of blocks of a pool in any order, some of them twice, some as if they went on, and questions of their own."""
   rng, parts = np.random.default_rng(seed), pool(seed)
-  pick = lambda: [parts[i] for i in rng.integers(0, len(parts), size=rng.integers(0, 5))]
+  kind = lambda: rng.choice([list, blocks.Continued])
+  pick = lambda: [kind()(parts[i]) for i in rng.integers(0, len(parts), size=rng.integers(0, 5))]
   return [[*pick(), rng.integers(8, VOCAB, size=rng.integers(1, 40)).tolist()] for _ in range(count)]
 
 
@@ -140,12 +142,11 @@ def is_seen(student, prompt):
 
 def masked(student, prompt):
   """Log-probabilities of the token after the prompt, from one masked forward pass."""
-  lengths = [list(map(len, prompt))]
-  tokens = np.zeros((1, LENGTH), np.int32)
-  tokens[0, :sum(lengths[0])] = np.concatenate(prompt)
-  tokens, layout, index = blocks.block_mode(tokens, blocks.from_lengths([lengths], LENGTH), student.options)
-  x_BTD = _apply(student.params, tokens, layout, student.cfg, COMPUTE)
-  logits = transformer.logits(student.params, x_BTD[0, int(index[0, sum(lengths[0]) - 1])], student.cfg)
+  placed, tokens = blocks.place_prompt(prompt, student.options), np.zeros((1, LENGTH), np.int32)
+  row = [token for block in placed for token in block.tokens]
+  tokens[0, :len(row)] = row
+  x_BTD = _apply(student.params, tokens, blocks.prompt_layout([placed], LENGTH), student.cfg, COMPUTE)
+  logits = transformer.logits(student.params, x_BTD[0, len(row) - 1], student.cfg)
   return np.asarray(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32)))
 
 
@@ -275,7 +276,8 @@ def test_answers_are_those_of_the_engine_and_of_the_masked_pass(student, server)
   asked = prompts(0, 12)
   agree(student, asked, answers(server, student, asked))
   computed = server.counts.missing
-  read = {tuple(block) for prompt in asked for block, is_read in zip(prompt, is_seen(student, prompt)) if is_read}
+  placed = [block for prompt in asked for block in blocks.place_prompt(prompt, student.options)[:-1]]
+  read = {block.tokens for block in placed if block.hidden[1] < len(block.tokens)}
   assert computed == len(read)   # each once, for all who wait for it
   again = prompts(0, 20)[12:]   # the same blocks in other orders
   agree(student, again, answers(server, student, again))
@@ -299,8 +301,8 @@ def test_the_engine_reads_blocks_that_were_served(student, server):
   server.flush()
   with cache.Store(folder=server.folder) as store:
     found = engine(student, store=store).prepare([Request(prompt, max_new=NEW) for prompt in asked])
-  found = {block.found for prompt, own in zip(asked, found) for block, is_read in zip(own, is_seen(student, prompt)) if is_read}
-  assert found == {'disk'}
+  pairs = [pair for prompt, own in zip(asked, found) for pair in zip(own, is_seen(student, prompt))]
+  assert {block.found for block, is_read in pairs if is_read} == {'disk'}
 
 
 def test_one_text_with_and_without_blocks_has_two_answers(student, server):

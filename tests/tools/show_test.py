@@ -51,7 +51,7 @@ def test_the_published_size_over_64_devices():
   memory, rows = shown['per_device'], shown['rows']
   assert shown['mesh'] == {'data': 1, 'fsdp': 64, 'tensor': 1, 'context': 1}
   assert shown['total']['count'] == 4_022_468_096   # "4.0B parameters" of its model card
-  assert rows == {'per_device': 1, 'at_a_time': 1, 'tokens': 32768, 'student_tokens': 32768 + 4 * 256}
+  assert rows == {'per_device': 1, 'at_a_time': 1, 'tokens': 32768, 'student_tokens': 32768}
   assert memory['parameters'] == pytest.approx(4 * 4_022_468_096 / 64, rel=1e-2)   # norms are whole everywhere
   assert memory['teacher'] * 2 == memory['parameters'] == memory['gradients']
   inputs = 36 * rows['student_tokens'] * 2560 * 2   # of every layer: all that remat 'full' keeps of the layers
@@ -67,7 +67,7 @@ def test_memory_follows_the_config():
     return describe(config, devices=8)['per_device']
   full, none = memory(), memory(**{'compute.remat': 'none'})
   offload = memory(**{'compute.remat': 'offload'})
-  assert full['saved'] - offload['saved'] == 8 * 36 * (32768 + 4 * 256) * 2560 * 2   # what all layers of 8 rows start from
+  assert full['saved'] - offload['saved'] == 8 * 36 * 32768 * 2560 * 2   # what all layers of 8 rows start from
   assert {**offload, 'saved': 0, 'total': 0} == {**full, 'saved': 0, 'total': 0}
   dots, slices = memory(**{'compute.remat': 'dots'}), memory(accumulate=8)
   assert full['saved'] < dots['saved'] < none['saved'] and none['cast'] > 0
@@ -86,8 +86,7 @@ def test_rows_that_are_cut_cost_a_device_its_part():
   whole, half = memory(1, 'full'), memory(2, 'full')
   for row in ('saved', 'hidden'):
     assert half[row] == pytest.approx(whole[row] / 2, rel=1e-3), row
-  tokens = 32768 + 4 * 256
-  kept = 36 * 2 * 8 * 128 * (tokens // 2) * 2   # layers, keys and values, heads, width, tokens, bytes
+  kept = 36 * 2 * 8 * 128 * (32768 // 2) * 2   # layers, keys and values, heads, width, tokens, bytes
   assert memory(2, 'none')['saved'] - memory(1, 'none')['saved'] / 2 == pytest.approx(kept, rel=0.02)
 
 
@@ -166,7 +165,7 @@ def test_output_matching_keeps_what_the_teachers_attention_gave():
     return describe(config, devices=8)['per_device']
   plain, full, none = memory(), memory(**{'distill.match_weight': 1.0}), memory(**{
       'distill.match_weight': 1.0, 'compute.remat': 'none'})
-  assert plain['matching'] == 0 and full['matching'] == 36 * (32768 + 4 * 256) * 2560 * 2
+  assert plain['matching'] == 0 and full['matching'] == 36 * 32768 * 2560 * 2
   assert full['total'] - plain['total'] == full['matching'] == none['matching'] / 2   # its own, too, without remat
 
 
@@ -212,9 +211,9 @@ def test_bytes_that_a_device_receives():
   assert cut['weights'] == pytest.approx(3 * 2 * (4_022_468_096 - norms) * 7 / 8)   # twice, and the teacher's
   tensor = received(fsdp=1, tensor=8)
   assert tensor['weights'] == 0 and tensor['gradients'] == pytest.approx(0)
-  row, student = 64 * 2560 * 2, 32768 + 4 * 256
+  row = 64 * 2560 * 2
   # Two all-reduces, each 2 * 7/8 of the rows: three times in the student's passes, with remat, and once in the teacher's.
-  assert tensor['activations'] == pytest.approx(36 * 2 * 2 * 7 / 8 * row * (3 * student + 32768))
+  assert tensor['activations'] == pytest.approx(36 * 2 * 2 * 7 / 8 * row * 4 * 32768)
   assert received(fsdp=4, context=2)['activations'] > 0
 
 
@@ -224,10 +223,9 @@ def test_bytes_of_rows_that_are_divided():
     config = finetune.get_config('model=qwen3_4b,ctx=32768,mode=block')
     config.update_from_flattened_dict({'mesh.fsdp': 1, 'mesh.context': 8} | changes)
     return describe(config, devices=8)['step']['received']['activations']
-  tokens = 32768 + 4 * 256
   assert received(**{'compute.far_queries': 0}) == pytest.approx(
-      3 * 36 * 64 * tokens * 2 * 8 * 128 * 2 * 7 / 8)
-  near = 64 * tokens / 8 * 2 * 8 * 128 * 2
+      3 * 36 * 64 * 32768 * 2 * 8 * 128 * 2 * 7 / 8)
+  near = 64 * 32768 / 8 * 2 * 8 * 128 * 2
   assert received(**{'compute.far_queries': 256}) == pytest.approx(
       3 * 36 * (near + 64 * 256 * 32 * 128 * 2 * 7 / 8 * (2 + 4)))
   assert received() > near * 3 * 36
@@ -274,7 +272,9 @@ def test_a_mesh_says_how_many_devices_there_are(tmp_path, monkeypatch, capsys):
 def test_fine_tuning_counts_the_views_of_its_mode():
   saved = {}
   for mode in ('full', 'block', 'both'):
-    memory = describe(finetune.get_config(f'model=qwen3_0_6b,ctx=4096,mode={mode}'), devices=1)['per_device']
+    config = finetune.get_config(f'model=qwen3_0_6b,ctx=4096,mode={mode}')
+    config.blocks.sinks = 4
+    memory = describe(config, devices=1)['per_device']
     saved[mode] = memory['saved']
     assert memory['teacher'] == 0
   assert saved['full'] < saved['block'] and saved['both'] == saved['full'] + saved['block']
@@ -282,7 +282,7 @@ def test_fine_tuning_counts_the_views_of_its_mode():
 
 def test_learned_sinks_are_parameters():
   config = qwen()
-  config.blocks.sink_kind = 'learned'
+  config.blocks.sink_kind, config.blocks.sinks = 'learned', 4
   shown = describe(config, devices=1)
   assert {'name': 'sinks', 'shape': [4, 2560], 'axes': [None, 'width'], 'mesh_axes': [None, None], 'count': 4 * 2560,
           'bytes': 4 * 4 * 2560} in shown['parameters']

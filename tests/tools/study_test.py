@@ -110,7 +110,7 @@ def test_the_sweep_has_the_same_points(workdir, capsys):
   said = [f'--config.model.source={tiny.TEACHER}', f'--config.data.files={workdir}/train.jsonl', '--config.steps=2',
           '--config.optim.warmup=1']
   points = sweep.plan(config, workdir / 'students' / 'parts', 'parts', said)
-  assert [point.finished for point in points] == 2 * [True, *4 * [False]] + 5 * [False]
+  assert [point.finished for point in points] == 2 * [True, *5 * [False]] + 6 * [False]
 
 
 def test_ways_to_cut_at_the_same_number_of_blocks(workdir, data, capsys):
@@ -129,7 +129,7 @@ def test_ways_to_cut_at_the_same_number_of_blocks(workdir, data, capsys):
 
 def test_the_plan_trains_nothing(data, tmp_path, capsys):
   assert study.main(arguments(data, tmp_path / 'run', '--plan', '--only', 'parts')) == 0
-  assert '| parts | 10 | 0.0 |' in capsys.readouterr().out
+  assert '| parts | 12 | 0.0 |' in capsys.readouterr().out
   assert [path.name for path in (tmp_path / 'run').iterdir()] == ['study.json']
 
 
@@ -140,8 +140,8 @@ def test_a_training_of_one_step_is_refused(data, tmp_path, capsys):
 
 def test_unknown_rows_are_named(data, tmp_path, capsys):
   assert study.main(arguments(data, tmp_path, '--only', 'distiled')) == 2
-  assert '--only distiled: choose from groups untrained, untrained_forms, rivals, parts, rates, baseline' in ' '.join(
-      capsys.readouterr().err.split())
+  said = ' '.join(capsys.readouterr().err.split())
+  assert '--only distiled: choose from groups untrained, untrained_forms, overlaps, rivals, parts, rates, baseline' in said
 
 
 def test_every_row_is_a_training(data, tmp_path):

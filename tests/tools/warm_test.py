@@ -14,7 +14,7 @@ from blockattn.inference import cache
 from blockattn.serving.vllm import front, student
 from tools import warm
 
-OPTIONS = blocks.BlockOptions((5, 6), 'sequential', max_blocks=8)
+OPTIONS = blocks.BlockOptions((5, 6), 'sequential', max_blocks=8, hide_starts=True, overlap=4)
 TEXT = ''.join(f'Sentence {i} of a text about bridges. ' for i in range(16))
 
 
@@ -47,8 +47,8 @@ def keys_of(folder, body, dtype):
   said = forms.rewrite(front.CHAT, body)['kv_transfer_params']
   _, keys = student.read_keys(folder, dtype)
   at, found = 0, []
-  for length in said['blocks']:
-    found.append(keys.of(said['prompt_token_ids'][at:at + length]))
+  for length, start in zip(said['blocks'], [*said['hidden'], []], strict=True):
+    found.append(keys.of([*start, *said['prompt_token_ids'][at:at + length]]))
     at += length
   return set(found[:-1])
 

@@ -439,6 +439,8 @@ def built(devices=8, platform='cpu', changes=(), **shape):
     ({'compute__far_queries': -2}, 'config.compute.far_queries=-2; give a number from 0'),
     ({'compute__remat': 'some'}, "config.compute.remat='some'; choose one of none, dots, full"),
     ({'blocks__sink_kind': 'tokens'}, "config.blocks.sink_kind='tokens'; choose one of token, learned"),
+    ({'blocks__sink_kind': 'learned'}, "sink_kind='learned', sink_text='': there are no sinks, config.blocks.sinks is 0"),
+    ({'blocks__sink_text': 'a'}, "sink_text='a': there are no sinks"),
     ({'blocks__positions': 'globl'}, "config.blocks.positions='globl'; choose one of sequential, local"),
     ({'model__fields': {'vocba': 3}}, "config.model.fields.vocba: no such field; did you mean 'vocab'")])
 def test_a_mistake_in_the_rest_of_a_config(changes, message):
@@ -463,9 +465,9 @@ def test_a_key_that_the_trainer_does_not_read():
      'config.batch=24 must be a multiple of 16: 8 devices share the rows, in config.accumulate=2 slices'),
     ({'data__length': 4100}, dict(context=8),
      'config.data.length = 4100 must be a multiple of 128: 8 devices .config.mesh. share a row'),
-    ({'data__max_blocks': 63}, dict(context=8),
+    ({'data__max_blocks': 63, 'blocks__sinks': 4}, dict(context=8),
      r'config.blocks.sinks \* config.data.max_blocks = 4348 must be a multiple of 128'),
-    ({}, dict(context=8, platform='tpu'),
+    ({'blocks__sinks': 4}, dict(context=8, platform='tpu'),
      r'config.blocks.sinks \* config.data.max_blocks = 4352 must be a multiple of 1024: .* at least 128 tokens')])
 def test_a_batch_that_the_devices_cannot_share(changes, how, message):
   with pytest.raises(ValueError, match=message):
@@ -536,4 +538,4 @@ def test_the_tokenizer_is_one_of_the_model(tmp_path):
 
 def test_a_sink_that_is_no_token():
   with pytest.raises(ValueError, match="config.blocks.sink_text='two words' is 2 tokens of .*leave it empty"):
-    job.sink_of(job.BlockModeOptions(sink_text='two words'), Words())
+    job.sink_of(job.BlockModeOptions(sinks=1, sink_text='two words'), Words())

@@ -21,7 +21,7 @@ from typing import Any
 
 from blockattn import blocks as blocks_lib, loading
 from blockattn.data import chat_template, encode, prompts
-from blockattn.data.example import Example
+from blockattn.data.example import Example, cut_texts
 from blockattn.data.json_lines import Malformed
 from blockattn.errors import UserError
 from blockattn.hf import config
@@ -106,9 +106,12 @@ class Forms:
 
   def _example(self, texts: Sequence[str], body: Mapping[str, Any]) -> Example:
     *context, question = [*self._documents(body.get('documents')), *texts]
+    context, continued = [text for text in context if text], ()
     if body.get('segment') is not None:
-      *context, question = self._cut(context or [question], [question] if context else [], body['segment'])
-    return Example(tuple(filter(None, context)), question, '', '')
+      whole = not context   # a single text, whose last part asks
+      context, continued = self._cut(context or [question], body['segment'])
+      *context, question = (context or ['']) if whole else [*context, question]
+    return Example(tuple(context), question, '', '', continued=continued)
 
   def _documents(self, documents):
     if documents is None:
@@ -118,12 +121,12 @@ class Forms:
     form = lambda title: prompts.PLAIN.passage if title.strip() else prompts.PLAIN.untitled
     return [form(d.get('title') or '').format(title=d.get('title') or '', text=d['text']) for d in documents]
 
-  def _cut(self, texts, rest, said):
+  def _cut(self, texts, said):
     if not isinstance(said, dict) or set(said) - set(SEGMENT) or not all(type(n) is int for n in said.values()):
       raise UserError(f'"segment" is {{"target": tokens}}, with "min" and "max" if you like, not {said}')
     wishes = {SEGMENT[key]: value for key, value in said.items()}
     cut = api.segment_many(texts, tokenizer=self.tokenizer, **wishes)
-    return [text[a:b] for text, spans in zip(texts, cut) for a, b in spans] + rest
+    return cut_texts(texts, [[start for start, _ in spans] for spans in cut])
 
 
 def _says_blocks(body):
