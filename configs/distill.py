@@ -14,6 +14,9 @@ tools.show and not been run at full size: learning rate, warm-up, batch and numb
 is usual for continued training at this size, and are to be tuned. The method's constants are those of
 configs/common.py.
 
+Where the contexts are long texts that a segmenter cuts, let the blocks overlap: it made good more than training did for the
+one real model that was tried (docs/study.md). --config.data.segmenter=tiny --config.blocks.overlap=64
+
 `sweep` has the sweeps that the method's open constants ask for: sinks (the default), dropout, weights, lr, and goal, which
 is other losses, output matching and on-policy rows, each against the plain divergence:
 

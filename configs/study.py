@@ -56,6 +56,7 @@ POINTS = {
     'baseline': {'finetuned': {}},
     'baseline_time': {'finetuned_time': {}},   # for as many seconds as `distilled`
     'forms': {
+        'long_overlap': {'blocks.overlap': 128},
         **{f'drop_{mode}': {'distill.drop_mode': mode} for mode in blocks.DROP_MODES if mode != 'lift'},
         'weights_exp': {'distill.weights.form': 'exp'},
         'loss_over_text': {'distill.loss_over': 'text'},
