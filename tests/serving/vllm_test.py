@@ -140,6 +140,12 @@ def is_seen(student, prompt):
   return [block.hidden[1] < len(block.tokens) for block in blocks.place_prompt(prompt, student.options)[:-1]]
 
 
+def read(student, prompts):
+  """What is read for the context blocks of which others see any."""
+  placed = [block for prompt in prompts for block in blocks.place_prompt(prompt, student.options)[:-1]]
+  return {block.tokens for block in placed if block.hidden[1] < len(block.tokens)}
+
+
 def masked(student, prompt):
   """Log-probabilities of the token after the prompt, from one masked forward pass."""
   placed, tokens = blocks.place_prompt(prompt, student.options), np.zeros((1, LENGTH), np.int32)
@@ -275,13 +281,10 @@ def test_another_scheduler_is_refused(tmp_path):
 def test_answers_are_those_of_the_engine_and_of_the_masked_pass(student, server):
   asked = prompts(0, 12)
   agree(student, asked, answers(server, student, asked))
-  computed = server.counts.missing
-  placed = [block for prompt in asked for block in blocks.place_prompt(prompt, student.options)[:-1]]
-  read = {block.tokens for block in placed if block.hidden[1] < len(block.tokens)}
-  assert computed == len(read)   # each once, for all who wait for it
+  assert server.counts.missing == len(read(student, asked))   # each once, for all who wait for it
   again = prompts(0, 20)[12:]   # the same blocks in other orders
   agree(student, again, answers(server, student, again))
-  assert server.counts.missing == computed
+  assert server.counts.missing == len(read(student, asked + again))   # an overlap makes another block of it
 
 
 def test_blocks_of_the_engine_are_served(student, server):
