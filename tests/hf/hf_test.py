@@ -584,6 +584,8 @@ def test_an_export_has_a_card_with_blocks_training_and_usage_that_runs(tmp_path,
         'are learned sinks and links: they']),
     ({'align': 16}, ['- more of the first sink: until a block but the last has a multiple of 16 tokens']),
     ({'hide_starts': True}, ['- sinks, or without any the first token, of a block but the first: read by itself alone']),
+    ({'hide_starts': True, 'overlap': 8}, [
+        '- last tokens of the block before that a block of the same text is read behind: 8, which no other block sees']),
     ({'seam': 4}, ['- first tokens of a block that are read again behind those before it: 4, or as a prompt asks'])])
 def test_cards_say_what_stands_between_blocks(form, lines):
   options = blocks.BlockOptions(**{'sink_ids': (3, 3), 'positions': 'local', 'max_blocks': 4} | form)
