@@ -535,12 +535,13 @@ def first_tokens(layout: BlockLayout, count: Array | int) -> Array:
 
 
 def _overlap(layout: BlockLayout, most: int) -> Array:
-  """The last tokens of blocks, so many, that stand in front of the next block, too: bool [B, T]. Hidden and shared blocks
-  give none, and readers, shared blocks and a document's first take none."""
+  """Of the last tokens of blocks, so many, that stand in front of the next block, too, how far in front: 1 for the last one;
+  0 of all others. int32 [B, T]. Hidden and shared blocks give none, and readers, shared blocks and a document's first take
+  none."""
   valid = jnp.asarray(layout.doc) != 0
   rest = _in_block(valid, block_numbers(layout)) - offsets(layout)
   taken = _at_next_block(first_tokens(layout, 1), layout) > 0
-  return valid & taken & (rest <= most) & ~jnp.asarray(layout.hidden) & ~jnp.asarray(layout.shared)
+  return jnp.where(valid & taken & (rest <= most) & ~jnp.asarray(layout.hidden) & ~jnp.asarray(layout.shared), rest, 0)
 
 
 def _at_next_block(values: Array, layout: BlockLayout) -> Array:
@@ -589,7 +590,7 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
     copies = _in_block(copied, number)
   if options.overlap:
     overlap = _overlap(layout, options.overlap)
-    counts = jnp.zeros((rows, old_length + 1), jnp.int32).at[b, number + 1].add(_whole(overlap))
+    counts = jnp.zeros((rows, old_length + 1), jnp.int32).at[b, number + 1].add(_whole(overlap > 0))
     before = jnp.take_along_axis(counts, number, axis=1)
   if tail or options.align > 1:
     size, last = _in_block(doc != 0, number), _in_last_block(doc, number)
@@ -611,8 +612,8 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
     source = put(source, where, at, each)
     inserted = put(inserted, where, at, options.sink_ids[max(sinks - i, 0)])
   if options.overlap:
-    at = _at_next_block(index, layout) - (_in_block(doc != 0, number) - offset)
-    source, inserted = put(source, overlap, at, _at_next_block(each, layout)), put(inserted, overlap, at, tokens)
+    where, at = overlap > 0, _at_next_block(index, layout) - overlap
+    source, inserted = put(source, where, at, _at_next_block(each, layout)), put(inserted, where, at, tokens)
   for i, tail_id in enumerate(options.tail_ids, start=1):
     source = put(source, ends, index + i, each)
     inserted, behind = put(inserted, ends, index + i, tail_id), put(behind, ends, index + i, True)

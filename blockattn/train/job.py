@@ -372,7 +372,7 @@ class Job:
   @property
   def padded(self) -> int:
     """Tokens of a row in block mode."""
-    return max(view.tokens for view in self.views)
+    return blocks.padded_length(self.batch['tokens'].shape[1], self.blocks)
 
 
 def make_placement(options: Options, devices=None) -> mesh_lib.Placement:

@@ -124,6 +124,7 @@ def test_other_requests_go_on_as_they_came(path, body):
     (front.PLAIN, {'prompt': 'a b', 'blocks': [2]}, 'of a "prompt" of token ids'),
     (front.PLAIN, {'prompt': 'a', 'documents': ['b']}, '"documents" is a list of'),
     (front.PLAIN, {'prompt': 'a', 'segment': 512}, '"segment" is {"target": tokens}'),
+    (front.PLAIN, {'prompt': '', 'segment': {'target': 512}}, 'a prompt must be a list of blocks, none of them empty'),
     (front.PLAIN, {'prompt': 'a', 'segment': {'target': 10, 'min': 20}}, '20'),
     (front.CHAT, {'messages': [{**ASKED, 'role': 'assistant'}]}, 'has to be one of the user'),
     (front.CHAT, {'messages': [{'role': 'user', 'content': [{'type': 'image_url'}]}, ASKED]}, 'are texts')])

@@ -85,7 +85,8 @@ def read_prompt(said: Mapping[str, Any], tokens: Sequence[int], options: blocks_
     raise UserError(f'"{HIDDEN}" {hidden}: this student hides the start of '
                     f'{"every context block but the first" if options.hide_starts else "no block"}; {see}')
   unseen = [len(start) for start in hidden] + [0]
-  starts = blocks_lib.block_positions([n + count for n, count in zip(lengths, unseen)], options.positions, unseen=unseen)
+  whole = [length + start for length, start in zip(lengths, unseen)]
+  starts = blocks_lib.block_positions(whole, options.positions, unseen=unseen)
   moved = sum(lengths[:-1]) - starts[-1]
   found, at = [], 0
   for length, before, start in zip(lengths, [*hidden, []], starts):
