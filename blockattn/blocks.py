@@ -325,8 +325,8 @@ class BlockOptions:
       own block alone, and take none of the `sequential` positions. A model that gives much attention to the first token of
       all makes one of that kind in every block; so a reader meets one of them. No state of a block depends on it.
     overlap: a context block that goes on with the text of the one before it is read behind the last tokens of that, so many,
-      which are hidden as its start is. Its state depends on them, too, and on nothing else. Of a prompt those do that
-      are `Continued`, in a layout all but a document's first.
+      which are hidden as its start is. Its state depends on them, too, and on nothing else. Of a prompt those go on that
+      are `Continued`, of rows those that `continued` says, see `insert`.
   """
   sink_ids: tuple[int, ...]
   positions: str
@@ -498,8 +498,8 @@ def room_of(layout: BlockLayout, options: BlockOptions, multiple: int = 1) -> Ro
   return Room(next((room for room in rooms if room >= needed and (T + options.most_added * room) % multiple == 0), most))
 
 
-def block_mode(tokens: Array, layout: BlockLayout, options: BlockOptions,
-               seam: Array | int | None = None, room: Room | None = None) -> tuple[Array, BlockLayout, Array]:
+def block_mode(tokens: Array, layout: BlockLayout, options: BlockOptions, seam: Array | int | None = None,
+               room: Room | None = None, continued: Array | None = None) -> tuple[Array, BlockLayout, Array]:
   """Tokens, layout and index of a student's forward pass, see `insert`; `room`: of the rows, None: the largest."""
   options = dataclasses.replace(options, max_blocks=room.blocks) if room else options
   layout = share_first(layout) if options.shared_first else layout
@@ -508,7 +508,7 @@ def block_mode(tokens: Array, layout: BlockLayout, options: BlockOptions,
     unseen = first_tokens(layout, 1) if options.hide_starts else None
     layout = layout if unseen is None else layout.replace(hidden=layout.hidden | unseen)
     return tokens, with_positions(layout, options.positions, unseen), index
-  return insert(tokens, layout, options, padded_length(layout.doc.shape[1], options), seam)
+  return insert(tokens, layout, options, padded_length(layout.doc.shape[1], options), seam, continued)
 
 
 def padded_length(length: int, options: BlockOptions) -> int:
@@ -534,13 +534,14 @@ def first_tokens(layout: BlockLayout, count: Array | int) -> Array:
   return valid & (offset < count) & ~first & ~jnp.asarray(layout.reader) & ~jnp.asarray(layout.shared)
 
 
-def _overlap(layout: BlockLayout, most: int) -> Array:
+def _overlap(layout: BlockLayout, most: int, continued: Array) -> Array:
   """Of the last tokens of blocks, so many, that stand in front of the next block, too, how far in front: 1 for the last one;
-  0 of all others. int32 [B, T]. Hidden and shared blocks give none, and readers, shared blocks and a document's first take
-  none."""
+  0 of all others. int32 [B, T]. Hidden and shared blocks give none, and those take none that are readers, shared, a
+  document's first, or not `continued`, or of which the block before was removed."""
   valid = jnp.asarray(layout.doc) != 0
   rest = _in_block(valid, block_numbers(layout)) - offsets(layout)
-  taken = _at_next_block(first_tokens(layout, 1), layout) > 0
+  takes = jnp.where(first_tokens(layout, 1) & continued, layout.block, 0)
+  taken = _at_next_block(takes, layout) == jnp.asarray(layout.block) + 1
   return jnp.where(valid & taken & (rest <= most) & ~jnp.asarray(layout.hidden) & ~jnp.asarray(layout.shared), rest, 0)
 
 
@@ -552,8 +553,8 @@ def _at_next_block(values: Array, layout: BlockLayout) -> Array:
   return jnp.take_along_axis(by_block, number + 1, axis=1)
 
 
-def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: int,
-           seam: Array | int | None = None) -> tuple[Array, BlockLayout, Array]:
+def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: int, seam: Array | int | None = None,
+           continued: Array | None = None) -> tuple[Array, BlockLayout, Array]:
   """Puts into the rows what is not text:
 
     in front of every block    sinks, so that a block is made of the same tokens wherever it stands
@@ -572,11 +573,18 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
     length: static length of the result, see `padded_length`. What does not fit is cut off, so the caller bounds the
       number of blocks per row.
     seam: tokens of a seam, traced or not, up to options.seam, which is the default.
+    continued: bool [B, T], the token's block goes on with the text of the block before; of use where blocks overlap.
 
   Returns:
     tokens [B, length], layout [B, length], and `index` int32 [B, T]: where each text token went, a seam token's being its
     copy. `x[index]` along the token axis aligns anything computed on the result with the text tokens.
+
+  Raises:
+    ValueError: blocks overlap, and nothing says which of them go on.
   """
+  if options.overlap and continued is None:
+    raise UserError(f'overlap={options.overlap}: say with `continued` which blocks go on with the one before; rows of '
+                    'data/packing.py have it')
   tokens, doc = jnp.asarray(tokens), jnp.asarray(layout.doc)
   rows, old_length = doc.shape
   b = jnp.arange(rows)[:, None]
@@ -589,7 +597,7 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
     copied = first_tokens(layout, options.seam if seam is None else seam)
     copies = _in_block(copied, number)
   if options.overlap:
-    overlap = _overlap(layout, options.overlap)
+    overlap = _overlap(layout, options.overlap, jnp.asarray(continued))
     counts = jnp.zeros((rows, old_length + 1), jnp.int32).at[b, number + 1].add(_whole(overlap > 0))
     before = jnp.take_along_axis(counts, number, axis=1)
   if tail or options.align > 1:

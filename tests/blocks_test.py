@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -197,8 +198,10 @@ def test_a_prompt_is_placed_as_its_layout_says(scheme, shared, name):
   options = dataclasses.replace(options_of(name, scheme), shared_first=shared, max_blocks=4)
   for lengths in ((4, 2, 5, 3), (2, 6), (5,)):
     layout = blocks.from_lengths([[lengths]], 14)
-    tokens, layout, _ = block_mode(np.where(layout.doc, 7, 0), layout, options)
-    placed = blocks.place_prompt([blocks.Continued([7] * n) for n in lengths], options)
+    continued = goes_on(layout, len(lengths))
+    kinds = [blocks.Continued if continued[0, start] else list for start in itertools.accumulate(lengths[:-1], initial=0)]
+    tokens, layout, _ = block_mode(np.where(layout.doc, 7, 0), layout, options, continued=continued)
+    placed = blocks.place_prompt([kind([7] * n) for kind, n in zip(kinds, lengths, strict=True)], options)
     valid = np.asarray(layout.doc[0]) != 0
     assert np.asarray(tokens)[0, valid].tolist() == [token for block in placed for token in block.tokens]
     whole = blocks.prompt_layout([placed], layout.doc.shape[1], shared)
@@ -216,6 +219,9 @@ def test_blocks_that_do_not_go_on_have_no_overlap():
   assert [block.tokens for block in placed] == [(1, 2, 3), (4, 5), (4, 5, 6), (6, 7), (8,)]
   assert [block.hidden for block in placed] == [(0, 0), (0, 1), (0, 2), (0, 1), (0, 0)]
   assert [block.start for block in placed] == [0, 2, 2, 4, 6]
+  rows = blocks.from_lengths([[[3, 2, 1, 1, 1]]], 8)
+  with pytest.raises(ValueError, match='overlap=2: say with `continued` which blocks go on'):
+    block_mode(np.zeros((1, 8), np.int32), rows, options)
   with pytest.raises(ValueError, match='overlap=2, hide_starts=False'):
     dataclasses.replace(options, hide_starts=False)
 
@@ -259,7 +265,13 @@ def options_of(name, scheme='sequential'):
 insert = jax.jit(blocks.insert, static_argnames=('options', 'length'))
 
 
-def naive_insert(tokens, layout, options, seam):
+def goes_on(layout, seed):
+  """Which blocks go on with the one before, most of them: bool [rows, T]."""
+  drawn = np.random.default_rng(seed).random((len(layout.doc), 20, 20)) < 0.7
+  return np.stack([own[doc, block] for own, doc, block in zip(drawn, *fields(layout, 'doc', 'block'))])
+
+
+def naive_insert(tokens, layout, options, seam, continued):
   """`insert` with lists: for each row its slots in order, each with its token, what it is of, and its part: 'text', 'sink',
   'tail', 'copy', or, of what its own block alone sees, 'original' and UNSEEN; and where each text token went."""
   rows, where = [], np.zeros((ROWS, T), np.int32)
@@ -279,7 +291,9 @@ def naive_insert(tokens, layout, options, seam):
       has_seam = any(other[0] == name[0] and other < name for other in names) and not reader[b, t] and not shared[b, t]
       copies = text[:seam] if has_seam else []
       hides = has_seam and options.hide_starts
-      last_before = own[names[names.index(name) - 1]][-options.overlap:] if has_seam and options.overlap else []
+      before = names[names.index(name) - 1]
+      follows = has_seam and continued[b, text[0]] and before == (name[0], name[1] - 1)
+      last_before = own[before][-options.overlap:] if follows and options.overlap else []
       overlap = [o for o in last_before if not hidden[b, o] and not shared[b, o]]
       start = text[:1] if hides and not options.sink_ids and not overlap and not copies else []
       if t == text[0]:
@@ -329,14 +343,15 @@ def naive_slot_positions(doc, slots):
 
 @pytest.mark.parametrize('name', OPTIONS)
 @few
-@given(layout=layouts, share=st.integers(0, 2))
-def test_insert(name, layout, share):
+@given(layout=layouts, share=st.integers(0, 2), seed=st.integers(0, 9))
+def test_insert(name, layout, share, seed):
   """Random layouts, and seams of every length up to the most."""
   options, length = options_of(name), 3 * T
   seam = options.seam * share // 2
   tokens = np.arange(1, ROWS * T + 1, dtype=np.int32).reshape(ROWS, T)
-  got_tokens, got, index = insert(tokens, layout, options, length, np.int32(seam))
-  rows, where = naive_insert(tokens, layout, options, seam)
+  continued = goes_on(layout, seed)
+  got_tokens, got, index = insert(tokens, layout, options, length, np.int32(seam), continued)
+  rows, where = naive_insert(tokens, layout, options, seam, continued)
   doc, mask = np.asarray(layout.doc), np.asarray(may_attend(got))
   for b, slots in enumerate(rows):
     slots = slots[:length]   # what does not fit is cut off
@@ -356,19 +371,20 @@ def test_insert(name, layout, share):
 @pytest.mark.parametrize('scheme', SCHEMES)
 @pytest.mark.parametrize('name', OPTIONS)
 @few
-@given(layout=shipped)
-def test_what_is_inserted_aligns_with_the_text_by_index(name, scheme, layout):
+@given(layout=shipped, seed=st.integers(0, 9))
+def test_what_is_inserted_aligns_with_the_text_by_index(name, scheme, layout, seed):
   tokens = np.arange(1, ROWS * T + 1, dtype=np.int32).reshape(ROWS, T)
   options = options_of(name, scheme)
   assert max(len(runs(layout, row)) for row in range(ROWS)) <= options.max_blocks
-  got_tokens, got, index = block_mode(tokens, layout, options)
+  continued = goes_on(layout, seed)
+  got_tokens, got, index = block_mode(tokens, layout, options, continued=continued)
   np.testing.assert_array_equal(np.take_along_axis(np.asarray(got_tokens), np.asarray(index), axis=1), tokens)
   # Text tokens see the same text as before, and those of a seam all that stands before them: nothing is lost.
   seen = np.asarray(may_attend(got))
   again = np.asarray(blocks.first_tokens(layout, options.seam))
   start = np.asarray(blocks.first_tokens(layout, int(options.hide_starts and not options.sink_ids)))
-  if options.overlap:   # which stands in front, but not of what follows a shared block
-    start = start & np.pad(np.asarray(layout.shared), ((0, 0), (1, 0)))[:, :-1]
+  if options.overlap:   # which stands in front, but not of what follows a shared block, or does not go on
+    start = start & (np.pad(np.asarray(layout.shared), ((0, 0), (1, 0)))[:, :-1] | ~continued)
   before = np.asarray(may_attend(layout.replace(hidden=layout.hidden | start & ~again)))
   read = np.asarray(may_attend(layout.replace(reader=layout.reader | again, hidden=layout.hidden | start & ~again)))
   for b in range(ROWS):
@@ -378,7 +394,7 @@ def test_what_is_inserted_aligns_with_the_text_by_index(name, scheme, layout):
     np.testing.assert_array_equal(seen[b][np.ix_(at[~rest], at)], read[b][~rest])
   position = np.take_along_axis(np.asarray(got.position), np.asarray(index), axis=1)
   hides = options.hide_starts and not (options.seam and not options.sink_ids)   # a start that is copied has its position
-  _, plain, where = block_mode(tokens, layout, dataclasses.replace(options, seam=0, hide_starts=hides))
+  _, plain, where = block_mode(tokens, layout, dataclasses.replace(options, seam=0, hide_starts=hides), continued=continued)
   np.testing.assert_array_equal(position, np.take_along_axis(np.asarray(plain.position), np.asarray(where), axis=1))
 
 
@@ -391,8 +407,9 @@ def test_a_smaller_room_holds_all_that_a_larger_one_does(name, layout, most):
   options = dataclasses.replace(options_of(name, 'sequential'), max_blocks=most)
   room = blocks.room_of(layout, options)
   assert needed <= room.blocks <= options.max_blocks and room.blocks - needed <= max(options.max_blocks // blocks.ROOMS, 1)
-  large, *of_large = block_mode(tokens, layout, options)
-  small, *of_small = block_mode(tokens, layout, options, None, room)
+  continued = goes_on(layout, most)
+  large, *of_large = block_mode(tokens, layout, options, continued=continued)
+  small, *of_small = block_mode(tokens, layout, options, None, room, continued)
   n = small.shape[1]
   assert n == blocks.padded_length(T, dataclasses.replace(options, max_blocks=room.blocks))
   assert not np.asarray(of_large[0].doc)[:, n:].any()

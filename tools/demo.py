@@ -27,7 +27,7 @@ import rich.console
 import rich.table
 
 from blockattn import blocks, loading, metrics
-from blockattn.data import stdlib
+from blockattn.data import packing, stdlib
 from blockattn.evals import gap, pages
 from blockattn.hf import card as card_lib, convert
 from blockattn.train import command, distill, finetune, inputs, job
@@ -154,10 +154,9 @@ def export(folder, student: gap.Subject, options, prompt, summary, plan: Plan):
 
 def write_layout(workdir, options, page):
   """layout.json for the report."""
-  layout = blocks.from_lengths([[list(page.lengths)]], len(page.tokens))
-  if options.most_added:
-    wide = dataclasses.replace(options, max_blocks=len(page.lengths))
-    _, layout, _ = blocks.block_mode(page.tokens[None], layout, wide)
+  row = jax.tree.map(lambda x: x[None], packing.pack_row([page], len(page.tokens)))
+  wide = dataclasses.replace(options, max_blocks=len(page.lengths))
+  _, layout, _ = blocks.block_mode(row['tokens'], row['layout'], wide, continued=row['continued'])
   used = int((layout.doc != 0).sum())
   layout = jax.tree.map(lambda x: x[:, :used], layout)
   lengths = [int((layout.block == i).sum()) for i in range(len(page.lengths))]

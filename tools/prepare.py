@@ -155,7 +155,9 @@ def render(doc: encode.EncodedDoc, tokenizer) -> rich.text.Text:
   special = set(tokenizer.all_special_ids)
   for number, size in enumerate(doc.lengths):
     last = number == len(doc.lengths) - 1
-    shown.append(f'── block {number}, {size} tokens' + ', reads all before it' * last + ' ──\n', 'dim')
+    goes_on = not last and any(doc.continued[number:number + 1])
+    shown.append(f'── block {number}, {size} tokens' + ', goes on with the one before' * goes_on
+                 + ', reads all before it' * last + ' ──\n', 'dim')
     answer = doc.answer[0] if last else start + size
     _append(shown, pieces(start, answer), tokenizer, '')
     if last:

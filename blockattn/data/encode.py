@@ -45,11 +45,13 @@ class EncodedDoc:
     lengths: tokens of each block, n in all; the last block is the reader: prompt, response and end-of-text.
     answer: (start, stop) of the response and its end-of-text token in `tokens`.
     gold: for each block whether it is known to hold the answer; () where nothing is known.
+    continued: for each block whether its text goes on with that of the block before; () where none does.
   """
   tokens: np.ndarray
   lengths: tuple[int, ...]
   answer: tuple[int, int]
   gold: tuple[bool, ...] = ()
+  continued: tuple[bool, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,8 @@ class EncodedParts:
   """Tokens of an example before it is put together: of the header, each context block, the prompt, the response.
 
   `answer` is how many of the response's tokens are answer; what a chat template writes after the end-of-text token is
-  not. `spare` are the context blocks that may be cut, see `fit`; `gold` those known to hold the answer. The header is none
-  of them.
+  not. `spare` are the context blocks that may be cut, see `fit`; `gold` those known to hold the answer; `continued` those
+  whose text goes on with that of the block before. The header is none of them.
   """
   header: list[int]
   blocks: tuple[list[int], ...]
@@ -67,6 +69,7 @@ class EncodedParts:
   answer: int
   spare: tuple[bool, ...]
   gold: tuple[bool, ...]
+  continued: tuple[bool, ...]
 
 
 def check_same_tokens(tokenizer: Any, teacher: Any, name: str | os.PathLike, teacher_name: str | os.PathLike):
@@ -271,13 +274,16 @@ class Encoder:
     if self.eos not in response:
       response.append(self.eos)
     gold = tuple(example.gold is not None and i in example.gold for i in range(len(blocks)))
-    return EncodedParts(header, tuple(blocks), prompt, response, response.index(self.eos) + 1, spare, gold)
+    continued = tuple(i in example.continued for i in range(len(blocks)))
+    return EncodedParts(header, tuple(blocks), prompt, response, response.index(self.eos) + 1, spare, gold, continued)
 
   def prompt(self, example: Example) -> list[list[int]]:
     """Token ids of the header, each context block and, last, the prompt: what a model is given. None is empty; those of
     blocks that go on are `blocks.Continued`."""
     parts = self.parts([example])[0]
-    blocks = [blocks_lib.Continued(tokens) if i in example.continued else tokens for i, tokens in enumerate(parts.blocks)]
+    kept = _kept(parts)
+    blocks = [blocks_lib.Continued(parts.blocks[i]) if goes_on else parts.blocks[i]
+              for i, goes_on in zip(kept, _continued(parts, kept), strict=True)]
     return [tokens for tokens in (parts.header, *blocks, parts.prompt) if tokens]
 
 
@@ -293,7 +299,7 @@ def recut(parts: EncodedParts, size: int) -> EncodedParts:
   """The same context in blocks of `size` tokens, cut wherever they end, instead of the blocks that were given.
 
   What a splitter by length does. The header stays. A new block is gold if it holds a token of a gold block, and spare if it
-  holds nothing but tokens of spare ones.
+  holds nothing but tokens of spare ones. The context is one text here, of which each goes on with the one before.
   """
   if size < 1:
     raise UserError(f'blocks of {size} tokens: the size must be at least 1')
@@ -303,7 +309,8 @@ def recut(parts: EncodedParts, size: int) -> EncodedParts:
   owners = [set(owner[i:i + size]) for i in cuts]
   return dataclasses.replace(parts, blocks=tuple(tokens[i:i + size] for i in cuts),
                              spare=tuple(all(parts.spare[i] for i in own) for own in owners),
-                             gold=tuple(any(parts.gold[i] for i in own) for own in owners))
+                             gold=tuple(any(parts.gold[i] for i in own) for own in owners),
+                             continued=tuple(cut > 0 for cut in cuts))
 
 
 def fit(parts: EncodedParts, *, length: int | None = None, max_blocks: int | None = None,
@@ -344,13 +351,20 @@ def _kept(parts):
   return [i for i, tokens in enumerate(parts.blocks) if tokens]   # a normaliser may leave nothing of a block
 
 
+def _continued(parts, kept):
+  """Of each context block that is kept, whether its text goes on with that of the one before it which is kept."""
+  unbroken = lambda i, j: all(parts.continued[i + 1:j + 1]) and not any(parts.blocks[i + 1:j])
+  return [False, *itertools.starmap(unbroken, itertools.pairwise(kept))][:len(kept)]
+
+
 def _doc(kept, parts):
   header = [parts.header] if parts.header else []
   blocks, reader = [*header, *(parts.blocks[i] for i in kept)], parts.prompt + parts.response
   start = sum(map(len, blocks)) + len(parts.prompt)
   tokens = np.fromiter((token for block in (*blocks, reader) for token in block), np.int32)
   return EncodedDoc(tokens, (*map(len, blocks), len(reader)), (start, start + parts.answer),
-                    (*(False for _ in header), *(parts.gold[i] for i in kept), False))
+                    (*(False for _ in header), *(parts.gold[i] for i in kept), False),
+                    (*(False for _ in header), *_continued(parts, kept), False))
 
 
 def windows(parts: EncodedParts, *, length: int, max_blocks: int) -> list[EncodedDoc]:
@@ -370,12 +384,14 @@ def windows(parts: EncodedParts, *, length: int, max_blocks: int) -> list[Encode
     if groups[-1] and (len(groups[-1]) == places or sum(map(len, groups[-1])) + len(block) > room):
       groups.append([])
     groups[-1].append(block)
-  return [_text_doc([parts.header, *group] if parts.header else group) for group in groups]
+  return [_text_doc([parts.header] if parts.header else [], group) for group in groups]
 
 
-def _text_doc(blocks):
+def _text_doc(header, text):
+  blocks = header + text
   tokens, lengths = np.fromiter(itertools.chain.from_iterable(blocks), np.int32), tuple(map(len, blocks))
-  return EncodedDoc(tokens, lengths, (len(tokens) - lengths[-1] + 1, len(tokens)))
+  continued = tuple(i > len(header) for i in range(len(blocks)))
+  return EncodedDoc(tokens, lengths, (len(tokens) - lengths[-1] + 1, len(tokens)), continued=continued)
 
 
 def as_one_block(doc: EncodedDoc, *, whole: bool = False) -> EncodedDoc:

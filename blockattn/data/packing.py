@@ -81,7 +81,8 @@ def pack_row(docs: Sequence[encode.EncodedDoc], length: int, *, shared_first: bo
   Returns:
     tokens int32 [T]; layout, from `layout_row`; targets int32 [T], the next token of the same document, else 0; loss bool
     [T], true where the next token is an answer token; text bool [T], true where there is a next token in the document;
-    gold bool [T], the blocks that are known to hold the answer.
+    gold bool [T], the blocks that are known to hold the answer; continued bool [T], those whose text goes on with that of
+    the block before.
 
   Raises:
     ValueError: the documents are longer than the row.
@@ -90,18 +91,20 @@ def pack_row(docs: Sequence[encode.EncodedDoc], length: int, *, shared_first: bo
   if total > length:
     raise UserError(f'{len(docs)} documents of {total} tokens in all do not fit into a row of {length}')
   tokens, targets = np.zeros(length, np.int32), np.zeros(length, np.int32)
-  loss, text, gold = (np.zeros(length, bool) for _ in range(3))
+  loss, text, gold, continued = (np.zeros(length, bool) for _ in range(4))
   start = 0
   for doc in docs:
     stop = start + len(doc.tokens)
     tokens[start:stop], targets[start:stop - 1], text[start:stop - 1] = doc.tokens, doc.tokens[1:], True
     # The token before an answer token predicts it; the first token of a document is predicted by nothing.
     loss[start + max(doc.answer[0], 1) - 1:start + doc.answer[1] - 1] = True
-    if doc.gold:
-      gold[start:stop] = np.repeat(doc.gold, doc.lengths)
+    for of_row, of_blocks in ((gold, doc.gold), (continued, doc.continued)):
+      if of_blocks:
+        of_row[start:stop] = np.repeat(of_blocks, doc.lengths)
     start = stop
   layout = layout_row([doc.lengths for doc in docs], length, shared_first=shared_first)
-  return {'tokens': tokens, 'layout': layout, 'targets': targets, 'loss': loss, 'text': text, 'gold': gold}
+  return {'tokens': tokens, 'layout': layout, 'targets': targets, 'loss': loss, 'text': text, 'gold': gold,
+          'continued': continued}
 
 
 def join_blocks(layout: blocks_lib.BlockLayout, most: int, seed: Sequence[int]) -> blocks_lib.BlockLayout:

@@ -10,10 +10,11 @@ A record, or line, is one of four forms, recognised by its keys:
   {"text"}                                                               a text without a question, for whoever goes on
                                                                          training: one block, to be cut into blocks
 
-The first two may hold "answers" (accepted strings) and "gold" (indices of the blocks that hold the answer), every line
-an "id"; other keys are ignored. Of a chat, the prompt starts at the last user message before the response; messages
-after the response have no answer and are left out. A content may be a list of text parts, which are joined by line ends; a
-system message may be empty; "tool_calls", messages of the role "tool" and the line's "tools" go to the chat template.
+The first two may hold "answers" (accepted strings), "gold" (indices of the blocks that hold the answer) and "continued" (of
+those whose text goes on with that of the block before), every line an "id"; other keys are ignored. Of a chat, the prompt
+starts at the last user message before the response; messages after the response have no answer and are left out. A content
+may be a list of text parts, which are joined by line ends; a system message may be empty; "tool_calls", messages of the
+role "tool" and the line's "tools" go to the chat template.
 
 What every prompt of a kind begins with, a chat's system message or all that the template writes in front of the context, is
 a part of its own, `Example.header`: the blocks behind it are the same texts wherever they stand. The prompt of a line is
@@ -21,7 +22,7 @@ what `wrap_in_turn` or the template's generation prompt asks with, in training a
 not go on from there is refused.
 
 Reasons for which a line is refused, beside those of `json_lines` and `chat_template`: 'unknown form', 'empty answers',
-'empty blocks', 'bad gold'.
+'empty blocks', 'bad gold', 'bad continued'.
 """
 
 import dataclasses
@@ -116,13 +117,18 @@ def parse_record(record: dict | Malformed, *, where: str, chat: bool = False, te
   return chat_template.wrap_in_turn(example, tokenizer) if chat else example
 
 
-def _gold(record, count):
-  if record.get('gold') is None:
+def _of_blocks(record, count) -> dict[str, Any]:
+  """What is said of blocks by their indices, as fields of an Example."""
+  return {'gold': _indices(record, 'gold', 0, count), 'continued': _indices(record, 'continued', 1, count) or ()}
+
+
+def _indices(record, key, least, count):
+  if record.get(key) is None:
     return None
-  gold = record['gold']
-  if not isinstance(gold, list) or any(type(i) is not int or not 0 <= i < count for i in gold):
-    raise Malformed('bad gold', f'"gold" must list indices below {count}, not {str(gold)[:80]}')
-  return tuple(sorted(set(gold)))
+  found = record[key]
+  if not isinstance(found, list) or any(type(i) is not int or not least <= i < count for i in found):
+    raise Malformed(f'bad {key}', f'"{key}" must list indices from {least} to {count - 1}, not {str(found)[:80]}')
+  return tuple(sorted(set(found)))
 
 
 def _from_passages(record, name, template):
@@ -139,7 +145,7 @@ def _from_passages(record, name, template):
   question = get_text(record, 'question')
   answers = get_answers(record)
   return Example(tuple(blocks), template.question.format(question=question),
-                 template.response.format(answer=answers[0]), name, answers, _gold(record, len(blocks)))
+                 template.response.format(answer=answers[0]), name, answers, **_of_blocks(record, len(blocks)))
 
 
 def _from_blocks(record, name):
@@ -150,4 +156,4 @@ def _from_blocks(record, name):
     check_text(block, f'"blocks"[{i}]', 'empty blocks')
   response = get_text(record, 'response', empty='empty answers')
   answers = get_answers(record) if 'answers' in record else (response.strip(),)
-  return Example(tuple(blocks), get_text(record, 'prompt'), response, name, answers, _gold(record, len(blocks)))
+  return Example(tuple(blocks), get_text(record, 'prompt'), response, name, answers, **_of_blocks(record, len(blocks)))

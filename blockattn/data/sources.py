@@ -210,10 +210,10 @@ class FileRows:
 
 
 def page_example(number: int, containers: Sequence[stdlib.Container], style: stdlib.PageStyle) -> Example:
-  """A page of the embedded corpus as text, see `stdlib.make_page`."""
+  """A page of the embedded corpus as text, see `stdlib.make_page`: one text, cut inside of its sentences."""
   page = stdlib.make_page(number, containers, style)
   return Example(tuple(page['blocks']), page['prompt'], page['response'], page['id'], (page['response'].strip(),),
-                 tuple(page['gold']))
+                 tuple(page['gold']), continued=tuple(range(1, len(page['blocks']))))
 
 
 class PageRows:

@@ -31,7 +31,8 @@ _GROUP = 1 << 28       # bytes of the largest row group: so much is read to have
 _LOOKED_AT = 64        # rows of a parquet file, to guess the size of all
 _PARTS = 16            # pieces of a row group at most: each costs reading the whole group
 _SAMPLES = 256         # places of a large file that its fingerprint is made of
-_COLUMNS = ('passages', 'blocks', 'messages', 'text', 'question', 'prompt', 'response', 'answers', 'gold', 'id', 'tools')
+_COLUMNS = ('passages', 'blocks', 'messages', 'text', 'question', 'prompt', 'response', 'answers', 'gold', 'continued', 'id',
+            'tools')
 _LISTS = ('blocks', 'answers')   # a column of texts becomes lists of one
 
 

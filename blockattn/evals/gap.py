@@ -344,7 +344,7 @@ def _view(rows, form, length):
     tokens, layout = rows['tokens'], blocks.as_one_block(rows['layout'])
     index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
   else:
-    tokens, layout, index = blocks.block_mode(rows['tokens'], rows['layout'], form)
+    tokens, layout, index = blocks.block_mode(rows['tokens'], rows['layout'], form, continued=rows['continued'])
   tokens, layout = jax.tree.map(lambda x: x[:, :length], (tokens, layout))
   # The token that predicts the answer's first; where there is no answer, the last of all.
   whole = jnp.maximum((rows['layout'].doc != 0).sum(axis=1) - 1, 0)

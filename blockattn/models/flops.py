@@ -117,15 +117,17 @@ class Blocks:
     sizes: tokens.
     first: whether it is the first one of its document.
     reader, shared: as in BlockLayout.
+    continued: whether its text goes on with that of the block before.
   """
   sizes: np.ndarray
   first: np.ndarray
   reader: np.ndarray
   shared: np.ndarray
+  continued: np.ndarray
 
 
-def blocks_of(layout: blocks_lib.BlockLayout) -> Blocks:
-  """The blocks of a layout of numpy arrays [B, T], before block dropout and sinks."""
+def blocks_of(layout: blocks_lib.BlockLayout, continued: np.ndarray) -> Blocks:
+  """The blocks of rows, of numpy arrays [B, T] as from `data.packing.pack_row`, before block dropout and sinks."""
   doc, block = np.asarray(layout.doc), np.asarray(layout.block)
   there = np.flatnonzero(doc)
   # Numbered over all rows, so that the end of a row ends a document.
@@ -133,14 +135,14 @@ def blocks_of(layout: blocks_lib.BlockLayout) -> Blocks:
   new_doc = np.diff(number, prepend=0) != 0
   starts = np.flatnonzero(new_doc | (np.diff(block.ravel()[there], prepend=-1) != 0))
   at = there[starts]
-  return Blocks(np.diff(starts, append=len(there)).astype(float), new_doc[starts], np.asarray(layout.reader).ravel()[at],
-                np.asarray(layout.shared).ravel()[at])
+  said = (np.asarray(field).ravel()[at] for field in (layout.reader, layout.shared, continued))
+  return Blocks(np.diff(starts, append=len(there)).astype(float), new_doc[starts], *said)
 
 
 def one_document(lengths) -> Blocks:
-  """A document of blocks of these lengths, the last one a reader."""
+  """A document of blocks of these lengths, one text, the last one a reader."""
   sizes, index = np.asarray(lengths, float), np.arange(len(lengths))
-  return Blocks(sizes, index == 0, index == len(sizes) - 1, np.zeros(len(sizes), bool))
+  return Blocks(sizes, index == 0, index == len(sizes) - 1, np.zeros(len(sizes), bool), index > 0)
 
 
 def as_one_block(blocks: Blocks) -> Seen:
@@ -157,7 +159,8 @@ def seams(blocks: Blocks, most: int, *, drawn: bool = False) -> np.ndarray:
 def overlaps(blocks: Blocks, most: int) -> np.ndarray:
   """Tokens of the block before that each block reads first (`blocks.BlockOptions.overlap`)."""
   before = np.minimum(np.append(0.0, blocks.sizes)[:-1], most)
-  return np.where(blocks.first | blocks.reader | blocks.shared | np.append(True, blocks.shared)[:-1], 0.0, before)
+  takes = blocks.continued & ~(blocks.first | blocks.reader | blocks.shared | np.append(True, blocks.shared)[:-1])
+  return np.where(takes, before, 0.0)
 
 
 def in_blocks(blocks: Blocks, *, sinks: int = 0, tails: int = 0, links: bool = False, seams: np.ndarray | float = 0.0,

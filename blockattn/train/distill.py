@@ -225,7 +225,8 @@ def loss_sums(params, frozen: job.Frozen, batch, key, models: Models, options: D
   seam = blocks.draw_seam(models.blocks, key) if models.seam_drawn else models.blocks.seam
   again = blocks.first_tokens(layout, seam) if models.blocks.seam else False
   mask = loss_mask(batch, layout.replace(reader=layout.reader | again), options)
-  tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks, seam, batch.get('room'))
+  tokens, student_layout, index = blocks.block_mode(batch['tokens'], layout, models.blocks, seam, batch.get('room'),
+                                                     batch['continued'])
   match = matching.Match(index, tokens.shape[1], mask, models.student.place) if options.match_weight else None
   if 'teacher' in batch:
     teacher, wanted = losses.StoredTeacher(**batch['teacher']), ()

@@ -81,7 +81,8 @@ def loss_sums(params, batch, cfg, compute, block_options, options: FinetuneOptio
   if options.mode in ('full', 'both'):
     views.append((batch['tokens'], blocks.as_one_block(batch['layout']), None))
   if options.mode in ('block', 'both'):
-    views.append(blocks.block_mode(batch['tokens'], batch['layout'], block_options, seam, batch.get('room')))
+    views.append(blocks.block_mode(batch['tokens'], batch['layout'], block_options, seam, batch.get('room'),
+                                   batch['continued']))
   weight = token_weights(batch, options)
   total = []
   for tokens, layout, index in views:

@@ -53,22 +53,23 @@ class Asked:
   """A document with an answer: its row and its tokens start ... stop there, of which the answer is first ... end.
 
   Attributes:
-    prompt: token ids of each context block and, last, of the question, as `plan.Request` has them.
+    prompt: token ids of each context block and, last, of the question, as `plan.Request` has them; `Continued` of a block
+      that goes on.
   """
   row: int
   start: int
   stop: int
   first: int
   end: int
-  prompt: tuple[tuple[int, ...], ...]
+  prompt: tuple[Sequence[int], ...]
 
 
 def asked_in(batch: Mapping[str, Any], rows: Sequence[int]) -> list[Asked]:
   """The documents in these rows of a host batch that have an answer, and a question in front of it."""
   found = []
   for row in rows:
-    tokens, loss, doc, block = (np.asarray(x)[row] for x in (batch['tokens'], batch['loss'], batch['layout'].doc,
-                                                             batch['layout'].block))
+    tokens, loss, doc, block, continued = (np.asarray(x)[row] for x in (
+        batch['tokens'], batch['loss'], batch['layout'].doc, batch['layout'].block, batch['continued']))
     for number in range(1, int(doc.max(initial=0)) + 1):
       own = np.flatnonzero(doc == number)
       predicting = own[loss[own]]
@@ -79,7 +80,8 @@ def asked_in(batch: Mapping[str, Any], rows: Sequence[int]) -> list[Asked]:
       before = np.arange(own[0], first)
       cuts = np.flatnonzero(np.diff(block[before])) + 1
       if block[first - 1] == block[first]:
-        prompt = tuple(tuple(part.tolist()) for part in np.split(tokens[before], cuts))
+        prompt = tuple((blocks_lib.Continued if continued[part[0]] else list)(tokens[part].tolist())
+                       for part in np.split(before, cuts))
         found.append(Asked(row, int(own[0]), int(own[-1]) + 1, first, end, prompt))
   return found
 

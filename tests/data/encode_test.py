@@ -1,6 +1,7 @@
 """Examples to tokens."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -97,6 +98,13 @@ def test_what_is_too_long_is_dropped_or_cut(encoder):
   assert cut(parts, length=7)[0].lengths == cut(parts, max_blocks=2)[0].lengths == (2, 3)   # gold stays
   assert cut(parts, length=4) == (None, 'too long') and cut(parts, max_blocks=1) == (None, 'too many blocks')
   assert cut(parts_of(encoder, **record | {'gold': None}), length=10) == (None, 'too long')   # which are spare?
+  parts = parts_of(encoder, **record | {'continued': [1, 2, 3]})
+  assert cut(parts, length=11)[0].continued == (False, True, True, True, False)
+  assert encode.recut(parts_of(encoder, **record), 3).continued == (False, True, True)
+  fewer = dataclasses.replace(parts, spare=(False, False, True, False))   # behind what was left out nothing goes on
+  assert cut(fewer, length=10)[0].continued == (False, True, False, False)
+  emptied = dataclasses.replace(parts, blocks=(*parts.blocks[:2], [], parts.blocks[3]))   # by a normaliser
+  assert encode.whole(emptied).continued == (False, True, True, False)
   with pytest.raises(ValueError, match="too_long='keep'; choose one of drop, cut"):
     encode.fit(parts, too_long='keep')
 
@@ -201,6 +209,7 @@ def test_windows_of_a_text_are_the_text(length, max_blocks, adds_bos):
   whole = [token for doc in docs for token in doc.tokens.tolist()[len(head):]]
   assert tokenizer.decode(whole) == ''.join(blocks) + '<|im_end|>'
   for doc in docs:
+    assert doc.continued == (*[False] * adds_bos, False, *[True] * (len(doc.lengths) - adds_bos - 1))
     assert doc.answer == (len(doc.tokens) - doc.lengths[-1] + 1, len(doc.tokens))
     one = encode.as_one_block(doc, whole=True)
     assert one.lengths == (len(doc.tokens),) and one.answer == (1, len(doc.tokens))

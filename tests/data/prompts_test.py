@@ -23,8 +23,9 @@ def test_passages_become_blocks(tmp_path):
 
 
 def test_blocks_are_taken_as_they_stand(tmp_path):
-  [example], _ = data_cases.read(data_cases.write_lines(tmp_path / 'a.jsonl', [GOOD | {'id': 7, 'comment': None}]))
-  assert example == Example(('one', 'two'), 'which?', ' one', '7', ('one',))
+  line = GOOD | {'id': 7, 'comment': None, 'continued': [1]}
+  [example], _ = data_cases.read(data_cases.write_lines(tmp_path / 'a.jsonl', [line]))
+  assert example == Example(('one', 'two'), 'which?', ' one', '7', ('one',), continued=(1,))
 
 
 def test_own_question_template(tmp_path):
@@ -80,6 +81,7 @@ MALFORMED = [
     ({'messages': [{'role': 'user', 'content': ''}, ANSWER]}, 'empty blocks'),
     (PASSAGES | {'gold': [3]}, 'bad gold'), (PASSAGES | {'gold': [-1]}, 'bad gold'),
     (PASSAGES | {'gold': '0'}, 'bad gold'), (GOOD | {'gold': [True]}, 'bad gold'),
+    (GOOD | {'continued': [0]}, 'bad continued'), (PASSAGES | {'continued': True}, 'bad continued'),
     ({'messages': [{'role': 'narrator', 'content': 'x'}, ANSWER]}, 'unknown role'),
     ({'messages': []}, 'no assistant message'), ({'messages': [MESSAGE]}, 'no assistant message'),
     ({'messages': [{'role': 'system', 'content': 'x'}, ANSWER]}, 'no user message'),
@@ -105,7 +107,8 @@ few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
                         st.sampled_from(['blocks', 'prompt', 'response', 'passages', 'messages', 'role', 'content',
-                                         'title', 'text', 'question', 'answers', 'gold', 'id']), inner, max_size=4),
+                                         'title', 'text', 'question', 'answers', 'gold', 'continued', 'id']),
+                        inner, max_size=4),
                     max_leaves=12)
 
 

@@ -40,10 +40,10 @@ def row_ids(batches):
 def test_a_batch(source):
   [batch] = take(source, 1)
   shape = (4, source.length)
-  assert sorted(batch) == ['gold', 'layout', 'loss', 'targets', 'text', 'tokens']
+  assert sorted(batch) == ['continued', 'gold', 'layout', 'loss', 'targets', 'text', 'tokens']
   assert all(x.shape == shape for x in jax.tree.leaves(batch))
   assert {name: x.dtype.name for name, x in batch.items() if name != 'layout'} == {
-      'tokens': 'int32', 'targets': 'int32', 'loss': 'bool', 'text': 'bool', 'gold': 'bool'}
+      'tokens': 'int32', 'targets': 'int32', 'loss': 'bool', 'text': 'bool', 'gold': 'bool', 'continued': 'bool'}
   assert (batch['loss'] <= batch['text']).all() and (batch['text'] <= (batch['layout'].doc > 0)).all()
   assert batch['loss'].any(axis=1).all()
 

@@ -28,11 +28,13 @@ def params(cfg=MODEL, seed=0, place=None):
 
 
 def document(rng, blocks: int, answer: int = 2) -> encode.EncodedDoc:
-  """A document of random tokens: context blocks of 2 to 6 tokens, a question of 3, the answer; the first is gold."""
+  """A document of random tokens: context blocks of 2 to 6 tokens, a question of 3, the answer; the first is gold, the others
+  go on."""
   lengths = (*rng.integers(2, 7, blocks - 1).tolist(), 3 + answer)
   size = sum(lengths)
   tokens = rng.integers(1, VOCAB, size).astype(np.int32)
-  return encode.EncodedDoc(tokens, lengths, (size - answer, size), (blocks > 1, *(False,) * (blocks - 1)))
+  return encode.EncodedDoc(tokens, lengths, (size - answer, size), (blocks > 1, *(False,) * (blocks - 1)),
+                           (False, *(True,) * (blocks - 1)))
 
 
 def batch(seed=0, rows=ROWS, blocks=(1, 2, 3, 4)) -> dict:

@@ -14,7 +14,7 @@ from blockattn.models import lora, transformer
 from blockattn.train import distill, job, loop, on_policy
 
 CFG, END = train_cases.MODEL, 7
-FORM = blocks.BlockOptions((0,), 'sequential', train_cases.MAX_BLOCKS)
+FORM = blocks.BlockOptions((0,), 'sequential', train_cases.MAX_BLOCKS, hide_starts=True, overlap=2)
 COMPUTE = transformer.Compute(impl='xla', tiles=(16, 16))
 OPTIONS = on_policy.OnPolicyOptions(share=0.6, max_new=3, temperature=1.0)
 
@@ -23,7 +23,8 @@ def documents():
   """A row's: of several blocks, one without an answer, one of a single block."""
   rng = np.random.default_rng(0)
   doc = lambda lengths, answer: encode.EncodedDoc(
-      rng.integers(8, train_cases.VOCAB, sum(lengths)).astype(np.int32), lengths, answer)
+      rng.integers(8, train_cases.VOCAB, sum(lengths)).astype(np.int32), lengths, answer,
+      continued=tuple(i == 1 for i in range(len(lengths))))
   return [doc((4, 3, 9), (11, 15)), doc((5, 6), (11, 11)), doc((8,), (3, 8))]
 
 
@@ -36,8 +37,9 @@ def test_what_is_asked():
   batch = batch_of(docs, docs)
   first, last = on_policy.asked_in(batch, [1])
   tokens = batch['tokens'][1].tolist()
-  assert first == on_policy.Asked(1, 0, 16, 11, 15, (tuple(tokens[:4]), tuple(tokens[4:7]), tuple(tokens[7:11])))
-  assert last == on_policy.Asked(1, 27, 35, 30, 35, (tuple(tokens[27:30]),))
+  assert first == on_policy.Asked(1, 0, 16, 11, 15, (tokens[:4], tokens[4:7], tokens[7:11]))
+  assert [isinstance(part, blocks.Continued) for part in first.prompt] == [False, True, False]
+  assert last == on_policy.Asked(1, 27, 35, 30, 35, (tokens[27:30],))
 
 
 @pytest.mark.parametrize('said, ended', [((50,), 'token'), ((), 'token'), ((50, 51, 52, 53), 'length'),
@@ -74,7 +76,7 @@ def rewritten(params, batch, step, options=OPTIONS, attach=None):
 @jax.jit
 def greedy(params, batch):
   """The token that the student finds likeliest behind every text token, in a forward pass of training."""
-  tokens, layout, index = blocks.block_mode(batch['tokens'], batch['layout'], FORM)
+  tokens, layout, index = blocks.block_mode(batch['tokens'], batch['layout'], FORM, continued=batch['continued'])
   x_BTD = transformer.apply(params, tokens, layout, CFG, COMPUTE)
   return transformer.logits(params, jnp.take_along_axis(x_BTD, index[..., None], axis=1), CFG).argmax(axis=-1)
 

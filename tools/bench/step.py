@@ -51,7 +51,9 @@ def make_batch(rows: int, length: int, count: int, question: int, answer: int, v
   for _ in range(rows):
     lengths = (*measuring.random_lengths(random, length - question - answer, count), question + answer)
     tokens = random.integers(vocab, size=length).astype(np.int32)
-    packed.append(packing.pack_row([encode.EncodedDoc(tokens, lengths, (length - answer, length))], length))
+    continued = tuple(i > 0 for i in range(len(lengths)))
+    doc = encode.EncodedDoc(tokens, lengths, (length - answer, length), continued=continued)
+    packed.append(packing.pack_row([doc], length))
   return jax.tree.map(lambda *x: jnp.asarray(np.stack(x)), *packed)
 
 
@@ -107,7 +109,7 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
     made = trainer.build(options, placement, cfg, platform=placement.platform)
     own = isinstance(options, distill.Options) and options.distill.on_policy.share
     read = batch | (more or {})
-    cut = flops.blocks_of(jax.device_get(read['layout']))
+    cut = flops.blocks_of(*jax.device_get((read['layout'], read['continued'])))
     return Step(made, lambda: job.init_params(made.specs, placement, 0, dtype), frozen(), read, made.flops(cut).total,
                 distill.rewriter(options, made, _tokenizer(), None) if own else None)
 
