@@ -5,6 +5,7 @@
   python -m tools.study --model FOLDER --data DIR --workdir STUDY --minutes 300        five hours of all of it
   python -m tools.study --model FOLDER --data DIR --workdir STUDY --segmentations      ways to cut, untrained
   python -m tools.study --model FOLDER --data DIR --workdir STUDY --segmentations --student STUDY/students/parts/seed=0
+  python -m tools.study --model FOLDER --data DIR --workdir STUDY --segmentations --student overlap_64
 
 DIR is a folder with seg/{split}_{category}.jsonl.gz, documents that somebody cut into blocks (blockattn.segmentation.
 semanticseg). Students are trained on excerpts of training documents of some categories; all rows are asked the same excerpts
@@ -364,10 +365,7 @@ def keep(study: Study) -> str:
 
 def segmentations(study: Study) -> str:
   """Each way to cut at each granularity, by what a reader of blocks loses; writes segmentations.json, .md and .svg."""
-  reader = dataclasses.replace(study.teacher, mode='block')
-  who, name = BARE, study.options.student
-  if name:
-    who, reader = pathlib.Path(name).name, gap.load(name, 'block', study.compute)[0]
+  who, reader = reader_of(study, study.options.student)
   texts = [one.text[:one.read] for one in study.held_out]
   ways = excerpts.ways_to_cut(study.tokenizer, texts)
   summary = {}
@@ -391,6 +389,14 @@ def segmentations(study: Study) -> str:
         own['kl_more'] = answers.interval(sampled[one]['kl'] - sampled['segmenter']['kl'])
       write_segmentations(study, who, summary)
   return segmentation_table(summary)
+
+
+def reader_of(study: Study, name: str) -> tuple[str, gap.Subject]:
+  """(a name, who reads in block mode): a row that needs no training, or a student's folder."""
+  for group, rows in rows_of.UNTRAINED.items():
+    if name in rows:
+      return name, untrained(study, group)[name]
+  return pathlib.Path(name).name, gap.load(name, 'block', study.compute)[0]
 
 
 def count_of(one: excerpts.Excerpt, fine: str, tokens: int) -> int:
@@ -491,7 +497,8 @@ def parsed(argv: Sequence[str] | None):
   parser.add_argument('--minutes', type=arguments.amount, default=0.0, help='stop after so many; 0: when all is done')
   parser.add_argument('--plan', action='store_true', help='say what it takes, and do nothing')
   parser.add_argument('--segmentations', action='store_true', help='ways to cut instead of rows')
-  parser.add_argument('--student', metavar='FOLDER', help='segmentations: a trained student in place of the model as it is')
+  parser.add_argument('--student', metavar='NAME', default=BARE, help='segmentations: who reads the blocks, a trained student\'s '
+                      'folder, or the model as it is in a row that needs no training, such as overlap_64 (default: bare)')
   parser.add_argument('--granularities', metavar='TOKENS', default=f'{excerpts.GOLD},256,128,64',
                       type=lambda text: text.split(','), help='segmentations: mean tokens of a block, or '
                       f'{excerpts.GOLD}, as many blocks as the text has')

@@ -125,6 +125,10 @@ def test_ways_to_cut_at_the_same_number_of_blocks(workdir, data, capsys):
   assert found['gold']['gold']['tokens'] == pytest.approx(found['gold']['random']['tokens'], rel=0.1)
   assert found['24']['segmenter']['kl_more']['mean'] == 0
   assert (workdir / 'segmentations_seed=0.svg').is_file()
+  assert study.main(arguments(data, workdir, '--segmentations', '--granularities', '24', '--student', 'overlap_16')) == 0
+  ahead = json.loads((workdir / 'segmentations_overlap_16.json').read_text())['granularities']['24']
+  assert [own['tokens'] for own in ahead.values()] == [own['tokens'] for own in found['24'].values()]
+  assert all(ahead[way]['kl']['mean'] != found['24'][way]['kl']['mean'] for way in ahead)
 
 
 def test_the_plan_trains_nothing(data, tmp_path, capsys):
