@@ -497,8 +497,8 @@ def parsed(argv: Sequence[str] | None):
   parser.add_argument('--minutes', type=arguments.amount, default=0.0, help='stop after so many; 0: when all is done')
   parser.add_argument('--plan', action='store_true', help='say what it takes, and do nothing')
   parser.add_argument('--segmentations', action='store_true', help='ways to cut instead of rows')
-  parser.add_argument('--student', metavar='NAME', default=BARE, help='segmentations: who reads the blocks, a trained student\'s '
-                      'folder, or the model as it is in a row that needs no training, such as overlap_64 (default: bare)')
+  parser.add_argument('--student', metavar='NAME', default=BARE, help='segmentations: who reads, the folder of a trained '
+                      'student, or the model as it is in a row that needs no training, such as overlap_64 (default: bare)')
   parser.add_argument('--granularities', metavar='TOKENS', default=f'{excerpts.GOLD},256,128,64',
                       type=lambda text: text.split(','), help='segmentations: mean tokens of a block, or '
                       f'{excerpts.GOLD}, as many blocks as the text has')

@@ -163,7 +163,8 @@ def _fill_rows(queues, length, rows, unused):
 
 def context_arrays(plans: Sequence[Plan], rows: int, where: Callable[[str], Mapping[int, np.ndarray]],
                    devices: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Where the context of each prompt is: (pages, position, visible, number) as `pool.Pool.context` takes them.
+  """Where the context of each prompt is: (pages, position, visible, number) as `pool.Pool.context` takes them. Pages that
+  nobody sees, such as a long overlap's, are not among them.
 
   Args:
     where: key -> {device: pages}, on one device at least.
@@ -173,8 +174,11 @@ def context_arrays(plans: Sequence[Plan], rows: int, where: Callable[[str], Mapp
   for row, plan in zip(lists, plans, strict=False):
     for number, block in enumerate(plan.context):
       device, pages = next(iter(where(block.key).items()))
-      row[device] += [(p, block.start + at, min(PAGE, len(block.tokens) - at), number, *(x - at for x in block.hidden))
-                      for p, at in zip(pages, itertools.count(step=PAGE))]
+      for page, at in zip(pages, itertools.count(step=PAGE)):
+        size = min(PAGE, len(block.tokens) - at)
+        start, stop = (x - at for x in block.hidden)
+        if not start <= 0 < size <= stop:
+          row[device].append((page, block.start + at, size, number, start, stop))
   width = decode.bucket(max(len(own) for row in lists for own in row) * PAGE, 8 * PAGE) // PAGE
   pages, first, used, number, start, stop = arrays = [np.zeros((rows, devices, width), np.int32) for _ in range(6)]
   for b, row in enumerate(lists):

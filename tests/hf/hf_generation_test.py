@@ -48,7 +48,7 @@ ALL_MODES = pytest.mark.parametrize('options', (MODES | MORE).values(), ids=MODE
 
 def make_prompt(lengths, seed=3):
   rng = np.random.default_rng(seed)
-  return [blocks.Continued(rng.integers(1, 48, size=n).tolist()) for n in lengths]
+  return [(list if i == 2 else blocks.Continued)(rng.integers(1, 48, size=n).tolist()) for i, n in enumerate(lengths)]
 
 
 PROMPTS = [make_prompt(lengths, seed) for seed, lengths in enumerate(LENGTHS, start=50)]   # whose answers vary
@@ -98,10 +98,11 @@ def rows_of(prompts, options):
   """(tokens, layout) of our forward pass: ROWS rows, of which the first are the prompts, padding behind each."""
   lengths = [[tuple(map(len, prompt))] for prompt in prompts] + [[]] * (ROWS - len(prompts))
   layout = blocks.from_lengths(lengths, TEXT, shared_first=options.shared_first)
-  tokens = np.zeros((ROWS, TEXT), np.int32)
-  for row, prompt in zip(tokens, prompts):
+  tokens, continued = np.zeros((ROWS, TEXT), np.int32), np.zeros((ROWS, TEXT), bool)
+  for row, goes_on, prompt in zip(tokens, continued, prompts):
     row[:sum(map(len, prompt))] = [token for block in prompt for token in block]
-  tokens, layout, _ = block_mode(tokens, layout, options)
+    goes_on[:sum(map(len, prompt))] = [isinstance(block, blocks.Continued) for block in prompt for _ in block]
+  tokens, layout, _ = block_mode(tokens, layout, options, continued=continued)
   fit = lambda x: np.pad(np.asarray(x), [(0, 0), (0, LENGTH - x.shape[1])])
   return fit(tokens), jax.tree.map(fit, layout)
 

@@ -13,7 +13,7 @@ import tokenizers
 
 from blockattn import blocks
 from blockattn.data import encode, prompts
-from blockattn.inference import cache, engine as engine_lib, pool, stopwatch
+from blockattn.inference import cache, engine as engine_lib, plan, pool, stopwatch
 from blockattn.inference.engine import Engine
 from blockattn.inference.plan import Request
 from blockattn.models import decode, transformer
@@ -64,7 +64,9 @@ def masked(params, cfg, compute, options, prompt, seam=None):
   layout = blocks.from_lengths([lengths], 256)
   tokens = np.zeros((1, 256), np.int32)
   tokens[0, :sum(lengths[0])] = np.concatenate(prompt)
-  tokens, layout, index = _block_mode(tokens, layout, options, seam)
+  continued = np.zeros((1, 256), bool)
+  continued[0, :sum(lengths[0])] = np.repeat([isinstance(own, blocks.Continued) for own in prompt], lengths[0])
+  tokens, layout, index = _block_mode(tokens, layout, options, seam, continued=continued)
   x_BTD = _apply(params, tokens, layout, cfg, compute)
   return np.asarray(transformer.logits(params, x_BTD[0, int(index[0, sum(lengths[0]) - 1])], cfg))
 
@@ -104,7 +106,7 @@ def test_passages_in_another_order_are_all_found_again(positions, template, adds
 def random_prompt(rng, context=(1, 2, 4)):
   """Blocks of sizes that all fall into one bucket, so that few programs are compiled."""
   sizes = rng.integers(1, 29, size=rng.choice(context) + 1).tolist()
-  return [blocks.Continued(rng.integers(1, 48, size=n).tolist()) for n in sizes]
+  return [(list if i == 2 else blocks.Continued)(rng.integers(1, 48, size=n).tolist()) for i, n in enumerate(sizes)]
 
 
 def rms(x):
@@ -133,7 +135,7 @@ def test_cached_logits_are_those_of_the_masked_forward_pass(words, name, positio
 
 SEAM = 40   # longer than any block
 FORMS = {'seam': {}, 'tails': {'tail_ids': (5, 6)}, 'links': {'tail_ids': (5, 6), 'links': True},
-         'overlap': {'hide_starts': True, 'overlap': 2},
+         'overlap': {'hide_starts': True, 'overlap': 2}, 'long_overlap': {'hide_starts': True, 'overlap': 20},
          'hidden': {'hide_starts': True}, 'hidden_links': {'tail_ids': (5, 6), 'links': True, 'hide_starts': True}}
 
 
@@ -143,7 +145,7 @@ FORMS = {'seam': {}, 'tails': {'tail_ids': (5, 6)}, 'links': {'tail_ids': (5, 6)
     ('links', 'llama_rope', 'local', 1, False), ('links', 'qwen3_tied', 'local', 1, True),
     ('hidden', 'qwen3_bias', 'sequential', 1, False), ('hidden', 'llama_rope', 'local', 3, True),
     ('hidden_links', 'llama_rope', 'sequential', 1, False), ('overlap', 'qwen3_tied', 'sequential', 1, False),
-    ('overlap', 'llama_rope', 'local', 3, True)])
+    ('overlap', 'llama_rope', 'local', 3, True), ('long_overlap', 'qwen3_bias', 'sequential', 1, False)])
 def test_what_is_read_again_beside_cached_blocks(words, form, name, positions, devices, shared):
   """Seams of no token, of some and of whole blocks, chosen anew for every prompt, tails and links; the states stay."""
   rng, (cfg, params) = np.random.default_rng(7), model(name)
@@ -157,7 +159,16 @@ def test_what_is_read_again_beside_cached_blocks(words, form, name, positions, d
       np.testing.assert_allclose(subject.logits(asked), exact, atol=1e-4, err_msg=f'{seam}')
       off.append(exact)
     assert {block.found for block in subject.prepare([asked])[0]} == {'device'}
-    assert np.abs(off[-1] - off[-4]).max() > 1e-3, 'the case has to be a hard one'
+  assert np.abs(off[-1] - off[-4]).max() > 1e-3, 'the case has to be a hard one'
+
+
+def test_pages_that_nobody_sees_are_not_read():
+  options = blocks.BlockOptions((), 'sequential', 8, hide_starts=True, overlap=2 * pool.PAGE + 3)
+  made = plan.make(0, Request([[1] * 100, blocks.Continued([2] * 50), [3]]), options, cache.Keys(b''))
+  pages = {block.key: {0: np.arange(pool.pages_of(len(block.tokens))) + 100 * i} for i, block in enumerate(made.context)}
+  found, position, visible, _ = plan.context_arrays([made], 1, pages.__getitem__, 1)
+  np.testing.assert_array_equal(position[visible], np.arange(150))
+  assert found[0, :12].tolist() == [*range(7), 102, 103, 104, 105, 0]   # the overlap is two pages and three tokens
 
 
 def test_answers_with_seams_are_those_of_the_masked_forward_pass(words):
