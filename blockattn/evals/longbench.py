@@ -32,7 +32,7 @@ from typing import Any
 
 from blockattn import hub
 from blockattn.data import chat_template, json_lines
-from blockattn.data.example import Example, before_spaces, pieces
+from blockattn.data.example import Example, cut_texts, pieces
 from blockattn.errors import UserError
 from blockattn.evals import answers, scores
 
@@ -219,21 +219,16 @@ def cut_at_headings(context: str, heading: str) -> list[int]:
   return [start for start in found if start] if len(found) > 1 else []
 
 
-def cut_prompts(prompts: Sequence[Prompt], heading: str, cut: Cut | None) -> list[tuple[list[str], tuple[int, ...]]]:
+def cut_prompts(prompts: Sequence[Prompt], heading: str, cut: Cut | None) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
   """Texts of the blocks of each prompt's context, and the numbers of those that go on with the one before; none is empty.
-  Joined they are the context. What lacks headings is cut by `cut`; None: it is one block."""
-  cuts = [cut_at_headings(prompt.context, heading) for prompt in prompts]
-  bare = [i for i, prompt in enumerate(prompts) if not cuts[i] and prompt.context]
-  if cut is not None and bare:
-    for i, spans in zip(bare, cut([prompts[i].context for i in bare]), strict=True):
-      cuts[i] = [start for start, _ in spans if start]
-  texts = [prompt.context for prompt in prompts]
-  blocks = [pieces(text, (*own, prompt.seam)) for text, own, prompt in zip(texts, cuts, prompts)]
-  # What lies between passages, or was left out of the middle, is no text that goes on.
-  gaps = [{0, *before_spaces(text, [prompt.seam])} for text, prompt in zip(texts, prompts)]
-  starts = [list(itertools.accumulate(map(len, own), initial=0))[:-1] for own in blocks]
-  return [(own, tuple(n for n, start in enumerate(where) if i in bare and start not in gap))
-          for i, (own, where, gap) in enumerate(zip(blocks, starts, gaps))]
+  Joined they are the context. What lacks headings is cut by `cut`; None: it is one block, or two where its middle was left
+  out, which are texts of their own."""
+  headings = [cut_at_headings(prompt.context, heading) for prompt in prompts]
+  texts = [pieces(prompt.context, (*own, prompt.seam)) for own, prompt in zip(headings, prompts)]
+  bare = [text for own, some in zip(headings, texts) if not own for text in some]
+  spans = iter(cut(bare) if cut is not None and bare else [()] * len(bare))
+  starts = lambda own, some: [() if own else [start for start, _ in next(spans)] for _ in some]
+  return [cut_texts(some, starts(own, some)) for own, some in zip(headings, texts)]
 
 
 def make_items(task: str, records: Sequence[Record], tokenizer: Any, *, cut: Cut | None, chat: bool,
