@@ -361,6 +361,13 @@ class BlockOptions:
     """Most tokens that are inserted for a block and are not copies beside it."""
     return len(self.own_ids) + self.align - 1 + self.overlap
 
+  def most_positions(self, count: int) -> int:
+    """Most positions that what is inserted takes in a document of so many blocks. Copies have those of their originals;
+    hidden tokens take none, or, `local`, are part of blocks of which the longest counts."""
+    fronts = min(count, 2) if self.hide_starts else count
+    return (fronts * (len(self.sink_ids) + self.align - 1) + (count - 1) * len(self.tail_ids)
+            + (self.overlap if self.positions == 'local' else 0))
+
   @property
   def most_added(self) -> int:
     """Most tokens that are inserted for a block."""
@@ -409,7 +416,8 @@ class PlacedBlock:
 
 
 class Continued(list):
-  """Token ids of a block of a prompt whose text goes on with that of the block before, see `BlockOptions.overlap`."""
+  """Token ids of a block of a prompt whose text goes on with that of the one before, see `BlockOptions.overlap`. Slices and
+  copies are plain lists. A prompt's first block has nothing to go on with, and the last one, which reads all, needs none."""
 
 
 def place_prompt(prompt: Sequence[Sequence[int]], options: BlockOptions) -> tuple[PlacedBlock, ...]:
@@ -580,11 +588,11 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
     copy. `x[index]` along the token axis aligns anything computed on the result with the text tokens.
 
   Raises:
-    ValueError: blocks overlap, and nothing says which of them go on.
+    ValueError: blocks overlap, and no mask of that form says which of them go on.
   """
-  if options.overlap and continued is None:
-    raise UserError(f'overlap={options.overlap}: say with `continued` which blocks go on with the one before; rows of '
-                    'data/packing.py have it')
+  if options.overlap and (continued is None or continued.shape != layout.doc.shape or continued.dtype != bool):
+    raise UserError(f'overlap={options.overlap}: say with `continued`, bool {layout.doc.shape}, of each token whether its '
+                    'block goes on with the one before; rows of data/packing.py have it')
   tokens, doc = jnp.asarray(tokens), jnp.asarray(layout.doc)
   rows, old_length = doc.shape
   b = jnp.arange(rows)[:, None]

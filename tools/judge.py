@@ -135,8 +135,8 @@ def _fits(subject, max_length, max_new, lengths):
 
   The same in both modes, so that they answer the same items.
   """
-  tokens, sinks = sum(lengths), subject.options.most_placed * len(lengths)
-  return tokens <= (max_length or tokens) and tokens + sinks + max_new <= subject.cfg.max_positions
+  tokens, added = sum(lengths), subject.options.most_positions(len(lengths))
+  return tokens <= (max_length or tokens) and tokens + added + max_new <= subject.cfg.max_positions
 
 
 # What is read before the model is.

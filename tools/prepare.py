@@ -39,6 +39,7 @@ class Read:
     report: of its lines.
     sizes, counts, answers: tokens, blocks and answer tokens of each document.
     blocks: tokens of each context block.
+    continued: how many context blocks of each document go on with the one before.
     first: its first document; None: there is none.
     seconds: that it took.
   """
@@ -47,6 +48,7 @@ class Read:
   counts: np.ndarray
   answers: np.ndarray
   blocks: np.ndarray
+  continued: np.ndarray
   first: encode.EncodedDoc | None
   seconds: float = 0.0
 
@@ -54,7 +56,7 @@ class Read:
 def joined(reads: Sequence[Read], seconds: float) -> Read:
   """Several, in order."""
   arrays = {name: np.concatenate([np.zeros(0, np.int32), *(getattr(read, name) for read in reads)])
-            for name in ('sizes', 'counts', 'answers', 'blocks')}
+            for name in ('sizes', 'counts', 'answers', 'blocks', 'continued')}
   return Read(sum((read.report for read in reads), json_lines.Report()), **arrays, seconds=seconds,
               first=next((read.first for read in reads if read.first), None))
 
@@ -87,7 +89,7 @@ def read_piece(source, piece: int) -> Read:
   ints = lambda values: np.fromiter(values, np.int32)
   return Read(report, ints(len(doc.tokens) for doc in docs), ints(len(doc.lengths) for doc in docs),
               ints(doc.answer[1] - doc.answer[0] for doc in docs), ints(n for doc in docs for n in doc.lengths[:-1]),
-              docs[0] if docs else None)
+              ints(sum(doc.continued[:-1]) for doc in docs), docs[0] if docs else None)
 
 
 def read_all(source, workers: int, console) -> list[tuple[str, Read]]:
@@ -141,8 +143,9 @@ def make_table(found: Sequence[tuple[str, Read]], together: Read, options) -> ri
 def make_percentiles(read: Read) -> rich.table.Table:
   """How long things are."""
   table = rich.table.Table('', *(rich.table.Column('max' if p == 100 else f'p{p}', justify='right') for p in _PERCENTILES))
-  for name, values in (('blocks of a document', read.counts), ('tokens of a document', read.sizes),
-                       ('tokens of a context block', read.blocks), ('tokens of an answer', read.answers)):
+  for name, values in (('blocks of a document', read.counts), ('of these go on with another', read.continued),
+                       ('tokens of a document', read.sizes), ('tokens of a context block', read.blocks),
+                       ('tokens of an answer', read.answers)):
     if len(values):
       table.add_row(name, *(f'{int(x):,}' for x in np.percentile(values, _PERCENTILES, method='higher')))
   return table

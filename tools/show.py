@@ -61,7 +61,7 @@ def describe(options: job.Options, devices: int, device: str | None = None, **as
           'total': {key: sum(row[key] for row in parameters) for key in ('count', 'bytes')},
           'per_device': memory, 'rows': show_memory.rows(options, made),
           'step': step, 'run': show_step.whole_run(options, step, devices),
-          'warnings': _warnings(made) + _too_large(memory['total'], device, kind)}
+          'warnings': _warnings(options, made) + _too_large(memory['total'], device, kind)}
 
 
 def build(options: job.Options, devices: int, platform: str) -> job.Job:
@@ -70,12 +70,13 @@ def build(options: job.Options, devices: int, platform: str) -> job.Job:
                                       job.architecture_here(options.model), platform=platform)
 
 
-def _warnings(made):
-  rows, known = max(view.tokens for view in made.views), made.cfg.max_positions
-  if rows <= known:
+def _warnings(options, made):
+  length, known = options.data.length, made.cfg.max_positions
+  most = length + (made.blocks.most_positions(min(made.blocks.max_blocks, length)) if made.blocks else 0)
+  if most <= known:
     return []
-  return [f'rows of {rows} tokens, sinks included, are longer than the {known} positions that the model '
-          'was made for: documents that are as long meet positions it has not seen']
+  return [f'rows of {length} tokens, which take {most} positions with sinks, are longer than the {known} that the model was '
+          'made for: documents that are as long meet positions it has not seen']
 
 
 def _too_large(total, name, device):

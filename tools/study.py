@@ -37,7 +37,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from blockattn import disk, mesh, metrics
+from blockattn import disk, mesh, metrics, tree
 from blockattn.data import encode
 from blockattn.errors import UserError
 from blockattn.evals import answers, gap, rivals, ruler
@@ -396,6 +396,9 @@ def reader_of(study: Study, name: str) -> tuple[str, gap.Subject]:
   for group, rows in rows_of.UNTRAINED.items():
     if name in rows:
       return name, untrained(study, group)[name]
+  if not pathlib.Path(name).is_dir():
+    raise UserError(f'--student {name}: no such folder, and no row; '
+                    f'{tree.did_you_mean(name, [row for rows in rows_of.UNTRAINED.values() for row in rows])}')
   return pathlib.Path(name).name, gap.load(name, 'block', study.compute)[0]
 
 

@@ -299,18 +299,20 @@ def recut(parts: EncodedParts, size: int) -> EncodedParts:
   """The same context in blocks of `size` tokens, cut wherever they end, instead of the blocks that were given.
 
   What a splitter by length does. The header stays. A new block is gold if it holds a token of a gold block, and spare if it
-  holds nothing but tokens of spare ones. The context is one text here, of which each goes on with the one before.
+  holds nothing but tokens of spare ones. It goes on with the one before, unless it begins where a block did that does not.
   """
   if size < 1:
     raise UserError(f'blocks of {size} tokens: the size must be at least 1')
   owner = [i for i, tokens in enumerate(parts.blocks) for _ in tokens]
   tokens = [token for block in parts.blocks for token in block]
   cuts = range(0, len(tokens), size)
+  starts = itertools.accumulate(map(len, parts.blocks), initial=0)
+  apart = {start for start, goes_on in zip(starts, parts.continued) if not goes_on}
   owners = [set(owner[i:i + size]) for i in cuts]
   return dataclasses.replace(parts, blocks=tuple(tokens[i:i + size] for i in cuts),
                              spare=tuple(all(parts.spare[i] for i in own) for own in owners),
                              gold=tuple(any(parts.gold[i] for i in own) for own in owners),
-                             continued=tuple(cut > 0 for cut in cuts))
+                             continued=tuple(cut > 0 and cut not in apart for cut in cuts))
 
 
 def fit(parts: EncodedParts, *, length: int | None = None, max_blocks: int | None = None,

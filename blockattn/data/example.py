@@ -75,7 +75,7 @@ def recut(example: Example, cuts: Sequence[int]) -> Example:
 
   Returns:
     The example with its context cut there. A new block is gold if it holds some of a gold one, and goes on with the one
-    before it, for the context is one text here.
+    before it, unless it begins where a block did that does not.
   """
   whole = ''.join(example.blocks)
   starts = [0, *itertools.accumulate(map(len, example.blocks))]
@@ -87,5 +87,6 @@ def recut(example: Example, cuts: Sequence[int]) -> Example:
   gold = example.gold and tuple(i for i, (a, b) in enumerate(spans)
                                 if any(starts[g] < b and starts[g + 1] > a for g in example.gold))
   template = (header, *(clipped(a, b) for a, b in spans), *parts[-2:]) if example.template else ()
+  apart = {0, *before_spaces(whole, [starts[i] for i in range(1, len(example.blocks)) if i not in example.continued])}
   return dataclasses.replace(example, blocks=tuple(whole[a:b] for a, b in spans), gold=gold, template=template,
-                             continued=tuple(range(1, len(spans))))
+                             continued=tuple(i for i, (a, _) in enumerate(spans) if a not in apart))

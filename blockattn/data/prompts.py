@@ -127,7 +127,8 @@ def _indices(record, key, least, count):
     return None
   found = record[key]
   if not isinstance(found, list) or any(type(i) is not int or not least <= i < count for i in found):
-    raise Malformed(f'bad {key}', f'"{key}" must list indices from {least} to {count - 1}, not {str(found)[:80]}')
+    which = f'from {least} to {count - 1}' if count > least else 'of blocks behind the first, and there is one block'
+    raise Malformed(f'bad {key}', f'"{key}" must list indices {which}, not {repr(found)[:80]}')
   return tuple(sorted(set(found)))
 
 

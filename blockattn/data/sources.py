@@ -19,12 +19,12 @@ from blockattn.data import encode, json_lines, packing, prompts, stdlib, tables
 from blockattn.data.example import Example, recut
 from blockattn.errors import UserError
 
-FORMAT = 3             # of the rows of files; part of their fingerprint
+FORMAT = 4             # of the rows of files; part of their fingerprint
 TOGETHER = 32          # rows, about, that are packed at a time
 _CHARACTERS = 4        # of a token, to guess how many bytes fill a row
 _ROWS = 1_000_000      # of an epoch of pages, of which there is no end
 _CUT_SEED = 7
-_PAGES = 2             # format of the documents of pages; part of their fingerprint
+_PAGES = 3             # format of the documents of pages; part of their fingerprint
 _PROBED_PAGES = 64     # from which PageRows guesses how many pages fill a row
 _PROBED = 1000         # examples after which no document is looked for any more
 _CUT_AT_A_TIME = 64    # examples that a cutter is given together

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from blockattn import disk, metrics
+from blockattn.blocks import Continued
 from blockattn.data.example import Example
 from blockattn.errors import UserError
 
@@ -33,7 +34,7 @@ RUN, PREDICTIONS, SUMMARY = 'run.json', 'predictions.jsonl', 'summary.json'
 RESAMPLES = 2000
 LEVEL = 0.95
 SEED = 0
-_VERSION = 1      # of the code: to be raised where the same run would be answered or scored otherwise than before
+_VERSION = 2      # of the code: to be raised where the same run would be answered or scored otherwise than before
 _LISTED = 20      # ids of items that are too long, in the summary
 _ROW = {'id': str, 'task': str, 'prediction': str, 'scores': {str: disk.NUMBER}, 'key': str}   # what each line has
 
@@ -66,10 +67,12 @@ class _Prompt:
   item: Item
   tokens: np.ndarray   # int32 [n]
   lengths: tuple[int, ...]   # of its blocks
+  continued: tuple[bool, ...]   # which of them go on with the one before
   key: str   # a hash of all that is asked
 
   def blocks(self) -> list[list[int]]:
-    return [part.tolist() for part in np.split(self.tokens, np.cumsum(self.lengths)[:-1])]
+    parts = np.split(self.tokens, np.cumsum(self.lengths)[:-1])
+    return [(Continued if goes_on else list)(part.tolist()) for goes_on, part in zip(self.continued, parts, strict=True)]
 
 
 def run(items: Sequence[Item], *, prompt: Callable[[Example], list[list[int]]], answer: Answer,
@@ -121,13 +124,13 @@ def _prompts(items, prompt, fits):
       raise UserError(f'two items have the id {item.id!r}; ids name the answers of a run and must differ')
     seen.add(item.id)
     blocks = prompt(item.example)
-    lengths = tuple(map(len, blocks))
+    lengths, continued = tuple(map(len, blocks)), tuple(isinstance(block, Continued) for block in blocks)
     if fits is not None and not fits(item, lengths):
       too_long.append(item.id)
       continue
     tokens = np.fromiter((token for block in blocks for token in block), np.int32)
-    asked = repr((lengths, item.max_new, item.stop)).encode() + tokens.tobytes()
-    found.append(_Prompt(item, tokens, lengths, hashlib.sha256(asked).hexdigest()[:16]))
+    asked = repr((lengths, continued, item.max_new, item.stop)).encode() + tokens.tobytes()
+    found.append(_Prompt(item, tokens, lengths, continued, hashlib.sha256(asked).hexdigest()[:16]))
   if not found:
     raise UserError(f'nothing to answer: of {len(seen)} items {len(too_long)} are too long for the model or --max-length')
   return found, too_long

@@ -182,8 +182,8 @@ def _check_positions(subjects, docs, examples, max_new):
   """Raises ValueError, naming the first document that, with sinks or with its longest answer, has more tokens than a
   subject has positions."""
   for name, subject in subjects.items():
-    sinks, most = subject.options.most_placed if subject.mode == 'block' else 0, subject.cfg.max_positions
-    needs = [max(len(doc.tokens), doc.answer[0] + max_new) + sinks * (len(doc.lengths) - 1) for doc in docs]
+    most, added = subject.cfg.max_positions, subject.options.most_positions if subject.mode == 'block' else lambda count: 0
+    needs = [max(len(doc.tokens), doc.answer[0] + max_new) + added(len(doc.lengths)) for doc in docs]
     long = [i for i, need in enumerate(needs) if need > most]
     if long:
       raise UserError(f'{len(long)} of {len(docs)} documents are too long for {name}: {examples[long[0]].id} takes '
@@ -192,7 +192,8 @@ def _check_positions(subjects, docs, examples, max_new):
 
 
 def _key(doc):
-  said = repr((tuple(map(int, doc.lengths)), tuple(map(int, doc.answer)))).encode()
+  goes_on = (tuple(map(bool, doc.continued)),) if any(doc.continued) else ()
+  said = repr((tuple(map(int, doc.lengths)), tuple(map(int, doc.answer)), *goes_on)).encode()
   return hashlib.sha256(said + np.asarray(doc.tokens, np.int32).tobytes()).hexdigest()[:16]
 
 

@@ -142,7 +142,8 @@ def _blocks(cfg: ModelConfig, said: Mapping[str, Any] | None) -> str:
       'first tokens of a block that are read again behind those before it': f'{seam}, or as a prompt asks' if seam else None,
       'sinks, or without any the first token, of a block but the first': alone if said.get('hide_starts') else None,
       'last tokens of the block before that a block of the same text is read behind': (
-          f'{overlap}, which no other block sees' if overlap else None),
+          f'{overlap}, which no other block sees; `Continued` lists of token ids (blockattn.blocks) are such blocks'
+          if overlap else None),
       'first block': 'read by all behind it' if said.get('shared_first') else None,
       'positions': said['positions'], 'most blocks of a row in training': said['max_blocks']})
   own = ' and '.join(name for name, of in kinds.items() if max(of, default=0) >= cfg.vocab)

@@ -42,8 +42,10 @@ def ask(blocks: Sequence[str], question: str, tokenizer: Any, chat: bool, contin
   """The example that asks this about the blocks, of which those of the numbers `continued` go on with the one before.
 
   Raises:
-    ValueError: the question was no UTF-8.
+    ValueError: the question was no UTF-8; a number of no block that stands behind another.
   """
+  if wrong := [i for i in continued if type(i) is not int or not 1 <= i < len(blocks)]:
+    raise UserError(f'continued has {wrong[0]!r}: give the numbers, from 1 to {len(blocks) - 1}, of blocks that go on')
   try:
     question.encode()
   except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character

@@ -252,7 +252,7 @@ def _fingerprint(held_out, options, figure) -> str:
   """Of all that decides the figure, but the model."""
   digest = hashlib.sha256(repr((figure, options.answers, options.max_new, held_out.stop)).encode())
   for doc, example in zip(held_out.docs, held_out.examples, strict=True):
-    digest.update(repr((tuple(doc.lengths), tuple(doc.answer), example.answers, example.response)).encode())
+    digest.update(repr((doc.lengths, doc.continued, tuple(doc.answer), example.answers, example.response)).encode())
     digest.update(np.asarray(doc.tokens, np.int32).tobytes())
   return digest.hexdigest()[:16]
 

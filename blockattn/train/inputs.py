@@ -16,6 +16,7 @@ KINDS = ('files', 'pages')
 _TEXT_BLOCK = 512   # tokens of a block of a text that no segmenter cuts
 _CHARACTERS = 4     # of a token, as the rule that cuts it then counts
 _JOIN_SEED = 11
+_WATCHED = 32       # rows in which overlaps are looked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,6 +218,26 @@ def batches(options, source, placement: mesh_lib.Placement, add: Callable[[int, 
   workers = 1 if getattr(options.data, 'segmenter', '') else getattr(options.data, 'workers', 1)   # one model cuts at a time
   return stream.batches(source, batch=options.batch, seed=options.seed, rows=own_rows(placement, options.batch),
                         workers=workers, changes=[change for change in (joiner(options), add) if change])
+
+
+def overlap_watch(overlap: int) -> Callable[[dict], None]:
+  """What looks at host batches, and says so, once, if blocks are to overlap by so many tokens and none of many goes on with
+  the one before."""
+  rows = 0 if overlap else None   # looked at; None: nothing more to look for
+
+  def look(batch):
+    nonlocal rows
+    if rows is None:
+      return
+    rows += len(batch['tokens'])
+    if batch['continued'].any():
+      rows = None
+    elif rows >= _WATCHED:
+      print(f'config.blocks.overlap={overlap}, and in {rows} rows no block goes on with the one before: say which do with '
+            '"continued" in the data (docs/data.md), or train without an overlap', file=sys.stderr, flush=True)
+      rows = None
+
+  return look
 
 
 def joiner(options) -> Callable[[int, dict], dict] | None:

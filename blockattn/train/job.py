@@ -113,7 +113,8 @@ class BlockModeOptions:
     seam_drawn: each step has its own number of them, from 0 to seam; else it is always seam
     align: blocks but the last are made a multiple of so many tokens by more sinks; serving engines' pages have 16
     hide_starts: sinks of a context block but the first, or without any its first token, are read by their own block alone
-    overlap: last tokens of the block before, which a context block reads first and no other sees: where blocks are one text
+    overlap: last tokens of the block before, which a context block reads first and no other sees, if the row says that it
+      goes on with that one's text
   """
   sinks: int = 0
   sink_kind: str = 'token'
@@ -131,7 +132,8 @@ class BlockModeOptions:
     for name in ('sinks', 'tails', 'seam', 'overlap'):
       errors.check_number(f'config.blocks.{name}', getattr(self, name), 0, 1024)
     if self.overlap and not self.hide_starts:
-      raise UserError(f'config.blocks.overlap={self.overlap} is hidden as starts are: config.blocks.hide_starts is false')
+      raise UserError(f'config.blocks.overlap={self.overlap} is hidden as starts are, and config.blocks.hide_starts is '
+                      'false: set it true, or the overlap to 0')
     errors.check_number('config.blocks.align', self.align, 1, 1024)
     errors.check_choice('config.blocks.tail_kind', self.tail_kind, TAIL_KINDS)
     if self.align > 1 and not self.sinks:
@@ -760,8 +762,13 @@ def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, 
     watches, rewrite: see loop.run.
     add: see stream.batches.
   """
+  look = inputs.overlap_watch(made.blocks.overlap if made.blocks else 0)
+
+  def put(batch):
+    look(batch)
+    return put_batch(made, options, batch)
+
   state = loop.run(lambda state, batch: made.step(state, frozen, batch), first_state(made, options, params),
                    inputs.batches(options, source, made.placement, add), loop_config(options, made), workdir,
-                   put_batch=lambda batch: put_batch(made, options, batch), meta=made.meta | meta, watches=watches,
-                   rewrite=rewrite)
+                   put_batch=put, meta=made.meta | meta, watches=watches, rewrite=rewrite)
   return state.params

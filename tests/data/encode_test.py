@@ -100,7 +100,6 @@ def test_what_is_too_long_is_dropped_or_cut(encoder):
   assert cut(parts_of(encoder, **record | {'gold': None}), length=10) == (None, 'too long')   # which are spare?
   parts = parts_of(encoder, **record | {'continued': [1, 2, 3]})
   assert cut(parts, length=11)[0].continued == (False, True, True, True, False)
-  assert encode.recut(parts_of(encoder, **record), 3).continued == (False, True, True)
   fewer = dataclasses.replace(parts, spare=(False, False, True, False))   # behind what was left out nothing goes on
   assert cut(fewer, length=10)[0].continued == (False, True, False, False)
   emptied = dataclasses.replace(parts, blocks=(*parts.blocks[:2], [], parts.blocks[3]))   # by a normaliser

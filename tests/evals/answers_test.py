@@ -1,10 +1,12 @@
 """The runner of benchmarks: what is kept, what is asked again, what is refused, and the figures of its summary."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from blockattn.blocks import Continued
 from blockattn.data.example import Example
 from blockattn.evals import answers
 
@@ -16,7 +18,8 @@ def item(name, task='a', words=3, **more):
 
 def prompt(example):
   """A token per character."""
-  return [[ord(c) for c in block] for block in (*example.blocks, example.prompt)]
+  return [(Continued if i in example.continued else list)(map(ord, block))
+          for i, block in enumerate((*example.blocks, example.prompt))]
 
 
 class Answerer:
@@ -77,6 +80,21 @@ def test_a_second_start_answers_what_is_missing(tmp_path):
   # Once more: nothing to ask. With fewer items the summary is of these.
   said = Answerer()
   assert run(items[:2], tmp_path, said)['n'] == 2 and not said.calls
+
+
+def test_blocks_that_go_on_are_asked_as_such(tmp_path):
+  seen = []
+
+  def answer(prompts, **how):
+    seen.extend([isinstance(block, Continued) for block in blocks] for blocks in prompts)
+    return ['x'] * len(prompts)
+
+  own = lambda continued: dataclasses.replace(item('a'), example=dataclasses.replace(item('a').example, continued=continued))
+  run([own(())], tmp_path / 'plain', answer)
+  run([own((1,))], tmp_path / 'on', answer)
+  assert seen == [[False, False, False], [False, True, False]]
+  with pytest.raises(ValueError, match='asked'):   # another question than the one that was answered
+    run([own((1,))], tmp_path / 'plain', answer)
 
 
 def test_another_run_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import dataclasses
 import data_cases
 import pytest
 
-from blockattn.data import json_lines, sources, stdlib
+from blockattn.data import encode, json_lines, sources, stdlib
 from blockattn.data.example import Example, recut
 from blockattn.segmentation import cutter, granularity
 from blockattn.train import inputs
@@ -38,6 +38,16 @@ def test_no_text_and_no_range_of_the_template_is_lost(cuts):
   assert ''.join(cut.blocks) == ''.join(EXAMPLE.blocks) and all(cut.blocks)
   written = [''.join(block[a:b] for a, b in own) for block, own in zip(cut.blocks, cut.template[1:])]
   assert ''.join(written) == '<s></s>'
+
+
+@pytest.mark.parametrize('continued, said', [((), (1, 3)), ((1, 2), (1, 2, 3))])
+def test_what_begins_with_a_passage_goes_on_with_none(continued, said):
+  passages = Example(('one two. ', 'three. ', 'four. five.'), 'q', 'r', 'i', continued=continued)
+  cut = recut(passages, [4, 16, 22])   # in the first, at the end of the second, in the third
+  assert cut.blocks == ('one', ' two. three.', ' four.', ' five.') and cut.continued == said
+  parts = encode.EncodedParts([], ([1] * 4, [2] * 4, [3] * 3), [4], [5], 1, (False,) * 3, (False,) * 3,
+                              tuple(i in continued for i in range(3)))
+  assert encode.recut(parts, 2).continued == (False, True, bool(continued), True, bool(continued), True)
 
 
 def test_an_example_that_says_nothing_of_gold_stays_so():

@@ -104,6 +104,16 @@ def test_what_the_segmenter_cut_goes_on():
   assert [isinstance(block, blocks.Continued) for block in single] == [False, *[True] * (len(single) - 2), False]
 
 
+def test_blocks_that_go_on_are_named():
+  texts = [{'type': 'text', 'text': text} for text in ('One.', '', 'Two.', 'Three.', 'Which?')]
+  goes_on = lambda prompt: [isinstance(block, blocks.Continued) for block in prompt]
+  chat_body = {'messages': [{'role': 'user', 'content': texts}], 'continued': [1, 3]}
+  assert goes_on(forms().prompt(front.CHAT, chat_body)) == [False, False, False, True, False]   # behind the header
+  ids = {'prompt': [10, 11, 12, 13], 'blocks': [1, 1, 2], 'continued': [1]}
+  assert goes_on(forms().prompt(front.PLAIN, ids)) == [False, True, False]
+  assert 'continued' not in forms().rewrite(front.PLAIN, ids)
+
+
 def test_lengths_of_token_ids():
   out = forms().rewrite(front.PLAIN, {'prompt': [10, 11, 12, 13], 'blocks': [1, 3], 'max_tokens': 2})
   assert out == {'prompt': [3, 3, 10, 3, 3, 11, 12, 13], 'max_tokens': 2, 'kv_transfer_params': {student.BLOCKS: [3, 5]}}
@@ -122,6 +132,8 @@ def test_other_requests_go_on_as_they_came(path, body):
     (front.PLAIN, {'prompt': [1, 2], 'blocks': [1, 2]}, 'give the lengths, from 1 on, of all blocks of the 2 tokens'),
     (front.PLAIN, {'prompt': [1, 2], 'blocks': [2, 0]}, 'give the lengths, from 1 on'),
     (front.PLAIN, {'prompt': 'a b', 'blocks': [2]}, 'of a "prompt" of token ids'),
+    (front.PLAIN, {'prompt': [1, 2], 'blocks': [1, 1], 'continued': [1]}, 'of the 1 blocks in front of the question, not'),
+    (front.PLAIN, {'prompt': 'a', 'documents': [{'text': 'b'}] * 2, 'continued': [1], 'segment': {'target': 9}}, 'leave'),
     (front.PLAIN, {'prompt': 'a', 'documents': ['b']}, '"documents" is a list of'),
     (front.PLAIN, {'prompt': 'a', 'segment': 512}, '"segment" is {"target": tokens}'),
     (front.PLAIN, {'prompt': '', 'segment': {'target': 512}}, 'a prompt must be a list of blocks, none of them empty'),

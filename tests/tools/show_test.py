@@ -316,7 +316,10 @@ def test_what_cannot_run_is_named(change, message):
 
 def test_rows_longer_than_the_model_was_made_for():
   config = distill.get_config('model=qwen3_0_6b,ctx=65536')
-  assert '40960 positions' in describe(config, devices=1)['warnings'][0]
+  assert 'than the 40960 that' in describe(config, devices=1)['warnings'][0]
+  config = distill.get_config('model=qwen3_0_6b,ctx=32768')
+  config.blocks.overlap = 1024   # which takes room, and no positions
+  assert not any('positions' in line for line in describe(config, devices=1)['warnings'])
 
 
 def test_every_size_has_a_hub_name():

@@ -129,6 +129,15 @@ def test_batches_of_a_job(data, tokenizer):
     assert {'the shares of the sources'} < batches.fingerprint.keys()
 
 
+def test_overlaps_of_nothing_are_told(capsys):
+  batch = lambda goes_on: {'tokens': np.zeros((16, 4)), 'continued': np.full((16, 4), goes_on)}
+  for overlap, batches, told in ((8, (False, False, False), 1), (8, (False, True, False), 0), (0, (False, False), 0)):
+    look = inputs.overlap_watch(overlap)
+    for goes_on in batches:
+      look(batch(goes_on))
+    assert capsys.readouterr().err.count('in 32 rows no block goes on with the one before') == told
+
+
 def test_a_job_with_random_granularity(data, tokenizer):
   placement = mesh.Placement(mesh.make_mesh({'data': 1}, jax.devices()[:1]))
 

@@ -7,6 +7,8 @@ other goes on as it came. What is read, of chat completions (completions in brac
   documents       [{"title", "text"}, ...], a block each in front of the last message [of "prompt"]
   segment         {"target": tokens, "min", "max"}: the texts in front of the question, or a single text, are cut
   [blocks         lengths of the blocks of a "prompt" of token ids without sinks, that of the question last]
+  continued       numbers, from 0, of the blocks whose text goes on with that of the one before; those that are cut say so
+                  themselves
 
 `/blocks` is a page of what became of blocks. vLLM itself offers what is needed: a chat request that brings its token ids in
 `kv_transfer_params` is not rendered again.
@@ -61,7 +63,7 @@ class Forms:
     if prompt is None:
       return None
     tokens, said = student.place(prompt, self.options)
-    rest = {key: value for key, value in body.items() if key not in ('documents', 'segment', 'blocks')}
+    rest = {key: value for key, value in body.items() if key not in ('documents', 'segment', 'blocks', 'continued')}
     params = (body.get('kv_transfer_params') or {}) | said
     if path == CHAT:
       return rest | {'kv_transfer_params': params | {'prompt_token_ids': tokens}}
@@ -101,13 +103,18 @@ class Forms:
       raise UserError('"blocks" are the lengths of the blocks of a "prompt" of token ids')
     if sum(lengths) != len(prompt) or min(lengths, default=0) < 1:
       raise UserError(f'"blocks" {lengths}: give the lengths, from 1 on, of all blocks of the {len(prompt)} tokens')
-    ends = [sum(lengths[:i + 1]) for i in range(len(lengths))]
-    return [prompt[end - n:end] for end, n in zip(ends, lengths)]
+    ends, continued = [sum(lengths[:i + 1]) for i in range(len(lengths))], _continued(body, len(lengths) - 1)
+    return [(blocks_lib.Continued if i in continued else list)(prompt[end - n:end])
+            for i, (end, n) in enumerate(zip(ends, lengths))]
 
   def _example(self, texts: Sequence[str], body: Mapping[str, Any]) -> Example:
     *context, question = [*self._documents(body.get('documents')), *texts]
-    context, continued = [text for text in context if text], ()
+    said, context = _continued(body, len(context)), [(i, text) for i, text in enumerate(context) if text]
+    continued = tuple(n for n, (i, _) in enumerate(context) if n and i in said)
+    context = [text for _, text in context]
     if body.get('segment') is not None:
+      if said:
+        raise UserError('"continued" beside "segment": what is cut goes on by itself; leave one of them out')
       whole = not context   # a single text, whose last part asks
       context, continued = self._cut(context or [question], body['segment'])
       *context, question = (context or ['']) if whole else [*context, question]
@@ -131,6 +138,13 @@ class Forms:
 
 def _says_blocks(body):
   return any(body.get(key) is not None for key in ('documents', 'segment'))
+
+
+def _continued(body, count) -> list[int]:
+  said = body.get('continued') or []
+  if not isinstance(said, list) or not all(type(i) is int and 1 <= i < count for i in said):
+    raise UserError(f'"continued" lists numbers from 1 on of the {count} blocks in front of the question, not {said!r:.80}')
+  return said
 
 
 def _texts(content) -> list[str] | None:
