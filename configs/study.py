@@ -42,7 +42,7 @@ UNTRAINED = {
     },
     'overlaps': {f'overlap_{count}': {'blocks.overlap': count} for count in (16, 32, 64, 128)},
 }
-_OTHERS = ('weighted', 'dropout', 'hide_starts', 'overlap')   # of the embedded task's variants those that stand above
+_OTHERS = ('weighted', 'dropout', 'read_starts', 'overlap')   # of the embedded task's variants those that stand above
 POINTS = {
     'parts': {
         'distilled': {},

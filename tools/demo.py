@@ -37,8 +37,8 @@ from tools.bench import measuring, ttft
 
 QUESTIONS = 3
 SEGMENTED = 4   # pages in the report
-FINETUNED = 'block_finetuned'
-MODELS = (gap.TEACHER, gap.BEFORE, gap.STUDENT, FINETUNED)
+OVERLAPS, FINETUNED = 'teacher_overlap', 'block_finetuned'
+MODELS = (gap.TEACHER, gap.BEFORE, OVERLAPS, gap.STUDENT, FINETUNED)
 _COLOURS = ('cyan', 'magenta', 'green', 'yellow', 'blue')   # of blocks
 _FETCHED = 'smollm2'
 _PROMPT = (1024, 128, 64)   # tokens of the prompt that is timed, of a context block, of the last one
@@ -107,11 +107,12 @@ def run(workdir, model: str | None, docs: int | None, steps: int | None, console
     distill.run(options, workdir)
   compute = job.compute_of(options.compute, None, jax.local_devices()[0].platform)
   subjects, teacher, _ = gap.load_pair(workdir, options.model.source, ('block',), compute)
+  student = subjects[gap.STUDENT]
+  subjects[OVERLAPS] = dataclasses.replace(teacher, mode='block', options=student.options)
   if baseline is not None:
     with part('finetune', 'The baseline: block fine-tuning on the same batches'):
       finetune.run(finetune.read(baseline), workdir / FINETUNED)
     subjects[FINETUNED] = gap.load(workdir / FINETUNED, 'block', compute)[0]
-  student = subjects[gap.STUDENT]
   documents, examples = pages.load(tokenizer, docs, style=options.data.pages)
   with part('evaluate', f'Asking each model {docs} questions about classes and modules that no training page showed'):
     summary = evaluate.evaluate_all(subjects, teacher, documents, examples, tokenizer, batch=min(docs, 256), max_new=24,
@@ -207,8 +208,8 @@ def conclusion(summary, workdir, page, teacher, elapsed) -> str:
                 f'{summary[name]["kl"]:.3f} nats' for name in filter(summary.get, MODELS)}
   baseline = f', the fine-tuned baseline {cost[FINETUNED]}' if FINETUNED in cost else ''
   full, cached = (1e3 * summary['first_token'][name] for name in ('full', 'all'))
-  return (f'Reading one block at a time costs the teacher {cost[gap.BEFORE]}; the distilled student is {cost[gap.STUDENT]} '
-          f'from the teacher{baseline}.\n'
+  return (f'Reading one block at a time costs the teacher {cost[gap.BEFORE]}, where blocks overlap {cost[OVERLAPS]}; the '
+          f'distilled student is {cost[gap.STUDENT]} from the teacher{baseline}.\n'
           f'The first token after {_PROMPT[0]:,} tokens takes {full:.0f} ms, over cached blocks {cached:.0f}. '
           f'{elapsed:.0f} s in all.\n'
           f'Look at {page}.\n'

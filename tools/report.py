@@ -35,6 +35,7 @@ BEFORE = 'teacher_block'   # the teacher's weights under the block mask
 MODEL_NAMES = {
     'teacher_full': 'Teacher, full attention',
     'teacher_block': "The teacher's weights, blocks",
+    'teacher_overlap': "The teacher's weights, blocks that overlap",
     'student_full': 'Student, full attention',
     'student_block': 'Student, blocks',
     'block_finetuned': 'Blocks, fine-tuned',

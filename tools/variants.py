@@ -3,11 +3,12 @@
   python -m tools.variants --workdir runs/variants                                     all of them, three seeds
   python -m tools.variants --workdir runs/variants --only plain,on_policy --seconds 30 --seeds 1 --docs 32
 
-A variant is configs/tiny.py (the forward divergence, unweighted, with half as much cross-entropy) with the keys of
-configs/variants.py changed. A short run of each says how long a step takes; a training then has as many steps as fit into
---seconds, compiling apart, its learning rate falling over just these. All are asked the same questions about classes and
-modules that no training page showed. In DIR stand a folder per training, table.md, and results.json; started again in DIR,
-what is there is not done again.
+A variant is configs/tiny.py (the forward divergence, unweighted, with half as much cross-entropy) without its overlap,
+which would leave little to tell apart, at the rate that it takes then, and with the keys of configs/variants.py changed. A
+short run of each says how long a step takes; a training then has as many steps as fit into --seconds, compiling apart, its
+learning rate falling over just these. All are asked the same questions about classes and modules that no training page
+showed. In DIR stand a folder per training, table.md, and results.json; started again in DIR, what is there is not done
+again.
 
 The seed decides the order of the pages and, where there is one, the draw of the student's answers; every student starts as
 the teacher.
@@ -38,6 +39,7 @@ def options_of(name: str, seed: int, steps: int, log_every: int = 20) -> distill
   """The training of a variant."""
   config = tiny.get_config()
   config.distill.on_policy.max_new = _MAX_NEW
+  config.blocks.overlap, config.optim.lr = 0, 3e-3
   config.update_from_flattened_dict(VARIANTS[name])
   config.seed, config.steps, config.save_every, config.log_every = seed, steps, steps, log_every
   config.optim.warmup = min(config.optim.warmup, steps // 2)

@@ -20,17 +20,16 @@ from configs.variants import VARIANTS
 from tools import arguments
 from tools.bench import measuring, torch_step
 
-SINKS = 4
 TOP_K = 64   # tokens of a stored teacher
 LOW_RANK = lora.LoraOptions(rank=16)
 DROP = 0.2
 DISTILLED, STORED, TUNED, BLOCK = 'distillation', 'distillation, stored teacher', 'block fine-tuning', 'block mode only'
 LORA = 'distillation, LoRA student of rank 16'
 # Distillation and the method's family beside it. All rows of the on-policy step are the student's own: a run's share less.
-# What torch_step.py does, too; there are no sinks there.
+# What torch_step.py does, too.
 ALL_FULL, ALL_BLOCK = 'full fine-tuning, loss on all tokens', 'block mode only, loss on all tokens'
 ALL_LORA, UNDROPPED = 'LoRA of rank 16, loss on all tokens', 'distillation without block dropout'
-_ALL_TOKENS = {'finetune.text_weight': 1.0, 'blocks.sinks': 0}
+_ALL_TOKENS = {'finetune.text_weight': 1.0}
 BESIDE_TORCH = (ALL_FULL, ALL_BLOCK, ALL_LORA, UNDROPPED)
 FAMILY = {name: keys for name, keys in VARIANTS.items() if name != 'plain'} | {
     'on_policy': {'distill.on_policy.share': 1.0}}
@@ -101,7 +100,7 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
   rows, length = batch['tokens'].shape
   shared = dict(
       steps=1000, batch=rows, chunk=chunk, model=job.ModelOptions(source='random values', dtype=dtype), compute=compute,
-      mesh=job.MeshOptions(), blocks=job.BlockModeOptions(sinks=SINKS), optim=optim.OptimConfig(steps=1000, warmup=1),
+      mesh=job.MeshOptions(), blocks=job.BlockModeOptions(), optim=optim.OptimConfig(steps=1000, warmup=1),
       data=inputs.PromptData(length=length, max_blocks=max_blocks), eval=held_out.EvalOptions())
   whole = lambda: job.init_params(transformer.spec(cfg), placement, 0, dtype)
 
@@ -141,7 +140,7 @@ def make_steps(cfg, batch, placement, compute: transformer.Compute, *, dtype='fl
       ALL_FULL: lambda: tuned('full', **_ALL_TOKENS),
       ALL_BLOCK: lambda: tuned('block', **_ALL_TOKENS),
       ALL_LORA: lambda: tuned('full', LOW_RANK, **_ALL_TOKENS),
-      UNDROPPED: lambda: distilled(**{'distill.drop_rate': 0.0, 'blocks.sinks': 0})}
+      UNDROPPED: lambda: distilled(**{'distill.drop_rate': 0.0})}
 
 
 def changed(options, nested: dict):
@@ -207,7 +206,7 @@ def step(args) -> None:
   times, facts = measuring.take_turns(calls, args.samples, args.seconds), measuring.machine(args.cores)
   print(measuring.describe(facts, (
       f'{spec.count(transformer.spec(cfg)) / 1e6:.1f}M parameters, {args.rows} rows of T={args.length}, {args.blocks} '
-      f'context blocks, question {args.question}, answer {args.answer}, {SINKS} sinks\n')))
+      f'context blocks, question {args.question}, answer {args.answer}\n')))
   print(measuring.head('step', 'min ms', 'median ms', f'time / {unit}'))
   for name, seconds in times.items():
     print(measuring.row(name, *measuring.milliseconds(seconds), f'{min(seconds) / min(times[unit]):.2f}'))
