@@ -10,6 +10,7 @@ from a cache is computed here, too.
   ape:0.9:0.9:4       parallel blocks behind one prefix of 4 line ends; temperature and scale of the context
   cacheblend:0.15     the 15 % of the context's tokens that blocks change most
   hidden              the first token of every block but the first is not read
+  overlap:64          blocks that go on with the one before are read behind its last 64 tokens
 
 KVLink (arXiv 2502.16002) and Block-Attention's fine-tuning (arXiv 2409.15355) need a training: configs with
 `blocks.tail_kind=link`, and blockattn.train.finetune.
@@ -60,6 +61,18 @@ class Hidden(Rival):
 
   def options(self, tokenizer):
     return dataclasses.replace(_BARE, hide_starts=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap(Rival):
+  """What a student trained with overlaps (`BlockOptions.overlap`) of so many tokens begins as. Nobody's but ours."""
+  tokens: int
+
+  def __post_init__(self):
+    errors.check_number('--rivals overlap: tokens', self.tokens, 0)
+
+  def options(self, tokenizer):
+    return dataclasses.replace(_BARE, hide_starts=True, overlap=self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +172,8 @@ def _context(states: tuple[Array, Array], layout: blocks.BlockLayout, visible: A
   return decode.Context(k, v, pages, transformer.rotary_angles(layout.position, cfg), visible, number, scale=scale)
 
 
-_KINDS = {'epic': Epic, 'star': Star, 'ape': Ape, 'cacheblend': CacheBlend, 'hidden': Hidden}
+_KINDS = {'epic': Epic, 'star': Star, 'ape': Ape, 'cacheblend': CacheBlend, 'hidden': Hidden,
+          'overlap': Overlap}
 _FORMS = ', '.join(':'.join((name, *(field.name for field in dataclasses.fields(kind)))) for name, kind in _KINDS.items())
 
 

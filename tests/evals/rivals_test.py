@@ -27,8 +27,8 @@ def docs(request):
   rng = np.random.default_rng(request.param)
   lengths = [*(tuple(rng.integers(1, 12, size=rng.integers(2, 6))) for _ in range(3)), ()]
   lengths = [(*map(int, own), 5) for own in lengths]   # the question has two tokens, the answer three
-  return [encode.EncodedDoc(rng.integers(1, CFG.vocab, size=sum(own), dtype=np.int32), own, (sum(own) - 3, sum(own)))
-          for own in lengths]
+  return [encode.EncodedDoc(rng.integers(1, CFG.vocab, size=sum(own), dtype=np.int32), own, (sum(own) - 3, sum(own)),
+                            continued=tuple(i > 0 for i in range(len(own)))) for own in lengths]
 
 
 def subject(reading, options=BARE, mode='block'):
@@ -154,6 +154,16 @@ def hidden(tokens, lengths):
   return read_again(np.append(text, question), joined([*parts, states(question, places)]), (), places)
 
 
+def overlap(tokens, lengths, count):
+  context, last = blocks_of(tokens, lengths)
+  parts, before = [], np.zeros(0, int)
+  for own, at in context:
+    both = states(np.concatenate([before, own]), at[0] - len(before) + np.arange(len(before) + len(own)))
+    parts.append([(k[len(before):], v[len(before):]) for k, v in both])
+    before = own[-count:]
+  return read_again(tokens, joined([*parts, states(*last)]), (), last[1])
+
+
 def cacheblend(tokens, lengths, share):
   own, full = block_states(tokens, lengths), states(tokens, np.arange(len(tokens)))
   _, (_, question) = blocks_of(tokens, lengths)
@@ -197,6 +207,7 @@ APE = dataclasses.replace(BARE, sink_ids=PREFIX, positions='local')
 CASES = {
     'epic': (rivals.Epic(2), BARE.with_seam(2), lambda *doc: epic(*doc, 2)),
     'hidden': (rivals.Hidden(), dataclasses.replace(BARE, hide_starts=True), hidden),
+    'overlap': (rivals.Overlap(3), rivals.Overlap(3).options(None), lambda *doc: overlap(*doc, 3)),
     'star': (rivals.Star(), rivals.Star().options(None), star),
     'ape': (rivals.Ape(0.7, 0.8, 3), APE, lambda *doc: ape(*doc, 0.7, 0.8)),
     'ape_sharp': (rivals.Ape(1.2, 1.3, 3), APE, lambda *doc: ape(*doc, 1.2, 1.3)),
