@@ -220,7 +220,7 @@ def test_blocks_that_do_not_go_on_have_no_overlap():
   assert [block.hidden for block in placed] == [(0, 0), (0, 1), (0, 2), (0, 1), (0, 0)]
   assert [block.start for block in placed] == [0, 2, 2, 4, 6]
   rows = blocks.from_lengths([[[3, 2, 1, 1, 1]]], 8)
-  with pytest.raises(ValueError, match='overlap=2: say with `continued` which blocks go on'):
+  with pytest.raises(ValueError, match='overlap=2: say with `continued`, bool .1, 8., of each token'):
     block_mode(np.zeros((1, 8), np.int32), rows, options)
   with pytest.raises(ValueError, match='overlap=2, hide_starts=False'):
     dataclasses.replace(options, hide_starts=False)

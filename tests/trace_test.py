@@ -130,8 +130,7 @@ def one_batch(trainer, lengths=(5, 3, 4), **changes):
   """The operations of a step, as a trainer counts them."""
   config = common.base(trainer.__name__.rpartition('.')[2])
   config.update_from_flattened_dict({'model.source': 'x'} | changes)
-  layout = blocks.from_lengths([[list(lengths)]], 16)
-  return trainer.step_flops(trainer.read(config), flops.blocks_of(layout), train_cases.MODEL)
+  return trainer.step_flops(trainer.read(config), flops.one_document(lengths), train_cases.MODEL)
 
 
 def test_operations_of_the_trainers():
@@ -162,7 +161,7 @@ def test_what_a_config_says_about_reports(monkeypatch):
   settings = job.loop_config(options, build(options))
   assert settings.peak_flops == 2e12 * jax.device_count() and settings.profile == (2, 4)
   batch = train_cases.batch(0, rows=config.batch // 2)   # of one process of two
-  half = build(options).flops(flops.blocks_of(batch['layout']))
+  half = build(options).flops(flops.blocks_of(batch['layout'], batch['continued']))
   assert settings.flops(batch) == half.times(2.0) and half.times(2.0).total(3) == 2 * (half.layers + half.attention) + (
       3 * half.head)
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)

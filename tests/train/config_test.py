@@ -187,7 +187,7 @@ def test_help_shows_every_key_with_what_it_means(trainer):
     assert any(line.startswith(f'{key}=') for line in shown), key
   assert [line for line in shown if line.startswith('optim.clip=1.0 ') and line.endswith('0: never')]
   own = command.help_text([f'--config={ROOT}/configs/tiny.py'], distill.Options)
-  assert 'data.files=' in own and 'optim.lr=0.003' in own and '--overrides FILE' in own
+  assert 'data.files=' in own and 'optim.lr=0.0003' in own and '--overrides FILE' in own
 
 
 # Numbers.
