@@ -590,7 +590,7 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
   Raises:
     ValueError: blocks overlap, and no mask of that form says which of them go on.
   """
-  if options.overlap and (continued is None or continued.shape != layout.doc.shape or continued.dtype != bool):
+  if options.overlap and (continued is None or np.shape(continued) != layout.doc.shape or continued.dtype != bool):
     raise UserError(f'overlap={options.overlap}: say with `continued`, bool {layout.doc.shape}, of each token whether its '
                     'block goes on with the one before; rows of data/packing.py have it')
   tokens, doc = jnp.asarray(tokens), jnp.asarray(layout.doc)

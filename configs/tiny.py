@@ -18,6 +18,7 @@ from blockattn import blocks
 from blockattn.errors import UserError
 from configs import common, variants
 
+NO_OVERLAP = {'blocks.overlap': 0, 'optim.lr': 3e-3}   # much more is to be learned then
 TEACHER = pathlib.Path(blockattn.__file__).parent / 'assets' / 'tiny_teacher'
 
 
@@ -29,7 +30,7 @@ def get_config(arg=''):
   config.chunk = 32
   config.save_every = 50
   config.model.source = str(TEACHER)
-  config.optim.lr = 3e-4   # where blocks do not overlap, and so much more is to be learned, 3e-3
+  config.optim.lr = 3e-4
   config.optim.final_lr = 0.05
   config.optim.warmup = 10
   config.optim.b2 = 0.98
@@ -67,4 +68,4 @@ def sweep(add, arg=''):
       add({'distill.drop_rate': 0.2, 'distill.drop_mode': mode})
   else:
     for point in variants.SINKS:
-      add(point | {'blocks.overlap': 0})   # which needs hidden starts
+      add(point | NO_OVERLAP)   # overlaps need hidden starts

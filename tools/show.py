@@ -72,7 +72,7 @@ def build(options: job.Options, devices: int, platform: str) -> job.Job:
 
 def _warnings(options, made):
   length, known = options.data.length, made.cfg.max_positions
-  most = length + (made.blocks.most_positions(min(made.blocks.max_blocks, length)) if made.blocks else 0)
+  most = length + made.blocks.most_positions(min(made.blocks.max_blocks, length))
   if most <= known:
     return []
   return [f'rows of {length} tokens, which take {most} positions with sinks, are longer than the {known} that the model was '

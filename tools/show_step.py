@@ -114,7 +114,7 @@ def whole_run(options: job.Options, step: dict, devices: int) -> dict:
 def operations(options: job.Options, made: job.Job) -> float:
   """Of a step, over all devices."""
   length = options.data.length
-  count = min(made.blocks.max_blocks, length) if made.blocks else 1
+  count = min(made.blocks.max_blocks, length)
   cut = flops.one_document(np.diff(np.linspace(0, length, count + 1).round()))
   return options.batch * made.flops(cut).total(made.loss_tokens(cut))
 

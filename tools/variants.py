@@ -39,8 +39,7 @@ def options_of(name: str, seed: int, steps: int, log_every: int = 20) -> distill
   """The training of a variant."""
   config = tiny.get_config()
   config.distill.on_policy.max_new = _MAX_NEW
-  config.blocks.overlap, config.optim.lr = 0, 3e-3
-  config.update_from_flattened_dict(VARIANTS[name])
+  config.update_from_flattened_dict(tiny.NO_OVERLAP | VARIANTS[name])
   config.seed, config.steps, config.save_every, config.log_every = seed, steps, steps, log_every
   config.optim.warmup = min(config.optim.warmup, steps // 2)
   return distill.read(config)

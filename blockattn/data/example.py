@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+from blockattn.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,14 @@ class Example:
   def texts(self) -> tuple[str, ...]:
     """Header, context blocks, prompt, response."""
     return self.header, *self.blocks, self.prompt, self.response
+
+
+def check_continued(numbers: Any, blocks: int) -> tuple[int, ...]:
+  """The numbers, which must be a list or tuple of those of context blocks behind another, of so many. Raises ValueError."""
+  if not isinstance(numbers, list | tuple) or not all(type(i) is int and 1 <= i < blocks for i in numbers):
+    raise UserError(f'"continued" lists numbers from 1 on of the {blocks} blocks in front of the question, not '
+                    f'{numbers!r:.80}')
+  return tuple(numbers)
 
 
 def before_spaces(text: str, cuts: Iterable[int]) -> list[int]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from blockattn.data import chat_template, encode, prompts
-from blockattn.data.example import Example
+from blockattn.data.example import Example, check_continued
 from blockattn.errors import UserError
 from blockattn.inference import engine as engine_lib, stopwatch
 from blockattn.inference.plan import Request
@@ -44,13 +44,11 @@ def ask(blocks: Sequence[str], question: str, tokenizer: Any, chat: bool, contin
   Raises:
     ValueError: the question was no UTF-8; a number of no block that stands behind another.
   """
-  if wrong := [i for i in continued if type(i) is not int or not 1 <= i < len(blocks)]:
-    raise UserError(f'continued has {wrong[0]!r}: give the numbers, from 1 to {len(blocks) - 1}, of blocks that go on')
   try:
     question.encode()
   except UnicodeEncodeError as error:   # bytes of the command line or of standard input that stand for no character
     raise UserError(f'the question is no UTF-8 text (character {error.start}); write it in UTF-8') from None
   template = prompts.CHAT if chat else prompts.PLAIN
   example = Example(tuple(blocks), template.question.format(question=question), response='', id=question,
-                    continued=tuple(continued))
+                    continued=check_continued(continued, len(blocks)))
   return chat_template.wrap_in_turn(example, tokenizer) if chat else example

@@ -126,9 +126,11 @@ class Blocks:
   continued: np.ndarray
 
 
-def blocks_of(layout: blocks_lib.BlockLayout, continued: np.ndarray) -> Blocks:
-  """The blocks of rows, of numpy arrays [B, T] as from `data.packing.pack_row`, before block dropout and sinks."""
+def blocks_of(layout: blocks_lib.BlockLayout, continued: np.ndarray | None = None) -> Blocks:
+  """The blocks of rows, of numpy arrays [B, T] as from `data.packing.pack_row`, before block dropout and sinks; without
+  `continued` none goes on with the one before."""
   doc, block = np.asarray(layout.doc), np.asarray(layout.block)
+  continued = np.zeros(doc.shape, bool) if continued is None else continued
   there = np.flatnonzero(doc)
   # Numbered over all rows, so that the end of a row ends a document.
   number = (doc + (np.arange(len(doc), dtype=doc.dtype) * (doc.shape[1] + 1))[:, None]).ravel()[there]

@@ -222,8 +222,8 @@ def batches(options, source, placement: mesh_lib.Placement, add: Callable[[int, 
 
 def overlap_watch(overlap: int) -> Callable[[dict], None]:
   """What looks at host batches, and says so, once, if blocks are to overlap by so many tokens and none of many goes on with
-  the one before."""
-  rows = 0 if overlap else None   # looked at; None: nothing more to look for
+  the one before. The first process does."""
+  rows = 0 if overlap and jax.process_index() == 0 else None   # looked at; None: nothing more to look for
 
   def look(batch):
     nonlocal rows

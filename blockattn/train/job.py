@@ -716,7 +716,7 @@ def loop_config(options: Options, made: Job) -> loop.LoopConfig:
   count, peak = None, options.peak_tflops * 1e12 or flops.peak(jax.devices()[0].device_kind) or 0.0
   if peak:
     # The other processes' rows need about as much as this one's.
-    count = lambda batch: made.flops(flops.blocks_of(batch['layout'], batch['continued'])).times(
+    count = lambda batch: made.flops(flops.blocks_of(batch['layout'], batch.get('continued'))).times(
         options.batch / len(batch['tokens']))
   return loop.LoopConfig(steps=options.steps, log_every=options.log_every, save_every=options.save_every, keep=options.keep,
                          tokens_per_step=options.batch * options.data.length, label=made.label, flops=count,
@@ -762,7 +762,7 @@ def train(made: Job, options: Options, params, frozen: Frozen, source, workdir, 
     watches, rewrite: see loop.run.
     add: see stream.batches.
   """
-  look = inputs.overlap_watch(made.blocks.overlap if made.blocks else 0)
+  look = inputs.overlap_watch(made.blocks.overlap)
 
   def put(batch):
     look(batch)

@@ -191,7 +191,7 @@ def config_of(folder, steps):
   config.data.files = (str(folder / 'train_notes.jsonl'),)
   config.segment.read.style, config.segment.read.head, config.segment.read.tail = 'pooled', 5, 2
   config.segment.eval_files, config.segment.eval_every = (str(folder / 'validation_notes.jsonl'),), 10
-  config.segment.export_dtype = 'float32'
+  config.segment.export_dtype, config.peak_tflops = 'float32', 1.0
   return config
 
 
@@ -207,6 +207,7 @@ def test_training_learns_keeps_the_best_and_resumes(tmp_path, standard_promotion
   assert cfg.labels == 2 and cfg.unit_tokens == 9
   losses = [line['loss'] for line in lines(tmp_path / 'whole') if 'loss' in line]
   measured = [line for line in lines(tmp_path / 'whole') if 'val_f1' in line]
+  assert all(line['mfu'] > 0 for line in lines(tmp_path / 'whole') if 'steps_per_s' in line)   # as where a peak is known
   assert losses[-1] < losses[0] / 2 and [line['step'] for line in measured] == [10, 20]
   assert max(line['val_f1'] for line in measured) > 0.9
   best = hf_config.read_meta(tmp_path / 'whole' / 'best')['segmenter']

@@ -23,7 +23,7 @@ from typing import Any
 
 from blockattn import blocks as blocks_lib, loading
 from blockattn.data import chat_template, encode, prompts
-from blockattn.data.example import Example, cut_texts
+from blockattn.data.example import Example, check_continued, cut_texts
 from blockattn.data.json_lines import Malformed
 from blockattn.errors import UserError
 from blockattn.hf import config
@@ -103,15 +103,16 @@ class Forms:
       raise UserError('"blocks" are the lengths of the blocks of a "prompt" of token ids')
     if sum(lengths) != len(prompt) or min(lengths, default=0) < 1:
       raise UserError(f'"blocks" {lengths}: give the lengths, from 1 on, of all blocks of the {len(prompt)} tokens')
-    ends, continued = [sum(lengths[:i + 1]) for i in range(len(lengths))], _continued(body, len(lengths) - 1)
+    continued = check_continued(body.get('continued') or (), len(lengths) - 1)
+    ends = [sum(lengths[:i + 1]) for i in range(len(lengths))]
     return [(blocks_lib.Continued if i in continued else list)(prompt[end - n:end])
             for i, (end, n) in enumerate(zip(ends, lengths))]
 
   def _example(self, texts: Sequence[str], body: Mapping[str, Any]) -> Example:
     *context, question = [*self._documents(body.get('documents')), *texts]
-    said, context = _continued(body, len(context)), [(i, text) for i, text in enumerate(context) if text]
-    continued = tuple(n for n, (i, _) in enumerate(context) if n and i in said)
-    context = [text for _, text in context]
+    said = check_continued(body.get('continued') or (), len(context))
+    kept = [i for i, text in enumerate(context) if text]
+    context, continued = [context[i] for i in kept], tuple(n for n, i in enumerate(kept) if n and i in said)
     if body.get('segment') is not None:
       if said:
         raise UserError('"continued" beside "segment": what is cut goes on by itself; leave one of them out')
@@ -138,13 +139,6 @@ class Forms:
 
 def _says_blocks(body):
   return any(body.get(key) is not None for key in ('documents', 'segment'))
-
-
-def _continued(body, count) -> list[int]:
-  said = body.get('continued') or []
-  if not isinstance(said, list) or not all(type(i) is int and 1 <= i < count for i in said):
-    raise UserError(f'"continued" lists numbers from 1 on of the {count} blocks in front of the question, not {said!r:.80}')
-  return said
 
 
 def _texts(content) -> list[str] | None:
