@@ -590,7 +590,8 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
   Raises:
     ValueError: blocks overlap, and no mask of that form says which of them go on.
   """
-  if options.overlap and (continued is None or np.shape(continued) != layout.doc.shape or continued.dtype != bool):
+  goes_on = jnp.asarray(False if continued is None else continued)
+  if options.overlap and (goes_on.shape != layout.doc.shape or goes_on.dtype != bool):
     raise UserError(f'overlap={options.overlap}: say with `continued`, bool {layout.doc.shape}, of each token whether its '
                     'block goes on with the one before; rows of data/packing.py have it')
   tokens, doc = jnp.asarray(tokens), jnp.asarray(layout.doc)
@@ -605,7 +606,7 @@ def insert(tokens: Array, layout: BlockLayout, options: BlockOptions, length: in
     copied = first_tokens(layout, options.seam if seam is None else seam)
     copies = _in_block(copied, number)
   if options.overlap:
-    overlap = _overlap(layout, options.overlap, jnp.asarray(continued))
+    overlap = _overlap(layout, options.overlap, goes_on)
     counts = jnp.zeros((rows, old_length + 1), jnp.int32).at[b, number + 1].add(_whole(overlap > 0))
     before = jnp.take_along_axis(counts, number, axis=1)
   if tail or options.align > 1:

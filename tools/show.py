@@ -75,8 +75,8 @@ def _warnings(options, made):
   most = length + made.blocks.most_positions(min(made.blocks.max_blocks, length))
   if most <= known:
     return []
-  return [f'rows of {length} tokens, which take {most} positions with sinks, are longer than the {known} that the model was '
-          'made for: documents that are as long meet positions it has not seen']
+  return [f'rows of {length} tokens, which take {most} positions with what is inserted, are longer than the {known} that '
+          'the model was made for: documents that are as long meet positions it has not seen']
 
 
 def _too_large(total, name, device):

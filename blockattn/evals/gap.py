@@ -192,8 +192,7 @@ def _check_positions(subjects, docs, examples, max_new):
 
 
 def _key(doc):
-  goes_on = (tuple(map(bool, doc.continued)),) if any(doc.continued) else ()
-  said = repr((tuple(map(int, doc.lengths)), tuple(map(int, doc.answer)), *goes_on)).encode()
+  said = repr((tuple(map(int, doc.lengths)), tuple(map(int, doc.answer)), tuple(map(bool, doc.continued)))).encode()
   return hashlib.sha256(said + np.asarray(doc.tokens, np.int32).tobytes()).hexdigest()[:16]
 
 

@@ -69,7 +69,7 @@ class Overlap(Rival):
   tokens: int
 
   def __post_init__(self):
-    errors.check_number('--rivals overlap: tokens', self.tokens, 0)
+    errors.check_number('--rivals overlap: tokens', self.tokens, 0, 1024)
 
   def options(self, tokenizer):
     return dataclasses.replace(_BARE, hide_starts=True, overlap=self.tokens)

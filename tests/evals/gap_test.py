@@ -241,6 +241,8 @@ def test_a_second_start_goes_on(docs, tmp_path):
     run(Words(), max_new=4)
   with pytest.raises(ValueError, match='1 items, first 1, were asked with another prompt'):
     run(Words(), [docs[0], docs[0]])
+  with pytest.raises(ValueError, match='1 items, first 1, were asked with another prompt'):
+    run(Words(), [docs[0], dataclasses.replace(docs[1], continued=tuple(i > 0 for i in range(len(docs[1].lengths))))])
 
 
 def test_the_share_that_is_made_good():

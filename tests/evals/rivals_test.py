@@ -270,7 +270,8 @@ def test_rivals_are_asked_for_by_name_and_numbers():
 @pytest.mark.parametrize('text, message', [
     ('epik:8', '--rivals epik:8: give some of epic:tokens, star, ape:temperature:scale:prefix, cacheblend:share'),
     ('star,', '--rivals : give some of'), ('epic', '--rivals epic: give'), ('star:1', '--rivals star:1: give'),
-    ('epic:2.5', '--rivals epic:2.5: give'), ('epic:-1', '--rivals epic: tokens=-1; give a number from 0'),
+    ('epic:2.5', '--rivals epic:2.5: give'), ('overlap:1025', '--rivals overlap: tokens=1025; give a number from 0 to 1024'),
+    ('epic:-1', '--rivals epic: tokens=-1; give a number from 0'),
     ('cacheblend:15', '--rivals cacheblend: share=15.0; give a number from 0 to 1'),
     ('ape:0:1:4', '--rivals ape: temperature=0.0; give a number above 0'), ('ape:1:nan:4', '--rivals ape: scale=nan; give'),
     ('ape:1:1', '--rivals ape:1:1: give'),

@@ -133,6 +133,7 @@ def test_other_requests_go_on_as_they_came(path, body):
     (front.PLAIN, {'prompt': [1, 2], 'blocks': [2, 0]}, 'give the lengths, from 1 on'),
     (front.PLAIN, {'prompt': 'a b', 'blocks': [2]}, 'of a "prompt" of token ids'),
     (front.PLAIN, {'prompt': [1, 2], 'blocks': [1, 1], 'continued': [1]}, 'of the 1 blocks in front of the question, not'),
+    (front.PLAIN, {'prompt': [1, 2], 'blocks': [1, 1], 'continued': 0}, 'in front of the question, not 0'),
     (front.PLAIN, {'prompt': 'a', 'documents': [{'text': 'b'}] * 2, 'continued': [1], 'segment': {'target': 9}}, 'leave'),
     (front.PLAIN, {'prompt': 'a', 'documents': ['b']}, '"documents" is a list of'),
     (front.PLAIN, {'prompt': 'a', 'segment': 512}, '"segment" is {"target": tokens}'),

@@ -7,8 +7,8 @@ other goes on as it came. What is read, of chat completions (completions in brac
   documents       [{"title", "text"}, ...], a block each in front of the last message [of "prompt"]
   segment         {"target": tokens, "min", "max"}: the texts in front of the question, or a single text, are cut
   [blocks         lengths of the blocks of a "prompt" of token ids without sinks, that of the question last]
-  continued       numbers, from 0, of the blocks whose text goes on with that of the one before; those that are cut say so
-                  themselves
+  continued       numbers of the blocks whose text goes on with that of the one before, the first being 0; those that are cut
+                  say so themselves
 
 `/blocks` is a page of what became of blocks. vLLM itself offers what is needed: a chat request that brings its token ids in
 `kv_transfer_params` is not rendered again.
@@ -103,14 +103,14 @@ class Forms:
       raise UserError('"blocks" are the lengths of the blocks of a "prompt" of token ids')
     if sum(lengths) != len(prompt) or min(lengths, default=0) < 1:
       raise UserError(f'"blocks" {lengths}: give the lengths, from 1 on, of all blocks of the {len(prompt)} tokens')
-    continued = check_continued(body.get('continued') or (), len(lengths) - 1)
+    continued = _continued(body, len(lengths) - 1)
     ends = [sum(lengths[:i + 1]) for i in range(len(lengths))]
     return [(blocks_lib.Continued if i in continued else list)(prompt[end - n:end])
             for i, (end, n) in enumerate(zip(ends, lengths))]
 
   def _example(self, texts: Sequence[str], body: Mapping[str, Any]) -> Example:
     *context, question = [*self._documents(body.get('documents')), *texts]
-    said = check_continued(body.get('continued') or (), len(context))
+    said = _continued(body, len(context))
     kept = [i for i, text in enumerate(context) if text]
     context, continued = [context[i] for i in kept], tuple(n for n, i in enumerate(kept) if n and i in said)
     if body.get('segment') is not None:
@@ -139,6 +139,11 @@ class Forms:
 
 def _says_blocks(body):
   return any(body.get(key) is not None for key in ('documents', 'segment'))
+
+
+def _continued(body, blocks):
+  said = body.get('continued')
+  return check_continued(() if said is None else said, blocks)
 
 
 def _texts(content) -> list[str] | None:
